@@ -1,0 +1,147 @@
+"""The window that an operator slides over its input: stride, padding and dilation, checked, and its size.
+
+Also the words that error texts share. Like the specs that use it, it sees shapes and numbers only.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from deformconv.errors import ShapeError
+
+__all__ = [
+    "axes",
+    "axis_name",
+    "by",
+    "channels_last",
+    "count",
+    "integers",
+    "n_of",
+    "paddings",
+    "same_padding",
+]
+
+AXES = ("depth", "height", "width")
+
+
+def integers(name: str, value: Any, D: int, least: int) -> tuple[int, ...]:
+    """One integer for all axes, or D of them, as a tuple of D."""
+    if type(value) is int:
+        entries: tuple[int, ...] = (value,) * D
+    else:
+        try:
+            parts = tuple(value)
+        except TypeError:
+            parts = (value,) * D
+        entries = tuple(_integer(name, part, value) for part in parts)
+        if len(entries) != D:
+            raise ShapeError(
+                f"`{name}` has {n_of(len(entries), 'entry')}, {entries}; a {D}-D call takes one integer for "
+                "all "
+                f"axes, or {D}: ({axes(D)})."
+            )
+    if min(entries) < least:
+        raise ShapeError(f"`{name}` is {value!r}; expected at least {least} along every axis.")
+    return entries
+
+
+def count(name: str, value: Any) -> int:
+    """An integer of at least 1."""
+    number = _integer(name, value, value)
+    if number < 1:
+        raise ShapeError(f"`{name}` is {number}; expected at least 1.")
+    return number
+
+
+def paddings(padding: Any, D: int) -> str | tuple[tuple[int, int], ...]:
+    """The padding as D pairs (before, after), or "same" or "valid"."""
+    if type(padding) is int and padding >= 0:
+        return ((padding, padding),) * D
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ShapeError(f"`padding` is {padding!r}; expected 'same', 'valid', {_padding_forms(D)}.")
+        return padding
+    try:
+        parts = tuple(padding)
+    except TypeError:
+        parts = (padding,) * D
+    paired = [isinstance(part, (tuple, list)) or getattr(part, "ndim", 0) == 1 for part in parts]
+    if any(paired):
+        if not all(paired) or len(parts) != D or any(len(part) != 2 for part in parts):
+            raise ShapeError(
+                f"`padding` is {padding!r}; a {D}-D call takes {n_of(D, 'pair')}, one per axis: "
+                f"{_pair_form(D)}."
+            )
+        pairs = tuple((_integer("padding", a, padding), _integer("padding", b, padding)) for a, b in parts)
+        if min(map(min, pairs)) < 0:
+            raise ShapeError(f"`padding` is {padding!r}; expected at least 0 on every side.")
+        return pairs
+    if len(parts) == 2 * D:
+        raise ShapeError(
+            f"`padding` has {n_of(len(parts), 'entry')}, {padding!r}; a {D}-D call takes "
+            f"{_padding_forms(D)}. "
+            f"For different amounts before and after write pairs: {_pair_form(D)}."
+        )
+    return tuple((amount, amount) for amount in integers("padding", padding, D, 0))
+
+
+def same_padding(
+    kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """The pairs that keep the input's size; the odd pixel goes after, as in torch."""
+    if max(stride) > 1:
+        raise ShapeError(
+            f"`padding` is 'same' with stride {by(stride)}; expected stride {by((1,) * len(stride))}, since "
+            "'same' "
+            "keeps the input's size. Give the padding in numbers."
+        )
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def n_of(number: int, noun: str) -> str:
+    """A number and its noun, as in "1 axis" or "2 axes"."""
+    plural = {"axis": "axes", "entry": "entries"}.get(noun, noun + "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def by(sizes: tuple[int, ...]) -> str:
+    """Sizes, as in "3x3"."""
+    return "x".join(map(str, sizes))
+
+
+def axes(D: int) -> str:
+    """The names of D spatial axes, as in "height, width"."""
+    return ", ".join(AXES[3 - D :])
+
+
+def axis_name(axis: int, D: int) -> str:
+    """The name of one of D spatial axes."""
+    return AXES[3 - D + axis]
+
+
+def channels_last(name: str) -> str:
+    """The hint for an array whose last axis looks like its channels."""
+    return f" `{name}` looks channels-last: move its last axis to place 1, `numpy.moveaxis({name}, -1, 1)`."
+
+
+def _integer(name: str, value: Any, whole: Any) -> int:
+    if type(value) is int:
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"`{name}` is {whole!r}, which holds {value!r} of type {type(value).__name__}; expected integers."
+        ) from None
+
+
+def _padding_forms(D: int) -> str:
+    return f"one integer, {n_of(D, 'integer')} or {n_of(D, 'pair')} (before, after)"
+
+
+def _pair_form(D: int) -> str:
+    return "(" + "(before, after), " * (D - 1) + ("(before, after))" if D > 1 else "(before, after),)")
