@@ -97,12 +97,12 @@ def placements(
     """Random placements: scale log-uniform, rotation uniform in +-rotation, position with the ink inside.
 
     A digit of MNIST fits 20 x 20 pixels and has its centre of mass, not its middle, in the scan's centre: it
-    reaches about 11 pixels. A square that does so and turns reaches `11 * scale * (|cos| + |sin|)`, and the
+    reaches up to 12 pixels. A square that does so and turns reaches `12 * scale * (|cos| + |sin|)`, and the
     shift may use what that leaves of half the canvas.
     """
     drawn_scale = np.exp(random.uniform(math.log(scale[0]), math.log(scale[1]), count))
     drawn_rotation = random.uniform(-rotation, rotation, count)
-    reach = 11 * drawn_scale * (np.abs(np.cos(drawn_rotation)) + np.abs(np.sin(drawn_rotation)))
+    reach = 12 * drawn_scale * (np.abs(np.cos(drawn_rotation)) + np.abs(np.sin(drawn_rotation)))
     room = np.maximum(canvas / 2 - reach, 0)
     return Placement(
         drawn_scale, drawn_rotation, random.uniform(-1, 1, count) * room, random.uniform(-1, 1, count) * room
