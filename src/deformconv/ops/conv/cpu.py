@@ -1,0 +1,336 @@
+"""Deformable convolution on the CPU: how a call is cut into work for the kernels in `cpu_kernels`.
+
+The input is copied once with its channels last, the weight once in panels for the matrix product; offsets, masks and the output
+stay as they are. How the work is cut depends on shapes alone, and partial sums are added in a fixed order: a result is the same
+bit for bit whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import product
+from math import ceil
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
+from deformconv.runtime import threads
+
+__all__ = ["deform_conv", "deform_conv_backward", "reasons_against", "warmup"]
+
+DTYPES = ("float32", "float64")
+# A tile's buffers stay in the second-level cache, and within what a thread may take beside the arrays of the call.
+_TILE = 96
+_TILE_BYTES = 1 << 20
+_DEPTH = 256  # rows of a panel that stay in the first-level cache
+_BLOCK = 64  # channels of a block in the backward pass
+_ITEMS = 8  # enough work for this many threads in the backward pass, if it can be cut so
+# Nanoseconds of a multiply-add, roughly: to decide what is too small to share out, and how often to listen for Ctrl-C.
+_NANOSECONDS = 0.03
+_SHARED_FROM = 100_000
+_BURST = 20_000_000
+
+
+def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
+    """Why this backend cannot run a call, as sentences; none if it can."""
+    reasons = []
+    if find_spec("numba") is None:
+        reasons.append("Numba is not installed")
+    if device != "cpu":
+        reasons.append(f"its kernels run on the CPU and the arrays are on {device}")
+    if library not in ("numpy", "torch"):
+        reasons.append(f"it reads NumPy arrays and what shares memory with them, not {library}'s")
+    if spec.dtype not in DTYPES:
+        reasons.append(f"it computes in float32 and float64, not {spec.dtype}")
+    if spec.pixels >= 2**31:
+        reasons.append(f"an image of {spec.pixels} pixels exceeds its 32-bit pixel numbers")
+    return reasons
+
+
+class _Plan(NamedTuple):
+    """How a call is cut, in both directions."""
+
+    tile: int
+    taps_at_once: int
+    channels_at_once: int
+    reals: int
+    integers: int
+    edges: np.ndarray
+    first_block: np.ndarray
+    slots: int
+    parts: int
+    lanes: int
+    backward_reals: int
+    backward_integers: int
+
+
+@lru_cache(maxsize=256)
+def _plan(spec: ConvSpec) -> _Plan:
+    from deformconv.runtime.vectors import ROWS, VECTOR_BYTES
+    from deformconv.sampling.kernels import table_sizes
+
+    item = np.dtype(spec.dtype).itemsize
+    vector = VECTOR_BYTES // item
+    group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    depthwise = group_channels == 1 and group_outputs == 1
+
+    taps_at_once = spec.taps if depthwise else max(1, min(spec.taps, _DEPTH // max(group_channels, 1)))
+    taps_at_once = ceil(spec.taps / ceil(spec.taps / taps_at_once))
+    channels_at_once = min(spec.in_channels if depthwise else group_channels, 2 * _DEPTH if taps_at_once == 1 or depthwise else _DEPTH)
+    depth = channels_at_once * (1 if depthwise else taps_at_once)
+    sum_row = spec.out_channels if depthwise else spec.groups * _up(group_outputs, vector)
+
+    def forward_sizes(tile: int) -> tuple[int, int]:
+        reals, integers = table_sizes(spec.rank, spec.offset_groups * taps_at_once * tile, tile)
+        return reals + tile * (sum_row + depth), integers
+
+    row_reals, row_integers = forward_sizes(ROWS)
+    tile = min(_up(_TILE, ROWS), max(1, _TILE_BYTES // (row_reals * item + row_integers * 4)) * ROWS)
+    tile = _even(spec.positions, tile, ROWS)
+    reals, integers = forward_sizes(tile)
+
+    edges = _block_edges(spec.in_channels, group_channels)
+    share = spec.in_channels // spec.offset_groups
+    touching = [
+        [b for b in range(len(edges) - 1) if edges[b] < (g + 1) * share and edges[b + 1] > g * share]
+        for g in range(spec.offset_groups)
+    ]
+    blocks = len(edges) - 1
+    parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * blocks)), spec.positions // (4 * _TILE)))
+    lanes = max(1, min(spec.batch * parts, ceil(_ITEMS / blocks)))
+    corners, backward_tile = 1 << spec.rank, tile
+    column_row = _up(max(np.diff(edges)), vector) + vector
+    backward_reals, backward_integers = table_sizes(spec.rank, backward_tile, backward_tile)
+    backward_reals += backward_tile * 2 * (corners + column_row)
+    return _Plan(
+        tile, taps_at_once, channels_at_once, reals, integers,
+        np.array(edges), np.array([blocks[0] for blocks in touching]), max(map(len, touching)),
+        parts, lanes, backward_reals, backward_integers,
+    )  # fmt: skip
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _even(positions: int, tile: int, rows: int) -> int:
+    """A tile no larger than `tile` that cuts the positions into runs of about equal length."""
+    return max(rows, min(tile, _up(ceil(positions / max(1, ceil(positions / tile))), rows)))
+
+
+def _block_edges(channels: int, group_channels: int) -> list[int]:
+    """Where the blocks of channels begin and end: parts of a weight group, or several whole ones."""
+    if group_channels < _BLOCK:
+        return [*range(0, channels, _BLOCK // group_channels * group_channels), channels]
+    starts = (g + c for g in range(0, channels, group_channels) for c in range(0, group_channels, _BLOCK))
+    return [*starts, channels]
+
+
+def deform_conv(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> np.ndarray:
+    """The output (N, C_out, *O) for arrays that `spec` describes."""
+    output = np.empty(spec.output_shape, spec.dtype)
+    if output.size == 0:
+        return output
+    if spec.in_channels == 0:
+        output[...] = 0 if bias is None else np.reshape(bias, (1, -1) + (1,) * spec.rank)
+        return output
+    from deformconv.ops.conv import cpu_kernels as kernels
+
+    plan = _plan(spec)
+    x = _rows(spec, input)
+    packed = _packed(spec, weight, kernels.pack_forward)
+    arguments = (
+        x, _offsets(spec, offset), _masks(spec, mask), packed,
+        np.zeros(spec.out_channels, spec.dtype) if bias is None else _flat(bias, (spec.out_channels,)),
+        output.reshape(spec.batch, spec.out_channels, spec.positions),
+        spec.in_channels // spec.groups, plan.tile, plan.taps_at_once, plan.channels_at_once, *_geometry(spec),
+    )  # fmt: skip
+    items = spec.batch * ceil(spec.positions / plan.tile)
+    _run(kernels.forward, arguments, items, _multiplications(spec), (plan.reals, plan.integers))
+    return output
+
+
+def deform_conv_backward(
+    spec: ConvSpec, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any, wanted: Collection[str]
+) -> Gradients:
+    """The wanted gradients; None for the others."""
+    shapes = {"input": spec.input_shape, "offset": spec.offset_shape, "weight": spec.weight_shape}
+    shapes |= {"bias": (spec.out_channels,)} if spec.biased else {}
+    shapes |= {"mask": spec.mask_shape} if spec.masked else {}
+    wanted = [name for name in shapes if name in wanted]
+    results: dict[str, Any] = {}
+    if "bias" in wanted:
+        results["bias"] = _sum_positions(spec, grad_output)
+    inner = [name for name in wanted if name != "bias"]
+    if not inner:
+        return Gradients(**results)
+    if spec.batch * spec.positions * spec.in_channels * spec.out_channels * spec.pixels == 0:
+        return Gradients(**results, **{name: np.zeros(shapes[name], spec.dtype) for name in inner})
+    return Gradients(**results, **_sampled_gradients(spec, grad_output, input, offset, weight, mask, inner))
+
+
+def _sampled_gradients(
+    spec: ConvSpec, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any, wanted: Collection[str]
+) -> dict[str, np.ndarray]:
+    from deformconv.ops.conv import cpu_kernels as kernels
+    from deformconv.runtime.vectors import ROWS, VECTOR_BYTES
+
+    plan = _plan(spec)
+    N, K, P, C, D = spec.batch, spec.taps, spec.positions, spec.in_channels, spec.rank
+    group_channels, group_outputs = C // spec.groups, spec.out_channels // spec.groups
+    depthwise = group_channels == 1 and group_outputs == 1
+
+    group_row = 1 if depthwise else _up(group_outputs, ROWS)
+    d_output = np.empty((N * P + ROWS, spec.groups * group_row), spec.dtype)
+    _copy_channels_last(spec, _flat(grad_output, (N, spec.out_channels, P)), d_output, spec.groups, group_row)
+
+    places = (N, spec.offset_groups, K)
+    vector = VECTOR_BYTES // np.dtype(spec.dtype).itemsize
+    sums_shape = (1, 1) if depthwise else (_up(group_outputs, ROWS), _up(group_channels, vector))
+    d_x = np.zeros((plan.parts * N * spec.pixels, C) if "input" in wanted else (0, C), spec.dtype)
+    d_offset = np.zeros((plan.slots, *places, D, P) if "offset" in wanted else (1, 1, 1, 1, 1, 0), spec.dtype)
+    d_mask = np.zeros((plan.slots, *places, P) if "mask" in wanted else (1, 1, 1, 1, 0), spec.dtype)
+    d_weight = np.zeros((plan.lanes, K, spec.groups, *(sums_shape if "weight" in wanted else (0, 0))), spec.dtype)
+    arguments = (
+        _rows(spec, input), _offsets(spec, offset), _masks(spec, mask), _packed(spec, weight, kernels.pack_backward),
+        d_output, d_x, d_offset, d_mask, d_weight, plan.edges, plan.first_block,
+        group_channels, group_outputs, plan.parts, plan.tile, *_geometry(spec),
+    )  # fmt: skip
+    items = (len(plan.edges) - 1) * plan.lanes
+    _run(kernels.backward, arguments, items, 2 * _multiplications(spec), (plan.backward_reals, plan.backward_integers))
+
+    results = {}
+    if "input" in wanted:
+        results["input"] = np.empty(spec.input_shape, spec.dtype)
+        runs = N * ceil(spec.pixels / kernels._BLOCK)
+        _run(kernels.channels_first, (d_x, results["input"].reshape(N, C, spec.pixels)), runs, d_x.size * 20)
+    if "offset" in wanted:
+        results["offset"] = _sum_slots(d_offset).reshape(spec.offset_shape)
+    if "mask" in wanted:
+        results["mask"] = _sum_slots(d_mask).reshape(spec.mask_shape)
+    if "weight" in wanted:
+        results["weight"] = np.empty(spec.weight_shape, spec.dtype)
+        by_group = results["weight"].reshape(spec.groups, group_outputs, group_channels, K)
+        _run(kernels.unpack_weight, (d_weight, by_group), spec.out_channels, d_weight.size * 20)
+    return results
+
+
+def _sum_slots(slots: np.ndarray) -> np.ndarray:
+    return slots[0] if len(slots) == 1 else slots.sum(axis=0)
+
+
+def _sum_positions(spec: ConvSpec, grad_output: Any) -> np.ndarray:
+    by_position = np.reshape(grad_output, (spec.batch, spec.out_channels, spec.positions))
+    return by_position.sum(axis=2).sum(axis=0)
+
+
+def _multiplications(spec: ConvSpec) -> int:
+    """Multiply-adds of a forward pass, those of the sampling counted as so many."""
+    return spec.batch * spec.positions * spec.taps * spec.in_channels * (spec.out_channels // spec.groups + 4 * 2**spec.rank)
+
+
+def _run(kernel: Any, arguments: tuple[Any, ...], items: int, multiplications: int, scratch: tuple[int, int] = (0, 0)) -> None:
+    """Share the items of a kernel out; `scratch` is how many reals and int32 each thread needs of its own."""
+    nanoseconds = multiplications * _NANOSECONDS
+    dtype = arguments[0].dtype
+    reals, integers = scratch
+
+    def work(counter: np.ndarray, limit: int) -> None:
+        if not reals:
+            kernel(counter, limit, *arguments)
+            return
+        memory = threads.scratch(reals * dtype.itemsize + integers * 4)
+        own = memory[: reals * dtype.itemsize].view(dtype)
+        own_integers = memory[reals * dtype.itemsize :][: integers * 4].view(np.int32)
+        kernel(counter, limit, *arguments, own, own_integers)
+
+    shared = threads.get_num_threads() if nanoseconds > _SHARED_FROM else 1
+    burst = max(1, int(_BURST * items / max(nanoseconds, 1)))
+    threads.run(work, items, threads=shared, burst=burst)
+
+
+def _geometry(spec: ConvSpec) -> tuple[Any, ...]:
+    before = tuple(before for before, _ in spec.padding)
+    return (
+        spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size, spec.boundary == "inside",
+    )  # fmt: skip
+
+
+class _Writable:
+    """A writable view of a read-only array, so that it does not take kernels of its own; nothing writes to it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.__array_interface__ = dict(array.__array_interface__, data=(array.ctypes.data, False))
+
+
+def _flat(array: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in C order, aligned, in the machine's byte order, as kernels are compiled for."""
+    array = np.require(array, array.dtype.newbyteorder("="), "CA").reshape(shape)
+    return array if array.flags.writeable else np.asarray(_Writable(array))
+
+
+def _offsets(spec: ConvSpec, offset: Any) -> np.ndarray:
+    return _flat(offset, (spec.batch, spec.offset_groups, spec.taps, spec.rank, spec.positions))
+
+
+def _masks(spec: ConvSpec, mask: Any) -> np.ndarray:
+    if mask is None:
+        return np.empty((spec.batch, 1, 1, 0), spec.dtype)
+    return _flat(mask, (spec.batch, spec.offset_groups, spec.taps, spec.positions))
+
+
+def _rows(spec: ConvSpec, input: Any) -> np.ndarray:
+    """The input with channels last, a row per pixel, and a row of zeros."""
+    x = np.empty((spec.batch * spec.pixels + 1, spec.in_channels), spec.dtype)
+    x[-1] = 0
+    if input.flags.c_contiguous:
+        _copy_channels_last(spec, _flat(input, (spec.batch, spec.in_channels, spec.pixels)), x, 1, spec.in_channels)
+    else:
+        x[:-1].reshape(spec.batch, *spec.input_size, spec.in_channels)[...] = np.moveaxis(input, 1, -1)
+    return x
+
+
+def _copy_channels_last(spec: ConvSpec, array: np.ndarray, rows: np.ndarray, groups: int, group_row: int) -> None:
+    from deformconv.ops.conv import cpu_kernels as kernels
+
+    runs = array.shape[0] * ceil(array.shape[2] / kernels._BLOCK)
+    _run(kernels.channels_last, (array, rows, groups, group_row), runs, array.size * 20)
+
+
+def _packed(spec: ConvSpec, weight: Any, pack: Any) -> np.ndarray:
+    """The weight as the kernels read it: (K, C) for a depthwise convolution, else in panels."""
+    from deformconv.runtime.vectors import VECTOR_BYTES
+
+    group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    by_group = _flat(weight, (spec.groups, group_outputs, group_channels, spec.taps))
+    if group_channels == 1 and group_outputs == 1:
+        return np.ascontiguousarray(by_group.reshape(spec.groups, spec.taps).T).reshape(-1)
+    vector = VECTOR_BYTES // by_group.itemsize
+    forward = pack.__name__ == "pack_forward"
+    rows, columns = (spec.in_channels * spec.taps, _up(group_outputs, vector)) if forward else (spec.out_channels * spec.taps, _up(group_channels, vector))
+    packed = np.empty(rows * columns, spec.dtype)
+    _run(pack, (by_group, packed), spec.out_channels, by_group.size * 40)
+    return packed
+
+
+def warmup(
+    dtypes: Iterable[str] = ("float32",), ranks: Iterable[int] = (1, 2, 3), notify: Callable[[str], None] | None = None
+) -> None:
+    """Compile, or load, every kernel that a forward and a backward call takes, for the given dtypes and ranks.
+
+    `notify` is called with a line before each of them.
+    """
+    for dtype, rank in product(dtypes, ranks):
+        if notify is not None:
+            notify(f"{dtype}, {rank}-D")
+        shapes = [(1, 1, *(3,) * rank), (1, rank, *(3,) * rank), (1, 1, *(1,) * rank), (1, 1, *(3,) * rank)]
+        x, offset, weight, mask = (np.zeros(shape, dtype) for shape in shapes)
+        wide = np.zeros((2, 1, *(1,) * rank), dtype)
+        for w in (weight, wide):
+            spec = conv_spec(*(Operand(a.shape, dtype, "cpu") for a in (x, offset, w)), mask=Operand(mask.shape, dtype, "cpu"))
+            y = deform_conv(spec, x, offset, w, None, mask)
+            deform_conv_backward(spec, y, x, offset, w, mask, ("input", "offset", "weight", "mask"))

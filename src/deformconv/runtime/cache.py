@@ -1,0 +1,164 @@
+"""Compile kernels with Numba and keep the machine code on disk.
+
+Numba's own cache does not notice that a function *called by* a kernel changed, numbers its files in a way that two processes
+starting cold can confuse, and refuses to import where no folder can be written. This one names every file after all that the
+machine code depends on, so a file is either right or absent, and a folder that cannot be written only costs a compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+import numpy
+from numba.core.caching import CompileResultCacheImpl, _Cache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_SOURCES = ("runtime/vectors.py", "sampling/kernels.py", "ops/*/cpu*.py")
+# Not "nnan" or "ninf": a kernel must see NaN and infinity. Not "arcp" or "afn": results would depend on the host.
+FAST_MATH = {"contract", "reassoc", "nsz"}
+
+
+@functools.cache
+def digest() -> str:
+    """A name for everything that machine code depends on apart from its signature and the host."""
+    seen = hashlib.sha256()
+    for part in (sys.version, numba.__version__, llvmlite.__version__, numpy.__version__):
+        seen.update(part.encode() + b"\0")
+    for path in sorted(path for pattern in _SOURCES for path in _PACKAGE.glob(pattern)):
+        seen.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    return seen.hexdigest()[:16]
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """The folder of this digest's machine code: `DEFORMCONV_CACHE_DIR`, the package's own, the user's, or none that can be written."""
+    chosen = os.environ.get("DEFORMCONV_CACHE_DIR")
+    # Never a shared temporary folder: what is loaded from here is executed.
+    roots = [Path(chosen)] if chosen else [_PACKAGE / "__pycache__" / "kernels"]
+    if not chosen:
+        try:
+            roots.append(_user_cache() / "deformconv")
+        except RuntimeError:  # no home folder
+            pass
+    folders = [root / digest() for root in roots]
+    filled = [folder for folder in folders if folder.is_dir() and any(folder.glob("*.bin"))]
+    writable = (folder for folder in folders if _can_write(folder))
+    return next(writable, None) or (filled[0] if filled else None)
+
+
+def _announce() -> None:
+    if sys.stderr is not None and sys.stderr.isatty():
+        print("deformconv: compiling kernels for this machine, once (about half a minute) ...", file=sys.stderr, flush=True)
+
+
+class _Notice:
+    """Says once per process that a compilation has begun; `warmup` replaces it with its own."""
+
+    def __init__(self) -> None:
+        self.announce: Callable[[], None] | None = _announce
+
+    def __call__(self) -> None:
+        announce, self.announce = self.announce, None
+        if announce is not None:
+            announce()
+
+
+notice = _Notice()
+
+
+class DiskCache(_Cache):
+    """One file per kernel, signature and host."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._checks = CompileResultCacheImpl.check_cachable
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        return str(cache_folder())
+
+    def _file(self, signature: Any, codegen: Any) -> Path | None:
+        folder = cache_folder()
+        if folder is None or not self._enabled:
+            return None
+        key = hashlib.sha256(repr((self._function.__qualname__, signature, codegen.magic_tuple())).encode()).hexdigest()
+        return folder / f"{self._function.__name__}-{key[:20]}.bin"
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        target_context.refresh()
+        file = self._file(sig, target_context.codegen())
+        if file is not None:
+            try:
+                return CompileResult._rebuild(target_context, *pickle.loads(file.read_bytes()))
+            except (OSError, EOFError, pickle.UnpicklingError):
+                pass  # absent, or cut short by a full disk: compile it again
+        notice()
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        file = self._file(sig, data.codegen)
+        if file is None:
+            return
+        try:
+            with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
+                part.write(dumps(data._reduce()))
+            os.replace(part.name, file)
+        except OSError:
+            pass  # the disk is full or became read-only: the kernel still runs, and is compiled again next time
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Nothing to forget: a file's name says all that it depends on."""
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call."""
+    return numba.njit(nogil=True, error_model="numpy", fastmath=FAST_MATH)(function)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function that Python calls, once per machine; it runs without the GIL."""
+    dispatcher = device(function)
+    dispatcher._cache = DiskCache(function)
+    return dispatcher
+
+
+def cached_files() -> Collection[Path]:
+    """The files of machine code that this version has on disk."""
+    folder = cache_folder()
+    return sorted(folder.glob("*.bin")) if folder is not None else ()

@@ -1,0 +1,228 @@
+"""Persistent worker threads that run kernels without the GIL.
+
+Plain Python threads, because Numba's own layers abort when two threads enter a parallel kernel at once (workqueue) or do not
+survive a fork (OpenMP). The caller works too: with one thread, or for a small call, nothing is handed over at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+# `work(counter, limit)` takes at most `limit` items, numbered by an atomic counter (int64, length 1), and returns early
+# when no item is left.
+Work = Callable[[np.ndarray, int], Any]
+
+
+def _quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """The processors' worth of time that the control group allows, if it sets a limit (version 2, then version 1)."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((root / file).read_text() for file in files).split()
+            return float(quota) / float(period) if quota not in ("max", "-1") else None
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def available_processors() -> int:
+    """How many processors this process may use: its affinity and its control group's quota, at least 1."""
+    try:
+        processors = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        processors = os.cpu_count() or 1
+    quota = _quota()
+    return max(1, processors if quota is None else min(processors, int(quota + 0.5)))
+
+
+@functools.lru_cache(maxsize=1)
+def _default_threads(process: int) -> int:
+    chosen = os.environ.get("DEFORMCONV_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdecimal() and int(chosen) > 0:
+        return int(chosen)
+    # One of many: a DataLoader's worker, or a pool's. They share the processors between them already.
+    if multiprocessing.current_process().daemon:
+        return 1
+    return available_processors()
+
+
+_chosen_threads: int | None = None
+
+
+def get_num_threads() -> int:
+    """How many threads a large call uses, the caller's among them."""
+    return _chosen_threads or _default_threads(os.getpid())
+
+
+def set_num_threads(n: int) -> None:
+    """Use `n` threads for large calls, the caller's among them; results do not depend on it.
+
+    Raises:
+        TypeError: if `n` is not an integer.
+        ValueError: if `n` is below 1.
+
+    Example:
+        >>> import deformconv
+        >>> deformconv.set_num_threads(2)
+        >>> deformconv.get_num_threads()
+        2
+    """
+    global _chosen_threads
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise TypeError(f"`n` is {n!r}; the number of threads is an integer of at least 1")
+    if n < 1:
+        raise ValueError(f"`n` is {n}; the number of threads is an integer of at least 1")
+    _chosen_threads = int(n)
+
+
+class _Job:
+    """One worker's share of a call; whoever takes `claim` first, a worker or the caller who no longer needs it, has it."""
+
+    __slots__ = ("work", "counter", "items", "claim", "done", "error")
+
+    def __init__(self, work: Work, counter: np.ndarray, items: int) -> None:
+        self.work, self.counter, self.items = work, counter, items
+        self.claim, self.done = threading.Lock(), threading.Lock()
+        self.done.acquire()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.work(self.counter, self.items)
+        except BaseException as error:  # the caller raises it
+            self.error = error
+            self.counter[0] = self.items
+        finally:
+            self.done.release()
+
+    def finish(self) -> None:
+        """Withdraw the job if no worker has begun it, else wait for its end."""
+        if not self.claim.acquire(blocking=False):
+            self.done.acquire()
+            self.done.release()
+
+
+class _Workers:
+    """Daemon threads on one queue; they start when first needed and stop before a fork."""
+
+    def __init__(self) -> None:
+        self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self.threads: list[threading.Thread] = []
+        self.lock = threading.Lock()
+
+    def _loop(self, jobs: SimpleQueue[_Job | None]) -> None:
+        while (job := jobs.get()) is not None:
+            if job.claim.acquire(blocking=False):
+                job.run()
+            del job  # its arrays must not live until the next one comes
+
+    def submit(self, jobs: list[_Job]) -> None:
+        with self.lock:
+            while len(self.threads) < len(jobs):
+                thread = threading.Thread(target=self._loop, args=(self.jobs,), name="deformconv", daemon=True)
+                thread.start()
+                self.threads.append(thread)
+            for job in jobs:
+                self.jobs.put(job)
+
+    def stop(self) -> None:
+        """Let every worker finish what it has begun and end; `lock` is held by the caller."""
+        for _ in self.threads:
+            self.jobs.put(None)
+        for thread in self.threads:
+            thread.join()
+        self.threads.clear()
+
+
+_workers = _Workers()
+
+
+def run(work: Work, items: int, *, threads: int, burst: int) -> None:
+    """Do `items` items of work on `threads` threads, and raise whatever any of them raised.
+
+    The caller takes `burst` items at a time: between two bursts Python can handle a signal, so Ctrl-C is heard.
+    """
+    counter = np.zeros(1, np.int64)
+    jobs = [_Job(work, counter, items) for _ in range(min(threads, items) - 1)]
+    if jobs:
+        _workers.submit(jobs)
+    try:
+        while counter[0] < items:
+            work(counter, burst)
+        for job in jobs:
+            job.finish()
+    except BaseException:
+        # The workers still write into the call's arrays: end them before anybody frees those.
+        counter[0] = items
+        _finish_all(jobs)
+        raise
+    for job in jobs:
+        if job.error is not None:
+            raise job.error
+
+
+def _finish_all(jobs: list[_Job]) -> None:
+    for job in jobs:
+        while True:
+            try:
+                job.finish()
+                break
+            except KeyboardInterrupt:  # a second Ctrl-C: the first one is on its way already
+                continue
+
+
+class _Scratch(threading.local):
+    memory = np.empty(0, np.uint8)
+
+
+_scratch = _Scratch()
+_KEPT = 8 << 20
+
+
+def scratch(size: int) -> np.ndarray:
+    """At least `size` bytes of this thread's own memory, aligned to 64, with whatever was in them; valid until the next call."""
+    memory = _scratch.memory
+    if memory.size < size:
+        raw = np.empty(size + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        memory = raw[start : start + size]
+        if size <= _KEPT:  # pages once touched are cheap to use again; a rare giant is not worth keeping
+            _scratch.memory = memory
+    return memory
+
+
+class _Fork:
+    """What a fork must find: no worker, and Numba's compiler idle.
+
+    A child has the forking thread alone. Workers that it believes it has would never answer, and a compiler lock that
+    another thread holds would never be released.
+    """
+
+    compiler: Any = None
+
+    def before(self) -> None:
+        _workers.lock.acquire()
+        _workers.stop()
+        module = sys.modules.get("numba.core.compiler_lock")
+        self.compiler = getattr(module, "global_compiler_lock", None)
+        if self.compiler is not None:
+            self.compiler.acquire()
+
+    def after(self) -> None:
+        if self.compiler is not None:
+            self.compiler.release()
+        _workers.lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    _fork = _Fork()
+    os.register_at_fork(before=_fork.before, after_in_parent=_fork.after, after_in_child=_fork.after)

@@ -1,0 +1,199 @@
+"""The matrix product inside the kernels: one register block, written for the host's vector unit.
+
+A block of C = A @ B is held in vector registers while the whole depth streams past it: for every step one row of B is loaded as
+a few vectors, one number of A per block row is broadcast, and rows x vectors multiply-adds follow. It is emitted as LLVM IR
+because no loop that Numba compiles is kept in registers reliably. LLVM turns the same IR into AVX-512, AVX2 or NEON.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import config
+from numba.extending import intrinsic
+
+from deformconv.runtime.cache import device
+
+_INT = ir.IntType(64)
+
+
+class BlockShape(NamedTuple):
+    """Rows and vectors of the register block, and the bytes of a vector."""
+
+    rows: int
+    vectors: int
+    bytes: int
+
+
+def host_features() -> frozenset[str]:
+    """The vector extensions that Numba generates code for, as LLVM names them."""
+    chosen = config.CPU_FEATURES
+    if chosen is None:
+        return frozenset(name for name, on in llvm.get_host_cpu_features().items() if on)
+    return frozenset(name[1:] for name in chosen.split(",") if name.startswith("+"))
+
+
+def _block_shape(features: frozenset[str]) -> BlockShape:
+    # rows * vectors accumulators, the vectors of B and one broadcast must fit the registers: 32 of them, or 16.
+    if "avx512f" in features:
+        return BlockShape(12, 2, 64)
+    if "avx" in features:
+        return BlockShape(6, 2, 32)
+    if "neon" in features:
+        return BlockShape(8, 2, 16)
+    return BlockShape(4, 2, 16)
+
+
+BLOCK = _block_shape(host_features())
+ROWS, VECTORS, VECTOR_BYTES = BLOCK
+
+
+def _data_and_type(context: Any, builder: Any, array_type: Any, array: Any) -> tuple[Any, Any]:
+    return context.make_array(array_type)(context, builder, array).data, context.get_data_type(array_type.dtype)
+
+
+def _register_block(vectors: int) -> Any:
+    """The intrinsic for a block of ROWS rows and `vectors` vectors."""
+
+    @intrinsic
+    def multiply_block(typing, a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, depth, accumulate):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        signature = types.void(a, *[types.int64] * 3, b, *[types.int64] * 2, c, *[types.int64] * 3, types.boolean)
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, depth, accumulate = arguments
+            a_data, scalar = _data_and_type(context, builder, signature.args[0], a)
+            b_data, _ = _data_and_type(context, builder, signature.args[4], b)
+            c_data, _ = _data_and_type(context, builder, signature.args[7], c)
+            item = signature.args[0].dtype.bitwidth // 8
+            lanes = VECTOR_BYTES // item
+            vector = ir.VectorType(scalar, lanes)
+            zero = ir.Constant(vector, None)
+
+            def vector_at(data: Any, index: Any, v: int) -> Any:
+                place = builder.gep(data, [builder.add(index, _INT(v * lanes))], inbounds=True)
+                return builder.bitcast(place, vector.as_pointer())
+
+            def load(data: Any, index: Any, v: int) -> Any:
+                value = builder.load(vector_at(data, index, v))
+                value.align = item
+                return value
+
+            rows_of_a = [builder.add(a_start, builder.mul(_INT(r), a_row)) for r in range(ROWS)]
+            rows_of_c = [builder.add(c_start, builder.mul(_INT(r), c_row)) for r in range(ROWS)]
+            # Where C is overwritten its old values are never read: they may lie in fresh, unwritten memory.
+            before = builder.block
+            with builder.if_then(accumulate):
+                found = [load(c_data, row, v) for row in rows_of_c for v in range(vectors)]
+                reading = builder.block
+            first = []
+            for value in found:
+                start = builder.phi(vector)
+                start.add_incoming(zero, before)
+                start.add_incoming(value, reading)
+                first.append(start)
+
+            entry = builder.block
+            loop = builder.append_basic_block("depth")
+            done = builder.append_basic_block("store")
+            builder.cbranch(builder.icmp_signed(">", depth, _INT(0)), loop, done)
+            builder.position_at_end(loop)
+            step = builder.phi(_INT)
+            a_offset = builder.phi(_INT)
+            b_index = builder.phi(_INT)
+            sums = [builder.phi(vector) for _ in first]
+            row_of_b = [load(b_data, b_index, v) for v in range(vectors)]
+            results = []
+            for r in range(ROWS):
+                number = builder.load(builder.gep(a_data, [builder.add(rows_of_a[r], a_offset)], inbounds=True))
+                single = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
+                shuffle = ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
+                broadcast = builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), shuffle)
+                for v in range(vectors):
+                    product = builder.fmul(broadcast, row_of_b[v], flags=("contract",))
+                    results.append(builder.fadd(sums[r * vectors + v], product, flags=("contract",)))
+            following = builder.add(step, _INT(1))
+            for phi, start, update in [
+                (step, _INT(0), following),
+                (a_offset, _INT(0), builder.add(a_offset, a_step)),
+                (b_index, b_start, builder.add(b_index, b_step)),
+                *zip(sums, first, results, strict=True),
+            ]:
+                phi.add_incoming(start, entry)
+                phi.add_incoming(update, builder.block)
+            last = builder.block
+            builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
+
+            builder.position_at_end(done)
+            for r in range(ROWS):
+                for v in range(vectors):
+                    at = r * vectors + v
+                    final = builder.phi(vector)
+                    final.add_incoming(first[at], entry)
+                    final.add_incoming(results[at], last)
+            finals = [instruction for instruction in done.instructions if isinstance(instruction, ir.PhiInstr)]
+            for at, final in enumerate(finals):
+                builder.store(final, vector_at(c_data, rows_of_c[at // vectors], at % vectors)).align = item
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return multiply_block
+
+
+_multiply_wide = _register_block(VECTORS)
+_multiply_narrow = _register_block(1)
+
+
+@device
+def _multiply_panel(a, a_start, a_row, a_step, rows, b, b_start, b_step, c, c_start, c_row, narrow, depth, accumulate):  # type: ignore[no-untyped-def]
+    for row in range(0, rows, ROWS):
+        a_block, c_block = a_start + row * a_row, c_start + row * c_row
+        if narrow:
+            _multiply_narrow(a, a_block, a_row, a_step, b, b_start, b_step, c, c_block, c_row, depth, accumulate)
+        else:
+            _multiply_wide(a, a_block, a_row, a_step, b, b_start, b_step, c, c_block, c_row, depth, accumulate)
+
+
+@device
+def multiply_packed(a, a_start, a_row, a_step, rows, b, b_start, b_rows, b_first, c, c_start, c_row, columns, depth, accumulate):  # type: ignore[no-untyped-def]
+    """C (+)= A @ B for flat arrays, `rows` and `columns` rounded up to whole blocks, for which C (and A in its rows) has room.
+
+    Element (r, s) of A is `a[a_start + r * a_row + s * a_step]`. B lies in panels of VECTORS vectors, the last one of a single
+    vector if that is enough; a panel has `b_rows` rows, of which the product takes `depth` from `b_first` on.
+    """
+    lanes = VECTOR_BYTES // a.itemsize
+    for column in range(0, columns, VECTORS * lanes):
+        narrow = columns - column <= lanes
+        width = lanes if narrow else VECTORS * lanes
+        start = b_start + column * b_rows + b_first * width
+        _multiply_panel(a, a_start, a_row, a_step, rows, b, start, width, c, c_start + column, c_row, narrow, depth, accumulate)
+
+
+@device
+def multiply_rows(a, a_start, a_row, a_step, rows, b, b_start, b_row, c, c_start, c_row, columns, depth, accumulate):  # type: ignore[no-untyped-def]
+    """The same for a B of plain rows, `b_row` apart, that may be read up to a whole vector."""
+    lanes = VECTOR_BYTES // a.itemsize
+    for column in range(0, columns, VECTORS * lanes):
+        narrow = columns - column <= lanes
+        start = b_start + column
+        _multiply_panel(a, a_start, a_row, a_step, rows, b, start, b_row, c, c_start + column, c_row, narrow, depth, accumulate)
+
+
+@intrinsic
+def fetch_add(typing, counter):  # type: ignore[no-untyped-def]
+    """The next number of a shared counter (an int64 array of length 1), each given out once."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, _ = _data_and_type(context, builder, signature.args[0], arguments[0])
+        return builder.atomic_rmw("add", data, _INT(1), "monotonic")
+
+    return types.int64(counter), emit
+
+
+@device
+def round_up(number, multiple):  # type: ignore[no-untyped-def]
+    """The smallest multiple of `multiple` that is not below `number`."""
+    return (number + multiple - 1) // multiple * multiple
