@@ -1,0 +1,138 @@
+"""Deformable convolution in the functions of the array-API standard: any array library, any device.
+
+Differentiable by the library itself, to any order. It holds the samples of all taps at once (and an automatic
+derivative holds one copy for each of the 2**D corners): memory is the price of running everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, is_numpy_array, is_torch_array
+from array_api_compat import device as device_of
+
+from deformconv.errors import BackendError
+from deformconv.ops.conv.spec import ConvSpec, Gradients
+from deformconv.sampling import gather
+
+__all__ = ["deform_conv", "deform_conv_backward", "reasons_against"]
+
+Array = Any
+
+HALF = ("float16", "bfloat16")
+LIBRARIES = (
+    "cupy",
+    "jax",
+    "numpy",
+    "torch",
+)  # those with the standard's functions; NumPy and torch are tested
+
+
+def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
+    """Why this backend cannot run the call; none if it can."""
+    if library not in LIBRARIES:
+        return [f"{library} has no array-API functions."]
+    if backward and library == "numpy":
+        return ["NumPy has no automatic derivative."]
+    if backward and library != "torch":
+        return [f"deform_conv_backward is for torch; differentiate deform_conv with {library} itself."]
+    return []
+
+
+def deform_conv(
+    spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None
+) -> Array:
+    """The output (N, C_out, *O), by the library's own operations."""
+    if is_numpy_array(input):
+        # Infinities are data here: 0 * inf is NaN by definition, and nothing to warn of.
+        with np.errstate(invalid="ignore", over="ignore"):
+            return _deform_conv(spec, input, offset, weight, bias, mask)
+    return _deform_conv(spec, input, offset, weight, bias, mask)
+
+
+def deform_conv_backward(
+    spec: ConvSpec,
+    grad_output: Array,
+    input: Array,
+    offset: Array,
+    weight: Array,
+    mask: Array | None,
+    wanted: Collection[str],
+) -> Gradients:
+    """The gradients of sum(grad_output * output), by the library's automatic derivative."""
+    if not is_torch_array(input):
+        library = type(input).__module__.partition(".")[0]
+        reasons = reasons_against(spec, library, str(device_of(input)), backward=True)
+        raise BackendError(f"The portable backend cannot run deform_conv_backward: {reasons[0]}")
+    from torch.func import vjp
+
+    given = {"input": input, "offset": offset, "weight": weight}
+    if mask is not None:
+        given["mask"] = mask
+    names = [name for name in given if name in wanted]
+
+    def output(*arrays: Array) -> Array:
+        call = given | dict(zip(names, arrays, strict=True))
+        return deform_conv(spec, **{"mask": None, **call}, bias=None)
+
+    gradients = {}
+    if names:
+        gradients = dict(
+            zip(names, vjp(output, *[given[name] for name in names])[1](grad_output), strict=True)
+        )
+    if spec.biased and "bias" in wanted:
+        gradients["bias"] = grad_output.sum(dim=(0, *range(2, spec.rank + 2)))
+    return Gradients(**gradients)
+
+
+def _deform_conv(
+    spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None
+) -> Array:
+    xp = array_namespace(input)
+    N, C, K, P, D = spec.batch, spec.in_channels, spec.taps, spec.positions, spec.rank
+    groups, G = spec.groups, spec.offset_groups
+    dtype = input.dtype
+    if spec.dtype in HALF:
+        input, offset, weight, bias, mask = (
+            None if array is None else xp.astype(array, xp.float32)
+            for array in (input, offset, weight, bias, mask)
+        )
+
+    pixels = xp.reshape(input, (N * G, C // G, *spec.input_size))
+    offset = xp.reshape(offset, (N * G, K, D, P))
+    samples = gather.interpolate(
+        pixels, _base(xp, spec, device_of(input)), [offset[:, :, axis] for axis in range(D)], spec.boundary
+    )  # (N*G, K, P, C/G)
+    if mask is not None:
+        samples = samples * xp.reshape(mask, (N * G, K, P, 1))
+
+    columns = xp.permute_dims(xp.reshape(samples, (N, G, K, P, C // G)), (0, 3, 2, 1, 4))
+    columns = xp.reshape(columns, (N, P, K, groups, C // groups))
+    columns = xp.reshape(xp.permute_dims(columns, (0, 3, 2, 4, 1)), (N, groups, K * C // groups, P))
+    matrix = xp.reshape(weight, (groups, spec.out_channels // groups, C // groups, K))
+    matrix = xp.reshape(
+        xp.permute_dims(matrix, (0, 1, 3, 2)), (1, groups, spec.out_channels // groups, K * C // groups)
+    )
+    output = xp.reshape(xp.matmul(matrix, columns), spec.output_shape)
+    if bias is not None:
+        output = output + xp.reshape(bias, (1, spec.out_channels) + (1,) * D)
+    return xp.astype(output, dtype, copy=False)
+
+
+def _base(xp: Any, spec: ConvSpec, device: Any) -> list[Array]:
+    """For each axis p*stride - padding + k*dilation, as integers (K, P)."""
+    D = spec.rank
+    bases = []
+    for axis in range(D):
+        tap = xp.arange(spec.kernel_size[axis], device=device) * spec.dilation[axis]
+        position = (
+            xp.arange(spec.output_size[axis], device=device) * spec.stride[axis] - spec.padding[axis][0]
+        )
+        ones = (1,) * (D - 1 - axis)
+        tap = xp.reshape(tap, (spec.kernel_size[axis], *ones) + (1,) * D)
+        position = xp.reshape(position, (spec.output_size[axis], *ones))
+        base = xp.broadcast_to(tap + position, (*spec.kernel_size, *spec.output_size))
+        bases.append(xp.reshape(base, (spec.taps, spec.positions)))
+    return bases

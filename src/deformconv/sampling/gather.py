@@ -1,0 +1,84 @@
+"""The sampling rule (see `deformconv.sampling.rule`) as gathers, for any array library.
+
+Everything is differentiable by the library itself, to any order, and no step depends on the values of an
+offset. Sizes and axes are those of the arguments: C channels, D axes of `*S` pixels, positions `*Q`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from itertools import product
+from math import prod
+from operator import add, and_, or_
+from typing import Any
+
+from array_api_compat import array_namespace
+from array_api_compat import device as device_of
+
+from deformconv.sampling.rule import REACH
+
+__all__ = ["interpolate"]
+
+Array = Any
+
+
+def interpolate(pixels: Array, base: Sequence[Array], offset: Sequence[Array], boundary: str) -> Array:
+    """Sample `pixels` (B, C, *S) at base + offset, as (B, *Q, C).
+
+    `base` holds an integer array (*Q) for each axis, `offset` a floating-point array (B, *Q), in pixels.
+    """
+    xp = array_namespace(pixels)
+    B, C, *size = pixels.shape
+    outside = prod(size) * B  # the row of zeros at the end of the table
+    rows = xp.reshape(xp.permute_dims(pixels, (0, *range(2, len(size) + 2), 1)), (outside, C))
+    zeros = xp.zeros((1, C), dtype=pixels.dtype, device=device_of(pixels))
+    table = xp.concat([rows, zeros])  # one row of channels per pixel: corners outside read zeros, a constant
+
+    image = xp.arange(B, device=device_of(pixels))
+    image = xp.reshape(image, (B,) + (1,) * len(base[0].shape))
+    counts, poison, axes = _corners(xp, base, offset, size, boundary)
+    value = None
+    for ends in product(*axes):
+        pixel, inside = image, counts
+        for (index, end_inside, _), axis_size in zip(ends, size, strict=True):
+            pixel = pixel * axis_size + index
+            inside = inside & end_inside
+        weight = reduce(xp.multiply, [weight for _, _, weight in ends])
+        if value is None:
+            weight = weight + poison  # once is enough
+        row = xp.take(table, xp.reshape(xp.where(inside, pixel, outside), (-1,)), axis=0)
+        term = weight[..., None] * xp.reshape(row, (*weight.shape, C))
+        value = term if value is None else value + term
+    return value
+
+
+def _corners(
+    xp: Any, base: Sequence[Array], offset: Sequence[Array], size: Sequence[int], boundary: str
+) -> tuple[Array, Array, list[list[tuple[Array, Array, Array]]]]:
+    """Which samples count, what makes a NaN of them, and per axis its two ends: (index, inside, weight)."""
+    zero = xp.zeros((), dtype=offset[0].dtype, device=device_of(offset[0]))
+    # Comparisons with NaN are false. Offsets are replaced before they are used, not only their results after,
+    # because a derivative of 0 times the NaN or infinity of an unused branch would be NaN.
+    counts = reduce(and_, [xp.abs(axis_offset) < REACH for axis_offset in offset])
+    is_nan = reduce(or_, [xp.isnan(axis_offset) for axis_offset in offset])
+    # Zero with zero derivative but for NaN, where the square's derivative 2 * NaN reaches every axis.
+    # As a weight it meets only the row of zeros, so that the pixels' derivative stays free of it.
+    poison = reduce(add, [xp.where(is_nan, axis_offset, zero) for axis_offset in offset]) ** 2
+
+    axes = []
+    for axis_base, axis_offset, axis_size in zip(base, offset, size, strict=True):
+        safe_offset = xp.where(counts, axis_offset, zero)
+        floor = xp.floor(safe_offset)
+        low = axis_base + xp.astype(floor, axis_base.dtype)
+        high = low + 1
+        fraction = safe_offset - floor
+        low_inside = (low >= 0) & (low < axis_size)
+        high_inside = (high >= 0) & (high < axis_size)
+        if boundary == "inside":
+            is_last = low == axis_size - 1
+            fraction = xp.where(is_last, zero, fraction)
+            high = xp.where(is_last, low, high)
+            high_inside = low_inside
+        axes.append([(low, low_inside, 1 - fraction), (high, high_inside, fraction)])
+    return counts, poison, axes
