@@ -1,3 +1,48 @@
-"""Deformable convolution for Python, with no compiler and no CUDA toolkit."""
+"""Deformable convolution for Python, with no compiler and no CUDA toolkit.
+
+`deform_conv` takes NumPy arrays and PyTorch tensors; `deformconv.torch` has the layers. Frameworks and
+compiled kernels are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deformconv.errors import BackendError, ShapeError
+from deformconv.functional import deform_conv, deform_conv_backward, explain
+from deformconv.ops.conv.spec import Gradients
+
+if TYPE_CHECKING:
+    from deformconv.runtime.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BackendError",
+    "Gradients",
+    "ShapeError",
+    "__version__",
+    "deform_conv",
+    "deform_conv_backward",
+    "explain",
+    "get_num_threads",
+    "set_num_threads",
+]
+
+_THREADS = ("get_num_threads", "set_num_threads")
+# Not in dir(): completing a name must not load a framework.
+_FRAMEWORKS = ("torch",)
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _THREADS:
+        return getattr(import_module("deformconv.runtime.threads"), name)
+    if name in _FRAMEWORKS:
+        return import_module(f"deformconv.{name}")
+    raise AttributeError(f"module 'deformconv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

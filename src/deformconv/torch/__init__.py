@@ -1,0 +1,24 @@
+"""Deformable convolution for PyTorch: functions with torchvision's signature, and layers."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        "deformconv.torch needs PyTorch, which is not installed: pip install 'deformconv[torch]'",
+        name="torch",
+    ) from None
+
+from deformconv.torch.functional import deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch.modules import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups
+
+__all__ = [
+    "DeformConv1d",
+    "DeformConv2d",
+    "DeformConv3d",
+    "deform_conv1d",
+    "deform_conv2d",
+    "deform_conv3d",
+    "parameter_groups",
+]

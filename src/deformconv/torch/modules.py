@@ -1,0 +1,335 @@
+"""Layers that stand where nn.ConvNd stood: one text for 1, 2 and 3 spatial axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deformconv.errors import ShapeError
+from deformconv.ops.conv.spec import BOUNDARIES
+from deformconv.ops.window import count, integers, paddings, same_padding
+from deformconv.torch.functional import deform_conv1d, deform_conv2d, deform_conv3d
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class _DeformConvNd(nn.Module):
+    rank: ClassVar[int]
+    _operator: ClassVar[Callable[..., Tensor]]
+    _convolution: ClassVar[Callable[..., nn.Module]]
+
+    weight: Tensor
+    bias: Tensor | None
+    offset_conv: nn.Module | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | tuple[tuple[int, int], ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        modulated: bool = True,
+        offset_groups: int = 1,
+        predict_offsets: bool = True,
+        mask_scale: float = 2.0,
+        max_offset: float | None = None,
+        boundary: str = "zeros",
+    ) -> None:
+        super().__init__()
+        D = self.rank
+        self.in_channels = count("in_channels", in_channels)
+        self.out_channels = count("out_channels", out_channels)
+        self.kernel_size = integers("kernel_size", kernel_size, D, 1)
+        self.stride = integers("stride", stride, D, 1)
+        self.dilation = integers("dilation", dilation, D, 1)
+        self.groups = count("groups", groups)
+        self.offset_groups = count("offset_groups", offset_groups)
+        _check_divides("groups", self.groups, "in_channels", self.in_channels)
+        _check_divides("groups", self.groups, "out_channels", self.out_channels)
+        _check_divides("offset_groups", self.offset_groups, "in_channels", self.in_channels)
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(
+                f"`padding_mode` is {padding_mode!r}; expected one of {', '.join(PADDING_MODES)}."
+            )
+        if boundary not in BOUNDARIES:
+            raise ValueError(f"`boundary` is {boundary!r}; expected one of {', '.join(BOUNDARIES)}.")
+        self.padding_mode = padding_mode
+        self.boundary = boundary
+        self.modulated = modulated
+        self.mask_scale = _positive("mask_scale", mask_scale)
+        self.max_offset = None if max_offset is None else _positive("max_offset", max_offset)
+        self._set_padding(padding)
+
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.offset_conv = self._predictor() if predict_offsets else None
+        self.reset_parameters()
+
+    def _set_padding(self, padding: Any) -> None:
+        """Keep the padding as given, and as the operator, the predictor and F.pad take it."""
+        pairs = paddings(padding, self.rank)
+        if isinstance(pairs, str):
+            self.padding: Any = pairs
+            same = pairs == "same"
+            pairs = (
+                same_padding(self.kernel_size, self.stride, self.dilation) if same else ((0, 0),) * self.rank
+            )
+            symmetric = all(before == after for before, after in pairs)
+        else:
+            symmetric = all(before == after for before, after in pairs)
+            self.padding = tuple(before for before, _ in pairs) if symmetric else pairs
+        amounts = [amount for pair in reversed(pairs) for amount in pair]
+        zeros = self.padding_mode == "zeros"
+        self._operator_padding = pairs if zeros else ((0, 0),) * self.rank
+        # In another mode the input is padded first, for the operator and the predictor alike; zeros that
+        # nn.ConvNd cannot add itself, different amounts on two sides, for the predictor alone.
+        self._input_padding = [] if zeros else amounts
+        self._predictor_input_padding = amounts if zeros and not symmetric else []
+        self._predictor_padding = tuple(before for before, _ in pairs) if zeros and symmetric else 0
+
+    def _predictor(self) -> nn.Module:
+        taps = math.prod(self.kernel_size)
+        # It takes no random numbers, so that a seed gives a net the weights that it gives one of nn.ConvNd.
+        return nn.utils.skip_init(
+            self._convolution,
+            self.in_channels,
+            self.offset_groups * taps * (self.rank + self.modulated),
+            self.kernel_size,
+            self.stride,
+            self._predictor_padding,
+            self.dilation,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+
+    def reset_parameters(self) -> None:
+        """Initialise `weight` and `bias` as nn.ConvNd does, and the predictor with zeros."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+        if self.offset_conv is not None:
+            for parameter in self.offset_conv.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, input: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Convolve with predicted offsets and masks, or with exactly those passed: without mask, v1."""
+        if offset is None and mask is not None:
+            raise TypeError("`mask` was passed without `offset`; expected both, or neither to predict them.")
+        if mask is not None and not self.modulated:
+            raise ValueError(
+                "`mask` was passed to a layer without modulation (v1); expected `offset` alone. For v2 build "
+                "the layer with modulated=True."
+            )
+        input = self._padded(input)
+        if offset is None:
+            offset, mask = self._predict(input)
+        return type(self)._operator(
+            input, offset, self.weight, self.bias, self.stride, self._operator_padding, self.dilation, mask,
+            groups=self.groups, offset_groups=self.offset_groups, boundary=self.boundary,
+        )  # fmt: skip
+
+    def offsets_and_mask(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the layer predicts for `input`: offsets in input pixels, and the mask or, in v1, None.
+
+        `layer(input, *layer.offsets_and_mask(input))` is `layer(input)`.
+        """
+        return self._predict(self._padded(input))
+
+    def _padded(self, input: Tensor) -> Tensor:
+        return F.pad(input, self._input_padding, self.padding_mode) if self._input_padding else input
+
+    def _predict(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.offset_conv is None:
+            raise TypeError(
+                "`offset` is missing and this layer predicts none (predict_offsets=False); expected "
+                "layer(input, offset) or layer(input, offset, mask)."
+            )
+        if self._predictor_input_padding:
+            input = F.pad(input, self._predictor_input_padding)
+        raw = self.offset_conv(input)
+        offsets = self.offset_groups * math.prod(self.kernel_size) * self.rank
+        offset = raw[:, :offsets]
+        if self.max_offset is not None:
+            offset = self.max_offset * torch.tanh(offset / self.max_offset)
+        return offset, self.mask_scale * torch.sigmoid(raw[:, offsets:]) if self.modulated else None
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        parts.append(f"stride={self.stride}")
+        shown = {
+            "padding": (0,) * self.rank,
+            "dilation": (1,) * self.rank,
+            "groups": 1,
+            "padding_mode": "zeros",
+            "modulated": True,
+            "offset_groups": 1,
+            "mask_scale": 2.0,
+            "max_offset": None,
+            "boundary": "zeros",
+        }
+        parts += [f"{name}={value!r}" for name in shown if (value := getattr(self, name)) != shown[name]]
+        parts += ["bias=False"] * (self.bias is None) + ["predict_offsets=False"] * (self.offset_conv is None)
+        return ", ".join(parts)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        predictor = any(key.startswith(f"{prefix}offset_conv.") for key in state_dict)
+        if strict and self.offset_conv is not None and not predictor and f"{prefix}weight" in state_dict:
+            name = prefix.removesuffix(".") or type(self).__name__
+            error_msgs.append(
+                f"{name}: the state has no offset_conv, so it is a plain convolution's. load_state_dict(..., "
+                "strict=False) takes its weight and bias and leaves the predictor of offsets as it is."
+            )
+
+
+class DeformConv2d(_DeformConvNd):
+    """Deformable convolution (v1 or v2) that stands where nn.Conv2d stood, and predicts its own offsets.
+
+    `layer(x)` predicts an offset for every tap at every output position and, in v2, a mask. A fresh layer
+    predicts offsets 0 and masks 1, so it computes what the convolution with its weights computes.
+    `layer(x, offset)` and `layer(x, offset, mask)` use exactly what is passed: without mask, v1.
+
+    `weight` and `bias` have nn.Conv2d's names and shapes: `layer.load_state_dict(conv.state_dict(),
+    strict=False)` takes a trained convolution. The predictor is `layer.offset_conv`, an nn.Conv2d over the
+    same window: first 2*K channels of offsets per offset group (dy before dx), then K of masks. It is usually
+    trained at a tenth of the learning rate: see `parameter_groups`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype: as nn.Conv2d. `padding` may also be pairs ((top, bottom), (left, right)).
+        modulated: True is v2, False is v1 (no masks).
+        offset_groups: the channels are split into that many groups with offsets of their own.
+        predict_offsets: False leaves out the predictor; offsets are then passed in the call.
+        mask_scale: masks are mask_scale*sigmoid(raw).
+        max_offset: bounds predicted offsets smoothly, to max_offset*tanh(raw/max_offset) input pixels.
+        boundary: "zeros" or "inside", as in `deformconv.deform_conv`.
+
+    Shape:
+        input (N, C_in, H, W), output (N, C_out, H_out, W_out); for the K taps of the kernel offset
+        (N, offset_groups*2*K, H_out, W_out) and mask (N, offset_groups*K, H_out, W_out).
+
+    Raises:
+        ShapeError: a shape or an argument's value does not fit.
+        TypeError: no offset for a layer that predicts none, a mask without an offset, or mixed dtypes.
+
+    Example:
+        >>> import torch
+        >>> from deformconv.torch import DeformConv2d
+        >>> layer = DeformConv2d(3, 8, 3, padding=1)
+        >>> x = torch.rand(10, 3, 100, 100)
+        >>> layer(x).shape
+        torch.Size([10, 8, 100, 100])
+        >>> offset, mask = layer.offsets_and_mask(x)
+        >>> offset.shape, mask.shape
+        (torch.Size([10, 18, 100, 100]), torch.Size([10, 9, 100, 100]))
+
+    Papers: v1, arXiv 1703.06211, equation 2; v2, arXiv 1811.11168, equation 1.
+    """
+
+    rank = 2
+    _operator = staticmethod(deform_conv2d)
+    _convolution = nn.Conv2d
+
+
+class DeformConv1d(_DeformConvNd):
+    """`DeformConv2d`, which see, where nn.Conv1d stood: input (N, C_in, W).
+
+    Example:
+        >>> import torch
+        >>> from deformconv.torch import DeformConv1d
+        >>> DeformConv1d(16, 8, 5, padding="same")(torch.rand(4, 16, 200)).shape
+        torch.Size([4, 8, 200])
+    """
+
+    rank = 1
+    _operator = staticmethod(deform_conv1d)
+    _convolution = nn.Conv1d
+
+
+class DeformConv3d(_DeformConvNd):
+    """`DeformConv2d`, which see, where nn.Conv3d stood: input (N, C_in, D, H, W).
+
+    Example:
+        >>> import torch
+        >>> from deformconv.torch import DeformConv3d
+        >>> DeformConv3d(4, 6, 3, padding=1)(torch.rand(1, 4, 8, 16, 16)).shape
+        torch.Size([1, 6, 8, 16, 16])
+    """
+
+    rank = 3
+    _operator = staticmethod(deform_conv3d)
+    _convolution = nn.Conv3d
+
+
+def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) -> list[dict[str, Any]]:
+    """Split a model's parameters into groups for an optimizer, in which predictors of offsets train slower.
+
+    Args:
+        model: any module; the predictors are the `offset_conv` of the deformable layers within.
+        lr: the learning rate of all other parameters.
+        offset_lr_scale: the predictors' learning rate is lr*offset_lr_scale.
+
+    Returns:
+        At most two groups, the others' before the predictors'; frozen parameters are in neither, shared ones
+        in one.
+
+    Example:
+        >>> import torch
+        >>> from deformconv.torch import DeformConv2d, parameter_groups
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), DeformConv2d(8, 8, 3))
+        >>> optimizer = torch.optim.SGD(parameter_groups(net, lr=0.1), momentum=0.9)
+        >>> [round(group["lr"], 6) for group in optimizer.param_groups]
+        [0.1, 0.01]
+    """
+    predictors = {
+        id(parameter)
+        for layer in model.modules()
+        if isinstance(layer, _DeformConvNd) and layer.offset_conv is not None
+        for parameter in layer.offset_conv.parameters()
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in predictors], "lr": lr},
+        {"params": [p for p in trained if id(p) in predictors], "lr": lr * offset_lr_scale},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _check_divides(name: str, divisor: int, of: str, number: int) -> None:
+    if number % divisor:
+        raise ShapeError(f"`{name}` is {divisor}; expected a divisor of {of} = {number}.")
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"`{name}` is {value!r}; expected a number above 0.")
+    return float(value)
