@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +21,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a file is replaced in one step within a file system only; with the same suffix,
+    # In the same folder, since only within a file system is a file replaced in one step; with the same suffix,
     # from which writers choose the format.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    part = Path(name)
+    part = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
-        os.close(handle)
         yield part
-        # mkstemp makes a file for its owner alone; what comes out has the permissions of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)

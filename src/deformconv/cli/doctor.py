@@ -1,0 +1,209 @@
+"""`deformconv doctor`: what there is, what is used, and whether it computes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import textwrap
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import deformconv
+from deformconv import dispatch
+from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
+
+__all__ = ["run"]
+
+PACKAGES = ("numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "matplotlib", "rich")
+# Those of the host's vector extensions that decide how fast kernels are.
+EXTENSIONS = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")
+TOLERANCE = 1e-5  # float32 against the float64 reference
+
+WINDOW: dict[str, Any] = {"stride": (1, 2), "padding": ((0, 0), (1, 1))}
+
+Lines = Iterator[tuple[str, str]]  # what, and what is found of it
+
+
+def run() -> int:
+    """Print the report and return the exit code: 1 if a backend computes wrongly or something cannot be found out."""
+    click.secho(f"deformconv {deformconv.__version__}", bold=True, nl=False)
+    click.echo(f"  {Path(deformconv.__file__).parent}")
+    failures = [
+        *_print("Versions", _versions),
+        *_print("Processor", _processor),
+        *_print("Kernel cache", _cache),
+        *_print("Backends", _backends),
+        *_print("Self-test: forward and backward against the reference", _self_test),
+    ]
+    if failures:
+        click.secho(f"\nNot in order: {', '.join(failures)}.", fg="red", bold=True)
+        return 1
+    click.secho("\nAll in order.", fg="green", bold=True)
+    return 0
+
+
+def _print(title: str, section: Callable[[], Lines]) -> list[str]:
+    """Print a section line by line, as it is found out; return the names of its failed lines."""
+    click.secho(f"\n{title}", bold=True)
+    failures = []
+    try:
+        for name, text in section():
+            failed = text.startswith("FAILED")
+            failures += [name] * failed
+            _print_line(name, text, failed)
+    except Exception as error:
+        # A broken installation is what a doctor is for: the other sections are still worth reading.
+        failures.append(title.partition(":")[0].lower())
+        _print_line("", f"FAILED: {type(error).__name__}: {error}", True)
+    return failures
+
+
+def _print_line(name: str, text: str, failed: bool = False) -> None:
+    # Paths are not broken, so that they can be copied.
+    filled = textwrap.fill(
+        text, 79, initial_indent=f"  {name:<18}", subsequent_indent=" " * 20, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    click.secho(filled, fg="red" if failed else None)
+
+
+def _versions() -> Lines:
+    yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}"
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "not installed"
+
+
+def _processor() -> Lines:
+    from deformconv.runtime import threads
+
+    yield "name", _processor_name()
+    if find_spec("numba") is not None:
+        from llvmlite import binding
+
+        from deformconv.runtime import vectors
+
+        features = vectors.host_features()
+        block = vectors.BLOCK
+        yield "to LLVM", binding.get_host_cpu_name()
+        yield "extensions", " ".join(name for name in EXTENSIONS if name in features) or "none that kernels use"
+        yield "register block", f"{block.rows} rows x {block.vectors} vectors of {block.bytes} bytes"
+    usable, present = threads.available_processors(), os.cpu_count()
+    yield "processors", f"{usable} usable of {present} present (affinity and control-group quota)"
+    yield "threads", f"{threads.get_num_threads()}{_thread_variables()}"
+
+
+def _thread_variables() -> str:
+    given = {name: os.environ.get(name) for name in ("DEFORMCONV_NUM_THREADS", "OMP_NUM_THREADS")}
+    return "".join(f", {name}={value}" for name, value in given.items() if value)
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _cache() -> Lines:
+    if find_spec("numba") is None:
+        yield "folder", "none, since Numba is not installed"
+        return
+    from deformconv.runtime import cache
+
+    folder = cache.cache_folder()
+    if folder is None:
+        yield "folder", (
+            "none can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR to one that can"
+        )
+        return
+    yield "folder", str(folder)
+    yield "writable", "yes" if os.access(folder, os.W_OK) else "no"
+    kernels = len(cache.cached_files())
+    yield "kernels in it", str(kernels) if kernels else "none yet: `deformconv warmup` compiles them"
+
+
+def _backends() -> Lines:
+    spec, _ = _tiny_call()
+    for library in ("numpy", "torch"):
+        if find_spec(library) is None:
+            yield library, "not installed"
+            continue
+        for line in dispatch.explain(spec, library, "cpu").splitlines()[1:]:
+            backend = line.startswith(" ")
+            direction, _, chosen = line.partition(": ")
+            yield ("", line.strip()) if backend else (f"{library} {direction}", chosen)
+
+
+def _self_test() -> Lines:
+    spec, arrays = _tiny_call()
+    grad_output = np.random.default_rng(1).normal(size=spec.output_shape).astype(np.float32)
+    expected = _values("reference", arrays, grad_output)
+    for backend in ("cpu", "portable"):
+        for backward in (False, True):
+            direction = "backward" if backward else "forward"
+            if dispatch.load(spec, backend).reasons_against(spec, "numpy", "cpu", backward):
+                continue
+            found = _values(backend, arrays, grad_output, backward)
+            yield f"{backend} {direction}", _verdict(found, expected)
+    if find_spec("torch") is not None:
+        yield "torch, both", _verdict(_torch_values(arrays, grad_output), expected)
+
+
+def _tiny_call() -> tuple[ConvSpec, dict[str, Any]]:
+    """A small v2 call with nothing symmetric about it, and its arrays."""
+    random = np.random.default_rng(0)
+    shapes = {"input": (2, 4, 6, 7), "offset": (2, 24, 5, 4), "weight": (6, 2, 2, 3), "bias": (6,)}
+    shapes["mask"] = (2, 12, 5, 4)
+    arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    operands = {name: Operand(array.shape, "float32") for name, array in arrays.items()}
+    return conv_spec(**operands, **WINDOW), arrays
+
+
+def _values(
+    backend: str, arrays: dict[str, Any], grad_output: Any, backward: bool | None = None
+) -> dict[str, Any]:
+    """The output, or the gradients, or both, by name."""
+    values: dict[str, Any] = {}
+    if backward is not True:
+        values["output"] = deformconv.deform_conv(**arrays, **WINDOW, backend=backend)
+    if backward is not False:
+        gradients = deformconv.deform_conv_backward(grad_output, **arrays, **WINDOW, backend=backend)
+        values.update(gradients._asdict())
+    return values
+
+
+def _torch_values(arrays: dict[str, Any], grad_output: Any) -> dict[str, Any]:
+    import torch
+
+    from deformconv.torch import deform_conv2d
+
+    tensors = {name: torch.from_numpy(array.copy()).requires_grad_() for name, array in arrays.items()}
+    output = deform_conv2d(**tensors, **WINDOW)
+    output.backward(torch.from_numpy(grad_output))
+    gradients = {name: tensor.grad.numpy() for name, tensor in tensors.items() if tensor.grad is not None}
+    return {"output": output.detach().numpy(), **gradients}
+
+
+def _verdict(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """The largest error of several tensors, each max|a - b| / max|b|."""
+    errors = {
+        name: float(np.max(np.abs(value - expected[name])) / np.max(np.abs(expected[name])))
+        for name, value in found.items()
+    }
+    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+    if errors[worst] <= TOLERANCE:
+        return f"ok, error {errors[worst]:.0e}"
+    return f"FAILED: error {errors[worst]:.1e} in {worst}; {TOLERANCE:.0e} is the most that rounding explains"
