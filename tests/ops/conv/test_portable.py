@@ -1,0 +1,48 @@
+"""The portable backend on NumPy, and its reasons."""
+
+from __future__ import annotations
+
+import pytest
+from tests.ops.conv.cases import make
+from tests.ops.conv.suite import SMALL, ForwardSuite, in_float64
+from tests.tolerances import assert_close
+
+from deformconv.errors import BackendError
+from deformconv.ops.conv import portable, reference
+from deformconv.ops.conv.spec import GRADIENTS
+
+
+class TestOnNumPy(ForwardSuite):
+    backend = portable
+
+    def test_half_precision_is_computed_in_float32(self) -> None:
+        call = make(SMALL, "float16")
+        output = self.output(call)
+        assert output.dtype == "float16"
+        assert_close(output, in_float64(call, reference.deform_conv), "float16")
+
+    def test_backward_raises(self) -> None:
+        c = make(SMALL)
+        with pytest.raises(
+            BackendError, match="cannot run deform_conv_backward: NumPy has no automatic derivative"
+        ):
+            portable.deform_conv_backward(
+                c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS
+            )
+
+
+@pytest.mark.parametrize(
+    ("library", "backward", "reason"),
+    [
+        ("numpy", False, None),
+        ("torch", False, None),
+        ("torch", True, None),
+        ("numpy", True, "NumPy has no automatic derivative."),
+        ("jax", True, "differentiate deform_conv with jax itself"),
+        ("mxnet", False, "mxnet has no array-API functions."),
+    ],
+)
+def test_reasons(library: str, backward: bool, reason: str | None) -> None:
+    reasons = portable.reasons_against(make(SMALL).spec, library, "cpu", backward)
+    assert len(reasons) == (reason is not None)
+    assert reason is None or reason in reasons[0]
