@@ -29,11 +29,3 @@ def test_an_interrupted_file_leaves_the_old_one_and_no_rest(tmp_path, error):
         raise error
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["name.txt"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
-def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
-    (tmp_path / "plain").touch()
-    with whole_file(tmp_path / "whole"):
-        pass
-    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode

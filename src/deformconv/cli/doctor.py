@@ -31,7 +31,7 @@ Lines = Iterator[tuple[str, str]]  # what, and what is found of it
 
 
 def run() -> int:
-    """Print the report and return the exit code: 1 if a backend computes wrongly or something cannot be found out."""
+    """Print the report and return the exit code: 1 if a self-test or a section of the report failed."""
     click.secho(f"deformconv {deformconv.__version__}", bold=True, nl=False)
     click.echo(f"  {Path(deformconv.__file__).parent}")
     failures = [
@@ -95,7 +95,10 @@ def _processor() -> Lines:
         features = vectors.host_features()
         block = vectors.BLOCK
         yield "to LLVM", binding.get_host_cpu_name()
-        yield "extensions", " ".join(name for name in EXTENSIONS if name in features) or "none that kernels use"
+        yield (
+            "extensions",
+            " ".join(name for name in EXTENSIONS if name in features) or "none that kernels use",
+        )
         yield "register block", f"{block.rows} rows x {block.vectors} vectors of {block.bytes} bytes"
     usable, present = threads.available_processors(), os.cpu_count()
     yield "processors", f"{usable} usable of {present} present (affinity and control-group quota)"
@@ -125,8 +128,9 @@ def _cache() -> Lines:
 
     folder = cache.cache_folder()
     if folder is None:
-        yield "folder", (
-            "none can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR to one that can"
+        yield (
+            "folder",
+            ("none can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR to one that can"),
         )
         return
     yield "folder", str(folder)
@@ -168,8 +172,9 @@ def _tiny_call() -> tuple[ConvSpec, dict[str, Any]]:
     shapes = {"input": (2, 4, 6, 7), "offset": (2, 24, 5, 4), "weight": (6, 2, 2, 3), "bias": (6,)}
     shapes["mask"] = (2, 12, 5, 4)
     arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    operands = {name: Operand(array.shape, "float32") for name, array in arrays.items()}
-    return conv_spec(**operands, **WINDOW), arrays
+    operands = {name: Operand(array.shape, str(array.dtype)) for name, array in arrays.items()}
+    x, offset, weight, bias, mask = operands.values()
+    return conv_spec(x, offset, weight, bias, mask, **WINDOW), arrays
 
 
 def _values(
@@ -190,10 +195,12 @@ def _torch_values(arrays: dict[str, Any], grad_output: Any) -> dict[str, Any]:
 
     from deformconv.torch import deform_conv2d
 
-    tensors = {name: torch.from_numpy(array.copy()).requires_grad_() for name, array in arrays.items()}
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(array.copy()).requires_grad_() for name, array in arrays.items()
+    }
     output = deform_conv2d(**tensors, **WINDOW)
     output.backward(torch.from_numpy(grad_output))
-    gradients = {name: tensor.grad.numpy() for name, tensor in tensors.items() if tensor.grad is not None}
+    gradients = {name: tensor.grad.numpy() for name, tensor in tensors.items()}
     return {"output": output.detach().numpy(), **gradients}
 
 

@@ -29,7 +29,9 @@ def deformconv() -> None:
 
 @deformconv.command()
 @click.option("--fast", is_flag=True, help="A few training steps only: under 30 seconds, for a first look.")
-@click.option("--seeds", type=click.IntRange(1), help="Train every net this many times.  [default: 2, fast: 1]")
+@click.option(
+    "--seeds", type=click.IntRange(1), help="Train every net this many times.  [default: 2, fast: 1]"
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The first of the seeds.")
 @click.option(
     "--output",
@@ -78,8 +80,9 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
 def warmup(dtype: str, ranks: tuple[str, ...]) -> int:
     """Compile the CPU kernels now, not at the first call.
 
-    The machine code is kept in a folder (see `deformconv doctor`, or set DEFORMCONV_CACHE_DIR), so this is done
-    once per machine; in a container's build it saves every container the time. Ends with 1 if nothing can be kept.
+    The machine code is kept in a folder (see `deformconv doctor`, or set DEFORMCONV_CACHE_DIR), so this is
+    done once per machine; in a container's build it saves every container the time. Ends with 1 if nothing
+    can be kept.
     """
     from deformconv.cli.warmup import run
 
@@ -91,8 +94,8 @@ def warmup(dtype: str, ranks: tuple[str, ...]) -> int:
 def doctor() -> int:
     """Report what there is, what is used, and whether it computes.
 
-    Versions, processor, threads, cache folder, which backends run and why the others do not; then a tiny forward
-    and backward pass is compared with the reference. Ends with 1 if that fails.
+    Versions, processor, threads, cache folder, which backends run and why the others do not; then a tiny
+    forward and backward pass is compared with the reference. Ends with 1 if that fails.
     """
     from deformconv.cli.doctor import run
 

@@ -25,7 +25,7 @@ def run(dtypes: Sequence[str], ranks: Sequence[int]) -> int:
     folder = cache.cache_folder()
     if not after:
         click.echo(
-            "No folder can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR to one that can.",
+            "No folder can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR.",
             err=True,
         )
         return 1

@@ -21,8 +21,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since only within a file system is a file replaced in one step; with the same suffix,
-    # from which writers choose the format.
+    # In the same folder, since only within a file system is a file replaced in one step; with the same
+    # suffix, from which writers choose the format.
     part = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield part

@@ -26,9 +26,9 @@ POSITIONS = (20 * 20, 20 * 20, 20 * 20, 10 * 10, 10 * 10)
 
 
 class DigitNet(nn.Module):
-    """Five 3x3 convolutions over a 40 x 40 canvas, the third and the fifth of them deformable, and one linear layer.
+    """Five 3x3 convolutions over a 40 x 40 canvas, the third and the fifth deformable, and a linear layer.
 
-    Channels: 1 -> 16 (stride 2) -> 24 -> middle -> 48 (stride 2) -> middle, their maximum over positions -> 10.
+    Channels: 1 -> 16 (stride 2) -> 24 -> middle -> 48 (stride 2) -> middle, maximum over positions -> 10.
     """
 
     def __init__(self, kind: str) -> None:
@@ -51,20 +51,18 @@ class DigitNet(nn.Module):
         return scores
 
 
-def _middle(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+def _middle(kind: str, in_channels: int, out_channels: int) -> nn.Conv2d | DeformConv2d:
     if kind == "plain":
         return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     return DeformConv2d(in_channels, out_channels, 3, padding=1, bias=False, modulated=kind == "v2")
 
 
-def _block(convolution: nn.Module) -> nn.Module:
-    weight = convolution.weight
-    assert isinstance(weight, Tensor)
-    return nn.Sequential(convolution, nn.BatchNorm2d(len(weight)), nn.ReLU(inplace=True))
+def _block(convolution: nn.Conv2d | DeformConv2d) -> nn.Module:
+    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU(inplace=True))
 
 
 def multiply_adds(net: DigitNet) -> int:
-    """Multiply-adds of the convolutions for one image; a sample counts 4 for its corners and 1 for its mask."""
+    """Multiply-adds of the convolutions on one image; a sample takes 4 for its corners, 1 for its mask."""
     total = 0
     for block, positions in zip(net.body, POSITIONS, strict=True):
         total += positions * sum(p.numel() for p in block.parameters() if p.ndim == 4)
@@ -80,7 +78,7 @@ class Schedule:
 
     steps: int
     evaluations: int  # on the held-out digits, the last one after the last step
-    batch: int = 100
+    batch: int = 64
     learning_rate: float = 4e-3  # the peak of a one-cycle schedule; predictors of offsets get a tenth of it
 
     @property

@@ -1,0 +1,224 @@
+"""`deformconv demo`: the classic example, three nets trained, pictures of where they look, a net kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, median
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from deformconv.ops.conv import cpu
+from deformconv.runtime import cache
+from deformconv.studies import digits
+from deformconv.studies.digits import Digits
+from deformconv.studies.files import whole_file
+from deformconv.studies.training import KINDS, DigitNet, Run, Schedule, multiply_adds, scores, train
+from deformconv.torch import deform_conv2d
+
+__all__ = ["run"]
+
+FULL = Schedule(steps=300, evaluations=6)
+FAST = Schedule(steps=20, evaluations=2)
+TOLERANCE = 1e-5  # float32, max|a - b| / max|b|
+LAYERS = {2: "stride 2", 4: "stride 4"}  # the nets' deformable layers, by block
+
+
+def run(output: Path, *, fast: bool, seeds: int, first_seed: int) -> int:
+    """Run the four parts and return the exit code: 1 if a check failed."""
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    _warm_up(console)
+    holds = [classic_example(console, repeats=3 if fast else 7)]
+    training, held_out = digits.split(digits.load(), held_out=300 if fast else 1000)
+    schedule, all_seeds = FAST if fast else FULL, range(first_seed, first_seed + seeds)
+    runs = compare_nets(console, training, held_out, schedule, all_seeds)
+    net = next(run.net for run in runs if run.kind == "v2")
+    draw(console, output, runs, net, held_out)
+    holds.append(keep(console, output, net, held_out))
+    console.print(f"\nDone in {time.perf_counter() - started:.0f} s.", style="bold")
+    return 0 if all(holds) else 1
+
+
+def _warm_up(console: Console) -> None:
+    cache.notice.announce = None  # said here instead
+    if cache.cached_files():
+        cpu.warmup(["float32"], [2])
+        return
+    console.print("Compiling the kernels for this machine, once (about half a minute) ...")
+    cpu.warmup(["float32"], [2])
+
+
+def _title(console: Console, number: int, title: str) -> None:
+    console.print(f"\n[bold]{number}. {title}[/]")
+
+
+def _check(console: Console, statement: str, error: float, limit: float = TOLERANCE) -> bool:
+    """Say whether a difference is within its limit, and return it. A NaN is not."""
+    holds = error <= limit
+    verdict = "[green]ok[/]" if holds else "[bold red]FAILED[/]"
+    console.print(f"  {statement}: difference {error:.0e}, limit {limit:.0e}: {verdict}")
+    return holds
+
+
+def classic_example(console: Console, repeats: int) -> bool:
+    """v1 and v2 on random input: shapes, times beside a plain convolution, and the check at zero offsets."""
+    _title(console, 1, "The classic example: a 3x3 kernel, 3 -> 64 channels, on 10 images of 100 x 100")
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 3, 100, 100, generator=random)
+    weight = torch.randn(64, 3, 3, 3, generator=random) / 27**0.5
+    offset = torch.randn(10, 18, 100, 100, generator=random)  # 2 axes x 9 taps, in pixels
+    mask = torch.rand(10, 9, 100, 100, generator=random)  # 9 taps
+    calls: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "plain": (lambda x, w: conv2d(x, w, padding=1), [x, weight]),
+        "v1": (lambda x, w, o: deform_conv2d(x, o, w, padding=1), [x, weight, offset]),
+        "v2": (lambda x, w, o, m: deform_conv2d(x, o, w, padding=1, mask=m), [x, weight, offset, mask]),
+    }
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("", "offset", "mask", "output"):
+        table.add_column(name)
+    for name in ("forward", "with backward"):
+        table.add_column(name, justify="right")
+    for name, (call, arguments) in calls.items():
+        shapes = [_shape(arguments[i]) if i < len(arguments) else "" for i in (2, 3)]
+        forward, both = _milliseconds(call, arguments, repeats)
+        table.add_row(name, *shapes, _shape(call(*arguments)), f"{forward:.1f} ms", f"{both:.1f} ms")
+    console.print(table)
+    plain = conv2d(x, weight, padding=1)
+    zero, one = torch.zeros_like(offset), torch.ones_like(mask)
+    v1, v2 = deform_conv2d(x, zero, weight, padding=1), deform_conv2d(x, zero, weight, padding=1, mask=one)
+    holds = _check(console, "v1 with zero offsets is the plain convolution", _difference(v1, plain))
+    return _check(console, "v2 with zero offsets and masks of 1 is, too", _difference(v2, plain)) and holds
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _milliseconds(call: Callable[..., Tensor], arguments: list[Tensor], repeats: int) -> tuple[float, float]:
+    """Medians, warm: a forward pass alone, and one with the gradients of all arguments."""
+    leaves = [argument.clone().requires_grad_() for argument in arguments]
+    grad_output = torch.randn_like(call(*arguments))
+
+    def forward() -> None:
+        with torch.inference_mode():
+            call(*arguments)
+
+    def both() -> None:
+        torch.autograd.grad(call(*leaves), leaves, grad_output)
+
+    medians = []
+    for work in (forward, both):
+        work()
+        seconds = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+        medians.append(1000 * median(seconds))
+    return medians[0], medians[1]
+
+
+def compare_nets(
+    console: Console, training: Digits, held_out: Digits, schedule: Schedule, seeds: Sequence[int]
+) -> list[Run]:
+    """Train one net of each kind for every seed, with progress, and print what came out."""
+    _title(console, 2, "Three nets of equal budget on handwritten digits, scaled, turned and moved")
+    # The held-out canvases are one and the same for all seeds.
+    canvases = digits.scatter(held_out, np.random.default_rng(0))
+    console.print(f"  {len(training.labels)} digits to train on, {len(canvases.labels)} others held out\n")
+    console.print(f"  {'':11}{'training loss':22}held-out accuracy", style="bold")
+    console.print("  seed step  " + "".join(f"{kind:>6} " for kind in KINDS) * 2, style="bold")
+    columns = (
+        TextColumn(" "),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    runs: list[Run] = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(seeds) * schedule.steps)
+        for seed in seeds:
+            latest: list[Run] = []
+            for step, latest in enumerate(train(training, canvases, schedule, seed), 1):
+                live = " ".join(f"{run.kind} {run.losses[-1]:.2f}" for run in latest)
+                progress.update(task, advance=1, description=f"loss {live}")
+                if step in schedule.evaluation_steps:
+                    losses = "".join(f"{mean(run.losses[-15:]):6.3f} " for run in latest)
+                    accuracies = "".join(f"{run.accuracies[step]:6.1%} " for run in latest)
+                    progress.console.print(f"  {seed:4} {step:4}  {losses}{accuracies}")
+            runs += latest
+    console.print(_result(runs, schedule))
+    return runs
+
+
+def _result(runs: Sequence[Run], schedule: Schedule) -> Table:
+    seeds = len({run.seed for run in runs})
+    table = Table(
+        box=box.SIMPLE, pad_edge=False, caption_justify="left", caption=(
+            f"  Equal budget: parameters and multiply-adds within 1 %, the same {schedule.steps} steps of "
+            f"{schedule.batch} digits\n  and the same schedule for all; nothing is tuned for one of them. "
+            f"Mean of {seeds} seed{'s' * (seeds > 1)}, lowest to highest."
+        ),
+    )  # fmt: skip
+    table.add_column("")
+    for name in ("parameters", "multiply-adds", "time a step", "held-out accuracy", "spread"):
+        table.add_column(name, justify="right")
+    for kind in KINDS:
+        same = [run for run in runs if run.kind == kind]
+        accuracies = [100 * run.accuracy for run in same]
+        table.add_row(
+            kind,
+            f"{sum(parameter.numel() for parameter in same[0].net.parameters()):,}",
+            f"{multiply_adds(same[0].net) / 1e6:.1f} M",
+            f"{1000 * median(run.seconds_per_step for run in same):.0f} ms",
+            f"{mean(accuracies):.1f} %",
+            f"{min(accuracies):.1f} - {max(accuracies):.1f}" if seeds > 1 else "one seed",
+        )
+    return table
+
+
+def draw(console: Console, output: Path, runs: Sequence[Run], net: DigitNet, held_out: Digits) -> None:
+    """Write the pictures."""
+    # Not at the top: the first import of matplotlib builds its font cache, which takes a while.
+    from deformconv.studies.pictures import looks, training_curves
+
+    _title(console, 3, "Pictures")
+    figures = {
+        f"sampling-points-{name.replace(' ', '-')}.png": looks(net, held_out, block)
+        for block, name in LAYERS.items()
+    }
+    figures["training.png"] = training_curves(runs)
+    for name, figure in figures.items():
+        with whole_file(output / name) as part:
+            figure.savefig(part, dpi=150)
+        console.print(f"  {output / name}", soft_wrap=True)
+
+
+def keep(console: Console, output: Path, net: DigitNet, held_out: Digits) -> bool:
+    """Save the net, load it into a new one, and check that the two predict alike."""
+    _title(console, 4, "The v2 net, saved and loaded again")
+    path = output / "digits-v2.pt"
+    with whole_file(path) as part:
+        torch.save({"kind": net.kind, "state": net.state_dict()}, part)
+    loaded = torch.load(path, weights_only=True)
+    again = DigitNet(loaded["kind"])
+    again.load_state_dict(loaded["state"])
+    canvases = digits.scatter(held_out, np.random.default_rng(0)).images
+    console.print(f"  {path}", soft_wrap=True)
+    return _check(
+        console, "scores of the loaded net", _difference(scores(again, canvases), scores(net, canvases))
+    )
