@@ -7,12 +7,13 @@ because no loop that Numba compiles is kept in registers reliably. LLVM turns th
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import config
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from deformconv.runtime.cache import device
@@ -180,6 +181,149 @@ def multiply_rows(a, a_start, a_row, a_step, rows, b, b_start, b_row, c, c_start
         narrow = columns - column <= lanes
         start = b_start + column
         _multiply_panel(a, a_start, a_row, a_step, rows, b, start, b_row, c, c_start + column, c_row, narrow, depth, accumulate)
+
+
+class _Lanes:
+    """How to emit a step of a loop over channels: a whole vector of them, or with `lanes` of 1 a single one."""
+
+    def __init__(self, builder: Any, scalar: Any, item: int, lanes: int) -> None:
+        self.builder, self.item, self.lanes = builder, item, lanes
+        self.type = scalar if lanes == 1 else ir.VectorType(scalar, lanes)
+
+    def _place(self, data: Any, index: Any) -> Any:
+        return self.builder.bitcast(self.builder.gep(data, [index], inbounds=True), self.type.as_pointer())
+
+    def load(self, data: Any, index: Any) -> Any:
+        value = self.builder.load(self._place(data, index))
+        value.align = self.item
+        return value
+
+    def store(self, value: Any, data: Any, index: Any) -> None:
+        self.builder.store(value, self._place(data, index)).align = self.item
+
+    def spread(self, number: Any) -> Any:
+        if self.lanes == 1:
+            return number
+        undefined = ir.Constant(self.type, ir.Undefined)
+        single = self.builder.insert_element(undefined, number, ir.IntType(32)(0))
+        return self.builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), None))
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        return self.builder.fmul(a, b, flags=("contract",))
+
+    def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        return self.builder.fadd(self.multiply(a, b), c, flags=("contract",))
+
+
+def _for_channels(builder: Any, start: Any, stop: Any, lanes: int, sums: list[Any], step: Any) -> list[Any]:
+    """Emit a loop that runs `step(channel, sums) -> sums` from `start` while a further `lanes` channels fit before `stop`."""
+    entry = builder.block
+    head, body, done = (builder.append_basic_block(name) for name in ("channels", "step", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    channel = builder.phi(_INT)
+    channel.add_incoming(start, entry)
+    running = [builder.phi(value.type) for value in sums]
+    for phi, value in zip(running, sums, strict=True):
+        phi.add_incoming(value, entry)
+    after = builder.add(channel, _INT(lanes))
+    builder.cbranch(builder.icmp_signed("<=", after, stop), body, done)
+    builder.position_at_end(body)
+    for phi, value in zip(running, step(channel, running), strict=True):
+        phi.add_incoming(value, builder.block)
+    channel.add_incoming(after, builder.block)
+    builder.branch(head)
+    builder.position_at_end(done)
+    return [channel, *running]
+
+
+def _row_operation(result: Any, emit: Any) -> Any:
+    """A code generator that runs `emit(lanes, arrays and numbers, channel, sums)` over the `width` channels of some rows.
+
+    The last argument is `width`. Whole vectors first, then one channel at a time.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        operands = []
+        for kind, argument in zip(signature.args, arguments, strict=True):
+            if isinstance(kind, types.Array):
+                argument, scalar = _data_and_type(context, builder, kind, argument)
+                item = kind.dtype.bitwidth // 8
+            elif isinstance(kind, types.BaseTuple):
+                argument = cgutils.unpack_tuple(builder, argument)
+            operands.append(argument)
+        *operands, width = operands
+        channel, total = _INT(0), [ir.Constant(scalar, 0.0)] * result
+        for lanes in (VECTOR_BYTES // item, 1):
+            do = _Lanes(builder, scalar, item, lanes)
+            sums = [ir.Constant(do.type, None) if lanes > 1 else value for value in total]
+            step = functools.partial(emit, do, *operands)
+            channel, *sums = _for_channels(builder, channel, width, lanes, sums, step)
+            total = [_add_lanes(builder, value, lanes) for value in sums]
+        if result:
+            return context.make_tuple(builder, signature.return_type, total)
+        return context.get_dummy_value()
+
+    return generate
+
+
+def _add_lanes(builder: Any, value: Any, lanes: int) -> Any:
+    while lanes > 1:
+        lanes //= 2
+        parts = [
+            builder.shuffle_vector(
+                value, value, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes)))
+            )
+            for first in (0, lanes)
+        ]
+        value = builder.fadd(*parts)
+        if lanes == 1:
+            value = builder.extract_element(value, ir.IntType(32)(0))
+    return value
+
+
+@intrinsic
+def blend_rows(typing, x, starts, channel, weights, scale, out, out_start, width):  # type: ignore[no-untyped-def]
+    """out[out_start + c] = scale * sum over i of weights[i] * x[starts[i] + channel + c] for c < width."""
+
+    def emit(do, x, starts, channel, weights, scale, out, out_start, c, sums):  # type: ignore[no-untyped-def]
+        add = do.builder.add
+        place, total = add(channel, c), None
+        for start, weight in zip(starts, weights, strict=True):
+            weight, value = do.spread(weight), do.load(x, add(start, place))
+            total = do.multiply(weight, value) if total is None else do.multiply_add(weight, value, total)
+        do.store(do.multiply(do.spread(scale), total), out, add(out_start, c))
+        return sums
+
+    return types.void(x, starts, channel, weights, scale, out, out_start, width), _row_operation(0, emit)
+
+
+@intrinsic
+def scatter_rows(typing, d, d_start, weights, scale, out, starts, channel, width):  # type: ignore[no-untyped-def]
+    """out[starts[i] + channel + c] += scale * weights[i] * d[d_start + c], one i after the other: two rows may be the same."""
+
+    def emit(do, d, d_start, weights, scale, out, starts, channel, c, sums):  # type: ignore[no-untyped-def]
+        add = do.builder.add
+        value = do.multiply(do.spread(scale), do.load(d, add(d_start, c)))
+        for start, weight in zip(starts, weights, strict=True):
+            place = add(start, add(channel, c))
+            do.store(do.multiply_add(do.spread(weight), value, do.load(out, place)), out, place)
+        return sums
+
+    return types.void(d, d_start, weights, scale, out, starts, channel, width), _row_operation(0, emit)
+
+
+@intrinsic
+def dot_rows(typing, d, d_start, x, starts, channel, width):  # type: ignore[no-untyped-def]
+    """The dot products of d[d_start:] with each x[starts[i] + channel:] over `width` channels, as a tuple."""
+
+    def emit(do, d, d_start, x, starts, channel, c, sums):  # type: ignore[no-untyped-def]
+        add = do.builder.add
+        value, place = do.load(d, add(d_start, c)), add(channel, c)
+        return [do.multiply_add(value, do.load(x, add(start, place)), total) for start, total in zip(starts, sums, strict=True)]
+
+    result = types.UniTuple(d.dtype, len(starts))
+    return result(d, d_start, x, starts, channel, width), _row_operation(len(starts), emit)
 
 
 @intrinsic

@@ -14,8 +14,13 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.cpython.unsafe.tuple import tuple_setitem
+from numba.extending import intrinsic
 
 from deformconv.runtime.cache import device
+from deformconv.runtime.vectors import blend_rows, dot_rows, scatter_rows
 
 # An offset as large as this leads outside from every position: no axis has as many pixels. Its floor fits int32.
 REACH = 2.0**30
@@ -27,32 +32,42 @@ class Table(NamedTuple):
     Corners count in binary: the first axis is the highest bit, and a set bit means the high corner of that axis.
     """
 
-    corner_row: Any  # (2^D, entries) int32: the corner's pixel within its image, -1 outside the map
+    corner_start: Any  # (2^D, entries) int64: where the corner's row begins in the flat `x`; that of the zeros if outside
     corner_weight: Any  # (2^D, entries): the product of the axes' weights, NaN where a coordinate is
     fraction: Any  # (D, entries): offset - floor(offset)
     origin: Any  # (D, T) int32: position * stride - padding
-    low: Any  # (T,) int32: scratch, the two corners on one axis
+    corner_row: Any  # (2^D, T) int32, scratch of one tap: the corner's pixel within its image, -1 if outside
+    low: Any  # (T,) int32, scratch of one axis: the two corners on it, -1 if outside
     high: Any
 
 
-def table_sizes(axes: int, entries: int, tile: int) -> tuple[int, int]:
-    """How many reals and how many int32 a table takes."""
-    return ((1 << axes) + axes) * entries, (1 << axes) * entries + (axes + 2) * tile
+class TableSizes(NamedTuple):
+    """How many numbers of each kind a table takes."""
+
+    reals: int
+    starts: int  # int64
+    integers: int  # int32
+
+
+def table_sizes(axes: int, entries: int, tile: int) -> TableSizes:
+    """The scratch memory for a table of `entries` samples and tiles of `tile` positions."""
+    corners = 1 << axes
+    return TableSizes((corners + axes) * entries, corners * entries, (corners + axes + 2) * tile)
 
 
 @device
-def make_table(reals, integers, axes, entries, tile):  # type: ignore[no-untyped-def]
+def make_table(reals, starts, integers, axes, entries, tile):  # type: ignore[no-untyped-def]
     """Lay a table into scratch memory of `table_sizes`."""
     corners = 1 << axes
-    at, to = corners * entries, (corners + axes) * entries
-    by = at + axes * tile
+    weights, origins, rows = corners * entries, axes * tile, (axes + corners) * tile
     return Table(
-        integers[:at].reshape(corners, entries),
-        reals[:at].reshape(corners, entries),
-        reals[at:to].reshape(axes, entries),
-        integers[at:by].reshape(axes, tile),
-        integers[by : by + tile],
-        integers[by + tile : by + 2 * tile],
+        starts[:weights].reshape(corners, entries),
+        reals[:weights].reshape(corners, entries),
+        reals[weights : weights + axes * entries].reshape(axes, entries),
+        integers[:origins].reshape(axes, tile),
+        integers[origins:rows].reshape(corners, tile),
+        integers[rows : rows + tile],
+        integers[rows + tile : rows + 2 * tile],
     )
 
 
@@ -76,129 +91,129 @@ def place_tile(table, first, count, output_size, stride, before):  # type: ignor
 
 
 @device
-def place_tap(table, entry, offset, tap, first, count, kernel_size, dilation, input_size, inside):  # type: ignore[no-untyped-def]
+def place_tap(table, entry, x, image_row, offset, tap, first, count, kernel_size, dilation, input_size, inside):  # type: ignore[no-untyped-def]
     """Fill the table from `entry` on with one tap's samples; `offset` is (K, D, positions) of one image and offset group."""
-    axes = len(input_size)
-    zero, one = offset.dtype.type(0), offset.dtype.type(1)
-    for t in range(entry, entry + count):
-        table.corner_row[0, t] = 0
-        table.corner_weight[0, t] = one
+    axes, end = len(input_size), entry + count
+    table.corner_row[0, :count] = 0
+    table.corner_weight[0, entry:end] = 1
     window, rest = offset.shape[0], tap
     for axis in range(axes):
         window //= kernel_size[axis]
         shift = np.int32(rest // window * dilation[axis])
         rest %= window
         size = np.int32(input_size[axis])
-        _place_axis(table, entry, offset[tap, axis, first : first + count], axis, shift, size, inside, zero)
+        low, high, fraction = table.low[:count], table.high[:count], table.fraction[axis, entry:end]
+        origin = table.origin[axis, :count]
+        _place_axis(offset[tap, axis, first : first + count], origin, shift, size, inside, low, high, fraction)
         # Every corner found so far becomes two. Going down keeps those that are still to be read.
         for corner in range((1 << axis) - 1, -1, -1):
-            for t in range(count):
-                row = table.corner_row[corner, entry + t]
-                weight = table.corner_weight[corner, entry + t]
-                fraction = table.fraction[axis, entry + t]
-                low, high = table.low[t], table.high[t]
-                # Only a negative number's highest bit is set, so "|" is negative if either is.
-                table.corner_row[2 * corner, entry + t] = np.int32(-1) if (row | low) < 0 else row * size + low
-                table.corner_row[2 * corner + 1, entry + t] = np.int32(-1) if (row | high) < 0 else row * size + high
-                table.corner_weight[2 * corner, entry + t] = weight * (one - fraction)
-                table.corner_weight[2 * corner + 1, entry + t] = weight * fraction
+            _split_corner(
+                table.corner_row[corner, :count], table.corner_weight[corner, entry:end], low, high, fraction, size,
+                table.corner_row[2 * corner, :count], table.corner_row[2 * corner + 1, :count],
+                table.corner_weight[2 * corner, entry:end], table.corner_weight[2 * corner + 1, entry:end],
+            )  # fmt: skip
+    for corner in range(1 << axes):
+        _find_row(table.corner_row[corner, :count], image_row, x.shape, table.corner_start[corner, entry:end])
 
 
 @device
-def _place_axis(table, entry, offset, axis, shift, size, inside, zero):  # type: ignore[no-untyped-def]
+def _find_row(row, image_row, x_shape, start):  # type: ignore[no-untyped-def]
+    zeros, channels = x_shape[0] - 1, x_shape[1]
+    for t in range(row.size):
+        start[t] = (zeros if row[t] < 0 else image_row + row[t]) * channels
+
+
+@device
+def _place_axis(offset, origin, shift, size, inside, low, high, fraction):  # type: ignore[no-untyped-def]
     """Split the coordinate on one axis into its two corners, -1 where outside, and the fraction between them."""
-    outside = np.int32(-1)
+    zero, outside = offset.dtype.type(0), np.int32(-1)
     for t in range(offset.size):
         value = offset[t]
         near = abs(value) < REACH  # False for NaN
         reached = value if near else zero
         floor = math.floor(reached)
-        corner = table.origin[axis, t] + shift + np.int32(floor)
-        last = inside & (corner == size - 1)
+        corner = origin[t] + shift + np.int32(floor)
+        last = inside & (corner == size - np.int32(1))
         low_counts = near & (corner >= 0) & (corner < size)
-        high = corner if last else corner + np.int32(1)
-        high_counts = near & (high >= 0) & (high < size) & (low_counts | (not inside))
-        table.low[t] = corner if low_counts else outside
-        table.high[t] = high if high_counts else outside
-        fraction = zero if last else reached - floor
-        table.fraction[axis, entry + t] = value if value != value else fraction
+        above = corner if last else corner + np.int32(1)
+        high_counts = near & (above >= 0) & (above < size) & (low_counts | (not inside))
+        low[t] = corner if low_counts else outside
+        high[t] = above if high_counts else outside
+        part = zero if last else reached - floor
+        fraction[t] = value if value != value else part
 
 
 @device
-def blend(table, entry, count, x, image_row, channel, width, mask, column, column_start, column_row):  # type: ignore[no-untyped-def]
-    """column[t, :width] = mask[t] * sum over corners of corner_weight * x[corner_row, channel:channel + width].
+def _split_corner(row, weight, low, high, fraction, size, low_row, high_row, low_weight, high_weight):  # type: ignore[no-untyped-def]
+    """Extend a corner of the axes so far to its two on the next one; `row` and `weight` may be the low results' own memory."""
+    one, outside = weight.dtype.type(1), np.int32(-1)
+    for t in range(row.size):
+        found, part, whole = row[t], fraction[t], weight[t]
+        # "|" is negative if either number is.
+        high_row[t] = outside if (found | high[t]) < 0 else found * size + high[t]
+        low_row[t] = outside if (found | low[t]) < 0 else found * size + low[t]
+        high_weight[t] = whole * part
+        low_weight[t] = whole * (one - part)
 
-    `mask` is empty for a mask of ones. `column` is flat: row t starts at `column_start + t * column_row`.
+
+@intrinsic
+def _corners(typing, table, entry, axes):  # type: ignore[no-untyped-def]
+    """Column `entry` of a (2^D, entries) array as a tuple; `axes` is any tuple of D."""
+    result = types.UniTuple(table.dtype, 1 << len(axes))
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        row = cgutils.unpack_tuple(builder, array.shape)[1]
+        values, index = [], arguments[1]
+        for _ in range(result.count):
+            values.append(builder.load(builder.gep(array.data, [index], inbounds=True)))
+            index = builder.add(index, row)
+        return context.make_tuple(builder, result, values)
+
+    return result(table, entry, axes), emit
+
+
+@device
+def blend(table, entry, count, axes, x, channel, width, mask, column, column_start, column_row):  # type: ignore[no-untyped-def]
+    """column[t, c] = mask[t] * sum over corners of corner_weight * x[corner, channel + c] for c < width.
+
+    `mask` is empty for a mask of ones. `x` and `column` are flat; row t of `column` starts at `column_start + t * column_row`. The mask multiplies
+    the sum, not the weights, which are 0 where an infinite mask must not make NaN.
     """
-    corners, zeros = table.corner_row.shape[0], x.shape[0] - 1
+    scale = x.dtype.type(1)
     for t in range(count):
-        e, start = entry + t, column_start + t * column_row
-        scale = mask[t] if mask.size else x.dtype.type(1)
-        if corners == 2:
-            row_0, row_1 = table.corner_row[0, e], table.corner_row[1, e]
-            row_0 = image_row + row_0 if row_0 >= 0 else zeros
-            row_1 = image_row + row_1 if row_1 >= 0 else zeros
-            weight_0, weight_1 = table.corner_weight[0, e], table.corner_weight[1, e]
-            for c in range(width):
-                column[start + c] = scale * (weight_0 * x[row_0, channel + c] + weight_1 * x[row_1, channel + c])
-        for four in range(0, corners - 3, 4):
-            row_0, row_1 = table.corner_row[four, e], table.corner_row[four + 1, e]
-            row_2, row_3 = table.corner_row[four + 2, e], table.corner_row[four + 3, e]
-            row_0 = image_row + row_0 if row_0 >= 0 else zeros
-            row_1 = image_row + row_1 if row_1 >= 0 else zeros
-            row_2 = image_row + row_2 if row_2 >= 0 else zeros
-            row_3 = image_row + row_3 if row_3 >= 0 else zeros
-            weight_0, weight_1 = table.corner_weight[four, e], table.corner_weight[four + 1, e]
-            weight_2, weight_3 = table.corner_weight[four + 2, e], table.corner_weight[four + 3, e]
-            if four == 0:
-                for c in range(width):
-                    column[start + c] = scale * (
-                        weight_0 * x[row_0, channel + c]
-                        + weight_1 * x[row_1, channel + c]
-                        + weight_2 * x[row_2, channel + c]
-                        + weight_3 * x[row_3, channel + c]
-                    )
-            else:
-                for c in range(width):
-                    column[start + c] += scale * (
-                        weight_0 * x[row_0, channel + c]
-                        + weight_1 * x[row_1, channel + c]
-                        + weight_2 * x[row_2, channel + c]
-                        + weight_3 * x[row_3, channel + c]
-                    )
+        if mask.size:
+            scale = mask[t]
+        starts, weights = _corners(table.corner_start, entry + t, axes), _corners(table.corner_weight, entry + t, axes)
+        blend_rows(x, starts, channel, weights, scale, column, column_start + t * column_row, width)
 
 
 @device
-def scatter(table, entry, count, d_column, column_start, column_row, mask, d_x, image_row, channel, width):  # type: ignore[no-untyped-def]
-    """The transpose of `blend`: add mask * corner_weight * d_column to the corner rows of d_x."""
+def scatter(table, entry, count, axes, d_column, column_start, column_row, mask, d_x, shift, outside, dump, channel, width):  # type: ignore[no-untyped-def]
+    """The transpose of `blend`: add mask * corner_weight * d_column to the corners' rows of the flat `d_x`.
+
+    These lie `shift` numbers after their places in `x`; a corner that starts at `outside` goes to `dump`, which nobody reads.
+    """
+    scale = d_column.dtype.type(1)
     for t in range(count):
-        e, start = entry + t, column_start + t * column_row
-        for corner in range(table.corner_row.shape[0]):
-            row = table.corner_row[corner, e]
-            if row >= 0:
-                weight = table.corner_weight[corner, e]
-                if mask.size:
-                    weight *= mask[t]
-                for c in range(width):
-                    d_x[image_row + row, channel + c] += weight * d_column[start + c]
+        if mask.size:
+            scale = mask[t]
+        starts, weights = _corners(table.corner_start, entry + t, axes), _corners(table.corner_weight, entry + t, axes)
+        into = starts
+        for corner in range(len(starts)):
+            place = dump if starts[corner] == outside else starts[corner] + shift
+            into = tuple_setitem(into, corner, place)
+        scatter_rows(d_column, column_start + t * column_row, weights, scale, d_x, into, channel, width)
 
 
 @device
-def project(table, entry, count, d_column, column_start, column_row, x, image_row, channel, width, corner_dot):  # type: ignore[no-untyped-def]
-    """corner_dot[corner, t] = d_column[t] . x[corner_row]: all that the gradients of offset and mask need."""
-    zeros = x.shape[0] - 1
+def project(table, entry, count, axes, d_column, column_start, column_row, x, channel, width, corner_dot):  # type: ignore[no-untyped-def]
+    """corner_dot[corner, t] = d_column[t] . x[corner]: all that the gradients of offset and mask need."""
     for t in range(count):
-        start = column_start + t * column_row
-        for corner in range(0, table.corner_row.shape[0], 2):
-            row_0, row_1 = table.corner_row[corner, entry + t], table.corner_row[corner + 1, entry + t]
-            row_0 = image_row + row_0 if row_0 >= 0 else zeros
-            row_1 = image_row + row_1 if row_1 >= 0 else zeros
-            dot_0 = dot_1 = x.dtype.type(0)
-            for c in range(width):
-                dot_0 += d_column[start + c] * x[row_0, channel + c]
-                dot_1 += d_column[start + c] * x[row_1, channel + c]
-            corner_dot[corner, t] = dot_0
-            corner_dot[corner + 1, t] = dot_1
+        starts = _corners(table.corner_start, entry + t, axes)
+        dots = dot_rows(d_column, column_start + t * column_row, x, starts, channel, width)
+        for corner in range(len(dots)):
+            corner_dot[corner, t] = dots[corner]
 
 
 @device
@@ -208,29 +223,39 @@ def differentiate(table, entry, count, corner_dot, mask, d_offset, d_mask, parti
     The interpolation is linear in each axis' fraction f: along the axis that is differentiated a pair of corners contributes
     high - low, along any other (1 - f) * low + f * high.
     """
-    corners, axes = corner_dot.shape[0], table.fraction.shape[0]
+    corners, axes, end = corner_dot.shape[0], table.fraction.shape[0], entry + count
     if d_mask.size:
-        for t in range(count):
-            total = table.corner_weight[0, entry + t] * corner_dot[0, t]
-            for corner in range(1, corners):
-                total += table.corner_weight[corner, entry + t] * corner_dot[corner, t]
-            d_mask[t] = total
+        d_mask[:] = 0
+        for corner in range(corners):
+            _add_product(table.corner_weight[corner, entry:end], corner_dot[corner, :count], d_mask)
     if d_offset.size == 0:
         return
-    one = corner_dot.dtype.type(1)
     for along in range(axes):
-        for corner in range(corners):
-            for t in range(count):
-                partial[corner, t] = corner_dot[corner, t]
-        pairs = corners >> 1
+        pairs, dots = corners >> 1, corner_dot
         for axis in range(axes - 1, -1, -1):
+            fraction = table.fraction[axis, entry:end]
             for pair in range(pairs):
-                for t in range(count):
-                    low, high = partial[2 * pair, t], partial[2 * pair + 1, t]
-                    fraction = table.fraction[axis, entry + t]
-                    # With one axis nothing but this carries a coordinate's NaN on.
-                    slope = fraction if fraction != fraction else high - low
-                    partial[pair, t] = slope if axis == along else (one - fraction) * low + fraction * high
-            pairs >>= 1
-        for t in range(count):
-            d_offset[along, t] = partial[0, t] * mask[t] if mask.size else partial[0, t]
+                low, high = dots[2 * pair, :count], dots[2 * pair + 1, :count]
+                _merge_pair(low, high, fraction, axis == along, partial[pair, :count])
+            pairs, dots = pairs >> 1, partial
+        if mask.size:
+            d_offset[along] = partial[0, :count] * mask
+        else:
+            d_offset[along] = partial[0, :count]
+
+
+@device
+def _add_product(a, b, total):  # type: ignore[no-untyped-def]
+    for t in range(total.size):
+        total[t] += a[t] * b[t]
+
+
+@device
+def _merge_pair(low, high, fraction, along, merged):  # type: ignore[no-untyped-def]
+    one = low.dtype.type(1)
+    for t in range(merged.size):
+        part = fraction[t]
+        between = (one - part) * low[t] + part * high[t]
+        # With one axis nothing but this carries a coordinate's NaN on.
+        slope = part if part != part else high[t] - low[t]
+        merged[t] = slope if along else between

@@ -12,12 +12,15 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import product
 from math import ceil
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
 from deformconv.runtime import threads
+
+if TYPE_CHECKING:
+    from deformconv.sampling.kernels import TableSizes
 
 __all__ = ["deform_conv", "deform_conv_backward", "reasons_against", "warmup"]
 
@@ -27,7 +30,7 @@ _TILE = 96
 _TILE_BYTES = 1 << 20
 _DEPTH = 256  # rows of a panel that stay in the first-level cache
 _BLOCK = 64  # channels of a block in the backward pass
-_ITEMS = 8  # enough work for this many threads in the backward pass, if it can be cut so
+_ITEMS = 4  # work for this many threads in the backward pass, if it takes separate sums to make it
 # Nanoseconds of a multiply-add, roughly: to decide what is too small to share out, and how often to listen for Ctrl-C.
 _NANOSECONDS = 0.03
 _SHARED_FROM = 100_000
@@ -56,15 +59,13 @@ class _Plan(NamedTuple):
     tile: int
     taps_at_once: int
     channels_at_once: int
-    reals: int
-    integers: int
+    scratch: TableSizes
     edges: np.ndarray
     first_block: np.ndarray
     slots: int
     parts: int
     lanes: int
-    backward_reals: int
-    backward_integers: int
+    backward_scratch: TableSizes
 
 
 @lru_cache(maxsize=256)
@@ -83,14 +84,12 @@ def _plan(spec: ConvSpec) -> _Plan:
     depth = channels_at_once * (1 if depthwise else taps_at_once)
     sum_row = spec.out_channels if depthwise else spec.groups * _up(group_outputs, vector)
 
-    def forward_sizes(tile: int) -> tuple[int, int]:
-        reals, integers = table_sizes(spec.rank, spec.offset_groups * taps_at_once * tile, tile)
-        return reals + tile * (sum_row + depth), integers
+    def forward_scratch(tile: int) -> TableSizes:
+        sizes = table_sizes(spec.rank, spec.offset_groups * taps_at_once * tile, tile)
+        return sizes._replace(reals=sizes.reals + tile * (sum_row + depth))
 
-    row_reals, row_integers = forward_sizes(ROWS)
-    tile = min(_up(_TILE, ROWS), max(1, _TILE_BYTES // (row_reals * item + row_integers * 4)) * ROWS)
+    tile = min(_up(_TILE, ROWS), max(1, _TILE_BYTES // _bytes(forward_scratch(ROWS), item)) * ROWS)
     tile = _even(spec.positions, tile, ROWS)
-    reals, integers = forward_sizes(tile)
 
     edges = _block_edges(spec.in_channels, group_channels)
     share = spec.in_channels // spec.offset_groups
@@ -101,15 +100,19 @@ def _plan(spec: ConvSpec) -> _Plan:
     blocks = len(edges) - 1
     parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * blocks)), spec.positions // (4 * _TILE)))
     lanes = max(1, min(spec.batch * parts, ceil(_ITEMS / blocks)))
-    corners, backward_tile = 1 << spec.rank, tile
     column_row = _up(max(np.diff(edges)), vector) + vector
-    backward_reals, backward_integers = table_sizes(spec.rank, backward_tile, backward_tile)
-    backward_reals += backward_tile * 2 * (corners + column_row)
+    backward_scratch = table_sizes(spec.rank, tile, tile)
+    buffers = tile * 2 * ((1 << spec.rank) + int(column_row))
+    backward_scratch = backward_scratch._replace(reals=backward_scratch.reals + buffers)
     return _Plan(
-        tile, taps_at_once, channels_at_once, reals, integers,
+        tile, taps_at_once, channels_at_once, forward_scratch(tile),
         np.array(edges), np.array([blocks[0] for blocks in touching]), max(map(len, touching)),
-        parts, lanes, backward_reals, backward_integers,
+        parts, lanes, backward_scratch,
     )  # fmt: skip
+
+
+def _bytes(sizes: TableSizes, item: int) -> int:
+    return sizes.reals * item + sizes.starts * 8 + sizes.integers * 4
 
 
 def _up(number: int, multiple: int) -> int:
@@ -149,7 +152,7 @@ def deform_conv(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any,
         spec.in_channels // spec.groups, plan.tile, plan.taps_at_once, plan.channels_at_once, *_geometry(spec),
     )  # fmt: skip
     items = spec.batch * ceil(spec.positions / plan.tile)
-    _run(kernels.forward, arguments, items, _multiplications(spec), (plan.reals, plan.integers))
+    _run(kernels.forward, arguments, items, _multiplications(spec), plan.scratch)
     return output
 
 
@@ -187,10 +190,11 @@ def _sampled_gradients(
     d_output = np.empty((N * P + ROWS, spec.groups * group_row), spec.dtype)
     _copy_channels_last(spec, _flat(grad_output, (N, spec.out_channels, P)), d_output, spec.groups, group_row)
 
+    items = (len(plan.edges) - 1) * plan.lanes
     places = (N, spec.offset_groups, K)
     vector = VECTOR_BYTES // np.dtype(spec.dtype).itemsize
     sums_shape = (1, 1) if depthwise else (_up(group_outputs, ROWS), _up(group_channels, vector))
-    d_x = np.zeros((plan.parts * N * spec.pixels, C) if "input" in wanted else (0, C), spec.dtype)
+    d_x = np.zeros((plan.parts * N * spec.pixels + items, C) if "input" in wanted else (0, C), spec.dtype)
     d_offset = np.zeros((plan.slots, *places, D, P) if "offset" in wanted else (1, 1, 1, 1, 1, 0), spec.dtype)
     d_mask = np.zeros((plan.slots, *places, P) if "mask" in wanted else (1, 1, 1, 1, 0), spec.dtype)
     d_weight = np.zeros((plan.lanes, K, spec.groups, *(sums_shape if "weight" in wanted else (0, 0))), spec.dtype)
@@ -199,14 +203,13 @@ def _sampled_gradients(
         d_output, d_x, d_offset, d_mask, d_weight, plan.edges, plan.first_block,
         group_channels, group_outputs, plan.parts, plan.tile, *_geometry(spec),
     )  # fmt: skip
-    items = (len(plan.edges) - 1) * plan.lanes
-    _run(kernels.backward, arguments, items, 2 * _multiplications(spec), (plan.backward_reals, plan.backward_integers))
+    _run(kernels.backward, arguments, items, 2 * _multiplications(spec), plan.backward_scratch)
 
     results = {}
     if "input" in wanted:
         results["input"] = np.empty(spec.input_shape, spec.dtype)
         runs = N * ceil(spec.pixels / kernels._BLOCK)
-        _run(kernels.channels_first, (d_x, results["input"].reshape(N, C, spec.pixels)), runs, d_x.size * 20)
+        _run(kernels.channels_first, (d_x[: plan.parts * N * spec.pixels], results["input"].reshape(N, C, spec.pixels)), runs, d_x.size * 20)
     if "offset" in wanted:
         results["offset"] = _sum_slots(d_offset).reshape(spec.offset_shape)
     if "mask" in wanted:
@@ -232,20 +235,20 @@ def _multiplications(spec: ConvSpec) -> int:
     return spec.batch * spec.positions * spec.taps * spec.in_channels * (spec.out_channels // spec.groups + 4 * 2**spec.rank)
 
 
-def _run(kernel: Any, arguments: tuple[Any, ...], items: int, multiplications: int, scratch: tuple[int, int] = (0, 0)) -> None:
-    """Share the items of a kernel out; `scratch` is how many reals and int32 each thread needs of its own."""
+def _run(kernel: Any, arguments: tuple[Any, ...], items: int, multiplications: int, scratch: TableSizes | None = None) -> None:
+    """Share the items of a kernel out; `scratch` is the memory that each thread needs of its own."""
     nanoseconds = multiplications * _NANOSECONDS
     dtype = arguments[0].dtype
-    reals, integers = scratch
 
     def work(counter: np.ndarray, limit: int) -> None:
-        if not reals:
+        if scratch is None:
             kernel(counter, limit, *arguments)
             return
-        memory = threads.scratch(reals * dtype.itemsize + integers * 4)
-        own = memory[: reals * dtype.itemsize].view(dtype)
-        own_integers = memory[reals * dtype.itemsize :][: integers * 4].view(np.int32)
-        kernel(counter, limit, *arguments, own, own_integers)
+        memory = threads.scratch(_bytes(scratch, dtype.itemsize))
+        starts, rest = memory[: scratch.starts * 8], memory[scratch.starts * 8 :]
+        reals, rest = rest[: scratch.reals * dtype.itemsize], rest[scratch.reals * dtype.itemsize :]
+        integers = rest[: scratch.integers * 4]
+        kernel(counter, limit, *arguments, reals.view(dtype), starts.view(np.int64), integers.view(np.int32))
 
     shared = threads.get_num_threads() if nanoseconds > _SHARED_FROM else 1
     burst = max(1, int(_BURST * items / max(nanoseconds, 1)))

@@ -59,6 +59,7 @@ def channels_first(counter, limit, rows, array):  # type: ignore[no-untyped-def]
 def pack_forward(counter, limit, weight, packed):  # type: ignore[no-untyped-def]
     """Panels of output channels, rows (tap, channel): packed[g, panel, tap * C + c, lane] = weight[g, o, c, tap]."""
     groups, outputs, channels, taps = weight.shape
+    flat = weight.reshape(weight.size)
     lanes = VECTOR_BYTES // weight.itemsize
     panel = VECTORS * lanes
     panels = (outputs + panel - 1) // panel
@@ -69,53 +70,57 @@ def pack_forward(counter, limit, weight, packed):  # type: ignore[no-untyped-def
             return
         group, first = item // panels, item % panels * panel
         width = lanes if outputs - first <= lanes else panel
+        used = min(width, outputs - first)
         start = (group * round_up(outputs, lanes) + first) * depth
-        for lane in range(width):
-            o = first + lane
-            for c in range(channels):
-                for tap in range(taps):
-                    value = weight[group, o, c, tap] if o < outputs else weight.dtype.type(0)
-                    packed[start + (tap * channels + c) * width + lane] = value
+        source = (group * outputs + first) * depth
+        for c in range(channels):
+            for tap in range(taps):
+                row = start + (tap * channels + c) * width
+                for lane in range(used):
+                    packed[row + lane] = flat[source + lane * depth + c * taps + tap]
+                packed[row + used : row + width] = 0
 
 
 @kernel
 def pack_backward(counter, limit, weight, packed):  # type: ignore[no-untyped-def]
     """Panels of input channels, rows of output channels: packed[tap, g, panel, o, lane] = weight[g, o, c, tap]."""
     groups, outputs, channels, taps = weight.shape
+    flat = weight.reshape(weight.size)
     lanes = VECTOR_BYTES // weight.itemsize
     panel = VECTORS * lanes
-    stride = round_up(channels, lanes) * outputs
+    size = round_up(channels, lanes) * outputs
     for _ in range(limit):
         item = fetch_add(counter)
         if item >= groups * outputs:
             return
         group, o = item // outputs, item % outputs
-        for c in range(round_up(channels, lanes)):
-            first = c // panel * panel
+        for first in range(0, channels, panel):
             width = lanes if channels - first <= lanes else panel
-            place = first * outputs + o * width + c - first
+            used = min(width, channels - first)
+            source = (item * channels + first) * taps
             for tap in range(taps):
-                value = weight[group, o, c, tap] if c < channels else weight.dtype.type(0)
-                packed[(tap * groups + group) * stride + place] = value
+                row = (tap * groups + group) * size + first * outputs + o * width
+                for lane in range(used):
+                    packed[row + lane] = flat[source + lane * taps + tap]
+                packed[row + used : row + width] = 0
 
 
 @device
-def _sample(table, entry, count, offset_groups, x, image_row, first, channel, width, mask, tap, column, start, row, entries_a_group):  # type: ignore[no-untyped-def]
-    """Blend channels [channel, channel + width) of one tap, which may belong to several offset groups."""
-    share = x.shape[1] // offset_groups
+def _sample(table, entry, count, axes, share, x, first, channel, width, mask, tap, column, start, row, entries_a_group):  # type: ignore[no-untyped-def]
+    """Blend channels [channel, channel + width) of one tap, which may belong to several offset groups of `share` channels."""
     c = channel
     while c < channel + width:
         group = c // share
         end = min((group + 1) * share, channel + width)
         scale = mask[group, tap, first : first + count] if mask.size else mask[0, 0]
-        blend(table, entry + group * entries_a_group, count, x, image_row, c, end - c, scale, column, start + c - channel, row)
+        blend(table, entry + group * entries_a_group, count, axes, x, c, end - c, scale, column, start + c - channel, row)
         c = end
 
 
 @kernel
 def forward(  # type: ignore[no-untyped-def]
     counter, limit, x, offset, mask, weight, bias, output, group_channels, tile, taps_at_once, channels_at_once,
-    input_size, kernel_size, stride, before, dilation, output_size, inside, reals, integers,
+    input_size, kernel_size, stride, before, dilation, output_size, inside, reals, starts, integers,
 ):  # fmt: skip
     """One item is one tile of one image.
 
@@ -130,10 +135,12 @@ def forward(  # type: ignore[no-untyped-def]
     depthwise = group_channels == 1 and group_outputs == 1
     group_row = 1 if depthwise else round_up(group_outputs, VECTOR_BYTES // x.itemsize)
     sum_row = groups * group_row
+    share = channels // offset_groups
+    flat_x = x.reshape(x.size)
     pixels = (x.shape[0] - 1) // images
     entries = offset_groups * taps_at_once * tile
     used = ((1 << axes) + axes) * entries
-    table = make_table(reals[:used], integers, axes, entries, tile)
+    table = make_table(reals, starts, integers, axes, entries, tile)
     sums = reals[used : used + tile * sum_row]
     column = reals[used + tile * sum_row :]
     tiles = (positions + tile - 1) // tile
@@ -154,13 +161,14 @@ def forward(  # type: ignore[no-untyped-def]
                 for k in range(tap, last_tap):
                     entry = (offset_group * taps_at_once + k - tap) * tile
                     place_tap(
-                        table, entry, offset[n, offset_group], k, first, count, kernel_size, dilation, input_size, inside
-                    )
+                        table, entry, x, n * pixels, offset[n, offset_group], k, first, count,
+                        kernel_size, dilation, input_size, inside,
+                    )  # fmt: skip
             if depthwise:
                 for k in range(tap, last_tap):
                     for channel in range(0, channels, channels_at_once):
                         width = min(channels_at_once, channels - channel)
-                        _sample(table, (k - tap) * tile, count, offset_groups, x, n * pixels, first, channel, width, mask[n], k, column, 0, width, taps_at_once * tile)  # noqa: E501
+                        _sample(table, (k - tap) * tile, count, input_size, share, flat_x, first, channel, width, mask[n], k, column, 0, width, taps_at_once * tile)  # noqa: E501
                         for t in range(count):
                             for c in range(width):
                                 sums[t * sum_row + channel + c] += column[t * width + c] * weight[k * channels + channel + c]
@@ -172,7 +180,7 @@ def forward(  # type: ignore[no-untyped-def]
                     depth = (last_tap - tap) * width
                     for k in range(tap, last_tap):
                         _sample(
-                            table, (k - tap) * tile, count, offset_groups, x, n * pixels, first,
+                            table, (k - tap) * tile, count, input_size, share, flat_x, first,
                             group * group_channels + channel, width, mask[n], k, column, (k - tap) * width, depth,
                             taps_at_once * tile,
                         )  # fmt: skip
@@ -192,14 +200,14 @@ def forward(  # type: ignore[no-untyped-def]
 def backward(  # type: ignore[no-untyped-def]
     counter, limit, x, offset, mask, weight, d_output, d_x, d_offset, d_mask, d_weight, edges, first_block,
     group_channels, group_outputs, parts, tile,
-    input_size, kernel_size, stride, before, dilation, output_size, inside, reals, integers,
+    input_size, kernel_size, stride, before, dilation, output_size, inside, reals, starts, integers,
 ):  # fmt: skip
     """One item is a block of channels in every `lanes`-th part of an image, so no two items write to the same place.
 
     x, offset, mask as in `forward`; weight as `pack_backward` leaves it; d_output (N * P and a few rows, C_out, each group
     padded to whole block rows). Block b has the channels from edges[b] to edges[b + 1]; the first block that has channels of
     an offset group is `first_block` of it. Results, of size 0 if not wanted:
-    d_x (parts * N * pixels, C), d_offset (slots, N, offset_groups, K, D, P), d_mask (slots, N, offset_groups, K, P), a slot for
+    d_x (parts * N * pixels rows, and one an item for what leads outside; C), d_offset (slots, N, offset_groups, K, D, P), d_mask (slots, N, offset_groups, K, P), a slot for
     each block that shares an offset group; d_weight (lanes, K, groups, rows of outputs, row of channels).
     """
     images, offset_groups, taps, axes, positions = offset.shape
@@ -211,7 +219,7 @@ def backward(  # type: ignore[no-untyped-def]
     share = channels // offset_groups
     blocks, lanes = edges.size - 1, d_weight.shape[0]
     group_row = d_output.shape[1] // groups
-    grads = d_output.reshape(d_output.size)
+    grads, flat_x, flat_d_x = d_output.reshape(d_output.size), x.reshape(x.size), d_x.reshape(d_x.size)
     weight_sums = d_weight.reshape(d_weight.size)
     weight_row = d_weight.shape[4]
     packed_size = round_up(group_channels, vector) * group_outputs
@@ -222,7 +230,7 @@ def backward(  # type: ignore[no-untyped-def]
 
     corners = 1 << axes
     at = (corners + axes) * tile
-    table = make_table(reals[:at], integers, axes, tile, tile)
+    table = make_table(reals, starts, integers, axes, tile, tile)
     corner_dot = reals[at : at + corners * tile].reshape(corners, tile)
     at += corners * tile
     partial = reals[at : at + corners * tile].reshape(corners, tile)
@@ -231,6 +239,7 @@ def backward(  # type: ignore[no-untyped-def]
     d_column = reals[at + tile * column_row : at + 2 * tile * column_row]
     part_size = round_up((positions + parts - 1) // parts, tile)
     to_places = d_offset.size > 0 or d_mask.size > 0
+    outside = images * pixels * channels
 
     for _ in range(limit):
         item = fetch_add(counter)
@@ -238,12 +247,11 @@ def backward(  # type: ignore[no-untyped-def]
             return
         block, lane = item % blocks, item // blocks
         channel, end = edges[block], edges[block + 1]
-        width = end - channel
+        dump = (parts * images * pixels + item) * channels
         first_group, last_group = channel // group_channels, (end - 1) // group_channels
         for tap in range(taps):
             for part in range(lane, images * parts, lanes):
                 n = part // parts
-                image_row = n * pixels
                 copy_row = part % parts * images * pixels
                 begin = part % parts * part_size
                 for first in range(begin, min(begin + part_size, positions), tile):
@@ -268,20 +276,23 @@ def backward(  # type: ignore[no-untyped-def]
                     while c < end:
                         offset_group = c // share
                         until = min((offset_group + 1) * share, end)
-                        place_tap(table, 0, offset[n, offset_group], tap, first, count, kernel_size, dilation, input_size, inside)
+                        place_tap(
+                            table, 0, x, n * pixels, offset[n, offset_group], tap, first, count,
+                            kernel_size, dilation, input_size, inside,
+                        )  # fmt: skip
                         scale = mask[n, offset_group, tap, first : first + count] if mask.size else mask[0, 0, 0]
                         if d_weight.size:
-                            blend(table, 0, count, x, image_row, c, until - c, scale, column, c - channel, column_row)
+                            blend(table, 0, count, input_size, flat_x, c, until - c, scale, column, c - channel, column_row)
                         if to_places:
                             slot = block - first_block[offset_group]
-                            project(table, 0, count, d_column, c - channel, column_row, x, image_row, c, until - c, corner_dot)
+                            project(table, 0, count, input_size, d_column, c - channel, column_row, flat_x, c, until - c, corner_dot)
                             to_offset = d_offset[slot, n, offset_group, tap, :, first : first + count]
                             to_mask = d_mask[slot, n, offset_group, tap, first : first + count]
                             differentiate(table, 0, count, corner_dot, scale, to_offset, to_mask, partial)
                         if d_x.size:
                             scatter(
-                                table, 0, count, d_column, c - channel, column_row, scale,
-                                d_x, copy_row + image_row, c, until - c,
+                                table, 0, count, input_size, d_column, c - channel, column_row, scale,
+                                flat_d_x, copy_row * channels, outside, dump, c, until - c,
                             )  # fmt: skip
                         c = until
                     if d_weight.size == 0:
