@@ -41,11 +41,15 @@ def run(output: Path, *, fast: bool, seeds: int, first_seed: int) -> int:
     training, held_out = digits.split(digits.load(), held_out=300 if fast else 1000)
     schedule, all_seeds = FAST if fast else FULL, range(first_seed, first_seed + seeds)
     runs = compare_nets(console, training, held_out, schedule, all_seeds)
-    net = next(run.net for run in runs if run.kind == "v2")
+    net = _net_to_keep(runs)
     draw(console, output, runs, net, held_out)
     holds.append(keep(console, output, net, held_out))
     console.print(f"\nDone in {time.perf_counter() - started:.0f} s.", style="bold")
     return 0 if all(holds) else 1
+
+
+def _net_to_keep(runs: Sequence[Run]) -> DigitNet:
+    return next(run.net for run in runs if run.kind == "v2")
 
 
 def _warm_up(console: Console) -> None:

@@ -1,0 +1,91 @@
+"""The demo from end to end, in a process of its own as a user runs it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+for extra in ("torch", "matplotlib", "mlxtend", "rich"):
+    pytest.importorskip(extra, reason="the demo needs it")
+
+PICTURES = {"sampling-points-stride-2.png", "sampling-points-stride-4.png", "training.png"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_kernels():
+    """A machine's first run also compiles; the times below are those of every other run."""
+    subprocess.run([sys.executable, "-m", "deformconv.cli", "warmup", "--rank", "2"], check=True, timeout=300)
+
+
+def start(output: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "deformconv.cli", "demo", "--fast", "--output", str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the processor time of children is POSIX")
+def test_the_fast_demo(tmp_path):
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = start(tmp_path / "new" / "folder")
+    out, err = process.communicate(timeout=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.returncode == 0, out + err
+    assert err == "" and "\x1b" not in out
+    # 30 seconds on two processors, counted so that other work on the machine does not matter.
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 60
+
+    for part in ("1. The classic example", "2. Three nets of equal budget", "3. Pictures", "4. The v2 net"):
+        assert f"\n{part}" in out
+    assert "10x18x100x100" in out and "10x9x100x100" in out and "10x64x100x100" in out
+    assert out.count(": ok") == 3 and "FAILED" not in out
+    table = [line.split() for line in out.splitlines() if line.endswith("one seed")]
+    assert [row[0] for row in table] == ["plain", "v1", "v2"]
+
+    files = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert files == PICTURES | {"digits-v2.pt"}
+    for name in PICTURES:
+        data = (tmp_path / "new" / "folder" / name).read_bytes()
+        assert data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82") and len(data) > 20_000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_an_interrupt_during_training_leaves_nothing(tmp_path):
+    process = start(tmp_path / "output")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("  seed step"):
+            break
+    time.sleep(1)  # a few steps into the training
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "Interrupted: nothing is left half-written."
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_failed_check_ends_with_1(monkeypatch, capsys):
+    from rich.console import Console
+
+    from deformconv.studies import demo
+
+    console = Console()
+    assert demo._check(console, "this", 1e-7) and not demo._check(console, "that", 1e-3)
+    assert not demo._check(console, "the other", float("nan"))
+    assert "that: difference 1e-03, limit 1e-05: FAILED" in capsys.readouterr().out
+
+    monkeypatch.setattr(demo, "_warm_up", lambda console: None)
+    monkeypatch.setattr(demo, "classic_example", lambda console, repeats: False)
+    monkeypatch.setattr(demo, "compare_nets", lambda *_: [])
+    monkeypatch.setattr(demo, "draw", lambda *_: None)
+    monkeypatch.setattr(demo, "keep", lambda *_: True)
+    monkeypatch.setattr(demo, "_net_to_keep", lambda runs: None)
+    assert demo.run(Path("nowhere"), fast=True, seeds=1, first_seed=0) == 1

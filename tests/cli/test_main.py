@@ -1,0 +1,174 @@
+"""The command line: help, exit codes, and what each command says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from deformconv import __version__
+from deformconv.cli import doctor, warmup
+from deformconv.cli import main as command_line
+from deformconv.cli.main import main
+
+ESCAPE = "\x1b"
+
+
+def run(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, after some lines of Python."""
+    code = f"import sys\n{prelude}\nfrom deformconv.cli.main import main\nsys.exit(main({list(arguments)!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["demo", "doctor", "warmup", "Commands:"]),
+        (["demo", "--help"], ["--fast", "--seeds", "--output", "--seed", "digits"]),
+        (["warmup", "-h"], ["--dtype", "--rank", "DEFORMCONV_CACHE_DIR"]),
+        (["doctor", "--help"], ["backends"]),
+        (["--version"], [__version__]),
+    ],
+)
+def test_help(arguments, words, capsys):
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in words)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dance"], "No such command 'dance'"),
+        (["demo", "--sedes", "3"], "--seeds"),
+        (["demo", "--seeds", "0"], "--seeds"),
+        (["warmup", "--dtype", "int8"], "float32"),
+        (["warmup", "--rank", "4"], "--rank"),
+    ],
+)
+def test_a_wrong_call_is_explained_and_ends_with_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_module_runs_as_the_command_does():
+    result = subprocess.run(
+        [sys.executable, "-m", "deformconv.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"deformconv {__version__}\n"
+
+
+def test_an_interrupt_ends_with_130_and_a_short_message(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warmup, "run", interrupted)
+    assert main(["warmup"]) == 130
+    assert capsys.readouterr().err.strip() == "Interrupted: nothing is left half-written."
+
+
+def test_the_demo_says_in_one_sentence_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(
+        command_line, "find_spec", lambda name: None if name in ("torch", "rich") else object()
+    )
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == (
+        "Error: the demo needs torch, rich, not installed here: pip install 'deformconv[demo]'\n"
+    )
+
+
+def test_the_command_imports_no_framework_before_it_knows_what_to_do():
+    heavy = ("torch", "numba", "rich", "matplotlib")
+    code = f"import deformconv.cli.main, sys; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+class TestWarmup:
+    def test_options_reach_the_kernels(self, monkeypatch, capsys):
+        from deformconv.ops.conv import cpu
+
+        calls = []
+
+        def compile_all(dtypes, ranks, notify):
+            calls.append((list(dtypes), list(ranks)))
+            notify("this and that")
+
+        monkeypatch.setattr(cpu, "warmup", compile_all)
+        main(["warmup"])
+        main(["warmup", "--dtype", "all", "--rank", "3", "--rank", "1"])
+        assert calls == [(["float32"], [1, 2, 3]), (["float32", "float64"], [3, 1])]
+        assert "this and that ...\n" in capsys.readouterr().out
+
+    def test_what_cannot_be_kept_ends_with_1(self, monkeypatch, capsys):
+        from deformconv.ops.conv import cpu
+        from deformconv.runtime import cache
+
+        monkeypatch.setattr(cpu, "warmup", lambda *_, **__: None)
+        monkeypatch.setattr(cache, "cached_files", tuple)
+        monkeypatch.setattr(cache, "cache_folder", lambda: None)
+        assert main(["warmup"]) == 1
+        assert "DEFORMCONV_CACHE_DIR" in capsys.readouterr().err
+
+    def test_kernels_are_compiled_once(self):
+        assert run("warmup", "--rank", "2").returncode == 0
+        again = run("warmup", "--rank", "2")
+        assert again.returncode == 0 and again.stdout.splitlines()[-1].startswith("Nothing to compile: ")
+
+
+class TestDoctor:
+    def test_a_sound_installation_ends_with_0(self, capsys):
+        assert main(["doctor"]) == 0
+        text = capsys.readouterr().out
+        for title in ("Versions", "Processor", "Kernel cache", "Backends", "Self-test"):
+            assert f"\n{title}" in text
+        assert "cpu backward      ok" in text and "All in order." in text
+        assert "FAILED" not in text and ESCAPE not in text
+        assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80
+
+    def test_without_torch(self):
+        result = run("doctor", prelude="sys.modules['torch'] = None")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "torch             not installed" in result.stdout
+
+    def test_a_wrong_result_ends_with_1(self, monkeypatch, capsys):
+        right = doctor._values
+
+        def wrong(backend, *arguments):
+            values = right(backend, *arguments)
+            if backend == "portable":
+                values["output"] = values["output"] * 1.001
+            return values
+
+        monkeypatch.setattr(doctor, "_values", wrong)
+        assert main(["doctor"]) == 1
+        text = capsys.readouterr().out
+        assert "portable forward  FAILED: error 1.0e-03 in output" in text
+        assert text.endswith("Not in order: portable forward.\n")
+
+    def test_nan_is_a_wrong_result(self):
+        import numpy as np
+
+        assert doctor._verdict({"a": np.array([np.nan, 1])}, {"a": np.ones(2)}).startswith(
+            "FAILED: error nan in a"
+        )
+
+    def test_a_section_that_breaks_does_not_hide_the_others(self, monkeypatch, capsys):
+        def broken():
+            raise OSError("no such processor")
+            yield
+
+        monkeypatch.setattr(doctor, "_processor", broken)
+        assert main(["doctor"]) == 1
+        text = capsys.readouterr().out
+        assert "FAILED: OSError: no such processor" in text
+        assert "cpu forward       ok" in text and text.endswith("Not in order: processor.\n")
+
+    def test_a_cache_that_cannot_be_written_is_reported(self, monkeypatch, capsys):
+        from deformconv.runtime import cache
+
+        monkeypatch.setattr(cache, "cache_folder", lambda: None)
+        assert main(["doctor"]) == 0
+        assert "DEFORMCONV_CACHE_DIR" in capsys.readouterr().out
