@@ -261,14 +261,13 @@ def _arrays(operands: dict[str, Any]) -> dict[str, Any]:
 
 def _array(name: str, value: Any) -> np.ndarray:
     if not isinstance(value, np.ndarray):
-        hint = f"`numpy.asarray({name}, dtype=...)`"
-        if isinstance(value, (list, tuple, int, float, complex, np.generic)):
-            found = f"a {type(value).__name__}"
-        elif value is None:
-            found, hint = "None", "it"
-        else:
-            found = f"a {type(value).__module__}.{type(value).__qualname__}"
-        raise TypeError(f"`{name}` is {found}; expected a NumPy array or a PyTorch tensor: pass {hint}.")
+        if value is None:
+            raise TypeError(f"`{name}` is None; expected a NumPy array or a PyTorch tensor.")
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise TypeError(
+            f"`{name}` is a {kind}; expected a NumPy array or a PyTorch tensor. Pass "
+            f"`numpy.asarray({name}, dtype=...)`."
+        )
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"`{name}` is a masked array, whose own mask would be ignored; expected a plain array: pass "

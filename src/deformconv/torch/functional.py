@@ -234,7 +234,7 @@ def _call(
             backend=backend, **keywords,
         )  # fmt: skip
     _check_tensors(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
-    if torch.is_autocast_enabled(input.device.type):
+    if _is_autocast(input.device.type):
         input, offset, weight, bias, mask = operands = _without_half(*operands)
     spec = _spec(rank, input, offset, weight, bias, stride, padding, dilation, mask, **keywords)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
@@ -294,6 +294,10 @@ def _device(tensor: Any) -> str:
     return "cpu" if tensor.is_cpu else str(tensor.device)
 
 
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _without_half(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Autocast's rule for operators that need full precision: coordinates do."""
     half = (torch.float16, torch.bfloat16)
@@ -313,11 +317,9 @@ def _check_tensors(**operands: Any) -> None:
 
 def _raise_no_tensor(name: str, value: Any, operands: dict[str, Any]) -> NoReturn:
     tensors = [f"`{other}`" for other, operand in operands.items() if isinstance(operand, Tensor)]
-    found = "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
-    found = found.replace("builtins.", "")
-    text = f"`{name}` is {found}; expected a PyTorch tensor"
-    text += f", as {' and '.join(tensors)} are." if tensors else "."
-    if value is not None:
-        convert = "from_numpy" if found == "a numpy.ndarray" else "as_tensor"
-        text += f" Pass `torch.{convert}({name})`."
-    raise TypeError(text)
+    expected = "a PyTorch tensor" + (f", as {' and '.join(tensors)} are." if tensors else ".")
+    if value is None:
+        raise TypeError(f"`{name}` is None; expected {expected}")
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    convert = "from_numpy" if kind == "numpy.ndarray" else "as_tensor"
+    raise TypeError(f"`{name}` is a {kind}; expected {expected} Pass `torch.{convert}({name})`.")

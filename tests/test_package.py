@@ -1,0 +1,204 @@
+"""What the package promises as a whole: which way imports point, and what loads when."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import deformconv
+
+SOURCE = Path(deformconv.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# A room may import from itself and from those further in.
+DEPTH = {
+    "errors": 0,
+    "runtime": 1,
+    "sampling": 2,
+    "ops": 3,
+    "dispatch": 4,
+    "functional": 5,
+    "deformconv": 6,  # the root's public names
+    "torch": 7,
+    "gluon": 7,
+    "convert": 8,
+    "vision": 8,
+    "plots": 8,
+    "bench": 8,
+    "studies": 9,
+    "cli": 10,
+}
+# The root's functions hand tensors on to the torch room, when they are given some.
+EXCEPTIONS = {("functional", "torch")}
+# The rooms that nobody needs a framework or an extra for.
+PLAIN = ("errors", "runtime", "sampling", "ops", "dispatch", "functional", "cli")
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(file): file for file in FILES}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "deformconv"
+
+
+def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, ast.stmt]]:
+    """Every module that a file imports, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".") if is_package else module.split(".")[:-1]
+                base = ".".join([*parents[: len(parents) - node.level + 1], *filter(None, [node.module])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield (whole if whole in MODULES else base), node
+
+
+def test_imports_point_inward():
+    wrong = []
+    for module, file in MODULES.items():
+        here = room(module)
+        assert here in DEPTH, f"{file}: give the room {here} a place in DEPTH"
+        for target, node in imported(ast.parse(file.read_text()), module, file.name == "__init__.py"):
+            if target.split(".")[0] != "deformconv":
+                continue
+            there = room(target)
+            inward = there == here or DEPTH[there] < DEPTH[here]
+            if not inward and (here, there) not in EXCEPTIONS:
+                wrong.append(f"{file}:{node.lineno} {here} imports {there}")
+    assert not wrong
+
+
+def test_the_exception_is_lazy():
+    for node in ast.parse((SOURCE / "functional.py").read_text()).body:
+        targets = [target for target, _ in imported(node, "deformconv.functional", False)]
+        outermost = isinstance(node, (ast.Import, ast.ImportFrom))
+        assert not (outermost and any(target.startswith("deformconv.torch") for target in targets))
+
+
+def test_frameworks_stay_in_their_rooms():
+    """Outside of its rooms a framework is imported inside of functions only, if at all."""
+    for module, file in MODULES.items():
+        if room(module) not in (*PLAIN, "deformconv"):
+            continue
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                tops = {target.split(".")[0] for target, _ in imported(node, module, False)}
+                assert not tops & {"torch", "torchvision", "mxnet", "jax", "keras"}, f"{file}:{node.lineno}"
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_loads_no_framework_and_no_numba():
+    heavy = ("numba", "llvmlite", "torch", "torchvision", "mxnet", "jax", "matplotlib", "array_api_compat")
+    code = f"import deformconv, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_completing_a_name_loads_nothing():
+    code = (
+        "import deformconv, sys; [getattr(deformconv, name) for name in dir(deformconv)];"
+        "print([name for name in ('numba', 'torch') if name in sys.modules])"
+    )
+    assert run_python(code) == "[]"
+
+
+WITHOUT_TORCH = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def test_everything_but_the_torch_room_works_without_torch():
+    modules = [m for m in MODULES if room(m) in PLAIN and not m.endswith("__main__")]
+    code = f"""{WITHOUT_TORCH}
+import importlib
+import numpy as np
+import deformconv
+for module in {modules}:
+    importlib.import_module(module)
+x, offset, weight = np.ones((1, 2, 4, 4)), np.zeros((1, 2, 4, 4)), np.ones((3, 2, 1, 1))
+for backend in (None, "portable", "reference"):
+    assert (deformconv.deform_conv(x, offset, weight, backend=backend) == 2).all()
+gradients = deformconv.deform_conv_backward(np.ones((1, 3, 4, 4)), x, offset, weight)
+assert (gradients.weight == 16).all()
+print(deformconv.explain(x, offset, weight).splitlines()[1])
+assert "torch" not in sys.modules
+"""
+    assert run_python(code) == "forward: cpu"
+
+
+def test_the_torch_room_without_torch_tells_how_to_get_it():
+    code = f"""{WITHOUT_TORCH}
+try:
+    import deformconv.torch
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    expected = "deformconv.torch needs PyTorch, which is not installed: pip install 'deformconv[torch]'"
+    assert run_python(code) == expected
+
+
+def test_public_names():
+    assert deformconv.__all__ == [
+        "BackendError",
+        "Gradients",
+        "ShapeError",
+        "__version__",
+        "deform_conv",
+        "deform_conv_backward",
+        "explain",
+        "get_num_threads",
+        "set_num_threads",
+    ]
+    assert dir(deformconv) == sorted(deformconv.__all__)
+    for name in deformconv.__all__:
+        value = getattr(deformconv, name)
+        assert name == "__version__" or value.__doc__, name
+    with pytest.raises(AttributeError, match="module 'deformconv' has no attribute 'deform_convolution'"):
+        deformconv.deform_convolution  # noqa: B018
+
+
+def test_the_torch_room_can_be_reached_from_the_root():
+    code = "import deformconv; print(deformconv.torch.DeformConv2d.__name__)"
+    assert run_python(code) == "DeformConv2d"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__main__")])
+def test_all_lists_what_is_there(module):
+    names = getattr(importlib.import_module(module), "__all__", [])
+    missing = [name for name in names if not hasattr(sys.modules[module], name)]
+    assert not missing
+    assert len(set(names)) == len(names)
+
+
+def test_is_typed():
+    assert (SOURCE / "py.typed").exists()
+
+
+def test_errors_are_also_the_builtin_ones():
+    assert issubclass(deformconv.ShapeError, ValueError)
+    assert issubclass(deformconv.BackendError, RuntimeError)
