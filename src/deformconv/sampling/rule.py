@@ -26,6 +26,7 @@ any axis: outside, with value and derivatives 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -52,8 +53,8 @@ def base(position: int, tap: int, stride: int, padding_before: int, dilation: in
 
 def split(base: int, offset: float) -> tuple[int, float]:
     """The corner and the fraction of a position along one axis."""
-    floor = np.floor(offset)
-    return base + int(floor), offset - floor
+    floor = math.floor(offset)
+    return base + floor, offset - floor
 
 
 def corners(base: Sequence[int], offset: Sequence[float], size: Sequence[int], boundary: str) -> list[Corner]:
@@ -73,9 +74,9 @@ def corners(base: Sequence[int], offset: Sequence[float], size: Sequence[int], b
     return [
         Corner(
             pixel=tuple(pixel for pixel, _, _ in ends),
-            weight=float(np.prod([weight for _, weight, _ in ends])),
+            weight=math.prod(weight for _, weight, _ in ends),
             d_weight=tuple(
-                float(np.prod([end[2] if other == axis else end[1] for other, end in enumerate(ends)]))
+                math.prod(end[2] if other == axis else end[1] for other, end in enumerate(ends))
                 for axis in range(len(ends))
             ),
         )
@@ -88,7 +89,7 @@ def interpolate(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The value (C,) of `pixels` (C, *size) at base + offset, and its derivatives (D, C) along the axes."""
     C, D = pixels.shape[0], len(offset)
-    if any(np.isnan(o) for o in offset):
+    if any(map(math.isnan, offset)):
         return np.full(C, np.nan), np.full((D, C), np.nan)
     value, d_value = np.zeros(C), np.zeros((D, C))
     for corner in corners(base, offset, pixels.shape[1:], boundary):
