@@ -19,6 +19,7 @@ __all__ = [
     "integers",
     "n_of",
     "paddings",
+    "positions_along",
     "same_padding",
 ]
 
@@ -98,6 +99,11 @@ def same_padding(
         )
     totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def positions_along(size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int) -> int:
+    """The number of positions of the window along one axis."""
+    return (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def n_of(number: int, noun: str) -> str:

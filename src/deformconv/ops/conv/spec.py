@@ -21,6 +21,7 @@ from deformconv.ops.window import (
     integers,
     n_of,
     paddings,
+    positions_along,
     same_padding,
 )
 
@@ -190,18 +191,19 @@ def _spec(
         padding = same_padding(kernel_size, stride, dilation)
     elif isinstance(padding, str):  # "valid"
         padding = ((0, 0),) * len(stride)
+    output_size = _output_size(input, kernel_size, stride, padding, dilation)
     spec = ConvSpec(
         rank=len(stride),
         batch=batch,
         in_channels=in_channels,
         out_channels=out_channels,
         groups=groups,
-        offset_groups=_offset_groups(in_channels, kernel_size, offset, mask, offset_groups),
+        offset_groups=_offset_groups(in_channels, kernel_size, output_size, offset, mask, offset_groups),
         input_size=tuple(sizes),
         kernel_size=kernel_size,
         stride=stride,
         dilation=dilation,
-        output_size=_output_size(input, kernel_size, stride, padding, dilation),
+        output_size=output_size,
         padding=padding,
         masked=mask is not None,
         biased=bias is not None,
@@ -350,13 +352,16 @@ def _output_size(
                 "least 1. "
                 "Only a batch may be empty."
             )
-        output_size.append((padded - extent) // stride[axis] + 1)
+        output_size.append(
+            positions_along(size, kernel_size[axis], stride[axis], (before, after), dilation[axis])
+        )
     return tuple(output_size)
 
 
 def _offset_groups(
     in_channels: int,
     kernel_size: tuple[int, ...],
+    output_size: tuple[int, ...],
     offset: Operand,
     mask: Operand | None,
     given: int | None,
@@ -368,13 +373,14 @@ def _offset_groups(
     channels = offset.shape[1]
     groups = given or channels // (D * K)
     if groups < 1 or channels != groups * D * K or in_channels % groups:
-        _raise_offset_channels(in_channels, kernel_size, offset, mask, given)
+        _raise_offset_channels(in_channels, kernel_size, output_size, offset, mask, given)
     return groups
 
 
 def _raise_offset_channels(
     in_channels: int,
     kernel_size: tuple[int, ...],
+    output_size: tuple[int, ...],
     offset: Operand,
     mask: Operand | None,
     given: int | None,
@@ -403,7 +409,7 @@ def _raise_offset_channels(
         )
     elif mask is not None and len(mask.shape) == D + 2 and mask.shape[1] == channels * D:
         text += f" `mask` has {n_of(mask.shape[1], 'channel')}: the two are exchanged."
-    elif offset.shape[-1] and offset.shape[-1] % each == 0:
+    elif tuple(offset.shape[1:-1]) == output_size and offset.shape[-1] % each == 0:
         text += channels_last("offset")
     elif given is not None and whole:
         text += f" {channels} channels fit offset_groups={channels // each}."
@@ -425,7 +431,7 @@ def _check_mask_channels(spec: ConvSpec, mask: Operand) -> None:
         text += " A mask is one number per tap, not one per axis."
     elif channels == offsets + masks:
         text += f" {channels} = {offsets} offsets + {masks} masks: pass the last {masks} alone."
-    elif mask.shape[-1] == masks:
+    elif tuple(mask.shape[1:]) == (*spec.output_size, masks):
         text += channels_last("mask")
     elif channels and channels % spec.taps == 0:
         text += (
@@ -473,7 +479,16 @@ def _check_positions(spec: ConvSpec, name: str, operand: Operand) -> None:
             f"keep: predict `{name}` by a convolution with the same kernel size, stride, padding and "
             "dilation."
         )
-    elif spec.groups > 1 and spec.input_size[-1] == spec.in_channels // spec.groups:
+    elif spec.input_size[-1] == spec.in_channels // spec.groups and size == tuple(
+        map(
+            positions_along,
+            (spec.in_channels, *spec.input_size[:-1]),
+            spec.kernel_size,
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+        )
+    ):
         text += channels_last("input")
     raise ShapeError(text)
 
