@@ -24,7 +24,7 @@ lint: $(VENV)/installed-dev
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "deformconv needs Python 3.10 or newer, and $(PYTHON) is older: try make PYTHON=python3.12")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --quiet --editable '.[$(1)]'
+	$(PY) -m pip install --disable-pip-version-check --editable '.[$(1)]'
 endef
 
 $(VENV)/installed-dev: pyproject.toml

@@ -27,6 +27,7 @@ def draw_sampling_points(
     regular: npt.ArrayLike | None = None,
     pixel: float = 1.0,
     origin: float = 0.0,
+    margin: float = 0.0,
     size: float = 26.0,
     mask_limit: float = 2.0,
     **style: Any,
@@ -42,6 +43,7 @@ def draw_sampling_points(
         regular: (K, 2, *O), `regular_points`: draws the undeformed window too, and lines from its middle.
         pixel: image pixels per input pixel of the layer, the total stride of the layers before it.
         origin: the image pixel that the layer's input pixel 0 stands for.
+        margin: image pixels to show around the image, for the points that fall outside.
         size: area of a point whose mask is 1, in square typographic points.
         mask_limit: the mask's largest value (mask_scale), the end of the colours.
         **style: handed to `axes.scatter`.
@@ -78,5 +80,12 @@ def draw_sampling_points(
         chosen[:, 1], chosen[:, 0], s=size * np.abs(amount), c=amount, zorder=3, **{**looks, **style}
     )
     height, width = image.shape[:2]
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
+    right, bottom = width - 0.5, height - 0.5
+    if margin:
+        # The image's own edge takes the place of the axes' frame.
+        x, y = np.array([[-0.5, right, right, -0.5, -0.5], [-0.5, -0.5, bottom, bottom, -0.5]])
+        axes.plot(x, y, color="0.6", linewidth=0.8)
+        axes.spines[:].set_visible(False)
+    axes.set(xlim=(-0.5 - margin, right + margin), ylim=(bottom + margin, -0.5 - margin))
+    axes.set(xticks=[], yticks=[])
     return drawn

@@ -68,14 +68,15 @@ def _title(console: Console, number: int, title: str) -> None:
 def _check(console: Console, statement: str, error: float, limit: float = TOLERANCE) -> bool:
     """Say whether a difference is within its limit, and return it. A NaN is not."""
     holds = error <= limit
-    verdict = "[green]ok[/]" if holds else "[bold red]FAILED[/]"
-    console.print(f"  {statement}: difference {error:.0e}, limit {limit:.0e}: {verdict}")
+    verdict = "[green]ok    [/]" if holds else "[bold red]FAILED[/]"
+    found = f"{error:.0e}" + ("" if holds else f", at most {limit:.0e} is rounding")
+    console.print(f"  {verdict}  {statement} (difference {found})")
     return holds
 
 
 def classic_example(console: Console, repeats: int) -> bool:
     """v1 and v2 on random input: shapes, times beside a plain convolution, and the check at zero offsets."""
-    _title(console, 1, "The classic example: a 3x3 kernel, 3 -> 64 channels, on 10 images of 100 x 100")
+    _title(console, 1, "The classic example: 3x3 kernel, 3 -> 64 channels, 10 images of 100x100")
     random = torch.Generator().manual_seed(0)
     x = torch.randn(10, 3, 100, 100, generator=random)
     weight = torch.randn(64, 3, 3, 3, generator=random) / 27**0.5
@@ -88,19 +89,19 @@ def classic_example(console: Console, repeats: int) -> bool:
     }
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in ("", "offset", "mask", "output"):
-        table.add_column(name)
-    for name in ("forward", "with backward"):
+        table.add_column(name, no_wrap=True)
+    for name in ("forward", "and backward"):
         table.add_column(name, justify="right")
     for name, (call, arguments) in calls.items():
         shapes = [_shape(arguments[i]) if i < len(arguments) else "" for i in (2, 3)]
         forward, both = _milliseconds(call, arguments, repeats)
-        table.add_row(name, *shapes, _shape(call(*arguments)), f"{forward:.1f} ms", f"{both:.1f} ms")
+        table.add_row(f"  {name}", *shapes, _shape(call(*arguments)), f"{forward:.1f} ms", f"{both:.1f} ms")
     console.print(table)
     plain = conv2d(x, weight, padding=1)
     zero, one = torch.zeros_like(offset), torch.ones_like(mask)
     v1, v2 = deform_conv2d(x, zero, weight, padding=1), deform_conv2d(x, zero, weight, padding=1, mask=one)
-    holds = _check(console, "v1 with zero offsets is the plain convolution", _difference(v1, plain))
-    return _check(console, "v2 with zero offsets and masks of 1 is, too", _difference(v2, plain)) and holds
+    holds = _check(console, "v1 with zero offsets is a plain convolution", _difference(v1, plain))
+    return _check(console, "v2 with zero offsets and masks of 1 is one, too", _difference(v2, plain)) and holds
 
 
 def _shape(tensor: Tensor) -> str:
@@ -135,16 +136,14 @@ def _milliseconds(call: Callable[..., Tensor], arguments: list[Tensor], repeats:
     return medians[0], medians[1]
 
 
-def compare_nets(
-    console: Console, training: Digits, held_out: Digits, schedule: Schedule, seeds: Sequence[int]
-) -> list[Run]:
+def compare_nets(console: Console, training: Digits, held_out: Digits, schedule: Schedule, seeds: Sequence[int]) -> list[Run]:
     """Train one net of each kind for every seed, with progress, and print what came out."""
     _title(console, 2, "Three nets of equal budget on handwritten digits, scaled, turned and moved")
     # The held-out canvases are one and the same for all seeds.
     canvases = digits.scatter(held_out, np.random.default_rng(0))
     console.print(f"  {len(training.labels)} digits to train on, {len(canvases.labels)} others held out\n")
-    console.print(f"  {'':11}{'training loss':22}held-out accuracy", style="bold")
-    console.print("  seed step  " + "".join(f"{kind:>6} " for kind in KINDS) * 2, style="bold")
+    kinds = "".join(f"{kind:>7}" for kind in KINDS)
+    console.print(f"  seed  step    training loss         held-out accuracy\n  {'':10}{kinds}  {kinds}", style="bold")
     columns = (
         TextColumn(" "),
         BarColumn(20),
@@ -161,38 +160,38 @@ def compare_nets(
                 live = " ".join(f"{run.kind} {run.losses[-1]:.2f}" for run in latest)
                 progress.update(task, advance=1, description=f"loss {live}")
                 if step in schedule.evaluation_steps:
-                    losses = "".join(f"{mean(run.losses[-15:]):6.3f} " for run in latest)
-                    accuracies = "".join(f"{run.accuracies[step]:6.1%} " for run in latest)
-                    progress.console.print(f"  {seed:4} {step:4}  {losses}{accuracies}")
+                    losses = "".join(f"{mean(run.losses[-15:]):7.3f}" for run in latest)
+                    accuracies = "".join(f"{run.accuracies[step]:7.1%}" for run in latest)
+                    progress.console.print(f"  {seed:4}  {step:4}{losses}  {accuracies}")
             runs += latest
-    console.print(_result(runs, schedule))
+    _print_result(console, runs, schedule)
     return runs
 
 
-def _result(runs: Sequence[Run], schedule: Schedule) -> Table:
+def _print_result(console: Console, runs: Sequence[Run], schedule: Schedule) -> None:
     seeds = len({run.seed for run in runs})
-    table = Table(
-        box=box.SIMPLE, pad_edge=False, caption_justify="left", caption=(
-            f"  Equal budget: parameters and multiply-adds within 1 %, the same {schedule.steps} steps of "
-            f"{schedule.batch} digits\n  and the same schedule for all; nothing is tuned for one of them. "
-            f"Mean of {seeds} seed{'s' * (seeds > 1)}, lowest to highest."
-        ),
-    )  # fmt: skip
-    table.add_column("")
-    for name in ("parameters", "multiply-adds", "time a step", "held-out accuracy", "spread"):
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("  net")
+    for name in ("parameters", "multiply-adds", "time a step", "accuracy", "lowest - highest"):
         table.add_column(name, justify="right")
     for kind in KINDS:
         same = [run for run in runs if run.kind == kind]
         accuracies = [100 * run.accuracy for run in same]
         table.add_row(
-            kind,
+            f"  {kind}",
             f"{sum(parameter.numel() for parameter in same[0].net.parameters()):,}",
             f"{multiply_adds(same[0].net) / 1e6:.1f} M",
             f"{1000 * median(run.seconds_per_step for run in same):.0f} ms",
             f"{mean(accuracies):.1f} %",
             f"{min(accuracies):.1f} - {max(accuracies):.1f}" if seeds > 1 else "one seed",
         )
-    return table
+    console.print(table)
+    mean_of = f"mean of {seeds} seeds" if seeds > 1 else "of one seed"
+    console.print(
+        f"  Accuracy on the held-out digits, {mean_of}. Equal budget: parameters and\n"
+        f"  multiply-adds within 1 %, the same {schedule.steps} steps of {schedule.batch} digits, the same schedule.\n"
+        "  Nothing is tuned for one of them."
+    )
 
 
 def draw(console: Console, output: Path, runs: Sequence[Run], net: DigitNet, held_out: Digits) -> None:
@@ -201,10 +200,7 @@ def draw(console: Console, output: Path, runs: Sequence[Run], net: DigitNet, hel
     from deformconv.studies.pictures import looks, training_curves
 
     _title(console, 3, "Pictures")
-    figures = {
-        f"sampling-points-{name.replace(' ', '-')}.png": looks(net, held_out, block)
-        for block, name in LAYERS.items()
-    }
+    figures = {f"sampling-points-{name.replace(' ', '-')}.png": looks(net, held_out, block) for block, name in LAYERS.items()}
     figures["training.png"] = training_curves(runs)
     for name, figure in figures.items():
         with whole_file(output / name) as part:
@@ -223,6 +219,4 @@ def keep(console: Console, output: Path, net: DigitNet, held_out: Digits) -> boo
     again.load_state_dict(loaded["state"])
     canvases = digits.scatter(held_out, np.random.default_rng(0)).images
     console.print(f"  {path}", soft_wrap=True)
-    return _check(
-        console, "scores of the loaded net", _difference(scores(again, canvases), scores(net, canvases))
-    )
+    return _check(console, "the loaded net gives the same scores", _difference(scores(again, canvases), scores(net, canvases)))

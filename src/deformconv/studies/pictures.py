@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -22,7 +21,8 @@ __all__ = ["looks", "training_curves"]
 # Okabe and Ito's colours, which the colour-blind can tell apart, and markers for print without colour.
 STYLES = {"plain": ("#0072B2", "o"), "v1": ("#E69F00", "s"), "v2": ("#009E73", "^")}
 SCALES = (0.6, 0.85, 1.1, 1.4)
-ROTATIONS = (0, 35, -35)  # degrees, one a row
+ROWS = ((4, 0), (6, 35), (8, -35))  # label, and rotation in degrees
+POSITIONS = {2: 3, 4: 2}  # how many output positions to show, by image pixels per input pixel
 
 
 def training_curves(runs: Sequence[Run]) -> Figure:
@@ -46,10 +46,8 @@ def training_curves(runs: Sequence[Run]) -> Figure:
         )
     seeds = len({run.seed for run in runs})
     lines = "one line a seed" if seeds > 1 else "one seed"
-    left.set(
-        title="Training loss", xlabel="step", ylabel="cross entropy, averaged over 15 steps", yscale="log"
-    )
-    right.set(title="Accuracy on held-out digits", xlabel="step", ylabel="%")
+    left.set(title="Training loss", xlabel="step", ylabel="mean of 15 steps", ylim=(0, None))
+    right.set(title="Accuracy on held-out digits", xlabel="step", ylabel="%", ylim=(0, 100))
     for axes in (left, right):
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
@@ -67,13 +65,11 @@ def _smoothed(losses: Sequence[float], window: int = 15) -> tuple[Any, Any]:
 
 def looks(net: DigitNet, scans: Digits, block: int) -> Figure:
     """Some digits at several scales, with the points where the deformable layer of a block samples."""
-    chosen = scans.take(_examples(scans, len(ROTATIONS)))
-    rows, columns = len(ROTATIONS), len(SCALES)
-    figure = Figure(figsize=(2.15 * columns + 0.9, 2.35 * rows + 0.5), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(9.5, 7.4), layout="constrained")
+    panels = figure.subplots(len(ROWS), len(SCALES))
     drawn: Any = None
-    for row, rotation in enumerate(ROTATIONS):
-        image = np.repeat(chosen.images[row : row + 1], columns, axis=0)
+    for row, (label, rotation) in enumerate(ROWS):
+        image = np.repeat(_typical(scans, label)[None], len(SCALES), axis=0)
         canvases = digits.place(image, _centred(SCALES, rotation))
         offset, mask, pixel = _predictions(net, block, canvases)
         points = sampling_points(offset, 3, padding=1)
@@ -82,23 +78,32 @@ def looks(net: DigitNet, scans: Digits, block: int) -> Figure:
         for column, canvas in enumerate(canvases):
             axes = panels[row, column]
             drawn = draw_sampling_points(
-                axes, canvas, points[column, 0], None if mask is None else mask[column],
-                at=_positions(canvas, offset.shape[2:], pixel), regular=regular, pixel=pixel,
-            )  # fmt: skip
-            axes.set_title(f"x{SCALES[column]:g}, read as {answers[column]}", fontsize=9)
-    bar = figure.colorbar(drawn, ax=panels, shrink=0.6, aspect=25, pad=0.02)
+                axes,
+                canvas,
+                points[column, 0],
+                None if mask is None else mask[column],
+                at=_positions(canvas, offset.shape[2:], pixel),
+                regular=regular,
+                pixel=pixel,
+                margin=1,
+            )
+            title = f"scale {SCALES[column]:g}, read as {answers[column]}"
+            axes.set_title(title, fontsize=9, color="black" if answers[column] == label else "#B00000")
+    bar = figure.colorbar(drawn, ax=panels, shrink=0.6, aspect=25, pad=0.02, ticks=[0, 0.5, 1, 1.5, 2])
     bar.set_label("mask: how much a sample counts")
     figure.suptitle(
-        "Where a trained v2 layer looks: three output positions (x), the points they sample\n"
-        "(colour and size: mask) and, as +, the points a plain convolution would sample",
+        f"Where a trained {net.kind} layer looks. A cross is an output position, circles what it samples\n"
+        "(colour and size: mask), and small plus signs what a plain convolution samples there.",
         fontsize=10,
     )
     return figure
 
 
-def _examples(scans: Digits, count: int) -> npt.NDArray[np.intp]:
-    """The first scan of each of some labels with strokes that turn."""
-    return np.array([np.flatnonzero(scans.labels == label)[0] for label in (3, 5, 8, 2, 6)[:count]])
+def _typical(scans: Digits, label: int) -> digits.Images:
+    """Of the scans of a label, the one nearest to their mean."""
+    images = scans.images[scans.labels == label]
+    distances = np.square(images - images.mean(axis=0)).sum(axis=(1, 2))
+    return images[np.argmin(distances)]
 
 
 def _centred(scales: Sequence[float], degrees: float) -> Placement:
@@ -119,12 +124,14 @@ def _predictions(net: DigitNet, block: int, canvases: digits.Images) -> tuple[An
     return offset.numpy(), None if mask is None else mask.numpy(), canvases.shape[1] // features.shape[2]
 
 
-def _positions(canvas: Any, size: Sequence[int], pixel: int, count: int = 3) -> list[tuple[int, int]]:
+def _positions(canvas: Any, size: Sequence[int], pixel: int) -> list[tuple[int, int]]:
     """Some output positions on ink, as far from each other as can be."""
     ink = canvas[::pixel, ::pixel][: size[0], : size[1]]
     candidates = np.argwhere(ink >= 0.5 * ink.max())
     chosen = [candidates[0]]
-    while len(chosen) < min(count, len(candidates)):
+    while len(chosen) < POSITIONS[pixel]:
         distances = np.min([np.hypot(*(candidates - other).T) for other in chosen], axis=0)
+        if distances.max() < 3:
+            break  # windows so near to each other would hide one another
         chosen.append(candidates[np.argmax(distances)])
     return [(int(row), int(column)) for row, column in chosen]
