@@ -90,7 +90,7 @@ def classic_example(console: Console, repeats: int) -> bool:
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in ("", "offset", "mask", "output"):
         table.add_column(name, no_wrap=True)
-    for name in ("forward", "and backward"):
+    for name in ("forward", "+ backward"):
         table.add_column(name, justify="right")
     for name, (call, arguments) in calls.items():
         shapes = [_shape(arguments[i]) if i < len(arguments) else "" for i in (2, 3)]
@@ -172,7 +172,7 @@ def _print_result(console: Console, runs: Sequence[Run], schedule: Schedule) -> 
     seeds = len({run.seed for run in runs})
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("  net")
-    for name in ("parameters", "multiply-adds", "time a step", "accuracy", "lowest - highest"):
+    for name in ("parameters", "multiply-adds", "time a step", "accuracy", "spread"):
         table.add_column(name, justify="right")
     for kind in KINDS:
         same = [run for run in runs if run.kind == kind]
