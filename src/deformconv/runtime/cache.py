@@ -7,6 +7,7 @@ machine code depends on, so a file is either right or absent, and a folder that 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -60,15 +61,16 @@ def _can_write(folder: Path) -> bool:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """The folder of this digest's machine code: `DEFORMCONV_CACHE_DIR`, the package's own, the user's, or none that can be written."""
+    """The folder of this digest's machine code: `DEFORMCONV_CACHE_DIR`, else the package's own, else the user's.
+
+    None where none of them can be written. A folder that is filled but cannot be written (a container's) is used as it is.
+    """
     chosen = os.environ.get("DEFORMCONV_CACHE_DIR")
     # Never a shared temporary folder: what is loaded from here is executed.
     roots = [Path(chosen)] if chosen else [_PACKAGE / "__pycache__" / "kernels"]
     if not chosen:
-        try:
+        with contextlib.suppress(RuntimeError):  # no home folder
             roots.append(_user_cache() / "deformconv")
-        except RuntimeError:  # no home folder
-            pass
     folders = [root / digest() for root in roots]
     filled = [folder for folder in folders if folder.is_dir() and any(folder.glob("*.bin"))]
     writable = (folder for folder in folders if _can_write(folder))
@@ -77,7 +79,11 @@ def cache_folder() -> Path | None:
 
 def _announce() -> None:
     if sys.stderr is not None and sys.stderr.isatty():
-        print("deformconv: compiling kernels for this machine, once (about half a minute) ...", file=sys.stderr, flush=True)
+        print(
+            "deformconv: compiling kernels for this machine, once (about half a minute) ...",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class _Notice:

@@ -189,7 +189,7 @@ _KEPT = 8 << 20
 
 
 def scratch(size: int) -> np.ndarray:
-    """At least `size` bytes of this thread's own memory, aligned to 64, with whatever was in them; valid until the next call."""
+    """At least `size` bytes of this thread's own memory, aligned to 64, uninitialised; valid until the next call."""
     memory = _scratch.memory
     if memory.size < size:
         raw = np.empty(size + 64, np.uint8)

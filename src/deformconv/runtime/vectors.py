@@ -41,7 +41,7 @@ def _block_shape(features: frozenset[str]) -> BlockShape:
     # rows * vectors accumulators, the vectors of B and one broadcast must fit the registers: 32 of them, or 16.
     if "avx512f" in features:
         return BlockShape(12, 2, 64)
-    if "avx" in features:
+    if {"avx", "avx2"} & features:
         return BlockShape(6, 2, 32)
     if "neon" in features:
         return BlockShape(8, 2, 16)
@@ -60,7 +60,7 @@ def _register_block(vectors: int) -> Any:
     """The intrinsic for a block of ROWS rows and `vectors` vectors."""
 
     @intrinsic
-    def multiply_block(typing, a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, depth, accumulate):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def multiply_block(typing, a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, depth, accumulate):
         signature = types.void(a, *[types.int64] * 3, b, *[types.int64] * 2, c, *[types.int64] * 3, types.boolean)
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -149,7 +149,7 @@ _multiply_narrow = _register_block(1)
 
 
 @device
-def _multiply_panel(a, a_start, a_row, a_step, rows, b, b_start, b_step, c, c_start, c_row, narrow, depth, accumulate):  # type: ignore[no-untyped-def]
+def _multiply_panel(a, a_start, a_row, a_step, rows, b, b_start, b_step, c, c_start, c_row, narrow, depth, accumulate):
     for row in range(0, rows, ROWS):
         a_block, c_block = a_start + row * a_row, c_start + row * c_row
         if narrow:
@@ -159,7 +159,23 @@ def _multiply_panel(a, a_start, a_row, a_step, rows, b, b_start, b_step, c, c_st
 
 
 @device
-def multiply_packed(a, a_start, a_row, a_step, rows, b, b_start, b_rows, b_first, c, c_start, c_row, columns, depth, accumulate):  # type: ignore[no-untyped-def]
+def multiply_packed(
+    a,
+    a_start,
+    a_row,
+    a_step,
+    rows,
+    b,
+    b_start,
+    b_rows,
+    b_first,
+    c,
+    c_start,
+    c_row,
+    columns,
+    depth,
+    accumulate,
+):
     """C (+)= A @ B for flat arrays, `rows` and `columns` rounded up to whole blocks, for which C (and A in its rows) has room.
 
     Element (r, s) of A is `a[a_start + r * a_row + s * a_step]`. B lies in panels of VECTORS vectors, the last one of a single
@@ -170,17 +186,47 @@ def multiply_packed(a, a_start, a_row, a_step, rows, b, b_start, b_rows, b_first
         narrow = columns - column <= lanes
         width = lanes if narrow else VECTORS * lanes
         start = b_start + column * b_rows + b_first * width
-        _multiply_panel(a, a_start, a_row, a_step, rows, b, start, width, c, c_start + column, c_row, narrow, depth, accumulate)
+        _multiply_panel(
+            a,
+            a_start,
+            a_row,
+            a_step,
+            rows,
+            b,
+            start,
+            width,
+            c,
+            c_start + column,
+            c_row,
+            narrow,
+            depth,
+            accumulate,
+        )
 
 
 @device
-def multiply_rows(a, a_start, a_row, a_step, rows, b, b_start, b_row, c, c_start, c_row, columns, depth, accumulate):  # type: ignore[no-untyped-def]
+def multiply_rows(a, a_start, a_row, a_step, rows, b, b_start, b_row, c, c_start, c_row, columns, depth, accumulate):
     """The same for a B of plain rows, `b_row` apart, that may be read up to a whole vector."""
     lanes = VECTOR_BYTES // a.itemsize
     for column in range(0, columns, VECTORS * lanes):
         narrow = columns - column <= lanes
         start = b_start + column
-        _multiply_panel(a, a_start, a_row, a_step, rows, b, start, b_row, c, c_start + column, c_row, narrow, depth, accumulate)
+        _multiply_panel(
+            a,
+            a_start,
+            a_row,
+            a_step,
+            rows,
+            b,
+            start,
+            b_row,
+            c,
+            c_start + column,
+            c_row,
+            narrow,
+            depth,
+            accumulate,
+        )
 
 
 class _Lanes:
@@ -272,7 +318,9 @@ def _add_lanes(builder: Any, value: Any, lanes: int) -> Any:
         lanes //= 2
         parts = [
             builder.shuffle_vector(
-                value, value, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes)))
+                value,
+                value,
+                ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes))),
             )
             for first in (0, lanes)
         ]
@@ -283,10 +331,10 @@ def _add_lanes(builder: Any, value: Any, lanes: int) -> Any:
 
 
 @intrinsic
-def blend_rows(typing, x, starts, channel, weights, scale, out, out_start, width):  # type: ignore[no-untyped-def]
+def blend_rows(typing, x, starts, channel, weights, scale, out, out_start, width):
     """out[out_start + c] = scale * sum over i of weights[i] * x[starts[i] + channel + c] for c < width."""
 
-    def emit(do, x, starts, channel, weights, scale, out, out_start, c, sums):  # type: ignore[no-untyped-def]
+    def emit(do, x, starts, channel, weights, scale, out, out_start, c, sums):
         add = do.builder.add
         place, total = add(channel, c), None
         for start, weight in zip(starts, weights, strict=True):
@@ -299,10 +347,10 @@ def blend_rows(typing, x, starts, channel, weights, scale, out, out_start, width
 
 
 @intrinsic
-def scatter_rows(typing, d, d_start, weights, scale, out, starts, channel, width):  # type: ignore[no-untyped-def]
+def scatter_rows(typing, d, d_start, weights, scale, out, starts, channel, width):
     """out[starts[i] + channel + c] += scale * weights[i] * d[d_start + c], one i after the other: two rows may be the same."""
 
-    def emit(do, d, d_start, weights, scale, out, starts, channel, c, sums):  # type: ignore[no-untyped-def]
+    def emit(do, d, d_start, weights, scale, out, starts, channel, c, sums):
         add = do.builder.add
         value = do.multiply(do.spread(scale), do.load(d, add(d_start, c)))
         for start, weight in zip(starts, weights, strict=True):
@@ -314,10 +362,10 @@ def scatter_rows(typing, d, d_start, weights, scale, out, starts, channel, width
 
 
 @intrinsic
-def dot_rows(typing, d, d_start, x, starts, channel, width):  # type: ignore[no-untyped-def]
+def dot_rows(typing, d, d_start, x, starts, channel, width):
     """The dot products of d[d_start:] with each x[starts[i] + channel:] over `width` channels, as a tuple."""
 
-    def emit(do, d, d_start, x, starts, channel, c, sums):  # type: ignore[no-untyped-def]
+    def emit(do, d, d_start, x, starts, channel, c, sums):
         add = do.builder.add
         value, place = do.load(d, add(d_start, c)), add(channel, c)
         return [do.multiply_add(value, do.load(x, add(start, place)), total) for start, total in zip(starts, sums, strict=True)]
@@ -327,7 +375,7 @@ def dot_rows(typing, d, d_start, x, starts, channel, width):  # type: ignore[no-
 
 
 @intrinsic
-def fetch_add(typing, counter):  # type: ignore[no-untyped-def]
+def fetch_add(typing, counter):
     """The next number of a shared counter (an int64 array of length 1), each given out once."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -338,6 +386,6 @@ def fetch_add(typing, counter):  # type: ignore[no-untyped-def]
 
 
 @device
-def round_up(number, multiple):  # type: ignore[no-untyped-def]
+def round_up(number, multiple):
     """The smallest multiple of `multiple` that is not below `number`."""
     return (number + multiple - 1) // multiple * multiple

@@ -26,6 +26,26 @@ from deformconv.runtime.vectors import blend_rows, dot_rows, scatter_rows
 REACH = 2.0**30
 
 
+class Window(NamedTuple):
+    """The geometry of a call; every tuple has D numbers, so the rank is part of the type."""
+
+    input_size: Any
+    kernel_size: Any
+    stride: Any
+    before: Any  # padding before the first pixel
+    dilation: Any
+    output_size: Any
+    inside: Any  # bool: the boundary rule "inside", else "zeros"
+
+
+class Tile(NamedTuple):
+    """`count` output positions of image `image` from `first` on."""
+
+    image: Any
+    first: Any
+    count: Any
+
+
 class Table(NamedTuple):
     """The samples of a tile, one entry per (tap, position).
 
@@ -56,7 +76,7 @@ def table_sizes(axes: int, entries: int, tile: int) -> TableSizes:
 
 
 @device
-def make_table(reals, starts, integers, axes, entries, tile):  # type: ignore[no-untyped-def]
+def make_table(reals, starts, integers, axes, entries, tile):
     """Lay a table into scratch memory of `table_sizes`."""
     corners = 1 << axes
     weights, origins, rows = corners * entries, axes * tile, (axes + corners) * tile
@@ -72,60 +92,71 @@ def make_table(reals, starts, integers, axes, entries, tile):  # type: ignore[no
 
 
 @device
-def place_tile(table, first, count, output_size, stride, before):  # type: ignore[no-untyped-def]
-    """Note the origin of the `count` output positions from `first` on."""
-    origin, axes = table.origin, len(output_size)
-    rest = first
+def place_tile(table, window, tile):
+    """Note where each position of the tile has the origin of its window."""
+    origin, size = table.origin, window.output_size
+    axes = len(size)
+    rest = tile.first
     for axis in range(axes - 1, -1, -1):
-        origin[axis, 0] = rest % output_size[axis]
-        rest //= output_size[axis]
-    for t in range(1, count):
+        origin[axis, 0] = rest % size[axis]
+        rest //= size[axis]
+    for t in range(1, tile.count):
         carry = 1
         for axis in range(axes - 1, -1, -1):
             place = origin[axis, t - 1] + carry
-            carry = 1 if place == output_size[axis] else 0
+            carry = 1 if place == size[axis] else 0
             origin[axis, t] = 0 if carry else place
     for axis in range(axes):
-        for t in range(count):
-            origin[axis, t] = origin[axis, t] * stride[axis] - before[axis]
+        for t in range(tile.count):
+            origin[axis, t] = origin[axis, t] * window.stride[axis] - window.before[axis]
 
 
 @device
-def place_tap(table, entry, x, image_row, offset, tap, first, count, kernel_size, dilation, input_size, inside):  # type: ignore[no-untyped-def]
-    """Fill the table from `entry` on with one tap's samples; `offset` is (K, D, positions) of one image and offset group."""
-    axes, end = len(input_size), entry + count
+def place_tap(table, entry, window, tile, tap, x, offset):
+    """Fill the table from `entry` on with the samples of one tap; `offset` is (K, D, positions) of an image and offset group."""
+    axes, count = len(window.input_size), tile.count
+    end = entry + count
     table.corner_row[0, :count] = 0
     table.corner_weight[0, entry:end] = 1
-    window, rest = offset.shape[0], tap
+    taps, rest = offset.shape[0], tap
     for axis in range(axes):
-        window //= kernel_size[axis]
-        shift = np.int32(rest // window * dilation[axis])
-        rest %= window
-        size = np.int32(input_size[axis])
+        taps //= window.kernel_size[axis]
+        shift = np.int32(rest // taps * window.dilation[axis])
+        rest %= taps
+        size = np.int32(window.input_size[axis])
         low, high, fraction = table.low[:count], table.high[:count], table.fraction[axis, entry:end]
-        origin = table.origin[axis, :count]
-        _place_axis(offset[tap, axis, first : first + count], origin, shift, size, inside, low, high, fraction)
+        values, origin = offset[tap, axis, tile.first : tile.first + count], table.origin[axis, :count]
+        _place_axis(values, origin, shift, size, window.inside, low, high, fraction)
         # Every corner found so far becomes two. Going down keeps those that are still to be read.
         for corner in range((1 << axis) - 1, -1, -1):
-            _split_corner(
-                table.corner_row[corner, :count], table.corner_weight[corner, entry:end], low, high, fraction, size,
-                table.corner_row[2 * corner, :count], table.corner_row[2 * corner + 1, :count],
-                table.corner_weight[2 * corner, entry:end], table.corner_weight[2 * corner + 1, entry:end],
-            )  # fmt: skip
+            below, above = 2 * corner, 2 * corner + 1
+            _split_row(
+                table.corner_row[corner, :count],
+                low,
+                high,
+                size,
+                table.corner_row[below, :count],
+                table.corner_row[above, :count],
+            )
+            weight = table.corner_weight
+            _split_weight(weight[corner, entry:end], fraction, weight[below, entry:end], weight[above, entry:end])
+    image_row = tile.image * pixels_of(window)
     for corner in range(1 << axes):
-        _find_row(table.corner_row[corner, :count], image_row, x.shape, table.corner_start[corner, entry:end])
+        _find_start(table.corner_row[corner, :count], image_row, x.shape, table.corner_start[corner, entry:end])
 
 
 @device
-def _find_row(row, image_row, x_shape, start):  # type: ignore[no-untyped-def]
-    zeros, channels = x_shape[0] - 1, x_shape[1]
-    for t in range(row.size):
-        start[t] = (zeros if row[t] < 0 else image_row + row[t]) * channels
+def pixels_of(window):
+    """The number of pixels of one input channel."""
+    pixels = 1
+    for axis in range(len(window.input_size)):
+        pixels *= window.input_size[axis]
+    return pixels
 
 
 @device
-def _place_axis(offset, origin, shift, size, inside, low, high, fraction):  # type: ignore[no-untyped-def]
-    """Split the coordinate on one axis into its two corners, -1 where outside, and the fraction between them."""
+def _place_axis(offset, origin, shift, size, inside, low, high, fraction):
+    """Split the coordinates on one axis into their two corners, -1 where outside, and the fraction between them."""
     zero, outside = offset.dtype.type(0), np.int32(-1)
     for t in range(offset.size):
         value = offset[t]
@@ -144,24 +175,39 @@ def _place_axis(offset, origin, shift, size, inside, low, high, fraction):  # ty
 
 
 @device
-def _split_corner(row, weight, low, high, fraction, size, low_row, high_row, low_weight, high_weight):  # type: ignore[no-untyped-def]
-    """Extend a corner of the axes so far to its two on the next one; `row` and `weight` may be the low results' own memory."""
-    one, outside = weight.dtype.type(1), np.int32(-1)
+def _split_row(row, low, high, size, low_row, high_row):
+    """Extend a corner of the axes so far to its two on the next axis; `low_row` may be `row` itself."""
+    outside = np.int32(-1)
     for t in range(row.size):
-        found, part, whole = row[t], fraction[t], weight[t]
+        found = row[t]
         # "|" is negative if either number is.
         high_row[t] = outside if (found | high[t]) < 0 else found * size + high[t]
         low_row[t] = outside if (found | low[t]) < 0 else found * size + low[t]
+
+
+@device
+def _split_weight(weight, fraction, low_weight, high_weight):
+    """The same for its weight."""
+    one = weight.dtype.type(1)
+    for t in range(weight.size):
+        whole, part = weight[t], fraction[t]
         high_weight[t] = whole * part
         low_weight[t] = whole * (one - part)
 
 
-@intrinsic
-def _corners(typing, table, entry, axes):  # type: ignore[no-untyped-def]
-    """Column `entry` of a (2^D, entries) array as a tuple; `axes` is any tuple of D."""
-    result = types.UniTuple(table.dtype, 1 << len(axes))
+@device
+def _find_start(row, image_row, x_shape, start):
+    zeros, channels = x_shape[0] - 1, x_shape[1]
+    for t in range(row.size):
+        start[t] = (zeros if row[t] < 0 else image_row + row[t]) * channels
 
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+
+@intrinsic
+def _corners(typing, array, entry, axes):
+    """Column `entry` of a (2^D, entries) array as a tuple; `axes` is any tuple of D."""
+    result = types.UniTuple(array.dtype, 1 << len(axes))
+
+    def emit(context, builder, signature, arguments):
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         row = cgutils.unpack_tuple(builder, array.shape)[1]
         values, index = [], arguments[1]
@@ -170,70 +216,72 @@ def _corners(typing, table, entry, axes):  # type: ignore[no-untyped-def]
             index = builder.add(index, row)
         return context.make_tuple(builder, result, values)
 
-    return result(table, entry, axes), emit
+    return result(array, entry, axes), emit
 
 
 @device
-def blend(table, entry, count, axes, x, channel, width, mask, column, column_start, column_row):  # type: ignore[no-untyped-def]
+def blend(table, entry, window, count, x, channel, width, mask, column, start, row):
     """column[t, c] = mask[t] * sum over corners of corner_weight * x[corner, channel + c] for c < width.
 
-    `mask` is empty for a mask of ones. `x` and `column` are flat; row t of `column` starts at `column_start + t * column_row`. The mask multiplies
-    the sum, not the weights, which are 0 where an infinite mask must not make NaN.
+    `mask` is empty for a mask of ones. `x` and `column` are flat; row t of `column` begins at `start + t * row`. The mask
+    multiplies the sum and not the weights: an infinite mask must not turn a weight of 0 into NaN.
     """
     scale = x.dtype.type(1)
     for t in range(count):
         if mask.size:
             scale = mask[t]
-        starts, weights = _corners(table.corner_start, entry + t, axes), _corners(table.corner_weight, entry + t, axes)
-        blend_rows(x, starts, channel, weights, scale, column, column_start + t * column_row, width)
+        starts = _corners(table.corner_start, entry + t, window.input_size)
+        weights = _corners(table.corner_weight, entry + t, window.input_size)
+        blend_rows(x, starts, channel, weights, scale, column, start + t * row, width)
 
 
 @device
-def scatter(table, entry, count, axes, d_column, column_start, column_row, mask, d_x, shift, outside, dump, channel, width):  # type: ignore[no-untyped-def]
+def scatter(table, window, count, d_column, start, row, mask, d_x, shift, outside, dump, channel, width):
     """The transpose of `blend`: add mask * corner_weight * d_column to the corners' rows of the flat `d_x`.
 
-    These lie `shift` numbers after their places in `x`; a corner that starts at `outside` goes to `dump`, which nobody reads.
+    They lie `shift` numbers after their places in `x`. A corner that begins at `outside` goes to `dump`, which nobody reads.
     """
     scale = d_column.dtype.type(1)
     for t in range(count):
         if mask.size:
             scale = mask[t]
-        starts, weights = _corners(table.corner_start, entry + t, axes), _corners(table.corner_weight, entry + t, axes)
+        starts = _corners(table.corner_start, t, window.input_size)
+        weights = _corners(table.corner_weight, t, window.input_size)
         into = starts
         for corner in range(len(starts)):
             place = dump if starts[corner] == outside else starts[corner] + shift
             into = tuple_setitem(into, corner, place)
-        scatter_rows(d_column, column_start + t * column_row, weights, scale, d_x, into, channel, width)
+        scatter_rows(d_column, start + t * row, weights, scale, d_x, into, channel, width)
 
 
 @device
-def project(table, entry, count, axes, d_column, column_start, column_row, x, channel, width, corner_dot):  # type: ignore[no-untyped-def]
+def project(table, window, count, d_column, start, row, x, channel, width, corner_dot):
     """corner_dot[corner, t] = d_column[t] . x[corner]: all that the gradients of offset and mask need."""
     for t in range(count):
-        starts = _corners(table.corner_start, entry + t, axes)
-        dots = dot_rows(d_column, column_start + t * column_row, x, starts, channel, width)
+        starts = _corners(table.corner_start, t, window.input_size)
+        dots = dot_rows(d_column, start + t * row, x, starts, channel, width)
         for corner in range(len(dots)):
             corner_dot[corner, t] = dots[corner]
 
 
 @device
-def differentiate(table, entry, count, corner_dot, mask, d_offset, d_mask, partial):  # type: ignore[no-untyped-def]
+def differentiate(table, count, corner_dot, mask, d_offset, d_mask, partial):
     """d_offset[axis, t] and d_mask[t] of one tap from `corner_dot`; `partial` is scratch of its shape.
 
     The interpolation is linear in each axis' fraction f: along the axis that is differentiated a pair of corners contributes
     high - low, along any other (1 - f) * low + f * high.
     """
-    corners, axes, end = corner_dot.shape[0], table.fraction.shape[0], entry + count
+    corners, axes = corner_dot.shape[0], table.fraction.shape[0]
     if d_mask.size:
         d_mask[:] = 0
         for corner in range(corners):
-            _add_product(table.corner_weight[corner, entry:end], corner_dot[corner, :count], d_mask)
+            _add_product(table.corner_weight[corner, :count], corner_dot[corner, :count], d_mask)
     if d_offset.size == 0:
         return
     for along in range(axes):
         pairs, dots = corners >> 1, corner_dot
         for axis in range(axes - 1, -1, -1):
-            fraction = table.fraction[axis, entry:end]
+            fraction = table.fraction[axis, :count]
             for pair in range(pairs):
                 low, high = dots[2 * pair, :count], dots[2 * pair + 1, :count]
                 _merge_pair(low, high, fraction, axis == along, partial[pair, :count])
@@ -245,13 +293,13 @@ def differentiate(table, entry, count, corner_dot, mask, d_offset, d_mask, parti
 
 
 @device
-def _add_product(a, b, total):  # type: ignore[no-untyped-def]
+def _add_product(a, b, total):
     for t in range(total.size):
         total[t] += a[t] * b[t]
 
 
 @device
-def _merge_pair(low, high, fraction, along, merged):  # type: ignore[no-untyped-def]
+def _merge_pair(low, high, fraction, along, merged):
     one = low.dtype.type(1)
     for t in range(merged.size):
         part = fraction[t]

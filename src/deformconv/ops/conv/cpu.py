@@ -8,9 +8,9 @@ bit for bit whatever the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
-from itertools import product
+from itertools import pairwise, product
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
 from deformconv.runtime import threads
 
 if TYPE_CHECKING:
-    from deformconv.sampling.kernels import TableSizes
+    from deformconv.sampling.kernels import TableSizes, Window
 
 __all__ = ["deform_conv", "deform_conv_backward", "reasons_against", "warmup"]
 
@@ -33,6 +33,7 @@ _BLOCK = 64  # channels of a block in the backward pass
 _ITEMS = 4  # work for this many threads in the backward pass, if it takes separate sums to make it
 # Nanoseconds of a multiply-add, roughly: to decide what is too small to share out, and how often to listen for Ctrl-C.
 _NANOSECONDS = 0.03
+_COPY = 20  # a number moved, in multiply-adds
 _SHARED_FROM = 100_000
 _BURST = 20_000_000
 
@@ -80,7 +81,10 @@ def _plan(spec: ConvSpec) -> _Plan:
 
     taps_at_once = spec.taps if depthwise else max(1, min(spec.taps, _DEPTH // max(group_channels, 1)))
     taps_at_once = ceil(spec.taps / ceil(spec.taps / taps_at_once))
-    channels_at_once = min(spec.in_channels if depthwise else group_channels, 2 * _DEPTH if taps_at_once == 1 or depthwise else _DEPTH)
+    channels_at_once = min(
+        spec.in_channels if depthwise else group_channels,
+        2 * _DEPTH if taps_at_once == 1 or depthwise else _DEPTH,
+    )
     depth = channels_at_once * (1 if depthwise else taps_at_once)
     sum_row = spec.out_channels if depthwise else spec.groups * _up(group_outputs, vector)
 
@@ -100,9 +104,9 @@ def _plan(spec: ConvSpec) -> _Plan:
     blocks = len(edges) - 1
     parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * blocks)), spec.positions // (4 * _TILE)))
     lanes = max(1, min(spec.batch * parts, ceil(_ITEMS / blocks)))
-    column_row = _up(max(np.diff(edges)), vector) + vector
+    column_row = _up(max(b - a for a, b in pairwise(edges)), vector) + vector
     backward_scratch = table_sizes(spec.rank, tile, tile)
-    buffers = tile * 2 * ((1 << spec.rank) + int(column_row))
+    buffers = tile * 2 * ((1 << spec.rank) + column_row)
     backward_scratch = backward_scratch._replace(reals=backward_scratch.reals + buffers)
     return _Plan(
         tile, taps_at_once, channels_at_once, forward_scratch(tile),
@@ -144,15 +148,15 @@ def deform_conv(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any,
 
     plan = _plan(spec)
     x = _rows(spec, input)
-    packed = _packed(spec, weight, kernels.pack_forward)
+    packed = _packed(spec, weight, forward=True)
     arguments = (
-        x, _offsets(spec, offset), _masks(spec, mask), packed,
+        _window(spec), x, _offsets(spec, offset), _masks(spec, mask), packed,
         np.zeros(spec.out_channels, spec.dtype) if bias is None else _flat(bias, (spec.out_channels,)),
         output.reshape(spec.batch, spec.out_channels, spec.positions),
-        spec.in_channels // spec.groups, plan.tile, plan.taps_at_once, plan.channels_at_once, *_geometry(spec),
+        spec.in_channels // spec.groups, plan.tile, plan.taps_at_once, plan.channels_at_once,
     )  # fmt: skip
     items = spec.batch * ceil(spec.positions / plan.tile)
-    _run(kernels.forward, arguments, items, _multiplications(spec), plan.scratch)
+    _run(kernels.forward, arguments, items, _multiplications(spec), partial(_scratch, plan.scratch, spec.dtype))
     return output
 
 
@@ -199,17 +203,23 @@ def _sampled_gradients(
     d_mask = np.zeros((plan.slots, *places, P) if "mask" in wanted else (1, 1, 1, 1, 0), spec.dtype)
     d_weight = np.zeros((plan.lanes, K, spec.groups, *(sums_shape if "weight" in wanted else (0, 0))), spec.dtype)
     arguments = (
-        _rows(spec, input), _offsets(spec, offset), _masks(spec, mask), _packed(spec, weight, kernels.pack_backward),
+        _window(spec), _rows(spec, input), _offsets(spec, offset), _masks(spec, mask), _packed(spec, weight, forward=False),
         d_output, d_x, d_offset, d_mask, d_weight, plan.edges, plan.first_block,
-        group_channels, group_outputs, plan.parts, plan.tile, *_geometry(spec),
+        group_channels, group_outputs, plan.parts, plan.tile,
     )  # fmt: skip
-    _run(kernels.backward, arguments, items, 2 * _multiplications(spec), plan.backward_scratch)
+    own = partial(_scratch, plan.backward_scratch, spec.dtype)
+    _run(kernels.backward, arguments, items, 2 * _multiplications(spec), own)
 
     results = {}
     if "input" in wanted:
         results["input"] = np.empty(spec.input_shape, spec.dtype)
         runs = N * ceil(spec.pixels / kernels._BLOCK)
-        _run(kernels.channels_first, (d_x[: plan.parts * N * spec.pixels], results["input"].reshape(N, C, spec.pixels)), runs, d_x.size * 20)
+        _run(
+            kernels.channels_first,
+            (d_x[: plan.parts * N * spec.pixels], results["input"].reshape(N, C, spec.pixels)),
+            runs,
+            d_x.size * 20,
+        )
     if "offset" in wanted:
         results["offset"] = _sum_slots(d_offset).reshape(spec.offset_shape)
     if "mask" in wanted:
@@ -217,7 +227,7 @@ def _sampled_gradients(
     if "weight" in wanted:
         results["weight"] = np.empty(spec.weight_shape, spec.dtype)
         by_group = results["weight"].reshape(spec.groups, group_outputs, group_channels, K)
-        _run(kernels.unpack_weight, (d_weight, by_group), spec.out_channels, d_weight.size * 20)
+        _run(kernels.unpack_weight, (d_weight, by_group), spec.out_channels, d_weight.size * _COPY)
     return results
 
 
@@ -235,31 +245,35 @@ def _multiplications(spec: ConvSpec) -> int:
     return spec.batch * spec.positions * spec.taps * spec.in_channels * (spec.out_channels // spec.groups + 4 * 2**spec.rank)
 
 
-def _run(kernel: Any, arguments: tuple[Any, ...], items: int, multiplications: int, scratch: TableSizes | None = None) -> None:
-    """Share the items of a kernel out; `scratch` is the memory that each thread needs of its own."""
+def _run(
+    kernel: Any, arguments: tuple[Any, ...], items: int, multiplications: int, own: Callable[[], tuple[Any, ...]] = tuple
+) -> None:
+    """Share the items of a kernel out; `own` makes the arguments that every thread needs for itself."""
     nanoseconds = multiplications * _NANOSECONDS
-    dtype = arguments[0].dtype
 
     def work(counter: np.ndarray, limit: int) -> None:
-        if scratch is None:
-            kernel(counter, limit, *arguments)
-            return
-        memory = threads.scratch(_bytes(scratch, dtype.itemsize))
-        starts, rest = memory[: scratch.starts * 8], memory[scratch.starts * 8 :]
-        reals, rest = rest[: scratch.reals * dtype.itemsize], rest[scratch.reals * dtype.itemsize :]
-        integers = rest[: scratch.integers * 4]
-        kernel(counter, limit, *arguments, reals.view(dtype), starts.view(np.int64), integers.view(np.int32))
+        kernel(counter, limit, *arguments, *own())
 
     shared = threads.get_num_threads() if nanoseconds > _SHARED_FROM else 1
     burst = max(1, int(_BURST * items / max(nanoseconds, 1)))
     threads.run(work, items, threads=shared, burst=burst)
 
 
-def _geometry(spec: ConvSpec) -> tuple[Any, ...]:
+def _scratch(sizes: TableSizes, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """This thread's memory for a kernel: reals, starts and integers."""
+    item = np.dtype(dtype).itemsize
+    memory = threads.scratch(_bytes(sizes, item))
+    starts, rest = np.split(memory[: _bytes(sizes, item)], [sizes.starts * 8])
+    reals, integers = np.split(rest, [sizes.reals * item])
+    return reals.view(dtype), starts.view(np.int64), integers.view(np.int32)
+
+
+def _window(spec: ConvSpec) -> Window:
+    from deformconv.sampling.kernels import Window
+
     before = tuple(before for before, _ in spec.padding)
-    return (
-        spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size, spec.boundary == "inside",
-    )  # fmt: skip
+    inside = spec.boundary == "inside"
+    return Window(spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size, inside)
 
 
 class _Writable:
@@ -272,7 +286,7 @@ class _Writable:
 
 def _flat(array: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The array in C order, aligned, in the machine's byte order, as kernels are compiled for."""
-    array = np.require(array, array.dtype.newbyteorder("="), "CA").reshape(shape)
+    array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(shape)
     return array if array.flags.writeable else np.asarray(_Writable(array))
 
 
@@ -301,11 +315,12 @@ def _copy_channels_last(spec: ConvSpec, array: np.ndarray, rows: np.ndarray, gro
     from deformconv.ops.conv import cpu_kernels as kernels
 
     runs = array.shape[0] * ceil(array.shape[2] / kernels._BLOCK)
-    _run(kernels.channels_last, (array, rows, groups, group_row), runs, array.size * 20)
+    _run(kernels.channels_last, (array, rows, groups, group_row), runs, array.size * _COPY)
 
 
-def _packed(spec: ConvSpec, weight: Any, pack: Any) -> np.ndarray:
+def _packed(spec: ConvSpec, weight: Any, *, forward: bool) -> np.ndarray:
     """The weight as the kernels read it: (K, C) for a depthwise convolution, else in panels."""
+    from deformconv.ops.conv import cpu_kernels as kernels
     from deformconv.runtime.vectors import VECTOR_BYTES
 
     group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
@@ -313,27 +328,36 @@ def _packed(spec: ConvSpec, weight: Any, pack: Any) -> np.ndarray:
     if group_channels == 1 and group_outputs == 1:
         return np.ascontiguousarray(by_group.reshape(spec.groups, spec.taps).T).reshape(-1)
     vector = VECTOR_BYTES // by_group.itemsize
-    forward = pack.__name__ == "pack_forward"
-    rows, columns = (spec.in_channels * spec.taps, _up(group_outputs, vector)) if forward else (spec.out_channels * spec.taps, _up(group_channels, vector))
-    packed = np.empty(rows * columns, spec.dtype)
-    _run(pack, (by_group, packed), spec.out_channels, by_group.size * 40)
+    rows, columns = (spec.in_channels, group_outputs) if forward else (spec.out_channels, group_channels)
+    packed = np.empty(spec.taps * rows * _up(columns, vector), spec.dtype)
+    pack = kernels.pack_forward if forward else kernels.pack_backward
+    _run(pack, (by_group, packed), spec.out_channels, by_group.size * _COPY)
     return packed
 
 
 def warmup(
-    dtypes: Iterable[str] = ("float32",), ranks: Iterable[int] = (1, 2, 3), notify: Callable[[str], None] | None = None
+    dtypes: Iterable[str] = ("float32",),
+    ranks: Iterable[int] = (1, 2, 3),
+    notify: Callable[[str], None] | None = None,
 ) -> None:
     """Compile, or load, every kernel that a forward and a backward call takes, for the given dtypes and ranks.
 
     `notify` is called with a line before each of them.
     """
-    for dtype, rank in product(dtypes, ranks):
-        if notify is not None:
-            notify(f"{dtype}, {rank}-D")
-        shapes = [(1, 1, *(3,) * rank), (1, rank, *(3,) * rank), (1, 1, *(1,) * rank), (1, 1, *(3,) * rank)]
-        x, offset, weight, mask = (np.zeros(shape, dtype) for shape in shapes)
-        wide = np.zeros((2, 1, *(1,) * rank), dtype)
-        for w in (weight, wide):
-            spec = conv_spec(*(Operand(a.shape, dtype, "cpu") for a in (x, offset, w)), mask=Operand(mask.shape, dtype, "cpu"))
-            y = deform_conv(spec, x, offset, w, None, mask)
-            deform_conv_backward(spec, y, x, offset, w, mask, ("input", "offset", "weight", "mask"))
+    from deformconv.runtime.cache import notice
+
+    told, notice.announce = notice.announce, None
+    try:
+        for dtype, rank in product(dtypes, ranks):
+            if notify is not None:
+                notify(f"{dtype}, {rank}-D")
+            ones = (1,) * rank
+            shapes = [(1, 1, *ones), (1, rank, *ones), (1, 1, *ones), (1, 1, *ones)]
+            x, offset, depthwise, mask = (np.zeros(shape, dtype) for shape in shapes)
+            for weight in (depthwise, np.zeros((2, 1, *ones), dtype)):
+                x_, offset_, weight_, mask_ = (Operand(array.shape, dtype) for array in (x, offset, weight, mask))
+                spec = conv_spec(x_, offset_, weight_, mask=mask_)
+                y = deform_conv(spec, x, offset, weight, None, mask)
+                deform_conv_backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
+    finally:
+        notice.announce = told

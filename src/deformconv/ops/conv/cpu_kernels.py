@@ -7,15 +7,27 @@ buffer of the thread's own as rows of (tap, channel) and multiplied at once, so 
 
 from __future__ import annotations
 
+import numpy as np
+
 from deformconv.runtime.cache import device, kernel
-from deformconv.runtime.vectors import ROWS, VECTOR_BYTES, VECTORS, fetch_add, multiply_packed, multiply_rows, round_up
-from deformconv.sampling.kernels import blend, differentiate, make_table, place_tap, place_tile, project, scatter
+from deformconv.runtime.vectors import VECTOR_BYTES, VECTORS, fetch_add, multiply_packed, multiply_rows, round_up
+from deformconv.sampling.kernels import (
+    Tile,
+    blend,
+    differentiate,
+    make_table,
+    pixels_of,
+    place_tap,
+    place_tile,
+    project,
+    scatter,
+)
 
 _BLOCK = 16
 
 
 @kernel
-def channels_last(counter, limit, array, rows, groups, group_row):  # type: ignore[no-untyped-def]
+def channels_last(counter, limit, array, rows, groups, group_row):
     """rows[n * P + p, g * group_row + c] = array[n, g * group_channels + c, p]; an item is a run of positions of an image."""
     images, channels, positions = array.shape
     group_channels = channels // groups
@@ -35,7 +47,7 @@ def channels_last(counter, limit, array, rows, groups, group_row):  # type: igno
 
 
 @kernel
-def channels_first(counter, limit, rows, array):  # type: ignore[no-untyped-def]
+def channels_first(counter, limit, rows, array):
     """array[n, c, p] = sum over copies of rows[(copy * N + n) * P + p, c]; an item is a run of positions of an image."""
     images, channels, positions = array.shape
     copies = rows.shape[0] // (images * positions)
@@ -56,7 +68,7 @@ def channels_first(counter, limit, rows, array):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def pack_forward(counter, limit, weight, packed):  # type: ignore[no-untyped-def]
+def pack_forward(counter, limit, weight, packed):
     """Panels of output channels, rows (tap, channel): packed[g, panel, tap * C + c, lane] = weight[g, o, c, tap]."""
     groups, outputs, channels, taps = weight.shape
     flat = weight.reshape(weight.size)
@@ -82,7 +94,7 @@ def pack_forward(counter, limit, weight, packed):  # type: ignore[no-untyped-def
 
 
 @kernel
-def pack_backward(counter, limit, weight, packed):  # type: ignore[no-untyped-def]
+def pack_backward(counter, limit, weight, packed):
     """Panels of input channels, rows of output channels: packed[tap, g, panel, o, lane] = weight[g, o, c, tap]."""
     groups, outputs, channels, taps = weight.shape
     flat = weight.reshape(weight.size)
@@ -106,21 +118,53 @@ def pack_backward(counter, limit, weight, packed):  # type: ignore[no-untyped-de
 
 
 @device
-def _sample(table, entry, count, axes, share, x, first, channel, width, mask, tap, column, start, row, entries_a_group):  # type: ignore[no-untyped-def]
+def _blend_channels(table, entries_a_group, tap_entry, window, tile, tap, x, mask, share, channel, width, column, start, row):
     """Blend channels [channel, channel + width) of one tap, which may belong to several offset groups of `share` channels."""
     c = channel
     while c < channel + width:
         group = c // share
         end = min((group + 1) * share, channel + width)
-        scale = mask[group, tap, first : first + count] if mask.size else mask[0, 0]
-        blend(table, entry + group * entries_a_group, count, axes, x, c, end - c, scale, column, start + c - channel, row)
+        scale = mask[group, tap, tile.first : tile.first + tile.count] if mask.size else mask[0, 0]
+        entry = tap_entry + group * entries_a_group
+        blend(table, entry, window, tile.count, x, c, end - c, scale, column, start + c - channel, row)
         c = end
 
 
+@device
+def _multiply_channelwise(column, count, width, weight, weight_start, sums, start, row):
+    """sums[t, c] += column[t, c] * weight[c]: the product of a depthwise convolution."""
+    for t in range(count):
+        samples, filters = column[t * width : (t + 1) * width], weight[weight_start : weight_start + width]
+        total = sums[start + t * row : start + t * row + width]
+        for c in range(width):
+            total[c] += samples[c] * filters[c]
+
+
+@device
+def _fill_with_bias(sums, count, groups, group_row, bias):
+    group_outputs = bias.size // groups
+    for t in range(count):
+        for group in range(groups):
+            start = (t * groups + group) * group_row
+            sums[start : start + group_outputs] = bias[group * group_outputs : (group + 1) * group_outputs]
+
+
+@device
+def _write_output(sums, tile, groups, group_row, output):
+    """output[n, o, first + t] = sums[t, o], without the sums' padding."""
+    group_outputs, sum_row = output.shape[1] // groups, groups * group_row
+    for group in range(groups):
+        for o in range(group_outputs):
+            place = group * group_row + o
+            into = output[tile.image, group * group_outputs + o, tile.first : tile.first + tile.count]
+            for t in range(tile.count):
+                into[t] = sums[t * sum_row + place]
+
+
 @kernel
-def forward(  # type: ignore[no-untyped-def]
-    counter, limit, x, offset, mask, weight, bias, output, group_channels, tile, taps_at_once, channels_at_once,
-    input_size, kernel_size, stride, before, dilation, output_size, inside, reals, starts, integers,
+def forward(
+    counter, limit, window, x, offset, mask, weight, bias, output,
+    group_channels, tile_size, taps_at_once, channels_at_once, reals, starts, integers,
 ):  # fmt: skip
     """One item is one tile of one image.
 
@@ -128,118 +172,101 @@ def forward(  # type: ignore[no-untyped-def]
     `pack_forward` leaves it ((K, C) for a depthwise convolution), bias (C_out,), output (N, C_out, P).
     """
     images, outputs, positions = output.shape
-    offset_groups, taps, axes = offset.shape[1], offset.shape[2], len(input_size)
-    channels = x.shape[1]
+    channels, offset_groups, taps, axes = x.shape[1], offset.shape[1], offset.shape[2], offset.shape[3]
     groups = channels // group_channels
-    group_outputs = outputs // groups
+    group_outputs, share = outputs // groups, channels // offset_groups
     depthwise = group_channels == 1 and group_outputs == 1
     group_row = 1 if depthwise else round_up(group_outputs, VECTOR_BYTES // x.itemsize)
     sum_row = groups * group_row
-    share = channels // offset_groups
     flat_x = x.reshape(x.size)
-    pixels = (x.shape[0] - 1) // images
-    entries = offset_groups * taps_at_once * tile
+    tap_entries = taps_at_once * tile_size
+    entries = offset_groups * tap_entries
+    table = make_table(reals, starts, integers, axes, entries, tile_size)
     used = ((1 << axes) + axes) * entries
-    table = make_table(reals, starts, integers, axes, entries, tile)
-    sums = reals[used : used + tile * sum_row]
-    column = reals[used + tile * sum_row :]
-    tiles = (positions + tile - 1) // tile
+    sums, column = reals[used : used + tile_size * sum_row], reals[used + tile_size * sum_row :]
+    tiles = (positions + tile_size - 1) // tile_size
+
     for _ in range(limit):
         item = fetch_add(counter)
         if item >= images * tiles:
             return
-        n, first = item // tiles, item % tiles * tile
-        count = min(tile, positions - first)
-        place_tile(table, first, count, output_size, stride, before)
-        for t in range(count):
-            for group in range(groups):
-                for o in range(group_outputs):
-                    sums[t * sum_row + group * group_row + o] = bias[group * group_outputs + o]
-        for tap in range(0, taps, taps_at_once):
-            last_tap = min(tap + taps_at_once, taps)
-            for offset_group in range(offset_groups):
-                for k in range(tap, last_tap):
-                    entry = (offset_group * taps_at_once + k - tap) * tile
-                    place_tap(
-                        table, entry, x, n * pixels, offset[n, offset_group], k, first, count,
-                        kernel_size, dilation, input_size, inside,
-                    )  # fmt: skip
+        first = item % tiles * tile_size
+        tile = Tile(item // tiles, first, min(tile_size, positions - first))
+        scales = mask[tile.image]
+        place_tile(table, window, tile)
+        _fill_with_bias(sums, tile.count, groups, group_row, bias)
+        for first_tap in range(0, taps, taps_at_once):
+            last_tap = min(first_tap + taps_at_once, taps)
+            for group in range(offset_groups):
+                for tap in range(first_tap, last_tap):
+                    entry = group * tap_entries + (tap - first_tap) * tile_size
+                    place_tap(table, entry, window, tile, tap, x, offset[tile.image, group])
             if depthwise:
-                for k in range(tap, last_tap):
+                for tap in range(first_tap, last_tap):
+                    entry = (tap - first_tap) * tile_size
                     for channel in range(0, channels, channels_at_once):
                         width = min(channels_at_once, channels - channel)
-                        _sample(table, (k - tap) * tile, count, input_size, share, flat_x, first, channel, width, mask[n], k, column, 0, width, taps_at_once * tile)  # noqa: E501
-                        for t in range(count):
-                            for c in range(width):
-                                sums[t * sum_row + channel + c] += column[t * width + c] * weight[k * channels + channel + c]
+                        _blend_channels(
+                            table, tap_entries, entry, window, tile, tap, flat_x, scales, share,
+                            channel, width, column, 0, width,
+                        )  # fmt: skip
+                        _multiply_channelwise(
+                            column, tile.count, width, weight, tap * channels + channel, sums, channel, sum_row
+                        )  # fmt: skip
                 continue
             for group in range(groups):
                 for channel in range(0, group_channels, channels_at_once):
                     # Either several taps of all channels, or some channels of one tap: both are a run of the weight's rows.
                     width = min(channels_at_once, group_channels - channel)
-                    depth = (last_tap - tap) * width
-                    for k in range(tap, last_tap):
-                        _sample(
-                            table, (k - tap) * tile, count, input_size, share, flat_x, first,
-                            group * group_channels + channel, width, mask[n], k, column, (k - tap) * width, depth,
-                            taps_at_once * tile,
+                    depth = (last_tap - first_tap) * width
+                    for tap in range(first_tap, last_tap):
+                        _blend_channels(
+                            table, tap_entries, (tap - first_tap) * tile_size, window, tile, tap, flat_x, scales, share,
+                            group * group_channels + channel, width, column, (tap - first_tap) * width, depth,
                         )  # fmt: skip
+                    rows = taps * group_channels
                     multiply_packed(
-                        column, 0, depth, 1, count,
-                        weight, group * group_row * taps * group_channels, taps * group_channels, tap * group_channels + channel,
+                        column, 0, depth, 1, tile.count,
+                        weight, group * group_row * rows, rows, first_tap * group_channels + channel,
                         sums, group * group_row, sum_row, group_outputs, depth, True,
                     )  # fmt: skip
-        for group in range(groups):
-            for o in range(group_outputs):
-                place = group * group_row + o
-                for t in range(count):
-                    output[n, group * group_outputs + o, first + t] = sums[t * sum_row + place]
+        _write_output(sums, tile, groups, group_row, output)
 
 
 @kernel
-def backward(  # type: ignore[no-untyped-def]
-    counter, limit, x, offset, mask, weight, d_output, d_x, d_offset, d_mask, d_weight, edges, first_block,
-    group_channels, group_outputs, parts, tile,
-    input_size, kernel_size, stride, before, dilation, output_size, inside, reals, starts, integers,
+def backward(
+    counter, limit, window, x, offset, mask, weight, d_output, d_x, d_offset, d_mask, d_weight, edges, first_block,
+    group_channels, group_outputs, parts, tile_size, reals, starts, integers,
 ):  # fmt: skip
-    """One item is a block of channels in every `lanes`-th part of an image, so no two items write to the same place.
+    """One item is a block of channels in every `lanes`-th part of an image: no two items write to the same place.
 
     x, offset, mask as in `forward`; weight as `pack_backward` leaves it; d_output (N * P and a few rows, C_out, each group
-    padded to whole block rows). Block b has the channels from edges[b] to edges[b + 1]; the first block that has channels of
-    an offset group is `first_block` of it. Results, of size 0 if not wanted:
-    d_x (parts * N * pixels rows, and one an item for what leads outside; C), d_offset (slots, N, offset_groups, K, D, P), d_mask (slots, N, offset_groups, K, P), a slot for
-    each block that shares an offset group; d_weight (lanes, K, groups, rows of outputs, row of channels).
+    padded to whole block rows). Block b has the channels from edges[b] to edges[b + 1]; `first_block` is the first one that
+    has channels of an offset group. Results, of size 0 if not wanted: d_x (parts * N * pixels rows, and one an item for what
+    leads outside; C), d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P) with a slot for
+    each block that shares an offset group, d_weight (lanes, K, groups, rows of outputs, row of channels).
     """
     images, offset_groups, taps, axes, positions = offset.shape
-    channels = x.shape[1]
-    groups = channels // group_channels
-    pixels = (x.shape[0] - 1) // images
+    channels, pixels, corners = x.shape[1], pixels_of(window), 1 << axes
+    groups, share = channels // group_channels, channels // offset_groups
     vector = VECTOR_BYTES // x.itemsize
     depthwise = group_channels == 1 and group_outputs == 1
-    share = channels // offset_groups
     blocks, lanes = edges.size - 1, d_weight.shape[0]
-    group_row = d_output.shape[1] // groups
-    grads, flat_x, flat_d_x = d_output.reshape(d_output.size), x.reshape(x.size), d_x.reshape(d_x.size)
-    weight_sums = d_weight.reshape(d_weight.size)
-    weight_row = d_weight.shape[4]
+    output_row, group_row = d_output.shape[1], d_output.shape[1] // groups
     packed_size = round_up(group_channels, vector) * group_outputs
-    column_row = 0
-    for block in range(blocks):
-        column_row = max(column_row, edges[block + 1] - edges[block])
-    column_row = round_up(column_row, vector) + vector
-
-    corners = 1 << axes
-    at = (corners + axes) * tile
-    table = make_table(reals, starts, integers, axes, tile, tile)
-    corner_dot = reals[at : at + corners * tile].reshape(corners, tile)
-    at += corners * tile
-    partial = reals[at : at + corners * tile].reshape(corners, tile)
-    at += corners * tile
-    column = reals[at : at + tile * column_row]
-    d_column = reals[at + tile * column_row : at + 2 * tile * column_row]
-    part_size = round_up((positions + parts - 1) // parts, tile)
-    to_places = d_offset.size > 0 or d_mask.size > 0
+    column_row = round_up(np.max(edges[1:] - edges[:-1]), vector) + vector
+    flat_x, flat_d_x = x.reshape(x.size), d_x.reshape(d_x.size)
+    flat_d_output, flat_d_weight = d_output.reshape(d_output.size), d_weight.reshape(d_weight.size)
+    for_places = d_offset.size > 0 or d_mask.size > 0
     outside = images * pixels * channels
+    part_size = round_up((positions + parts - 1) // parts, tile_size)
+
+    table = make_table(reals, starts, integers, axes, tile_size, tile_size)
+    used, size = (corners + axes) * tile_size, corners * tile_size
+    corner_dot = reals[used : used + size].reshape(corners, tile_size)
+    partial = reals[used + size : used + 2 * size].reshape(corners, tile_size)
+    used, size = used + 2 * size, tile_size * column_row
+    column, d_column = reals[used : used + size], reals[used + size : used + 2 * size]
 
     for _ in range(limit):
         item = fetch_add(counter)
@@ -248,72 +275,70 @@ def backward(  # type: ignore[no-untyped-def]
         block, lane = item % blocks, item // blocks
         channel, end = edges[block], edges[block + 1]
         dump = (parts * images * pixels + item) * channels
-        first_group, last_group = channel // group_channels, (end - 1) // group_channels
+        # The taps outside and the tiles inside: a tap's weights and their gradient stay in the cache.
         for tap in range(taps):
-            for part in range(lane, images * parts, lanes):
-                n = part // parts
-                copy_row = part % parts * images * pixels
-                begin = part % parts * part_size
-                for first in range(begin, min(begin + part_size, positions), tile):
-                    count = min(tile, positions - first)
-                    place_tile(table, first, count, output_size, stride, before)
-                    row = n * positions + first
-                    if d_x.size or to_places:
-                        for group in range(first_group, last_group + 1):
+            for place in range(lane, images * parts, lanes):
+                n, part = place // parts, place % parts
+                for first in range(part * part_size, min((part + 1) * part_size, positions), tile_size):
+                    tile = Tile(n, first, min(tile_size, positions - first))
+                    place_tile(table, window, tile)
+                    d_row = (n * positions + first) * output_row
+                    if d_x.size or for_places:
+                        # A group's last vector may run into the next group's columns, which are written after it.
+                        for group in range(channel // group_channels, (end - 1) // group_channels + 1):
                             c = max(channel, group * group_channels)
                             if depthwise:
-                                for t in range(count):
-                                    d_column[t * column_row + c - channel] = grads[(row + t) * groups + c] * weight[tap * groups + c]
+                                for t in range(tile.count):
+                                    value = flat_d_output[d_row + t * output_row + c] * weight[tap * channels + c]
+                                    d_column[t * column_row + c - channel] = value
                                 continue
-                            # A group's last vector may run into the next group's columns, which are written after it.
                             multiply_packed(
-                                grads, row * d_output.shape[1] + group * group_row, d_output.shape[1], 1, count,
+                                flat_d_output, d_row + group * group_row, output_row, 1, tile.count,
                                 weight, (tap * groups + group) * packed_size + (c - group * group_channels) * group_outputs,
-                                group_outputs, 0,
-                                d_column, c - channel, column_row, min(end - c, group_channels), group_outputs, False,
+                                group_outputs, 0, d_column, c - channel, column_row, min(end - c, group_channels),
+                                group_outputs, False,
                             )  # fmt: skip
                     c = channel
                     while c < end:
-                        offset_group = c // share
-                        until = min((offset_group + 1) * share, end)
-                        place_tap(
-                            table, 0, x, n * pixels, offset[n, offset_group], tap, first, count,
-                            kernel_size, dilation, input_size, inside,
-                        )  # fmt: skip
-                        scale = mask[n, offset_group, tap, first : first + count] if mask.size else mask[0, 0, 0]
+                        group = c // share
+                        width, at = min((group + 1) * share, end) - c, c - channel
+                        place_tap(table, 0, window, tile, tap, x, offset[n, group])
+                        scale = mask[n, group, tap, first : first + tile.count] if mask.size else mask[0, 0, 0]
                         if d_weight.size:
-                            blend(table, 0, count, input_size, flat_x, c, until - c, scale, column, c - channel, column_row)
-                        if to_places:
-                            slot = block - first_block[offset_group]
-                            project(table, 0, count, input_size, d_column, c - channel, column_row, flat_x, c, until - c, corner_dot)
-                            to_offset = d_offset[slot, n, offset_group, tap, :, first : first + count]
-                            to_mask = d_mask[slot, n, offset_group, tap, first : first + count]
-                            differentiate(table, 0, count, corner_dot, scale, to_offset, to_mask, partial)
+                            blend(table, 0, window, tile.count, flat_x, c, width, scale, column, at, column_row)
+                        if for_places:
+                            slot, last = block - first_block[group], first + tile.count
+                            project(table, window, tile.count, d_column, at, column_row, flat_x, c, width, corner_dot)
+                            differentiate(
+                                table, tile.count, corner_dot, scale, d_offset[slot, n, group, tap, :, first:last],
+                                d_mask[slot, n, group, tap, first:last], partial,
+                            )  # fmt: skip
                         if d_x.size:
                             scatter(
-                                table, 0, count, input_size, d_column, c - channel, column_row, scale,
-                                flat_d_x, copy_row * channels, outside, dump, c, until - c,
+                                table, window, tile.count, d_column, at, column_row, scale,
+                                flat_d_x, part * images * pixels * channels, outside, dump, c, width,
                             )  # fmt: skip
-                        c = until
+                        c += width
                     if d_weight.size == 0:
                         continue
-                    for group in range(first_group, last_group + 1):
+                    for group in range(channel // group_channels, (end - 1) // group_channels + 1):
                         c = max(channel, group * group_channels)
-                        into = ((lane * taps + tap) * groups + group) * d_weight.shape[3] * weight_row
+                        into = ((lane * taps + tap) * groups + group) * d_weight.shape[3] * d_weight.shape[4]
                         if depthwise:
-                            for t in range(count):
-                                weight_sums[into] += grads[(row + t) * groups + c] * column[t * column_row + c - channel]
+                            for t in range(tile.count):
+                                value = flat_d_output[d_row + t * output_row + c] * column[t * column_row + c - channel]
+                                flat_d_weight[into] += value
                             continue
                         multiply_rows(
-                            grads, row * d_output.shape[1] + group * group_row, 1, d_output.shape[1], group_outputs,
+                            flat_d_output, d_row + group * group_row, 1, output_row, group_outputs,
                             column, c - channel, column_row,
-                            weight_sums, into + c - group * group_channels, weight_row,
-                            min(end - c, group_channels), count, True,
+                            flat_d_weight, into + c - group * group_channels, d_weight.shape[4],
+                            min(end - c, group_channels), tile.count, True,
                         )  # fmt: skip
 
 
 @kernel
-def unpack_weight(counter, limit, sums, d_weight):  # type: ignore[no-untyped-def]
+def unpack_weight(counter, limit, sums, d_weight):
     """d_weight[g, o, c, tap] = sum over lanes of sums[lane, tap, g, o, c]; an item is one output channel."""
     groups, outputs, channels, taps = d_weight.shape
     for _ in range(limit):
