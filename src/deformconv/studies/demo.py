@@ -101,7 +101,9 @@ def classic_example(console: Console, repeats: int) -> bool:
     zero, one = torch.zeros_like(offset), torch.ones_like(mask)
     v1, v2 = deform_conv2d(x, zero, weight, padding=1), deform_conv2d(x, zero, weight, padding=1, mask=one)
     holds = _check(console, "v1 with zero offsets is a plain convolution", _difference(v1, plain))
-    return _check(console, "v2 with zero offsets and masks of 1 is one, too", _difference(v2, plain)) and holds
+    return (
+        _check(console, "v2 with zero offsets and masks of 1 is one, too", _difference(v2, plain)) and holds
+    )
 
 
 def _shape(tensor: Tensor) -> str:
@@ -136,14 +138,18 @@ def _milliseconds(call: Callable[..., Tensor], arguments: list[Tensor], repeats:
     return medians[0], medians[1]
 
 
-def compare_nets(console: Console, training: Digits, held_out: Digits, schedule: Schedule, seeds: Sequence[int]) -> list[Run]:
+def compare_nets(
+    console: Console, training: Digits, held_out: Digits, schedule: Schedule, seeds: Sequence[int]
+) -> list[Run]:
     """Train one net of each kind for every seed, with progress, and print what came out."""
     _title(console, 2, "Three nets of equal budget on handwritten digits, scaled, turned and moved")
     # The held-out canvases are one and the same for all seeds.
     canvases = digits.scatter(held_out, np.random.default_rng(0))
     console.print(f"  {len(training.labels)} digits to train on, {len(canvases.labels)} others held out\n")
     kinds = "".join(f"{kind:>7}" for kind in KINDS)
-    console.print(f"  seed  step    training loss         held-out accuracy\n  {'':10}{kinds}  {kinds}", style="bold")
+    console.print(
+        f"  seed  step    training loss         held-out accuracy\n  {'':10}{kinds}  {kinds}", style="bold"
+    )
     columns = (
         TextColumn(" "),
         BarColumn(20),
@@ -200,7 +206,10 @@ def draw(console: Console, output: Path, runs: Sequence[Run], net: DigitNet, hel
     from deformconv.studies.pictures import looks, training_curves
 
     _title(console, 3, "Pictures")
-    figures = {f"sampling-points-{name.replace(' ', '-')}.png": looks(net, held_out, block) for block, name in LAYERS.items()}
+    figures = {
+        f"sampling-points-{name.replace(' ', '-')}.png": looks(net, held_out, block)
+        for block, name in LAYERS.items()
+    }
     figures["training.png"] = training_curves(runs)
     for name, figure in figures.items():
         with whole_file(output / name) as part:
@@ -219,4 +228,8 @@ def keep(console: Console, output: Path, net: DigitNet, held_out: Digits) -> boo
     again.load_state_dict(loaded["state"])
     canvases = digits.scatter(held_out, np.random.default_rng(0)).images
     console.print(f"  {path}", soft_wrap=True)
-    return _check(console, "the loaded net gives the same scores", _difference(scores(again, canvases), scores(net, canvases)))
+    return _check(
+        console,
+        "the loaded net gives the same scores",
+        _difference(scores(again, canvases), scores(net, canvases)),
+    )
