@@ -192,10 +192,11 @@ def _print_result(console: Console, runs: Sequence[Run], schedule: Schedule) -> 
             f"{min(accuracies):.1f} - {max(accuracies):.1f}" if seeds > 1 else "one seed",
         )
     console.print(table)
-    mean_of = f"mean of {seeds} seeds" if seeds > 1 else "of one seed"
+    whose = f"mean of {seeds} seeds" if seeds > 1 else "of one seed"
     console.print(
-        f"  Accuracy on the held-out digits, {mean_of}. Equal budget: parameters and\n"
-        f"  multiply-adds within 1 %, the same {schedule.steps} steps of {schedule.batch} digits, the same schedule.\n"
+        f"  Accuracy on the held-out digits, {whose}. Equal budget: parameters and\n"
+        "  multiply-adds within 1 %, the same digits, schedule and "
+        f"{schedule.steps} steps of {schedule.batch}.\n"
         "  Nothing is tuned for one of them."
     )
 
