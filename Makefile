@@ -24,14 +24,14 @@ lint: $(VENV)/installed-dev
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "deformconv needs Python 3.10 or newer, and $(PYTHON) is older: try make PYTHON=python3.12")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --editable '.[$(1)]'
+	$(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(1)]'
 endef
 
-$(VENV)/installed-dev: pyproject.toml
+$(VENV)/installed-dev: pyproject.toml constraints.txt
 	$(call install,dev)
 	@touch $(VENV)/installed-demo $@
 
-$(VENV)/installed-demo: pyproject.toml
+$(VENV)/installed-demo: pyproject.toml constraints.txt
 	$(call install,demo)
 	@touch $@
 
