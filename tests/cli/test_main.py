@@ -79,6 +79,13 @@ def test_the_demo_says_in_one_sentence_what_to_install(monkeypatch, capsys):
     )
 
 
+def test_the_demo_says_at_once_that_its_folder_cannot_be_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "find_spec", lambda name: object())
+    (tmp_path / "file").touch()
+    assert main(["demo", "--output", str(tmp_path / "file" / "folder")]) == 1
+    assert "Error: cannot make the folder" in capsys.readouterr().err
+
+
 def test_the_command_imports_no_framework_before_it_knows_what_to_do():
     heavy = ("torch", "numba", "rich", "matplotlib")
     code = f"import deformconv.cli.main, sys; print([name for name in {heavy} if name in sys.modules])"

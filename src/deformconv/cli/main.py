@@ -35,7 +35,7 @@ def deformconv() -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The first of the seeds.")
 @click.option(
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False, writable=True, path_type=Path),
     default="demo-output",
     show_default=True,
     help="The folder for pictures and the trained net.",
@@ -57,6 +57,10 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
         raise click.ClickException(
             f"the demo needs {', '.join(missing)}, not installed here: pip install 'deformconv[demo]'"
         )
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
+    except OSError as error:
+        raise click.ClickException(f"cannot make the folder {output}: {error.strerror}") from None
     from deformconv.studies.demo import run
 
     return run(output, fast=fast, seeds=seeds or (1 if fast else 2), first_seed=seed)
