@@ -54,10 +54,8 @@ def _net_to_keep(runs: Sequence[Run]) -> DigitNet:
 
 def _warm_up(console: Console) -> None:
     cache.notice.announce = None  # said here instead
-    if cache.cached_files():
-        cpu.warmup(["float32"], [2])
-        return
-    console.print("Compiling the kernels for this machine, once (about half a minute) ...")
+    if not cache.cached_files():
+        console.print("Compiling the kernels for this machine, once (about half a minute) ...")
     cpu.warmup(["float32"], [2])
 
 
@@ -100,9 +98,12 @@ def classic_example(console: Console, repeats: int) -> bool:
     plain = conv2d(x, weight, padding=1)
     zero, one = torch.zeros_like(offset), torch.ones_like(mask)
     v1, v2 = deform_conv2d(x, zero, weight, padding=1), deform_conv2d(x, zero, weight, padding=1, mask=one)
-    holds = _check(console, "v1 with zero offsets is a plain convolution", _difference(v1, plain))
-    return (
-        _check(console, "v2 with zero offsets and masks of 1 is one, too", _difference(v2, plain)) and holds
+    results = {"v1 with zero offsets": v1, "v2 with zero offsets and masks of 1": v2}
+    return all(
+        [
+            _check(console, f"{name} is a plain convolution", _difference(result, plain))
+            for name, result in results.items()
+        ]
     )
 
 
@@ -215,7 +216,7 @@ def draw(console: Console, output: Path, runs: Sequence[Run], net: DigitNet, hel
     for name, figure in figures.items():
         with whole_file(output / name) as part:
             figure.savefig(part, dpi=150)
-        console.print(f"  {output / name}", soft_wrap=True)
+        console.print(f"  {output / name}", soft_wrap=True, markup=False)
 
 
 def keep(console: Console, output: Path, net: DigitNet, held_out: Digits) -> bool:
@@ -228,7 +229,7 @@ def keep(console: Console, output: Path, net: DigitNet, held_out: Digits) -> boo
     again = DigitNet(loaded["kind"])
     again.load_state_dict(loaded["state"])
     canvases = digits.scatter(held_out, np.random.default_rng(0)).images
-    console.print(f"  {path}", soft_wrap=True)
+    console.print(f"  {path}", soft_wrap=True, markup=False)
     return _check(
         console,
         "the loaded net gives the same scores",
