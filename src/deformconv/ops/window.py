@@ -28,8 +28,11 @@ AXES = ("depth", "height", "width")
 
 def integers(name: str, value: Any, D: int, least: int) -> tuple[int, ...]:
     """One integer for all axes, or D of them, as a tuple of D."""
+    entries: tuple[int, ...]
     if type(value) is int:
-        entries: tuple[int, ...] = (value,) * D
+        entries = (value,) * D
+    elif _is_plain(value, D):
+        entries = value
     else:
         try:
             parts = tuple(value)
@@ -59,6 +62,8 @@ def paddings(padding: Any, D: int) -> str | tuple[tuple[int, int], ...]:
     """The padding as D pairs (before, after), or "same" or "valid"."""
     if type(padding) is int and padding >= 0:
         return ((padding, padding),) * D
+    if _is_plain(padding, D) and min(padding) >= 0:
+        return tuple(zip(padding, padding, strict=True))
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ShapeError(f"`padding` is {padding!r}; expected 'same', 'valid', {_padding_forms(D)}.")
@@ -70,10 +75,7 @@ def paddings(padding: Any, D: int) -> str | tuple[tuple[int, int], ...]:
     paired = [isinstance(part, (tuple, list)) or getattr(part, "ndim", 0) == 1 for part in parts]
     if any(paired):
         if not all(paired) or len(parts) != D or any(len(part) != 2 for part in parts):
-            raise ShapeError(
-                f"`padding` is {padding!r}; a {D}-D call takes {n_of(D, 'pair')}, one per axis: "
-                f"{_pair_form(D)}."
-            )
+            raise ShapeError(f"`padding` is {padding!r}; a {D}-D call takes {n_of(D, 'pair')}, one per axis: {_pair_form(D)}.")
         pairs = tuple((_integer("padding", a, padding), _integer("padding", b, padding)) for a, b in parts)
         if min(map(min, pairs)) < 0:
             raise ShapeError(f"`padding` is {padding!r}; expected at least 0 on every side.")
@@ -130,6 +132,11 @@ def axis_name(axis: int, D: int) -> str:
 def channels_last(name: str) -> str:
     """The hint for an array whose last axis looks like its channels."""
     return f" `{name}` looks channels-last: move its last axis to place 1, `numpy.moveaxis({name}, -1, 1)`."
+
+
+def _is_plain(value: Any, D: int) -> bool:
+    """Whether `value` is a tuple of D integers as they should be: the case that has to be fast."""
+    return type(value) is tuple and len(value) == D and set(map(type, value)) == {int}
 
 
 def _integer(name: str, value: Any, whole: Any) -> int:
