@@ -80,7 +80,7 @@ def test_a_failed_check_ends_with_1(monkeypatch, capsys):
     console = Console()
     assert demo._check(console, "this", 1e-7) and not demo._check(console, "that", 1e-3)
     assert not demo._check(console, "the other", float("nan"))
-    assert "FAILED  that (difference 1e-03, at most 1e-05 is rounding)" in capsys.readouterr().out
+    assert "FAILED  that (error 1e-03, at most 1e-05 is rounding)" in capsys.readouterr().out
 
     monkeypatch.setattr(demo, "_warm_up", lambda console: None)
     monkeypatch.setattr(demo, "classic_example", lambda console, repeats: False)

@@ -68,7 +68,7 @@ def _check(console: Console, statement: str, error: float, limit: float = TOLERA
     holds = error <= limit
     verdict = "[green]ok    [/]" if holds else "[bold red]FAILED[/]"
     found = f"{error:.0e}" + ("" if holds else f", at most {limit:.0e} is rounding")
-    console.print(f"  {verdict}  {statement} (difference {found})")
+    console.print(f"  {verdict}  {statement} (error {found})")
     return holds
 
 
