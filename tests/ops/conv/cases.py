@@ -126,12 +126,9 @@ def output_size(case: Case) -> tuple[int, ...]:
     extent = dilation * (np.array(case.kernel) - 1) + 1
     if case.padding == "same":
         return case.size
-    padding = (
-        np.array([np.broadcast_to(amount, 2) for amount in np.broadcast_to(case.padding, D)])
-        if np.ndim(case.padding) < 2
-        else np.array(case.padding)
-    )
-    return tuple(int(n) for n in (np.array(case.size) + padding.sum(axis=1) - extent) // stride + 1)
+    paired = np.ndim(case.padding) == 2
+    added = np.sum(case.padding, axis=1) if paired else 2 * np.broadcast_to(case.padding, D)
+    return tuple(int(n) for n in (np.array(case.size) + added - extent) // stride + 1)
 
 
 def make(case: Case, dtype: str = "float64", away_from_kinks: bool = False, seed: int = 0) -> Call:

@@ -1,5 +1,4 @@
 """Every error text of conv_spec: what it names, what it says was given, what was expected, and its hint."""
-# ruff: noqa: E501 - error texts are quoted in one piece
 
 from __future__ import annotations
 
@@ -60,7 +59,8 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"offset": (2, 1, 8, 9)}, ShapeError, ["`offset` has 1 channel;", "= 18 per offset group."]),
     ({"offset": (2, 0, 8, 9)}, ShapeError, ["`offset` has 0 channels;", "= 18 per offset group."]),
     ({"offset": (2, 9, 8, 9), "mask": (2, 18, 8, 9)}, ShapeError, [
-        "`offset` has 9 channels;", "= 18 per offset group.", "`mask` has 18 channels: the two are exchanged."]),
+        "`offset` has 9 channels;", "= 18 per offset group.", "`mask` has 18 channels: the two are "
+        "exchanged."]),
     ({"offset": (2, 18, 18, 18)}, ShapeError, ["`offset` has spatial size 18x18;"]),
     ({"offset": (2, 36, 9, 18), "offset_groups": 1}, ShapeError, ["36 channels fit offset_groups=2."]),
     ({"offset": (2, 8, 9, 18)}, ShapeError, [
@@ -114,31 +114,38 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
         "`input` has 4 axes, shape (2, 4, 8, 9); deform_conv1d takes 3: (N, C_in, width).",
         "4 axes are 2-D data, for deform_conv2d."]),
     ({"rank": 3}, ShapeError, [
-        "`input` has 4 axes,", "deform_conv3d takes 5: (N, C_in, depth, height, width).", "for deform_conv2d."]),
+        "`input` has 4 axes,", "deform_conv3d takes 5: (N, C_in, depth, height, width).", "for "
+        "deform_conv2d."]),
     ({"input": (8,)}, ShapeError, ["`input` has 1 axis, shape (8,); a weight with 4 axes takes 4"]),
     ({"input": ()}, ShapeError, ["`input` has 0 axes, shape (); a weight with 4 axes takes 4"]),
-    ({"input": (2, 0, 8, 9)}, ShapeError, ["`input` has shape (2, 0, 8, 9), no channels; expected at least 1"]),
+    ({"input": (2, 0, 8, 9)}, ShapeError, ["`input` has shape (2, 0, 8, 9), no channels; expected at "
+        "least 1"]),
     ({"input": (2, 4, 0, 9), "padding": 2}, ShapeError, [
-        "`input` has shape (2, 4, 0, 9), no pixels along height; expected at least 1. Only a batch may be empty."]),
+        "`input` has shape (2, 4, 0, 9), no pixels along height; expected at least 1. Only a batch may be "
+        "empty."]),
     ({"input": (2, 8, 9, 6), "weight": (6, 6, 3, 3)}, ShapeError, [
         "`weight` has shape (6, 6, 3, 3), so C_in/groups = 6 (axis 1); expected a divisor of C_in = 8, the "
-        "channels of `input` (2, 8, 9, 6).", "`input` looks channels-last", "`numpy.moveaxis(input, -1, 1)`"]),
+        "channels of `input` (2, 8, 9, 6).", "`input` looks channels-last", "`numpy.moveaxis(input, "
+        "-1, 1)`"]),
     ({"input": (2, 8, 9, 4), "weight": (5, 4, 3, 3)}, ShapeError, [
         "`weight` has shape (5, 4, 3, 3), so C_out = 5 (axis 0); expected a multiple of "
         "groups = C_in / (C_in/groups) = 8/4 = 2.", "`input` looks channels-last"]),
     ({"input": (2, 8, 9, 4)}, ShapeError, [
         "`offset` has spatial size 8x9; expected the output's, 9x4", "`input` looks channels-last"]),
     ({"weight": (6, 4)}, ShapeError, [
-        "`weight` has 2 axes, shape (6, 4); expected 3, 4 or 5: (C_out, C_in/groups) and 1, 2 or 3 spatial axes."]),
+        "`weight` has 2 axes, shape (6, 4); expected 3, 4 or 5: (C_out, C_in/groups) and 1, 2 or 3 spatial "
+        "axes."]),
     ({"weight": (6, 4, 3), "rank": 2}, ShapeError, [
         "`weight` has 3 axes, shape (6, 4, 3); deform_conv2d takes 4: (C_out, C_in/groups, height, width)."]),
     ({"weight": (6, 3, 3, 4)}, ShapeError, [
         "so C_in/groups = 3 (axis 1); expected a divisor of C_in = 4", "`weight` looks channels-last"]),
     ({"weight": (4, 6, 3, 3)}, ShapeError, [
         "so C_in/groups = 6 (axis 1); expected a divisor of C_in = 4",
-        "If its axes are (C_in, C_out, *kernel), a transposed convolution's order", "`weight.swapaxes(0, 1)`"]),
+        "If its axes are (C_in, C_out, *kernel), a transposed convolution's order",
+        "`weight.swapaxes(0, 1)`"]),
     ({"weight": (6, 4, 3, 3), "groups": 2}, ShapeError, [
-        "`weight` has shape (6, 4, 3, 3), so C_in/groups = 4 (axis 1); expected C_in/groups = 4/2 = 2, for `input` "
+        "`weight` has shape (6, 4, 3, 3), so C_in/groups = 4 (axis 1); expected C_in/groups = 4/2 = 2, for "
+        "`input` "
         "(2, 4, 8, 9) and groups=2.", "This weight fits groups=1."]),
     ({"weight": (6, 4, 3, 3), "groups": 3}, ShapeError, ["expected C_in/groups = 4/3 = 1.33333"]),
     ({"weight": (5, 2, 3, 3)}, ShapeError, [
@@ -147,46 +154,57 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
         "so C_out = 5 (axis 0); expected a multiple of groups=2."]),
     ({"weight": (0, 4, 3, 3)}, ShapeError, [
         "`weight` has shape (0, 4, 3, 3); expected (C_out, C_in/groups, *kernel), each at least 1."]),
-    ({"weight": (6, 0, 3, 3)}, ShapeError, ["`weight` has shape (6, 0, 3, 3); expected (C_out, C_in/groups,"]),
+    ({"weight": (6, 0, 3, 3)}, ShapeError, ["`weight` has shape (6, 0, 3, 3); expected (C_out, "
+        "C_in/groups,"]),
     ({"weight": (6, 4, 0, 3)}, ShapeError, [
-        "`weight` has shape (6, 4, 0, 3), a kernel of size 0x3; expected at least one tap along every axis."]),
+        "`weight` has shape (6, 4, 0, 3), a kernel of size 0x3; expected at least one tap along every "
+        "axis."]),
     ({"weight": (6, 4, 3, 3), "dilation": (1, 9)}, ShapeError, [
-        "`weight` has a kernel of size 3x3; along width it spans 9*(3 - 1) + 1 = 19 pixels (dilation, kernel size); "
+        "`weight` has a kernel of size 3x3; along width it spans 9*(3 - 1) + 1 = 19 pixels (dilation, "
+        "kernel size); "
         "expected at most the padded input's 9 + 1 + 1 = 11, for `input` (2, 4, 8, 9)."]),
     ({"bias": (4,)}, ShapeError, [
-        "`bias` has shape (4,); expected (6,): one number per output channel, axis 0 of `weight` (6, 4, 3, 3)."]),
+        "`bias` has shape (4,); expected (6,): one number per output channel, axis 0 of `weight` (6, 4, 3, "
+        "3)."]),
     ({"bias": (1, 6, 1, 1)}, ShapeError, ["`bias` has shape (1, 6, 1, 1); expected (6,)"]),
     # Parameters
     ({"stride": 0}, ShapeError, ["`stride` is 0; expected at least 1 along every axis."]),
     ({"stride": (1, -2)}, ShapeError, ["`stride` is (1, -2); expected at least 1 along every axis."]),
     ({"dilation": 0}, ShapeError, ["`dilation` is 0; expected at least 1 along every axis."]),
     ({"stride": (1, 1, 1)}, ShapeError, [
-        "`stride` has 3 entries, (1, 1, 1); a 2-D call takes one integer for all axes, or 2: (height, width)."]),
+        "`stride` has 3 entries, (1, 1, 1); a 2-D call takes one integer for all axes, or 2: (height, "
+        "width)."]),
     ({"dilation": (2,)}, ShapeError, ["`dilation` has 1 entry, (2,); a 2-D call takes one integer"]),
     ({"stride": ()}, ShapeError, ["`stride` has 0 entries, ();"]),
     ({"stride": 1.0}, TypeError, ["`stride` is 1.0, which holds 1.0 of type float; expected integers."]),
-    ({"stride": (1, 2.5)}, TypeError, ["`stride` is (1, 2.5), which holds 2.5 of type float; expected integers."]),
+    ({"stride": (1, 2.5)}, TypeError, ["`stride` is (1, 2.5), which holds 2.5 of type float; expected "
+        "integers."]),
     ({"stride": True}, TypeError, ["`stride` is True, which holds True of type bool; expected integers."]),
-    ({"dilation": None}, TypeError, ["`dilation` is None, which holds None of type NoneType; expected integers."]),
+    ({"dilation": None}, TypeError, ["`dilation` is None, which holds None of type NoneType; expected "
+        "integers."]),
     ({"dilation": "11"}, TypeError, ["`dilation` is '11', which holds '1' of type str; expected integers."]),
     ({"groups": 0}, ShapeError, ["`groups` is 0; expected at least 1."]),
     ({"groups": 1.0}, TypeError, ["`groups` is 1.0, which holds 1.0 of type float; expected integers."]),
     ({"offset_groups": -1}, ShapeError, ["`offset_groups` is -1; expected at least 1."]),
     ({"padding": -1}, ShapeError, ["`padding` is -1; expected at least 0 along every axis."]),
     ({"padding": (1, -1)}, ShapeError, ["`padding` is (1, -1); expected at least 0 along every axis."]),
-    ({"padding": ((1, 1), (0, -1))}, ShapeError, ["`padding` is ((1, 1), (0, -1)); expected at least 0 on every"]),
+    ({"padding": ((1, 1), (0, -1))}, ShapeError, ["`padding` is ((1, 1), (0, -1)); expected at least 0 on "
+        "every"]),
     ({"padding": 1.5}, TypeError, ["`padding` is 1.5, which holds 1.5 of type float; expected integers."]),
     ({"padding": ((1, 1), (1, 1.0))}, TypeError, ["which holds 1.0 of type float; expected integers."]),
     ({"padding": (1, 1, 1, 1)}, ShapeError, [
-        "`padding` has 4 entries, (1, 1, 1, 1); a 2-D call takes one integer, 2 integers or 2 pairs (before, after).",
+        "`padding` has 4 entries, (1, 1, 1, 1); a 2-D call takes one integer, 2 integers or 2 pairs "
+        "(before, after).",
         "For different amounts before and after write pairs: ((before, after), (before, after))."]),
     ({"padding": (1, 1, 1)}, ShapeError, ["`padding` has 3 entries, (1, 1, 1);"]),
     ({"padding": ((1, 1),)}, ShapeError, [
-        "`padding` is ((1, 1),); a 2-D call takes 2 pairs, one per axis: ((before, after), (before, after))."]),
+        "`padding` is ((1, 1),); a 2-D call takes 2 pairs, one per axis: ((before, after), (before, "
+        "after))."]),
     ({"padding": ((1, 1), 1)}, ShapeError, ["`padding` is ((1, 1), 1); a 2-D call takes 2 pairs"]),
     ({"padding": ((1, 1), (1, 1, 1))}, ShapeError, ["a 2-D call takes 2 pairs, one per axis"]),
     ({"padding": "full"}, ShapeError, [
-        "`padding` is 'full'; expected 'same', 'valid', one integer, 2 integers or 2 pairs (before, after)."]),
+        "`padding` is 'full'; expected 'same', 'valid', one integer, 2 integers or 2 pairs (before, "
+        "after)."]),
     ({"padding": "same", "stride": 2}, ShapeError, [
         "`padding` is 'same' with stride 2x2; expected stride 1x1, since 'same' keeps the input's size."]),
     ({"boundary": "reflect"}, ValueError, ["`boundary` is 'reflect'; expected 'zeros' or 'inside'."]),
@@ -197,9 +215,11 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"dtypes": {"offset": "uint8"}}, TypeError, ["`offset` is uint8; expected floating point"]),
     ({"dtypes": {"weight": "complex64"}}, TypeError, ["`weight` is complex64; expected floating point"]),
     ({"dtypes": {"weight": "float64"}}, TypeError, [
-        "`weight` is float64 and `input` is float32; expected one dtype for all arrays: cast `weight` to float32, "
+        "`weight` is float64 and `input` is float32; expected one dtype for all arrays: cast `weight` to "
+        "float32, "
         "or the others to float64.", "NumPy makes float64 unless told otherwise."]),
-    ({"dtypes": {"offset": "float16"}}, TypeError, ["`offset` is float16 and `input` is float32; expected one"]),
+    ({"dtypes": {"offset": "float16"}}, TypeError, ["`offset` is float16 and `input` is float32; expected "
+        "one"]),
     ({"bias": (6,), "dtypes": {"bias": "float16"}}, TypeError, ["`bias` is float16 and `input` is float32"]),
     ({"mask": (2, 9, 8, 9), "devices": {"mask": "cuda:1"}}, ValueError, [
         "`mask` is on cuda:1 and `input` is on cpu; expected one device for all arrays."]),
@@ -209,12 +229,14 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
 ONE_AXIS = {"input": (2, 4, 8), "offset": (2, 3, 8), "weight": (6, 4, 3)}
 MISTAKES += [
     ({**ONE_AXIS, "offset": (2, 6, 8), "mask": (2, 3, 8), "offset_groups": 1}, ShapeError, [
-        "`offset` has 6 channels; a 3 kernel takes 1 axis x 3 taps = 3 per offset group, so offset_groups=1 takes 3.",
+        "`offset` has 6 channels; a 3 kernel takes 1 axis x 3 taps = 3 per offset group, so offset_groups=1 "
+        "takes 3.",
         "6 = 3 offsets + 3 masks"]),
     ({**ONE_AXIS, "padding": (1, 2)}, ShapeError, [
         "`padding` has 2 entries, (1, 2); a 1-D call takes one integer, 1 integer or 1 pair (before, after).",
         "write pairs: ((before, after),)."]),
-    ({**ONE_AXIS, "padding": ((1, 2), (1, 2))}, ShapeError, ["a 1-D call takes 1 pair, one per axis: ((before, after),)."]),
+    ({**ONE_AXIS, "padding": ((1, 2), (1, 2))}, ShapeError, ["a 1-D call takes 1 pair, one per axis: "
+        "((before, after),)."]),
 ]  # fmt: skip
 
 
@@ -233,7 +255,8 @@ def test_text_of_grad_output() -> None:
     with pytest.raises(ShapeError) as raised:
         grad_output((2, 6, 6, 7))
     assert str(raised.value) == (
-        "`grad_output` has shape (2, 6, 6, 7); expected the output's, (2, 6, 8, 9): (N, C_out, height, width)."
+        "`grad_output` has shape (2, 6, 6, 7); expected the output's, (2, 6, 8, 9): (N, C_out, height, "
+        "width)."
     )
     with pytest.raises(TypeError) as type_raised:
         grad_output((2, 6, 8, 9), "float64")
@@ -246,7 +269,8 @@ def test_kinds_of_errors() -> None:
 
 
 def test_every_text_has_a_test() -> None:
-    """Each `raise`, and each sentence added to a text, in spec.py and window.py is reached by a mistake above."""
+    """Each `raise`, and each sentence added to a text, in spec.py and window.py is reached by a mistake "
+    "above."""
     modules = (spec, window)
     with lines_run_in(modules) as lines:
         for mistake, error, _ in MISTAKES:

@@ -22,12 +22,8 @@ __all__ = ["deform_conv", "deform_conv_backward", "reasons_against"]
 Array = Any
 
 HALF = ("float16", "bfloat16")
-LIBRARIES = (
-    "cupy",
-    "jax",
-    "numpy",
-    "torch",
-)  # those with the standard's functions; NumPy and torch are tested
+# Those that have the standard's functions; NumPy and torch are tested.
+LIBRARIES = ("cupy", "jax", "numpy", "torch")
 
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
@@ -68,20 +64,17 @@ def deform_conv_backward(
         raise BackendError(f"The portable backend cannot run deform_conv_backward: {reasons[0]}")
     from torch.func import vjp
 
-    given = {"input": input, "offset": offset, "weight": weight}
-    if mask is not None:
-        given["mask"] = mask
-    names = [name for name in given if name in wanted]
+    given = {"input": input, "offset": offset, "weight": weight, "mask": mask}
+    names = [name for name, array in given.items() if name in wanted and array is not None]
 
     def output(*arrays: Array) -> Array:
         call = given | dict(zip(names, arrays, strict=True))
-        return deform_conv(spec, **{"mask": None, **call}, bias=None)
+        return deform_conv(spec, call["input"], call["offset"], call["weight"], None, call["mask"])
 
     gradients = {}
     if names:
-        gradients = dict(
-            zip(names, vjp(output, *[given[name] for name in names])[1](grad_output), strict=True)
-        )
+        backward = vjp(output, *[given[name] for name in names])[1]
+        gradients = dict(zip(names, backward(grad_output), strict=True))
     if spec.biased and "bias" in wanted:
         gradients["bias"] = grad_output.sum(dim=(0, *range(2, spec.rank + 2)))
     return Gradients(**gradients)
@@ -108,13 +101,14 @@ def _deform_conv(
     if mask is not None:
         samples = samples * xp.reshape(mask, (N * G, K, P, 1))
 
+    # Offset groups and groups cut the channels differently: together first, then apart.
     columns = xp.permute_dims(xp.reshape(samples, (N, G, K, P, C // G)), (0, 3, 2, 1, 4))
     columns = xp.reshape(columns, (N, P, K, groups, C // groups))
-    columns = xp.reshape(xp.permute_dims(columns, (0, 3, 2, 4, 1)), (N, groups, K * C // groups, P))
+    columns = xp.permute_dims(columns, (0, 3, 2, 4, 1))
+    columns = xp.reshape(columns, (N, groups, K * C // groups, P))
     matrix = xp.reshape(weight, (groups, spec.out_channels // groups, C // groups, K))
-    matrix = xp.reshape(
-        xp.permute_dims(matrix, (0, 1, 3, 2)), (1, groups, spec.out_channels // groups, K * C // groups)
-    )
+    matrix = xp.permute_dims(matrix, (0, 1, 3, 2))
+    matrix = xp.reshape(matrix, (1, groups, spec.out_channels // groups, K * C // groups))
     output = xp.reshape(xp.matmul(matrix, columns), spec.output_shape)
     if bias is not None:
         output = output + xp.reshape(bias, (1, spec.out_channels) + (1,) * D)
@@ -127,9 +121,8 @@ def _base(xp: Any, spec: ConvSpec, device: Any) -> list[Array]:
     bases = []
     for axis in range(D):
         tap = xp.arange(spec.kernel_size[axis], device=device) * spec.dilation[axis]
-        position = (
-            xp.arange(spec.output_size[axis], device=device) * spec.stride[axis] - spec.padding[axis][0]
-        )
+        position = xp.arange(spec.output_size[axis], device=device) * spec.stride[axis]
+        position = position - spec.padding[axis][0]
         ones = (1,) * (D - 1 - axis)
         tap = xp.reshape(tap, (spec.kernel_size[axis], *ones) + (1,) * D)
         position = xp.reshape(position, (spec.output_size[axis], *ones))

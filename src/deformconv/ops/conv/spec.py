@@ -295,9 +295,8 @@ def _groups(input: Operand, weight: Operand, given: int | None) -> int:
         else:
             text += (
                 f"C_in/groups = {in_channels}/{groups} = {in_channels / groups:g}, for `input` "
-                f"{_shape(input)}"
+                f"{_shape(input)} and groups={groups}."
             )
-            text += f" and groups={groups}."
         if in_channels % group_channels == 0:
             text += f" This weight fits groups={in_channels // group_channels}."
         elif input.shape[-1] == group_channels * (given or 1):
@@ -307,14 +306,13 @@ def _groups(input: Operand, weight: Operand, given: int | None) -> int:
         if out_channels == in_channels:
             text += (
                 " If its axes are (C_in, C_out, *kernel), a transposed convolution's order, swap the first "
-                "two: "
-                "`weight.swapaxes(0, 1)`."
+                "two: `weight.swapaxes(0, 1)`."
             )
         raise ShapeError(text)
     if out_channels % groups:
         text = (
-            f"`weight` has shape {_shape(weight)}, so C_out = {out_channels} (axis 0); expected a multiple "
-            "of "
+            f"`weight` has shape {_shape(weight)}, so C_out = {out_channels} (axis 0); expected "
+            "a multiple of "
         )
         if given is None:
             text += f"groups = C_in / (C_in/groups) = {in_channels}/{group_channels} = {groups}."
