@@ -7,12 +7,12 @@ import inspect
 
 import numpy as np
 import pytest
+from tests.ops.conv.cases import CASES, make
+from tests.tolerances import assert_close
 
 import deformconv
 from deformconv import BackendError, functional
 from deformconv.ops.conv.spec import GRADIENTS
-from tests.ops.conv.cases import CASES, make
-from tests.tolerances import assert_close
 
 CASE = next(case for case in CASES if case.name == "2-D")
 
@@ -182,7 +182,7 @@ def test_float16_runs_forward_and_says_why_not_backward(keywords):
     y = deformconv.deform_conv(**half)
     assert y.dtype == np.float16
     assert_close(y, deformconv.deform_conv(**half, backend="reference"), "float16")
-    with pytest.raises(BackendError, match="float16.*\n.*\n?.*NumPy has no automatic derivative"):
+    with pytest.raises(BackendError, match=r"float16.*\n.*\n?.*NumPy has no automatic derivative"):
         deformconv.deform_conv_backward(call.grad_output, **half)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from deformconv import dispatch
+from deformconv.ops.conv import portable
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients
 
 
@@ -45,7 +45,7 @@ class DeformConvFunction(torch.autograd.Function):
         wanted = [name for name, needed in zip(GRADIENTS, ctx.needs_input_grad[2:], strict=True) if needed]
         input, offset, weight, mask = ctx.saved_tensors
         if torch.is_grad_enabled() or is_transformed(grad_output, input, offset, weight, mask):
-            backward = portable(ctx.spec).deform_conv_backward
+            backward = portable.deform_conv_backward
         else:
             backward = partial(compute_backward, ctx.backend)
         return None, None, *backward(ctx.spec, grad_output, input, offset, weight, mask, wanted)
@@ -70,11 +70,6 @@ def compute_backward(
     arrays = map(_array, (grad_output, input, offset, weight, mask))
     gradients = backend.deform_conv_backward(spec, *arrays, wanted)
     return Gradients(*(None if array is None else torch.from_numpy(array) for array in gradients))
-
-
-def portable(spec: ConvSpec) -> ModuleType:
-    """The portable form, which takes tensors as they are and is differentiated by PyTorch itself."""
-    return dispatch.load(spec, "portable")
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:

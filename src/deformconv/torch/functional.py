@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from deformconv import dispatch
 from deformconv.errors import BackendError
 from deformconv.functional import wanted_gradients
+from deformconv.ops.conv import portable
 from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, check_grad_output, conv_spec
 from deformconv.torch import autograd
 
@@ -178,7 +179,7 @@ def deform_conv_backward(
     backend: str | None = None,
     wanted: Collection[str] | None = None,
 ) -> Gradients:
-    """`deformconv.deform_conv_backward` on tensors."""
+    """`deformconv.deform_conv_backward` on tensors; its result has a gradient if a tensor requires one."""
     _check_tensors(grad_output=grad_output, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     spec = _spec(
         None, input, offset, weight, bias, stride, padding, dilation, mask,
@@ -186,10 +187,11 @@ def deform_conv_backward(
     )  # fmt: skip
     check_grad_output(spec, _operand(grad_output))
     names = wanted_gradients(spec, wanted)
-    module = _choose(spec, True, backend, grad_output, input, offset, weight, mask)
-    if module is autograd.portable(spec):
-        return module.deform_conv_backward(spec, grad_output, input, offset, weight, mask, names)
-    return autograd.compute_backward(module, spec, grad_output, input, offset, weight, mask, names)
+    operands = (grad_output, input, offset, weight, mask)
+    module = _choose(spec, True, backend, *operands)
+    if module is portable or _requires_grad(*operands):
+        return portable.deform_conv_backward(spec, *operands, names)
+    return autograd.compute_backward(module, spec, *operands, names)
 
 
 def explain(
@@ -237,9 +239,9 @@ def _call(
     if _is_autocast(input.device.type):
         input, offset, weight, bias, mask = operands = _without_half(*operands)
     spec = _spec(rank, input, offset, weight, bias, stride, padding, dilation, mask, **keywords)
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    differentiable = _requires_grad(*operands)
     module = _choose(spec, differentiable, backend, *operands)
-    if module is autograd.portable(spec):
+    if module is portable:
         return module.deform_conv(spec, *operands)
     if differentiable:
         return autograd.DeformConvFunction.apply(module, spec, *operands)
@@ -248,19 +250,16 @@ def _call(
 
 def _choose(spec: ConvSpec, backward: bool, backend: str | None, *tensors: Tensor | None) -> Any:
     """Choose the backend; where a NumPy view would lose something, it must be the portable one."""
-    if torch._C._get_tracing_state() is not None:
-        raise BackendError(
-            "torch.jit.trace would record this call's sizes as constants; expected an eager call, or "
-            "torch.compile or torch.export."
-        )
-    if not autograd.is_transformed(*tensors):
-        return dispatch.choose(spec, "torch", _device(tensors[0]), backward, backend)
-    if backend not in (None, "portable"):
+    transformed = autograd.is_transformed(*tensors)
+    if transformed and backend in (None, "portable"):
+        return portable
+    module = dispatch.choose(spec, "torch", _device(tensors[0]), backward, backend)
+    if transformed:
         raise BackendError(
             f'backend="{backend}" cannot run under torch.func, torch.compile, forward-mode differentiation '
             'or a dispatch mode, nor on wrapped tensors; expected None or "portable".'
         )
-    return autograd.portable(spec)
+    return module
 
 
 def _spec(
@@ -275,6 +274,11 @@ def _spec(
     mask: Tensor | None,
     **keywords: Any,
 ) -> ConvSpec:
+    if torch._C._get_tracing_state() is not None:  # sizes are tensors then, and the kernels are not seen
+        raise BackendError(
+            "torch.jit.trace would record this call's sizes as constants; expected an eager call, or "
+            "torch.compile or torch.export."
+        )
     return conv_spec(
         _operand(input),
         _operand(offset),
@@ -294,6 +298,10 @@ def _device(tensor: Any) -> str:
     return "cpu" if tensor.is_cpu else str(tensor.device)
 
 
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _is_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
@@ -308,9 +316,7 @@ def _check_tensors(**operands: Any) -> None:
     for name, value in operands.items():
         if isinstance(value, Tensor):
             if value.layout is not torch.strided:
-                raise TypeError(
-                    f"`{name}` has the layout {value.layout}; expected a dense tensor: `{name}.to_dense()`."
-                )
+                raise TypeError(f"`{name}` has the layout {value.layout}; expected a dense tensor: `{name}.to_dense()`.")
         elif value is not None or name not in ("bias", "mask"):
             _raise_no_tensor(name, value, operands)
 

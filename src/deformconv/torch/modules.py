@@ -61,9 +61,7 @@ class _DeformConvNd(nn.Module):
         _check_divides("groups", self.groups, "out_channels", self.out_channels)
         _check_divides("offset_groups", self.offset_groups, "in_channels", self.in_channels)
         if padding_mode not in PADDING_MODES:
-            raise ValueError(
-                f"`padding_mode` is {padding_mode!r}; expected one of {', '.join(PADDING_MODES)}."
-            )
+            raise ValueError(f"`padding_mode` is {padding_mode!r}; expected one of {', '.join(PADDING_MODES)}.")
         if boundary not in BOUNDARIES:
             raise ValueError(f"`boundary` is {boundary!r}; expected one of {', '.join(BOUNDARIES)}.")
         self.padding_mode = padding_mode
@@ -88,9 +86,7 @@ class _DeformConvNd(nn.Module):
         if isinstance(pairs, str):
             self.padding: Any = pairs
             same = pairs == "same"
-            pairs = (
-                same_padding(self.kernel_size, self.stride, self.dilation) if same else ((0, 0),) * self.rank
-            )
+            pairs = same_padding(self.kernel_size, self.stride, self.dilation) if same else ((0, 0),) * self.rank
             symmetric = all(before == after for before, after in pairs)
         else:
             symmetric = all(before == after for before, after in pairs)
@@ -188,27 +184,6 @@ class _DeformConvNd(nn.Module):
         parts += [f"{name}={value!r}" for name in shown if (value := getattr(self, name)) != shown[name]]
         parts += ["bias=False"] * (self.bias is None) + ["predict_offsets=False"] * (self.offset_conv is None)
         return ", ".join(parts)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        predictor = any(key.startswith(f"{prefix}offset_conv.") for key in state_dict)
-        if strict and self.offset_conv is not None and not predictor and f"{prefix}weight" in state_dict:
-            name = prefix.removesuffix(".") or type(self).__name__
-            error_msgs.append(
-                f"{name}: the state has no offset_conv, so it is a plain convolution's. load_state_dict(..., "
-                "strict=False) takes its weight and bias and leaves the predictor of offsets as it is."
-            )
 
 
 class DeformConv2d(_DeformConvNd):

@@ -1,0 +1,435 @@
+"""DeformConv1d, 2d and 3d: layers where nn.ConvNd stood."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.tolerances import assert_close
+from torch import nn
+
+from deformconv import ShapeError
+from deformconv.torch import (
+    DeformConv1d,
+    DeformConv2d,
+    DeformConv3d,
+    deform_conv2d,
+    modules,
+    parameter_groups,
+)
+
+LAYERS = {1: (DeformConv1d, nn.Conv1d), 2: (DeformConv2d, nn.Conv2d), 3: (DeformConv3d, nn.Conv3d)}
+SIZE = (7, 6, 8)
+
+
+def image(rank, channels=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, channels, *SIZE[:rank], dtype=dtype, generator=generator)
+
+
+def moved(layer, std=0.4):
+    """The layer with a predictor that predicts something."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.offset_conv.parameters():
+            parameter.copy_(std * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
+    return layer
+
+
+def test_doctests():
+    result = doctest.testmod(modules)
+    assert result.failed == 0
+    assert result.attempted > 10
+
+
+def test_the_first_arguments_are_those_of_a_convolution():
+    theirs = list(inspect.signature(nn.Conv2d).parameters.values())
+    for layer, _ in LAYERS.values():
+        ours = list(inspect.signature(layer).parameters.values())
+        assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
+        assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
+
+
+CONFIGURATIONS = [
+    {},
+    {"padding": 1},
+    {"padding": 1, "stride": 2, "dilation": 2},
+    {"padding": "same"},
+    {"padding": "valid", "bias": False},
+    {"padding": 1, "groups": 2},
+    {"padding": 1, "groups": 4, "offset_groups": 2},
+    {"padding": 2, "padding_mode": "reflect"},
+    {"padding": 1, "padding_mode": "replicate", "stride": 2},
+    {"padding": "same", "padding_mode": "circular", "dilation": 2},
+]
+
+
+@pytest.mark.parametrize("modulated", [True, False], ids=["v2", "v1"])
+@pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_fresh_layer_is_the_convolution(rank, arguments, modulated):
+    """Also with its weights, for the same seed, and without disturbing the random numbers that follow."""
+    ours, theirs = LAYERS[rank]
+    torch.manual_seed(0)
+    arguments_of_conv = {k: v for k, v in arguments.items() if k != "offset_groups"}
+    convolution = theirs(4, 8, 3, dtype=torch.float64, **arguments_of_conv)
+    follows = torch.rand(1)
+    torch.manual_seed(0)
+    layer = ours(4, 8, 3, dtype=torch.float64, modulated=modulated, **arguments)
+    assert torch.equal(torch.rand(1), follows)
+    for name, parameter in convolution.named_parameters():
+        assert torch.equal(getattr(layer, name), parameter)
+    x = image(rank)
+    assert_close(layer(x).detach(), convolution(x).detach(), "float64")
+    offset, mask = layer.offsets_and_mask(x)
+    assert not offset.any()
+    assert (mask == 1).all() if modulated else mask is None
+
+
+@pytest.mark.parametrize("kernel", [2, (4, 3), (1, 2)])
+def test_even_kernels_with_padding_same(kernel):
+    layer = DeformConv2d(4, 3, kernel, padding="same", dtype=torch.float64)
+    x = image(2)
+    assert layer(x).shape[2:] == x.shape[2:]
+    size = (kernel, kernel) if isinstance(kernel, int) else kernel
+    pad = [amount for k in reversed(size) for amount in ((k - 1) // 2, k // 2)]
+    assert_close(layer(x).detach(), F.conv2d(F.pad(x, pad), layer.weight, layer.bias).detach(), "float64")
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [1, (2, 1), ((0, 2), (1, 3)), "same"], ids=str)
+def test_padding_reaches_the_predictor_and_the_operator(padding, mode):
+    """A layer is what its parts are on an input that was padded before."""
+    kernel = (3, 4) if padding == "same" else 3
+    layer = moved(DeformConv2d(4, 3, kernel, padding=padding, padding_mode=mode, dtype=torch.float64))
+    pairs = {1: ((1, 1), (1, 1)), (2, 1): ((2, 2), (1, 1)), "same": ((1, 1), (1, 2))}.get(padding, padding)
+    amounts = [amount for pair in reversed(pairs) for amount in pair]
+    x = F.pad(image(2), amounts, "constant" if mode == "zeros" else mode)
+    raw = F.conv2d(x, layer.offset_conv.weight, layer.offset_conv.bias)
+    taps = layer.weight[0, 0].numel()
+    offset, mask = raw[:, : 2 * taps], 2 * torch.sigmoid(raw[:, 2 * taps :])
+    expected = deform_conv2d(x, offset, layer.weight, layer.bias, mask=mask)
+    assert_close(layer(image(2)).detach(), expected.detach(), "float64")
+    for found, wanted in zip(layer.offsets_and_mask(image(2)), (offset, mask), strict=True):
+        assert_close(found.detach(), wanted.detach(), "float64")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_order_of_the_predictors_channels(rank):
+    ours, _ = LAYERS[rank]
+    layer = ours(4, 3, 3, padding=1, offset_groups=2, dtype=torch.float64)
+    taps = 3**rank
+    assert layer.offset_conv.out_channels == 2 * taps * (rank + 1)
+    with torch.no_grad():
+        layer.offset_conv.bias.copy_(torch.arange(float(2 * taps * (rank + 1))))
+        offset, mask = layer.offsets_and_mask(image(rank))
+    channels = offset[0].flatten(1)[:, 0]
+    assert torch.equal(channels, torch.arange(float(2 * taps * rank)).double())
+    last = torch.arange(2.0 * taps * rank, 2.0 * taps * (rank + 1)).double()
+    assert_close(mask[0].flatten(1)[:, 0], 2 * torch.sigmoid(last), "float64")
+
+
+def test_offsets_are_read_group_by_group_then_tap_by_tap_then_dy_before_dx():
+    layer = DeformConv2d(2, 2, 3, padding=1, groups=2, offset_groups=2, bias=False, dtype=torch.float64)
+    x = image(2, channels=2)
+    nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        layer.weight[1, 0, 1, 1] = 1  # the centre tap, 4, of the second group
+        layer.offset_conv.bias[18 + 2 * 4] = 1  # its dy
+    expected = torch.zeros_like(x)
+    expected[:, 1, :-1] = x[:, 1, 1:]
+    assert torch.equal(layer(x), expected)
+
+
+def test_passed_offsets_and_masks_are_used_as_they_are():
+    layer = moved(DeformConv2d(4, 3, 3, padding=1, dtype=torch.float64, max_offset=0.1))
+    x = image(2)
+    offset, mask = torch.randn(2, 18, 7, 6).double(), torch.rand(2, 9, 7, 6).double()
+    expected = deform_conv2d(x, offset, layer.weight, layer.bias, padding=1)
+    assert torch.equal(layer(x, offset), expected)
+    expected = deform_conv2d(x, offset, layer.weight, layer.bias, padding=1, mask=mask)
+    assert torch.equal(layer(x, offset, mask), expected)
+    assert torch.equal(layer(x, *layer.offsets_and_mask(x)), layer(x))
+    no_predictor = DeformConv2d(4, 3, 3, padding=1, dtype=torch.float64, predict_offsets=False)
+    no_predictor.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    assert torch.equal(no_predictor(x, offset, mask), expected)
+
+
+def test_mask_scale_and_max_offset():
+    layer = moved(DeformConv2d(4, 3, 3, mask_scale=1, max_offset=1.5, dtype=torch.float64), std=5)
+    raw = layer.offset_conv(image(2))
+    offset, mask = layer.offsets_and_mask(image(2))
+    assert raw[:, :18].abs().max() > 5
+    assert offset.abs().max() <= 1.5
+    assert_close(offset.detach(), 1.5 * torch.tanh(raw[:, :18] / 1.5).detach(), "float64")
+    assert_close(mask.detach(), torch.sigmoid(raw[:, 18:]).detach(), "float64")
+    small = moved(DeformConv2d(4, 3, 3, max_offset=1e6, dtype=torch.float64))
+    unbounded = small.offset_conv(image(2))[:, :18]
+    torch.testing.assert_close(small.offsets_and_mask(image(2))[0], unbounded)
+
+
+def test_keywords_reach_the_operator(monkeypatch):
+    seen = {}
+
+    def spy(*arguments, **keywords):
+        seen.update(keywords)
+        return arguments[0]
+
+    monkeypatch.setattr(DeformConv2d, "_operator", staticmethod(spy))
+    DeformConv2d(4, 8, 3, groups=2, offset_groups=4, boundary="inside")(torch.rand(1, 4, 5, 5))
+    assert seen == {"groups": 2, "offset_groups": 4, "boundary": "inside"}
+
+
+class TestState:
+    def test_names_and_shapes(self):
+        shapes = {k: tuple(v.shape) for k, v in DeformConv2d(4, 8, 3, groups=2).state_dict().items()}
+        assert shapes == {
+            "weight": (8, 2, 3, 3),
+            "bias": (8,),
+            "offset_conv.weight": (27, 4, 3, 3),
+            "offset_conv.bias": (27,),
+        }
+        assert list(DeformConv1d(4, 8, 3, predict_offsets=False, bias=False).state_dict()) == ["weight"]
+
+    def test_round_trip(self):
+        layer, other = moved(DeformConv2d(4, 3, 3)), DeformConv2d(4, 3, 3)
+        assert not other.load_state_dict(layer.state_dict()).missing_keys
+        x = image(2, dtype=torch.float32)
+        assert torch.equal(other(x), layer(x))
+
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    def test_a_convolution_loads(self, rank):
+        ours, theirs = LAYERS[rank]
+        convolution = theirs(4, 8, 3, padding=1, groups=2).double()
+        layer = ours(4, 8, 3, padding=1, groups=2, dtype=torch.float64)
+        result = layer.load_state_dict(convolution.state_dict(), strict=False)
+        assert result.missing_keys == ["offset_conv.weight", "offset_conv.bias"]
+        assert not result.unexpected_keys
+        assert_close(layer(image(rank)).detach(), convolution(image(rank)).detach(), "float64")
+
+    def test_strict_loading_names_what_a_convolution_lacks(self):
+        net = nn.Sequential(nn.Conv2d(4, 4, 3), DeformConv2d(4, 3, 3))
+        plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3))
+        missing = 'Missing key.*"1.offset_conv.weight", "1.offset_conv.bias"'
+        with pytest.raises(RuntimeError, match=missing):
+            net.load_state_dict(plain.state_dict())
+        net.load_state_dict(plain.state_dict(), strict=False)
+        assert torch.equal(net[1].weight, plain[1].weight)
+        without_predictor = DeformConv2d(4, 3, 3, predict_offsets=False)
+        assert not without_predictor.load_state_dict(plain[1].state_dict()).missing_keys
+
+    def test_another_version_does_not_load(self):
+        v1 = DeformConv2d(4, 3, 3, modulated=False)
+        with pytest.raises(RuntimeError, match=r"size mismatch for offset_conv.weight"):
+            v1.load_state_dict(DeformConv2d(4, 3, 3).state_dict())
+
+    @pytest.mark.parametrize(
+        "copied",
+        [
+            copy.deepcopy,
+            lambda layer: pickle.loads(pickle.dumps(layer)),
+            lambda layer: torch.load(io.BytesIO(_saved(layer)), weights_only=False),
+        ],
+        ids=["deepcopy", "pickle", "torch.save"],
+    )
+    def test_copies(self, copied):
+        layer = moved(DeformConv2d(4, 3, 3, padding=((1, 0), (0, 1)), max_offset=2.0))
+        other, x = copied(layer), image(2, dtype=torch.float32)
+        assert torch.equal(other(x), layer(x))
+        assert repr(other) == repr(layer)
+        with torch.no_grad():
+            other.weight.zero_()
+        assert layer.weight.any()
+
+    def test_to(self):
+        layer = moved(DeformConv2d(4, 3, 3))
+        x, y = image(2, dtype=torch.float32), layer(image(2, dtype=torch.float32))
+        double = copy.deepcopy(layer).to(torch.float64)
+        assert double.offset_conv.weight.dtype == torch.float64
+        assert_close(y.detach(), double(x.double()).detach(), "float32")
+        assert layer.to("meta")(x.to("meta")).is_meta
+
+    def test_made_on_a_device_in_a_dtype(self):
+        layer = DeformConv2d(4, 3, 3, device="meta", dtype=torch.float64)
+        assert all(p.is_meta and p.dtype == torch.float64 for p in layer.parameters())
+        with torch.device("meta"):
+            assert all(p.is_meta for p in DeformConv2d(4, 3, 3).parameters())
+        layer = layer.to_empty(device="cpu")
+        layer.reset_parameters()
+        assert layer(image(2)).isfinite().all()
+
+    def test_reset_parameters(self):
+        layer, convolution = moved(DeformConv2d(4, 3, 3)), nn.Conv2d(4, 3, 3)
+        torch.manual_seed(5)
+        convolution.reset_parameters()
+        torch.manual_seed(5)
+        layer.reset_parameters()
+        assert torch.equal(layer.weight, convolution.weight)
+        assert torch.equal(layer.bias, convolution.bias)
+        assert not any(p.any() for p in layer.offset_conv.parameters())
+
+
+def _saved(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    return file.getvalue()
+
+
+def test_repr():
+    assert DeformConv2d(4, 8, 3).extra_repr() == "4, 8, kernel_size=(3, 3), stride=(1, 1)"
+    layer = DeformConv2d(
+        4, 8, (3, 2), stride=2, padding=((0, 1), (2, 0)), dilation=2, groups=2, bias=False, modulated=False,
+        padding_mode="reflect", offset_groups=4, predict_offsets=False, mask_scale=1, max_offset=3, boundary="inside",
+    )  # fmt: skip
+    assert layer.extra_repr() == (
+        "4, 8, kernel_size=(3, 2), stride=(2, 2), padding=((0, 1), (2, 0)), dilation=(2, 2), groups=2, "
+        "padding_mode='reflect', modulated=False, offset_groups=4, mask_scale=1.0, max_offset=3.0, "
+        "boundary='inside', bias=False, predict_offsets=False"
+    )
+    assert "padding='same'" in repr(DeformConv1d(4, 8, 3, padding="same"))
+    assert "padding=(1, 1, 1)" in repr(DeformConv3d(4, 8, 3, padding=1))
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "text"),
+        [
+            ({"kernel_size": (3, 3, 3)}, ShapeError, "`kernel_size` has 3 entries"),
+            ({"kernel_size": 0}, ShapeError, "`kernel_size` is 0; expected at least 1"),
+            ({"kernel_size": 2.5}, TypeError, "`kernel_size` is 2.5"),
+            ({"stride": 0}, ShapeError, "`stride` is 0; expected at least 1"),
+            ({"padding": (1, 1, 1, 1)}, ShapeError, r"`padding` has 4 entries.*write pairs: \(\(before, after\)"),
+            ({"padding": "full"}, ShapeError, "`padding` is 'full'; expected 'same', 'valid'"),
+            ({"padding": "same", "stride": 2}, ShapeError, "`padding` is 'same' with stride 2x2"),
+            ({"groups": 3}, ShapeError, "`groups` is 3; expected a divisor of in_channels = 4"),
+            ({"groups": 4, "out_channels": 6}, ShapeError, "`groups` is 4; expected a divisor of out_channels = 6"),
+            ({"offset_groups": 3}, ShapeError, "`offset_groups` is 3; expected a divisor of in_channels = 4"),
+            ({"in_channels": 0}, ShapeError, "`in_channels` is 0; expected at least 1"),
+            ({"padding_mode": "mirror"}, ValueError, "`padding_mode` is 'mirror'; expected one of zeros, reflect"),
+            ({"boundary": "clamp"}, ValueError, "`boundary` is 'clamp'; expected one of zeros, inside"),
+            ({"mask_scale": 0}, ValueError, "`mask_scale` is 0; expected a number above 0"),
+            ({"max_offset": -1}, ValueError, "`max_offset` is -1; expected a number above 0"),
+            ({"max_offset": True}, ValueError, "`max_offset` is True; expected a number above 0"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
+    )  # fmt: skip
+    def test_construction(self, arguments, error, text):
+        with pytest.raises(error, match=text):
+            DeformConv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3, **arguments})
+
+    def test_a_layer_that_predicts_nothing_needs_offsets(self):
+        layer = DeformConv2d(4, 3, 3, predict_offsets=False)
+        text = r"`offset` is missing and this layer predicts none \(predict_offsets=False\); expected layer\("
+        for call in (layer, layer.offsets_and_mask):
+            with pytest.raises(TypeError, match=text):
+                call(torch.rand(1, 4, 5, 5))
+
+    def test_a_mask_alone(self):
+        with pytest.raises(TypeError, match="`mask` was passed without `offset`; expected both, or neither"):
+            DeformConv2d(4, 3, 3)(torch.rand(1, 4, 5, 5), mask=torch.rand(1, 9, 3, 3))
+
+    def test_a_mask_for_v1(self):
+        layer = DeformConv2d(4, 3, 3, modulated=False)
+        x, offset, mask = torch.rand(1, 4, 5, 5), torch.zeros(1, 18, 3, 3), torch.rand(1, 9, 3, 3)
+        with pytest.raises(ValueError, match=r"without modulation \(v1\).*modulated=True"):
+            layer(x, offset, mask)
+        assert layer(x, offset).shape == (1, 3, 3, 3)
+
+    def test_shapes_of_what_is_passed(self):
+        layer, x = DeformConv2d(4, 3, 3, offset_groups=2), torch.rand(1, 4, 5, 5)
+        offset = torch.zeros(1, 36, 3, 3)
+        with pytest.raises(ShapeError, match=r"`mask` has 9 channels; expected 9 taps x 2 offset groups = 18"):
+            layer(x, offset, torch.rand(1, 9, 3, 3))
+        with pytest.raises(ShapeError, match=r"`offset` has 18 channels.*offset_groups=2 takes 36"):
+            layer(x, torch.zeros(1, 18, 3, 3))
+        with pytest.raises(ShapeError, match="54 = 36 offsets"):
+            layer(x, torch.zeros(1, 54, 3, 3))
+        with pytest.raises(ShapeError, match="`offset` has spatial size 5x5; expected the output's, 3x3"):
+            layer(x, torch.zeros(1, 36, 5, 5))
+
+    def test_the_wrong_rank(self):
+        layer = DeformConv2d(4, 3, 3, predict_offsets=False)
+        with pytest.raises(ShapeError, match=r"`input` has 3 axes.*deform_conv2d takes 4"):
+            layer(torch.rand(4, 5, 5), torch.zeros(1, 18, 3, 3))
+
+
+def _digits(count, generator):
+    """Bars that lie or stand, somewhere."""
+    images, labels = torch.zeros(count, 1, 8, 8), torch.arange(count) % 2
+    for index in range(count):
+        place = int(torch.randint(1, 7, (1,), generator=generator))
+        images[index, 0][(place, slice(None)) if labels[index] else (slice(None), place)] = 1
+    return images + 0.1 * torch.randn(images.shape, generator=generator), labels
+
+
+@pytest.mark.parametrize("modulated", [True, False], ids=["v2", "v1"])
+def test_training_lowers_the_loss(modulated):
+    torch.manual_seed(0)
+    images, labels = _digits(32, torch.Generator().manual_seed(0))
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), DeformConv2d(8, 8, 3, padding=1, modulated=modulated, max_offset=3),
+        nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 2),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(parameter_groups(net, lr=1e-2))
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
+    assert all(p.any() for p in net[2].offset_conv.parameters())
+
+
+def test_bfloat16_autocast_trains():
+    layer = moved(DeformConv2d(4, 3, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(image(2, dtype=torch.float32))
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+class TestParameterGroups:
+    def test_every_parameter_once(self):
+        shared = DeformConv2d(4, 4, 3, padding=1)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ModuleList([shared, DeformConv1d(4, 4, 3)]))
+        groups = parameter_groups(net, lr=0.5, offset_lr_scale=0.2)
+        assert [group["lr"] for group in groups] == [0.5, 0.1]
+        ids = [id(p) for group in groups for p in group["params"]]
+        assert len(set(ids)) == len(ids)
+        assert set(ids) == {id(p) for p in net.parameters()}
+        predictors = [*shared.offset_conv.parameters(), *net[2][1].offset_conv.parameters()]
+        assert list(map(id, groups[1]["params"])) == list(map(id, predictors))
+        torch.optim.SGD(groups, lr=1.0)
+
+    def test_a_parameter_that_a_predictor_shares(self):
+        layer, other = DeformConv2d(4, 4, 3), nn.Conv2d(4, 27, 3)
+        other.weight = layer.offset_conv.weight
+        groups = parameter_groups(nn.Sequential(other, layer), lr=1.0)
+        assert sum(p is other.weight for group in groups for p in group["params"]) == 1
+        assert any(p is other.weight for p in groups[1]["params"])
+
+    def test_frozen_parameters_are_left_out(self):
+        layer = DeformConv2d(4, 4, 3)
+        layer.weight.requires_grad_(False)
+        layer.offset_conv.requires_grad_(False)
+        groups = parameter_groups(layer, lr=1.0)
+        assert [[id(p) for p in group["params"]] for group in groups] == [[id(layer.bias)]]
+
+    def test_without_predictors(self):
+        for net in (nn.Conv2d(3, 4, 3), DeformConv2d(4, 4, 3, predict_offsets=False)):
+            assert len(parameter_groups(net, lr=1.0)) == 1
+
+    def test_a_layer_with_parametrised_weights(self):
+        layer = nn.utils.parametrizations.weight_norm(DeformConv2d(4, 4, 3))
+        x = torch.rand(1, 4, 5, 5)
+        layer(x).sum().backward()
+        groups = parameter_groups(layer, lr=1.0)
+        assert sum(len(group["params"]) for group in groups) == len(list(layer.parameters()))

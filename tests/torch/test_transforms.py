@@ -1,0 +1,206 @@
+"""Whatever wraps tensors or traces calls: the right result or an error, never a wrong one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.tolerances import assert_close
+from tests.torch.tensors import call_of
+from torch.autograd import forward_ad
+
+from deformconv import BackendError
+from deformconv.torch import DeformConv2d, deform_conv2d
+
+# PyTorch's own forward-mode rules are scripted when first used, and scripting is deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def call():
+    """deform_conv2d by its offset alone, an offset, and a direction to move it in."""
+    function, arrays, keywords, _ = call_of(away_from_kinks=True)
+    offset = arrays.pop("offset")
+    direction = torch.randn(offset.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return lambda o, **more: function(offset=o, **arrays, **keywords, **more), offset, direction
+
+
+def directional(call, offset, direction, step=1e-6):
+    return (call(offset + step * direction) - call(offset - step * direction)) / (2 * step)
+
+
+def test_jvp(call):
+    function, offset, direction = call
+    y, tangent = torch.func.jvp(function, (offset,), (direction,))
+    assert_close(y, function(offset), "float64")
+    torch.testing.assert_close(tangent, directional(*call), rtol=1e-6, atol=1e-6)
+
+
+def test_dual_numbers(call):
+    function, offset, direction = call
+    with forward_ad.dual_level():
+        dual = function(forward_ad.make_dual(offset, direction))
+        tangent = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, directional(*call), rtol=1e-6, atol=1e-6)
+
+
+def test_func_grad_and_vjp(call):
+    function, offset, _ = call
+    expected = torch.autograd.grad(function(offset.requires_grad_()).sum(), offset)[0]
+    offset = offset.detach()
+    assert_close(torch.func.grad(lambda o: function(o).sum())(offset), expected, "float64")
+    y, pull_back = torch.func.vjp(function, offset)
+    assert_close(pull_back(torch.ones_like(y))[0], expected, "float64")
+
+
+def test_hessian():
+    weight = torch.rand(1, 1, 2, 1, dtype=torch.float64)
+    x = torch.rand(1, 1, 4, 3, dtype=torch.float64)
+    offset = torch.rand(1, 4, 3, 3, dtype=torch.float64) * 0.8 + 0.1
+
+    def loss(offset):
+        return (deform_conv2d(x, offset, weight) ** 2).sum()
+
+    expected = torch.autograd.functional.hessian(loss, offset)
+    assert_close(torch.func.hessian(loss)(offset), expected, "float64")
+    vectorized = torch.autograd.functional.hessian(loss, offset, vectorize=True)
+    assert_close(vectorized, expected, "float64")
+
+
+def test_vmap():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(5, 2, 3, 6, 6, generator=generator)
+    offset = torch.randn(5, 2, 18, 6, 6, generator=generator)
+    weight = torch.rand(4, 3, 3, 3, generator=generator)
+
+    def one(x, offset):
+        return deform_conv2d(x, offset, weight, padding=1)
+
+    expected = torch.stack([one(a, b) for a, b in zip(x, offset, strict=True)])
+    assert_close(torch.func.vmap(one)(x, offset), expected, "float32")
+
+
+@pytest.mark.parametrize("how", ["grad", "jvp", "dual", "fake", "vmap"])
+def test_a_named_kernel_raises(call, how):
+    function, offset, direction = call
+
+    def named(o):
+        return function(o, backend="cpu")
+
+    with pytest.raises(BackendError, match=r'backend="cpu" cannot run under torch\.func'):
+        if how == "grad":
+            torch.func.grad(lambda o: named(o).sum())(offset)
+        elif how == "jvp":
+            torch.func.jvp(named, (offset,), (direction,))
+        elif how == "vmap":
+            torch.func.vmap(named)(torch.stack([offset, offset]))
+        elif how == "dual":
+            with forward_ad.dual_level():
+                named(forward_ad.make_dual(offset, direction))
+        else:
+            with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                named(mode.from_tensor(offset))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(DeformConv2d(2, 4, 3, padding=1), torch.nn.ReLU(), DeformConv2d(4, 3, 3))
+    for layer in net[::2]:
+        torch.nn.init.normal_(layer.offset_conv.weight, std=0.3)
+    return net.double()
+
+
+X = torch.rand(2, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+# PyTorch says that it looks through the cache of checked calls, which it may.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(net, dynamic):
+    torch._dynamo.reset()
+    net = net[0]
+    compiled = torch.compile(copy.deepcopy(net), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for x in (X, torch.cat([X, X])):
+        y = compiled(x)
+        assert_close(y.detach(), net(x).detach(), "float64")
+        found = torch.autograd.grad(y.sum(), compiled.parameters())
+        expected = torch.autograd.grad(net(x).sum(), net.parameters())
+        for ours, wanted in zip(found, expected, strict=True):
+            assert_close(ours, wanted, "float64")
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")
+def test_export(net):
+    with torch.no_grad():
+        exported = torch.export.export(net, (X,)).module()
+        assert_close(exported(X + 0.5), net(X + 0.5), "float64")
+
+
+def test_fx_records_one_call(net):
+    traced = torch.fx.symbolic_trace(net)
+    assert torch.equal(traced(X), net(X))
+    calls = [node for node in traced.graph.nodes if node.op == "call_function"]
+    assert sum(node.target is deform_conv2d for node in calls) == 2
+
+
+def test_make_fx(net):
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x: net(x))(X)
+    assert_close(traced(X + 0.5).detach(), net(X + 0.5).detach(), "float64")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+def test_jit_trace_raises(net):
+    with pytest.raises(BackendError, match=r"torch.jit.trace would record this call's sizes as constants"):
+        torch.jit.trace(net, (X,))
+
+
+def test_functional_call(net):
+    zeros = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    assert not torch.func.functional_call(net, zeros, (X,)).any()
+
+
+def test_dispatch_modes(net):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        y = net(X)
+    assert_close(y.detach(), net(X).detach(), "float64")
+    assert counter.get_total_flops() > 0
+
+
+class Named(torch.Tensor):
+    """A subclass of no further interest."""
+
+
+def test_subclasses_stay_what_they_are():
+    function, arrays, keywords, _ = call_of()
+    expected = function(**arrays, **keywords)
+    y = function(**arrays | {"input": arrays["input"].as_subclass(Named)}, **keywords)
+    assert type(y) is Named
+    assert torch.equal(y.as_subclass(torch.Tensor), expected)
+
+
+class Recorder:
+    """Takes PyTorch functions for itself, as __torch_function__ allows."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return function, args, kwargs
+
+
+def test_torch_function_is_honoured():
+    _, arrays, _, _ = call_of()
+    recorder = Recorder()
+    function, arguments, keywords = deform_conv2d(
+        recorder, arrays["offset"], arrays["weight"], padding=1, groups=1, boundary="inside"
+    )
+    assert function is deform_conv2d
+    assert arguments[0] is recorder
+    assert arguments[5] == 1
+    assert keywords == {"groups": 1, "offset_groups": None, "boundary": "inside", "backend": None}
