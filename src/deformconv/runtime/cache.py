@@ -152,14 +152,17 @@ class DiskCache(_Cache):
         """Nothing to forget: a file's name says all that it depends on."""
 
 
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH, "no_cfunc_wrapper": True}
+
+
 def device(function: Callable[..., Any]) -> Any:
     """Compile a function that kernels call."""
-    return numba.njit(nogil=True, error_model="numpy", fastmath=FAST_MATH)(function)
+    return numba.njit(no_cpython_wrapper=True, **_OPTIONS)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that Python calls, once per machine; it runs without the GIL."""
-    dispatcher = device(function)
+    dispatcher = numba.njit(**_OPTIONS)(function)
     dispatcher._cache = DiskCache(function)
     return dispatcher
 

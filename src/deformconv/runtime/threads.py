@@ -200,16 +200,21 @@ def scratch(size: int) -> np.ndarray:
     return memory
 
 
-class _Fork:
-    """What a fork must find: no worker, and Numba's compiler idle.
+# Held while the kernels' modules are imported, Numba among them.
+importing = threading.RLock()
 
-    A child has the forking thread alone. Workers that it believes it has would never answer, and a compiler lock that
-    another thread holds would never be released.
+
+class _Fork:
+    """What a fork must find: no import of kernels half done, no worker, and Numba's compiler idle.
+
+    A child has the forking thread alone. Workers that it believes it has would never answer, and a lock of the import or of
+    the compiler that another thread holds would never be released.
     """
 
     compiler: Any = None
 
     def before(self) -> None:
+        importing.acquire()
         _workers.lock.acquire()
         _workers.stop()
         module = sys.modules.get("numba.core.compiler_lock")
@@ -221,6 +226,7 @@ class _Fork:
         if self.compiler is not None:
             self.compiler.release()
         _workers.lock.release()
+        importing.release()
 
 
 if hasattr(os, "register_at_fork"):

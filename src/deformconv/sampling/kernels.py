@@ -113,11 +113,12 @@ def place_tile(table, window, tile):
 
 @device
 def place_tap(table, entry, window, tile, tap, x, offset):
-    """Fill the table from `entry` on with the samples of one tap; `offset` is (K, D, positions) of an image and offset group."""
+    """Fill the table from `entry` on with one tap's samples; `offset` is (K, D, positions) of an image and offset group."""
     axes, count = len(window.input_size), tile.count
     end = entry + count
-    table.corner_row[0, :count] = 0
-    table.corner_weight[0, entry:end] = 1
+    for t in range(count):
+        table.corner_row[0, t] = 0
+        table.corner_weight[0, entry + t] = 1
     taps, rest = offset.shape[0], tap
     for axis in range(axes):
         taps //= window.kernel_size[axis]
@@ -273,7 +274,8 @@ def differentiate(table, count, corner_dot, mask, d_offset, d_mask, partial):
     """
     corners, axes = corner_dot.shape[0], table.fraction.shape[0]
     if d_mask.size:
-        d_mask[:] = 0
+        for t in range(count):
+            d_mask[t] = 0
         for corner in range(corners):
             _add_product(table.corner_weight[corner, :count], corner_dot[corner, :count], d_mask)
     if d_offset.size == 0:
@@ -286,10 +288,8 @@ def differentiate(table, count, corner_dot, mask, d_offset, d_mask, partial):
                 low, high = dots[2 * pair, :count], dots[2 * pair + 1, :count]
                 _merge_pair(low, high, fraction, axis == along, partial[pair, :count])
             pairs, dots = pairs >> 1, partial
-        if mask.size:
-            d_offset[along] = partial[0, :count] * mask
-        else:
-            d_offset[along] = partial[0, :count]
+        for t in range(count):
+            d_offset[along, t] = partial[0, t] * mask[t] if mask.size else partial[0, t]
 
 
 @device

@@ -8,7 +8,7 @@ bit for bit whatever the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from itertools import pairwise, product
 from math import ceil
@@ -52,6 +52,14 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
     if spec.pixels >= 2**31:
         reasons.append(f"an image of {spec.pixels} pixels exceeds its 32-bit pixel numbers")
     return reasons
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels' module; it loads Numba, so the first call does it and not the import of this file."""
+    with threads.importing:
+        from deformconv.ops.conv import cpu_kernels
+    return cpu_kernels
 
 
 class _Plan(NamedTuple):
@@ -144,7 +152,7 @@ def deform_conv(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any,
     if spec.in_channels == 0:
         output[...] = 0 if bias is None else np.reshape(bias, (1, -1) + (1,) * spec.rank)
         return output
-    from deformconv.ops.conv import cpu_kernels as kernels
+    kernels = _kernels()
 
     plan = _plan(spec)
     x = _rows(spec, input)
@@ -182,22 +190,21 @@ def deform_conv_backward(
 def _sampled_gradients(
     spec: ConvSpec, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any, wanted: Collection[str]
 ) -> dict[str, np.ndarray]:
-    from deformconv.ops.conv import cpu_kernels as kernels
-    from deformconv.runtime.vectors import ROWS, VECTOR_BYTES
+    kernels = _kernels()
 
     plan = _plan(spec)
     N, K, P, C, D = spec.batch, spec.taps, spec.positions, spec.in_channels, spec.rank
     group_channels, group_outputs = C // spec.groups, spec.out_channels // spec.groups
     depthwise = group_channels == 1 and group_outputs == 1
 
-    group_row = 1 if depthwise else _up(group_outputs, ROWS)
-    d_output = np.empty((N * P + ROWS, spec.groups * group_row), spec.dtype)
+    rows, vector = kernels.ROWS, kernels.VECTOR_BYTES // np.dtype(spec.dtype).itemsize
+    group_row = 1 if depthwise else _up(group_outputs, rows)
+    d_output = np.empty((N * P + rows, spec.groups * group_row), spec.dtype)
     _copy_channels_last(spec, _flat(grad_output, (N, spec.out_channels, P)), d_output, spec.groups, group_row)
 
     items = (len(plan.edges) - 1) * plan.lanes
     places = (N, spec.offset_groups, K)
-    vector = VECTOR_BYTES // np.dtype(spec.dtype).itemsize
-    sums_shape = (1, 1) if depthwise else (_up(group_outputs, ROWS), _up(group_channels, vector))
+    sums_shape = (1, 1) if depthwise else (_up(group_outputs, rows), _up(group_channels, vector))
     d_x = np.zeros((plan.parts * N * spec.pixels + items, C) if "input" in wanted else (0, C), spec.dtype)
     d_offset = np.zeros((plan.slots, *places, D, P) if "offset" in wanted else (1, 1, 1, 1, 1, 0), spec.dtype)
     d_mask = np.zeros((plan.slots, *places, P) if "mask" in wanted else (1, 1, 1, 1, 0), spec.dtype)
@@ -312,7 +319,7 @@ def _rows(spec: ConvSpec, input: Any) -> np.ndarray:
 
 
 def _copy_channels_last(spec: ConvSpec, array: np.ndarray, rows: np.ndarray, groups: int, group_row: int) -> None:
-    from deformconv.ops.conv import cpu_kernels as kernels
+    kernels = _kernels()
 
     runs = array.shape[0] * ceil(array.shape[2] / kernels._BLOCK)
     _run(kernels.channels_last, (array, rows, groups, group_row), runs, array.size * _COPY)
@@ -320,14 +327,13 @@ def _copy_channels_last(spec: ConvSpec, array: np.ndarray, rows: np.ndarray, gro
 
 def _packed(spec: ConvSpec, weight: Any, *, forward: bool) -> np.ndarray:
     """The weight as the kernels read it: (K, C) for a depthwise convolution, else in panels."""
-    from deformconv.ops.conv import cpu_kernels as kernels
-    from deformconv.runtime.vectors import VECTOR_BYTES
+    kernels = _kernels()
 
     group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
     by_group = _flat(weight, (spec.groups, group_outputs, group_channels, spec.taps))
     if group_channels == 1 and group_outputs == 1:
         return np.ascontiguousarray(by_group.reshape(spec.groups, spec.taps).T).reshape(-1)
-    vector = VECTOR_BYTES // by_group.itemsize
+    vector = kernels.VECTOR_BYTES // by_group.itemsize
     rows, columns = (spec.in_channels, group_outputs) if forward else (spec.out_channels, group_channels)
     packed = np.empty(spec.taps * rows * _up(columns, vector), spec.dtype)
     pack = kernels.pack_forward if forward else kernels.pack_backward
@@ -344,6 +350,7 @@ def warmup(
 
     `notify` is called with a line before each of them.
     """
+    _kernels()
     from deformconv.runtime.cache import notice
 
     told, notice.announce = notice.announce, None

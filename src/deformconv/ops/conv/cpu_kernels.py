@@ -7,10 +7,8 @@ buffer of the thread's own as rows of (tap, channel) and multiplied at once, so 
 
 from __future__ import annotations
 
-import numpy as np
-
 from deformconv.runtime.cache import device, kernel
-from deformconv.runtime.vectors import VECTOR_BYTES, VECTORS, fetch_add, multiply_packed, multiply_rows, round_up
+from deformconv.runtime.vectors import ROWS, VECTOR_BYTES, VECTORS, fetch_add, multiply_packed, multiply_rows, round_up
 from deformconv.sampling.kernels import (
     Tile,
     blend,
@@ -22,6 +20,18 @@ from deformconv.sampling.kernels import (
     project,
     scatter,
 )
+
+__all__ = [
+    "ROWS",
+    "VECTOR_BYTES",
+    "backward",
+    "channels_first",
+    "channels_last",
+    "forward",
+    "pack_backward",
+    "pack_forward",
+    "unpack_weight",
+]
 
 _BLOCK = 16
 
@@ -90,7 +100,8 @@ def pack_forward(counter, limit, weight, packed):
                 row = start + (tap * channels + c) * width
                 for lane in range(used):
                     packed[row + lane] = flat[source + lane * depth + c * taps + tap]
-                packed[row + used : row + width] = 0
+                for lane in range(used, width):
+                    packed[row + lane] = 0
 
 
 @kernel
@@ -114,7 +125,8 @@ def pack_backward(counter, limit, weight, packed):
                 row = (tap * groups + group) * size + first * outputs + o * width
                 for lane in range(used):
                     packed[row + lane] = flat[source + lane * taps + tap]
-                packed[row + used : row + width] = 0
+                for lane in range(used, width):
+                    packed[row + lane] = 0
 
 
 @device
@@ -146,7 +158,8 @@ def _fill_with_bias(sums, count, groups, group_row, bias):
     for t in range(count):
         for group in range(groups):
             start = (t * groups + group) * group_row
-            sums[start : start + group_outputs] = bias[group * group_outputs : (group + 1) * group_outputs]
+            for o in range(group_outputs):
+                sums[start + o] = bias[group * group_outputs + o]
 
 
 @device
@@ -254,7 +267,10 @@ def backward(
     blocks, lanes = edges.size - 1, d_weight.shape[0]
     output_row, group_row = d_output.shape[1], d_output.shape[1] // groups
     packed_size = round_up(group_channels, vector) * group_outputs
-    column_row = round_up(np.max(edges[1:] - edges[:-1]), vector) + vector
+    widest = 0
+    for block in range(blocks):
+        widest = max(widest, edges[block + 1] - edges[block])
+    column_row = round_up(widest, vector) + vector
     flat_x, flat_d_x = x.reshape(x.size), d_x.reshape(d_x.size)
     flat_d_output, flat_d_weight = d_output.reshape(d_output.size), d_weight.reshape(d_weight.size)
     for_places = d_offset.size > 0 or d_mask.size > 0

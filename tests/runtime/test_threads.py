@@ -1,0 +1,294 @@
+"""The worker threads: items done once, errors and signals heard, forks survived."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deformconv
+from deformconv.runtime import threads
+
+
+@pytest.fixture(autouse=True)
+def threads_afterwards() -> Iterator[None]:
+    chosen = threads._chosen_threads
+    yield
+    threads._chosen_threads = chosen
+
+
+class Counted:
+    """Work in Python: every item notes who did it."""
+
+    def __init__(self, items: int, fail_at: int = -1) -> None:
+        self.done: list[int] = []
+        self.lock = threading.Lock()
+        self.items, self.fail_at = items, fail_at
+        self.workers: set[int] = set()
+
+    def __call__(self, counter: np.ndarray, limit: int) -> None:
+        for _ in range(limit):
+            with self.lock:
+                item = int(counter[0])
+                counter[0] += 1
+            if item >= self.items:
+                return
+            if item == self.fail_at:
+                raise RuntimeError(f"item {item}")
+            time.sleep(0.0005)
+            self.done.append(item)
+            self.workers.add(threading.get_ident())
+
+
+@pytest.mark.parametrize(("items", "number", "burst"), [(0, 2, 1), (1, 4, 1), (7, 2, 3), (200, 4, 5), (50, 1, 7)])
+def test_every_item_is_done_once(items: int, number: int, burst: int) -> None:
+    work = Counted(items)
+    threads.run(work, items, threads=number, burst=burst)
+    assert sorted(work.done) == list(range(items))
+    assert len(work.workers) <= number
+
+
+def test_workers_take_part() -> None:
+    work = Counted(400)
+    threads.run(work, 400, threads=3, burst=1)
+    assert len(work.workers) == 3
+
+
+def test_one_thread_hands_nothing_over() -> None:
+    work = Counted(20)
+    threads.run(work, 20, threads=1, burst=1)
+    assert work.workers == {threading.get_ident()}
+
+
+def test_an_error_ends_the_call_and_the_pool_goes_on() -> None:
+    for fail_at in (0, 3, 199):
+        work = Counted(200, fail_at)
+        with pytest.raises(RuntimeError, match=f"item {fail_at}"):
+            threads.run(work, 200, threads=3, burst=1)
+        assert fail_at not in work.done
+    test_workers_take_part()
+
+
+def test_many_callers_at_once() -> None:
+    works = [Counted(60) for _ in range(8)]
+    callers = [threading.Thread(target=threads.run, args=(work, 60), kwargs={"threads": 4, "burst": 2}) for work in works]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for work in works:
+        assert sorted(work.done) == list(range(60))
+
+
+def test_set_num_threads() -> None:
+    deformconv.set_num_threads(3)
+    assert deformconv.get_num_threads() == 3
+    deformconv.set_num_threads(np.int64(2))
+    assert deformconv.get_num_threads() == 2
+    with pytest.raises(ValueError, match=r"`n` is 0; .* at least 1"):
+        deformconv.set_num_threads(0)
+    for wrong in (1.5, "2", True, None):
+        with pytest.raises(TypeError, match="an integer of at least 1"):
+            deformconv.set_num_threads(wrong)  # type: ignore[arg-type]
+    assert deformconv.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu.max": "nonsense"}, None),
+        ({}, None),
+    ],
+)
+def test_quota_of_the_control_group(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert threads._quota(tmp_path) == quota
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(None, 6), (2.0, 2), (1.4, 1), (0.2, 1), (64.0, 6)])
+def test_available_processors(monkeypatch: pytest.MonkeyPatch, quota: float | None, expected: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(threads, "_quota", lambda: quota)
+    assert threads.available_processors() == expected
+
+
+def run_python(code: str, **environment: str) -> str:
+    found = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_environment_sets_the_default() -> None:
+    code = "import deformconv; print(deformconv.get_num_threads())"
+    assert run_python(code, DEFORMCONV_NUM_THREADS="5", OMP_NUM_THREADS="3").strip() == "5"
+    assert run_python(code, DEFORMCONV_NUM_THREADS="", OMP_NUM_THREADS="3").strip() == "3"
+
+
+SETUP = """
+import os, sys, threading, time
+import numpy as np
+import deformconv
+deformconv.set_num_threads(2)
+rng = np.random.default_rng(0)
+x, weight = rng.standard_normal((2, 16, 40, 40), np.float32), rng.standard_normal((16, 16, 3, 3), np.float32)
+offset = rng.standard_normal((2, 18, 40, 40), np.float32)
+call = lambda: deformconv.deform_conv(x, offset, weight, padding=1)
+def same_in_child():
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, b"same" if np.array_equal(call(), expected) else b"other")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    answer = os.read(reader, 10)
+    os.waitpid(child, 0)
+    return answer.decode()
+"""
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+
+
+@forks
+def test_a_forked_child_computes_after_its_parent_did() -> None:
+    code = SETUP + "expected = call()\nprint([same_in_child() for _ in range(5)], np.array_equal(call(), expected))"
+    assert run_python(code).strip() == "['same', 'same', 'same', 'same', 'same'] True"
+
+
+@forks
+def test_a_fork_while_another_thread_computes() -> None:
+    code = (
+        SETUP
+        + """
+expected = call()
+stop, wrong = threading.Event(), []
+def compute():
+    while not stop.is_set():
+        if not np.array_equal(call(), expected):
+            wrong.append(1)
+others = [threading.Thread(target=compute) for _ in range(2)]
+for other in others: other.start()
+answers = {same_in_child() for _ in range(20)}
+stop.set()
+for other in others: other.join()
+print(answers, wrong)
+"""
+    )
+    assert run_python(code).strip() == "{'same'} []"
+
+
+@forks
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("'llvmlite' in sys.modules", id="imports"),
+        pytest.param("compiler is not None and held(compiler.global_compiler_lock._lock)", id="compiles"),
+    ],
+)
+def test_a_fork_while_another_thread(moment: str, tmp_path: Path) -> None:
+    code = (
+        SETUP
+        + f"""
+from deformconv.runtime import threads
+def held(lock):
+    free = lock.acquire(blocking=False)
+    if free:
+        lock.release()
+    return not free
+other = threading.Thread(target=call, daemon=True)
+other.start()
+while True:
+    compiler = sys.modules.get("numba.core.compiler_lock")
+    compiler = compiler if hasattr(compiler, "global_compiler_lock") else None
+    if {moment}:
+        break
+    time.sleep(0.001)
+assert other.is_alive()
+reader, writer = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(writer, str(call().shape).encode())
+    os._exit(0)
+os.close(writer)
+print(os.read(reader, 100).decode())
+os.waitpid(child, 0)
+other.join()
+"""
+    )
+    assert run_python(code, DEFORMCONV_CACHE_DIR=str(tmp_path)).strip() == "(2, 16, 40, 40)"
+
+
+@forks
+def test_a_daemonic_child_uses_one_thread_unless_told() -> None:
+    code = """
+import multiprocessing
+import deformconv
+def report(queue):
+    queue.put(deformconv.get_num_threads())
+context = multiprocessing.get_context("fork")
+def ask(daemon):
+    queue = context.Queue()
+    child = context.Process(target=report, args=(queue,), daemon=daemon)
+    child.start()
+    answer = queue.get()
+    child.join()
+    return answer
+from deformconv.runtime import threads
+threads.available_processors = lambda: 4
+found = [deformconv.get_num_threads(), ask(True), ask(False)]
+deformconv.set_num_threads(3)
+print(found, ask(True))
+"""
+    assert run_python(code, DEFORMCONV_NUM_THREADS="", OMP_NUM_THREADS="").strip() == "[4, 1, 4] 3"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+@pytest.mark.parametrize("number", [1, 2])
+def test_ctrl_c_reaches_the_caller_soon(number: int) -> None:
+    code = """
+import signal, sys, time
+import numpy as np
+import deformconv
+deformconv.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else NUMBER)
+rng = np.random.default_rng(0)
+def call(size):
+    x, weight = np.ones((1, 64, size, size), np.float32), np.ones((64, 64, 3, 3), np.float32)
+    return deformconv.deform_conv(x, np.zeros((1, 18, size, size), np.float32), weight, padding=1)
+expected = call(32)
+print("ready", flush=True)
+try:
+    while True:
+        call(1000)
+except KeyboardInterrupt:
+    print("interrupted", np.array_equal(call(32), expected), flush=True)
+""".replace("NUMBER", str(number))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    rest, errors = child.communicate(timeout=60)
+    assert rest == "interrupted True\n", errors
+    assert time.monotonic() - began < 10
