@@ -108,9 +108,7 @@ def test_any_memory_gives_the_same_result(keywords, name, form):
     before = odd.tobytes()
     keywords[name] = odd
     np.testing.assert_array_equal(deformconv.deform_conv(**keywords), expected)
-    for found, wanted in zip(
-        deformconv.deform_conv_backward(call.grad_output, **keywords), gradients, strict=True
-    ):
+    for found, wanted in zip(deformconv.deform_conv_backward(call.grad_output, **keywords), gradients, strict=True):
         np.testing.assert_array_equal(found, wanted)
     assert odd.tobytes() == before
 
@@ -247,7 +245,9 @@ def test_arguments_are_not_changed(keywords):
 class TestTensors:
     """PyTorch tensors go to the torch room, and do not mix with arrays."""
 
-    torch = pytest.importorskip("torch")
+    @pytest.fixture(autouse=True)
+    def _torch(self):
+        self.torch = pytest.importorskip("torch")
 
     def tensors(self, keywords):
         return {k: self.torch.from_numpy(v) if k in ARRAYS else v for k, v in keywords.items()}
