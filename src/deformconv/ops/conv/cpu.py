@@ -243,7 +243,7 @@ def _sum_slots(slots: np.ndarray) -> np.ndarray:
 
 
 def _sum_positions(spec: ConvSpec, grad_output: Any) -> np.ndarray:
-    by_position = np.reshape(grad_output, (spec.batch, spec.out_channels, spec.positions))
+    by_position = _flat(grad_output, (spec.batch, spec.out_channels, spec.positions))
     return by_position.sum(axis=2).sum(axis=0)
 
 
