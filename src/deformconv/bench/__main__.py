@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -43,9 +44,10 @@ class Process:
             raise click.ClickException(f"the process of {self.library} ended")
         return json.loads(answer)
 
-    def end(self) -> None:
-        assert self.process.stdin is not None
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait()
 
 
@@ -123,18 +125,16 @@ def processor() -> str:
 @click.option("--json", "output", type=click.Path(dir_okay=False, path_type=Path), help="Write the results to a file.")
 def main(names: tuple[str, ...], blocks: int, seconds: float, threads: int, output: Path | None) -> None:
     """Compare deformconv with torchvision's operator and a plain convolution, in PyTorch on the CPU."""
-    cases = [case for case in CASES if not names or case.name in names]
-    processes = {library: Process(library, threads) for library in LIBRARIES}
     rows = []
-    for case in cases:
-        for process in processes.values():
-            process.ask("prepare", case=case.name)
-        check(processes)
-        for direction in DIRECTIONS:
-            rows.append(row(case, direction, measure(processes, direction, blocks, seconds)))
-            click.echo(f"{case.name}, {direction}: " + json.dumps(rows[-1]["milliseconds"]), err=True)
-    for process in processes.values():
-        process.end()
+    with ExitStack() as stack:
+        processes = {library: stack.enter_context(closing(Process(library, threads))) for library in LIBRARIES}
+        for case in [case for case in CASES if not names or case.name in names]:
+            for process in processes.values():
+                process.ask("prepare", case=case.name)
+            check(processes)
+            for direction in DIRECTIONS:
+                rows.append(row(case, direction, measure(processes, direction, blocks, seconds)))
+                click.echo(f"{case.name}, {direction}: measured", err=True)
     machine = {name: version(name) for name in ("numpy", "numba", "torch", "torchvision")}
     machine |= {"python": platform.python_version(), "processor": processor(), "threads": str(threads)}
     click.echo(table(rows))
