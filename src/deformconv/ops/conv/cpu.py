@@ -65,6 +65,7 @@ def _kernels() -> Any:
 class _Plan(NamedTuple):
     """How a call is cut, in both directions."""
 
+    window: Window
     tile: int
     taps_at_once: int
     channels_at_once: int
@@ -80,7 +81,7 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=256)
 def _plan(spec: ConvSpec) -> _Plan:
     from deformconv.runtime.vectors import ROWS, VECTOR_BYTES
-    from deformconv.sampling.kernels import table_sizes
+    from deformconv.sampling.kernels import Window, table_sizes
 
     item = np.dtype(spec.dtype).itemsize
     vector = VECTOR_BYTES // item
@@ -116,7 +117,10 @@ def _plan(spec: ConvSpec) -> _Plan:
     backward_scratch = table_sizes(spec.rank, tile, tile)
     buffers = tile * 2 * ((1 << spec.rank) + column_row)
     backward_scratch = backward_scratch._replace(reals=backward_scratch.reals + buffers)
+    before = tuple(before for before, _ in spec.padding)
+    inside = spec.boundary == "inside"
     return _Plan(
+        Window(spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size, inside),
         tile, taps_at_once, channels_at_once, forward_scratch(tile),
         np.array(edges), np.array([blocks[0] for blocks in touching]), max(map(len, touching)),
         parts, lanes, backward_scratch,
@@ -158,7 +162,7 @@ def deform_conv(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any,
     x = _rows(spec, input)
     packed = _packed(spec, weight, forward=True)
     arguments = (
-        _window(spec), x, _offsets(spec, offset), _masks(spec, mask), packed,
+        plan.window, x, _offsets(spec, offset), _masks(spec, mask), packed,
         np.zeros(spec.out_channels, spec.dtype) if bias is None else _flat(bias, (spec.out_channels,)),
         output.reshape(spec.batch, spec.out_channels, spec.positions),
         spec.in_channels // spec.groups, plan.tile, plan.taps_at_once, plan.channels_at_once,
@@ -210,7 +214,7 @@ def _sampled_gradients(
     d_mask = np.zeros((plan.slots, *places, P) if "mask" in wanted else (1, 1, 1, 1, 0), spec.dtype)
     d_weight = np.zeros((plan.lanes, K, spec.groups, *(sums_shape if "weight" in wanted else (0, 0))), spec.dtype)
     arguments = (
-        _window(spec), _rows(spec, input), _offsets(spec, offset), _masks(spec, mask), _packed(spec, weight, forward=False),
+        plan.window, _rows(spec, input), _offsets(spec, offset), _masks(spec, mask), _packed(spec, weight, forward=False),
         d_output, d_x, d_offset, d_mask, d_weight, plan.edges, plan.first_block,
         group_channels, group_outputs, plan.parts, plan.tile,
     )  # fmt: skip
@@ -268,19 +272,11 @@ def _run(
 
 def _scratch(sizes: TableSizes, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """This thread's memory for a kernel: reals, starts and integers."""
-    item = np.dtype(dtype).itemsize
-    memory = threads.scratch(_bytes(sizes, item))
-    starts, rest = np.split(memory[: _bytes(sizes, item)], [sizes.starts * 8])
-    reals, integers = np.split(rest, [sizes.reals * item])
-    return reals.view(dtype), starts.view(np.int64), integers.view(np.int32)
-
-
-def _window(spec: ConvSpec) -> Window:
-    from deformconv.sampling.kernels import Window
-
-    before = tuple(before for before, _ in spec.padding)
-    inside = spec.boundary == "inside"
-    return Window(spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size, inside)
+    reals = sizes.starts * 8
+    integers = reals + sizes.reals * np.dtype(dtype).itemsize
+    end = integers + sizes.integers * 4
+    memory = threads.scratch(end)
+    return memory[reals:integers].view(dtype), memory[:reals].view(np.int64), memory[integers:end].view(np.int32)
 
 
 class _Writable:
@@ -293,6 +289,9 @@ class _Writable:
 
 def _flat(array: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The array in C order, aligned, in the machine's byte order, as kernels are compiled for."""
+    if array.flags.carray and array.dtype.isnative:
+        result: np.ndarray = array.reshape(shape)
+        return result
     array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(shape)
     return array if array.flags.writeable else np.asarray(_Writable(array))
 
@@ -337,7 +336,8 @@ def _packed(spec: ConvSpec, weight: Any, *, forward: bool) -> np.ndarray:
     rows, columns = (spec.in_channels, group_outputs) if forward else (spec.out_channels, group_channels)
     packed = np.empty(spec.taps * rows * _up(columns, vector), spec.dtype)
     pack = kernels.pack_forward if forward else kernels.pack_backward
-    _run(pack, (by_group, packed), spec.out_channels, by_group.size * _COPY)
+    items = spec.groups * ceil(group_outputs / (kernels.VECTORS * vector)) if forward else spec.out_channels
+    _run(pack, (by_group, packed), items, by_group.size * _COPY)
     return packed
 
 

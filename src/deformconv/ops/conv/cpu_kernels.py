@@ -24,6 +24,7 @@ from deformconv.sampling.kernels import (
 __all__ = [
     "ROWS",
     "VECTOR_BYTES",
+    "VECTORS",
     "backward",
     "channels_first",
     "channels_last",
