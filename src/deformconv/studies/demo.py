@@ -98,7 +98,7 @@ def classic_example(console: Console, repeats: int) -> bool:
     plain = conv2d(x, weight, padding=1)
     zero, one = torch.zeros_like(offset), torch.ones_like(mask)
     v1, v2 = deform_conv2d(x, zero, weight, padding=1), deform_conv2d(x, zero, weight, padding=1, mask=one)
-    results = {"v1 with zero offsets": v1, "v2 with zero offsets and masks of 1": v2}
+    results = {"v1 with zero offsets": v1, "v2 with zero offsets and masks 1": v2}
     return all(
         [
             _check(console, f"{name} is a plain convolution", _difference(result, plain))

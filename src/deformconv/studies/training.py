@@ -18,8 +18,9 @@ from deformconv.torch import DeformConv2d, parameter_groups
 
 __all__ = ["KINDS", "DigitNet", "Run", "Schedule", "accuracy", "multiply_adds", "scores", "train"]
 
-# The output channels of the two middle layers. A deformable layer also has the convolution that predicts its
-# offsets; the others' middle layers are wider by what makes parameters and multiply-adds the same within 1.3 %.
+# The output channels of the two middle layers. A deformable layer also has the convolution that predicts
+# its offsets; the others' middle layers are wider, so that parameters and multiply-adds are the same
+# within 1.3 %.
 KINDS = {"plain": (52, 36), "v1": (26, 48), "v2": (16, 48)}
 # The layers after which a net has these many output positions.
 POSITIONS = (20 * 20, 20 * 20, 20 * 20, 10 * 10, 10 * 10)
