@@ -1,0 +1,60 @@
+"""Every example runs, without a warning, and shows what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def output_of(name: str) -> str:
+    path = EXAMPLES / name
+    if "import torch" in path.read_text() and find_spec("torch") is None:
+        pytest.skip("needs PyTorch")
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def number_after(text: str, output: str) -> float:
+    found = re.search(re.escape(text) + r"\s*([+-]?[\d.]+)", output)
+    assert found, f"{text!r} is not in:\n{output}"
+    return float(found[1])
+
+
+def test_all_are_tested():
+    assert {path.name for path in EXAMPLES.iterdir() if path.suffix} == {
+        "classic.py",
+        "numpy_gradient.py",
+        "swap_and_train.py",
+    }
+
+
+def test_classic():
+    output = output_of("classic.py")
+    assert output.count(": True") == 3 and "False" not in output
+    assert output.endswith("gradients: (10, 18, 100, 100) (10, 9, 100, 100)\n")
+
+
+def test_swap_and_train():
+    output = output_of("swap_and_train.py")
+    assert "left as they were: offset_conv.weight, offset_conv.bias" in output
+    assert "same outputs after the swap: True" in output
+    assert number_after("steps more, deformable:", output) < 0.3
+    assert 0.05 < number_after("offsets learned: up to", output) <= 3
+
+
+def test_numpy_gradient():
+    output = output_of("numpy_gradient.py")
+    assert number_after("dy", output) == pytest.approx(2.5, abs=0.03)
+    assert number_after("dx", output) == pytest.approx(-1.25, abs=0.03)
+    assert number_after("error", output) < 0.03
