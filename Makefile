@@ -2,11 +2,12 @@
 #   make demo    build .venv with what the demo needs, run the demo     (DEMO="--fast" hands it options)
 #   make test    build .venv for development, check style and types, run every test
 #   make lint    style and types alone
+#   make bench   speed beside torchvision's and a plain convolution's   (BENCH="--help" says what can be chosen)
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -19,6 +20,9 @@ test: lint
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+bench: $(VENV)/installed-dev
+	$(PY) -m deformconv.bench $(BENCH)
 
 # Running venv again repairs an environment whose making was interrupted before pip was in it.
 define install
