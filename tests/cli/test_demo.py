@@ -27,7 +27,6 @@ def start(output: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # PyTorch's threads wait without using the processor
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +62,9 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
         output.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
     except OSError as error:
         raise click.ClickException(f"cannot make the folder {output}: {error.strerror}") from None
+    # PyTorch's threads, read when it is imported: by default they spin while they wait, which takes the processor
+    # from other threads and from other programs, and on a busy machine makes every step several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from deformconv.studies.demo import run
 
     return run(output, fast=fast, seeds=seeds or (1 if fast else 2), first_seed=seed)
