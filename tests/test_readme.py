@@ -59,7 +59,7 @@ def run(code: Any) -> str:
 def test_links():
     targets = re.findall(r"\]\(([^)]+)\)", README)
     local = [target for target in targets if not target.startswith("https://")]
-    assert "docs/images/offset_order.png" in local
+    assert {"docs/images/offset_order.png", "docs/images/sampling_points.png"} <= set(local)
     for target in local:
         assert (ROOT / target.partition("#")[0]).is_file(), target
     for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
