@@ -21,12 +21,12 @@ from typing import Any
 import llvmlite
 import numba
 import numpy
-from numba.core.caching import CompileResultCacheImpl, _Cache
+from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_SOURCES = ("runtime/vectors.py", "sampling/kernels.py", "ops/*/cpu*.py")
+_SOURCES = ("runtime/cache.py", "runtime/vectors.py", "sampling/kernels.py", "ops/*/cpu*.py")
 # Not "nnan" or "ninf": a kernel must see NaN and infinity. Not "arcp" or "afn": results would depend on the host.
 FAST_MATH = {"contract", "reassoc", "nsz"}
 
@@ -60,21 +60,21 @@ def _can_write(folder: Path) -> bool:
 
 
 @functools.cache
-def cache_folder() -> Path | None:
-    """The folder of this digest's machine code: `DEFORMCONV_CACHE_DIR`, else the package's own, else the user's.
-
-    None where none of them can be written. A folder that is filled but cannot be written (a container's) is used as it is.
-    """
+def _folders() -> tuple[Path, ...]:
+    """Where machine code of this digest may lie: `DEFORMCONV_CACHE_DIR`, or the package's own folder and the user's."""
     chosen = os.environ.get("DEFORMCONV_CACHE_DIR")
     # Never a shared temporary folder: what is loaded from here is executed.
     roots = [Path(chosen)] if chosen else [_PACKAGE / "__pycache__" / "kernels"]
     if not chosen:
         with contextlib.suppress(RuntimeError):  # no home folder
             roots.append(_user_cache() / "deformconv")
-    folders = [root / digest() for root in roots]
-    filled = [folder for folder in folders if folder.is_dir() and any(folder.glob("*.bin"))]
-    writable = (folder for folder in folders if _can_write(folder))
-    return next(writable, None) or (filled[0] if filled else None)
+    return tuple(root / digest() for root in roots)
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """The first of the folders that can be written, to which new machine code goes; None if there is none."""
+    return next((folder for folder in _folders() if _can_write(folder)), None)
 
 
 def _announce() -> None:
@@ -106,41 +106,37 @@ class DiskCache(_Cache):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._checks = CompileResultCacheImpl.check_cachable
         self._enabled = True
 
     @property
     def cache_path(self) -> str:
         return str(cache_folder())
 
-    def _file(self, signature: Any, codegen: Any) -> Path | None:
-        folder = cache_folder()
-        if folder is None or not self._enabled:
-            return None
+    def _name(self, signature: Any, codegen: Any) -> str:
         key = hashlib.sha256(repr((self._function.__qualname__, signature, codegen.magic_tuple())).encode()).hexdigest()
-        return folder / f"{self._function.__name__}-{key[:20]}.bin"
+        return f"{self._function.__name__}-{key[:20]}.bin"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
-        file = self._file(sig, target_context.codegen())
-        if file is not None:
+        name = self._name(sig, target_context.codegen())
+        # All of them: a container's image has the package's folder filled, and another user may not write there.
+        for folder in _folders() if self._enabled else ():
             try:
-                return CompileResult._rebuild(target_context, *pickle.loads(file.read_bytes()))
+                return CompileResult._rebuild(target_context, *pickle.loads((folder / name).read_bytes()))
             except (OSError, EOFError, pickle.UnpicklingError):
-                pass  # absent, or cut short by a full disk: compile it again
+                continue  # absent, or cut short by a full disk
         notice()
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        file = self._file(sig, data.codegen)
-        if file is None:
+        folder = cache_folder() if self._enabled else None
+        if folder is None:
             return
-        try:
-            with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-                part.write(dumps(data._reduce()))
-            os.replace(part.name, file)
-        except OSError:
-            pass  # the disk is full or became read-only: the kernel still runs, and is compiled again next time
+        # The disk may be full by now, or read-only: the kernel still runs, and is compiled again next time.
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=folder, prefix="part-") as own:
+            file = Path(own) / self._name(sig, data.codegen)
+            file.write_bytes(dumps(data._reduce()))
+            os.replace(file, folder / file.name)
 
     def enable(self) -> None:
         self._enabled = True
@@ -169,5 +165,4 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 def cached_files() -> Collection[Path]:
     """The files of machine code that this version has on disk."""
-    folder = cache_folder()
-    return sorted(folder.glob("*.bin")) if folder is not None else ()
+    return sorted(file for folder in _folders() for file in folder.glob("*.bin"))

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-# `work(counter, limit)` takes at most `limit` items, numbered by an atomic counter (int64, length 1), and returns early
-# when no item is left.
+# `work(counter, limit)` takes at most `limit` items and returns early when none is left. `counter` is int64: at NEXT the number
+# of the next item, taken atomically; at STOP 1 once the call has failed, for work whose items take long to look at.
+NEXT, STOP = 0, 1
 Work = Callable[[np.ndarray, int], Any]
 
 
@@ -100,13 +101,13 @@ class _Job:
             self.work(self.counter, self.items)
         except BaseException as error:  # the caller raises it
             self.error = error
-            self.counter[0] = self.items
+            self.counter[:] = self.items, True
         finally:
             self.done.release()
 
-    def finish(self) -> None:
-        """Withdraw the job if no worker has begun it, else wait for its end."""
-        if not self.claim.acquire(blocking=False):
+    def finish(self, wanted: bool = False) -> None:
+        """Withdraw the job if no worker has begun it and it is not `wanted`, else wait for its end."""
+        if wanted or not self.claim.acquire(blocking=False):
             self.done.acquire()
             self.done.release()
 
@@ -117,7 +118,7 @@ class _Workers:
     def __init__(self) -> None:
         self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self.threads: list[threading.Thread] = []
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal's handler may run a kernel while its thread is in `submit`
 
     def _loop(self, jobs: SimpleQueue[_Job | None]) -> None:
         while (job := jobs.get()) is not None:
@@ -149,20 +150,22 @@ _workers = _Workers()
 def run(work: Work, items: int, *, threads: int, burst: int) -> None:
     """Do `items` items of work on `threads` threads, and raise whatever any of them raised.
 
-    The caller takes `burst` items at a time: between two bursts Python can handle a signal, so Ctrl-C is heard.
+    The caller takes `burst` items at a time: between two bursts Python can handle a signal, so Ctrl-C is heard. With a
+    `burst` of 0, where a single item takes long, the caller leaves all of them to workers and only listens.
     """
-    counter = np.zeros(1, np.int64)
-    jobs = [_Job(work, counter, items) for _ in range(min(threads, items) - 1)]
+    counter = np.zeros(2, np.int64)
+    helpers = min(threads, items) - (1 if burst else 0)
+    jobs = [_Job(work, counter, items) for _ in range(helpers)]
     if jobs:
         _workers.submit(jobs)
     try:
-        while counter[0] < items:
+        while burst and counter[NEXT] < items:
             work(counter, burst)
         for job in jobs:
-            job.finish()
+            job.finish(wanted=not burst)
     except BaseException:
         # The workers still write into the call's arrays: end them before anybody frees those.
-        counter[0] = items
+        counter[:] = items, True
         _finish_all(jobs)
         raise
     for job in jobs:

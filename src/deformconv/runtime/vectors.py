@@ -82,20 +82,12 @@ def _register_block(vectors: int) -> Any:
                 value.align = item
                 return value
 
+            def store(value: Any, row: Any, v: int) -> None:
+                builder.store(value, vector_at(c_data, row, v)).align = item
+
             rows_of_a = [builder.add(a_start, builder.mul(_INT(r), a_row)) for r in range(ROWS)]
             rows_of_c = [builder.add(c_start, builder.mul(_INT(r), c_row)) for r in range(ROWS)]
-            # Where C is overwritten its old values are never read: they may lie in fresh, unwritten memory.
-            before = builder.block
-            with builder.if_then(accumulate):
-                found = [load(c_data, row, v) for row in rows_of_c for v in range(vectors)]
-                reading = builder.block
-            first = []
-            for value in found:
-                start = builder.phi(vector)
-                start.add_incoming(zero, before)
-                start.add_incoming(value, reading)
-                first.append(start)
-
+            zeros = [zero] * (ROWS * vectors)
             entry = builder.block
             loop = builder.append_basic_block("depth")
             done = builder.append_basic_block("store")
@@ -104,7 +96,7 @@ def _register_block(vectors: int) -> Any:
             step = builder.phi(_INT)
             a_offset = builder.phi(_INT)
             b_index = builder.phi(_INT)
-            sums = [builder.phi(vector) for _ in first]
+            sums = [builder.phi(vector) for _ in zeros]
             row_of_b = [load(b_data, b_index, v) for v in range(vectors)]
             results = []
             for r in range(ROWS):
@@ -120,7 +112,7 @@ def _register_block(vectors: int) -> Any:
                 (step, _INT(0), following),
                 (a_offset, _INT(0), builder.add(a_offset, a_step)),
                 (b_index, b_start, builder.add(b_index, b_step)),
-                *zip(sums, first, results, strict=True),
+                *zip(sums, zeros, results, strict=True),
             ]:
                 phi.add_incoming(start, entry)
                 phi.add_incoming(update, builder.block)
@@ -128,15 +120,22 @@ def _register_block(vectors: int) -> Any:
             builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
 
             builder.position_at_end(done)
-            for r in range(ROWS):
-                for v in range(vectors):
-                    at = r * vectors + v
-                    final = builder.phi(vector)
-                    final.add_incoming(first[at], entry)
-                    final.add_incoming(results[at], last)
-            finals = [instruction for instruction in done.instructions if isinstance(instruction, ir.PhiInstr)]
-            for at, final in enumerate(finals):
-                builder.store(final, vector_at(c_data, rows_of_c[at // vectors], at % vectors)).align = item
+            totals = []
+            for result in results:
+                total = builder.phi(vector)
+                total.add_incoming(zero, entry)
+                total.add_incoming(result, last)
+                totals.append(total)
+            # What C held is added last: a sum over many calls then loses no more than a sum of their results. And where C is
+            # overwritten it is never read: it may be fresh, unwritten memory.
+            places = [(row, v) for row in rows_of_c for v in range(vectors)]
+            with builder.if_else(accumulate) as (adding, overwriting):
+                with adding:
+                    for (row, v), total in zip(places, totals, strict=True):
+                        store(builder.fadd(load(c_data, row, v), total), row, v)
+                with overwriting:
+                    for (row, v), total in zip(places, totals, strict=True):
+                        store(total, row, v)
             return context.get_dummy_value()
 
         return signature, emit

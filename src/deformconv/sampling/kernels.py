@@ -22,7 +22,8 @@ from numba.extending import intrinsic
 from deformconv.runtime.cache import device
 from deformconv.runtime.vectors import blend_rows, dot_rows, scatter_rows
 
-# An offset as large as this leads outside from every position: no axis has as many pixels. Its floor fits int32.
+# Positions are int32 here. An axis with its padding and window has less than 2**29 of them (`cpu.reasons_against`), so an
+# offset of this size leads outside from everywhere, and no sum of an origin, a tap and a floor overflows.
 REACH = 2.0**30
 
 
@@ -112,22 +113,23 @@ def place_tile(table, window, tile):
 
 
 @device
-def place_tap(table, entry, window, tile, tap, x, offset):
-    """Fill the table from `entry` on with one tap's samples; `offset` is (K, D, positions) of an image and offset group."""
+def place_tap(table, entry, window, tile, tap, x, offset, start):
+    """Fill the table from `entry` on with one tap's samples; `start` is where its first axis' offsets begin, one a position."""
     axes, count = len(window.input_size), tile.count
     end = entry + count
     for t in range(count):
         table.corner_row[0, t] = 0
         table.corner_weight[0, entry + t] = 1
-    taps, rest = offset.shape[0], tap
+    positions, taps = product(window.output_size), product(window.kernel_size)
+    rest, place = tap, start + tile.first
     for axis in range(axes):
         taps //= window.kernel_size[axis]
         shift = np.int32(rest // taps * window.dilation[axis])
         rest %= taps
         size = np.int32(window.input_size[axis])
         low, high, fraction = table.low[:count], table.high[:count], table.fraction[axis, entry:end]
-        values, origin = offset[tap, axis, tile.first : tile.first + count], table.origin[axis, :count]
-        _place_axis(values, origin, shift, size, window.inside, low, high, fraction)
+        _place_axis(offset[place : place + count], table.origin[axis, :count], shift, size, window.inside, low, high, fraction)
+        place += positions
         # Every corner found so far becomes two. Going down keeps those that are still to be read.
         for corner in range((1 << axis) - 1, -1, -1):
             below, above = 2 * corner, 2 * corner + 1
@@ -141,18 +143,18 @@ def place_tap(table, entry, window, tile, tap, x, offset):
             )
             weight = table.corner_weight
             _split_weight(weight[corner, entry:end], fraction, weight[below, entry:end], weight[above, entry:end])
-    image_row = tile.image * pixels_of(window)
+    image_row = tile.image * product(window.input_size)
     for corner in range(1 << axes):
         _find_start(table.corner_row[corner, :count], image_row, x.shape, table.corner_start[corner, entry:end])
 
 
 @device
-def pixels_of(window):
-    """The number of pixels of one input channel."""
-    pixels = 1
-    for axis in range(len(window.input_size)):
-        pixels *= window.input_size[axis]
-    return pixels
+def product(numbers):
+    """The product of a tuple of integers."""
+    result = 1
+    for axis in range(len(numbers)):
+        result *= numbers[axis]
+    return result
 
 
 @device

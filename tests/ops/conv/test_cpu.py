@@ -119,11 +119,49 @@ def test_float32_at_width_1333_and_depth_4608() -> None:
         assert error(output(make(case, "float32")), in_float64(make(case, "float32"), reference.deform_conv)) <= 1e-5
 
 
-@pytest.mark.parametrize("case", [TAILS[0], TAILS[4], TAILS[6], TAILS[8]], ids=lambda case: case.name)
-def test_forward_makes_no_column_buffer(case: Case) -> None:
+def test_float32_gradient_of_the_weight_over_many_positions() -> None:
+    """A sum of 160,000 products, all of one sign."""
+    case = Case("large image", (400, 400), (1, 2), padding=((0, 0), (1, 0)), batch=1, in_channels=3, out_channels=2)
+    call = make(case, "float32")
+    call = call.but(input=np.abs(call.input), grad_output=np.abs(call.grad_output), mask=np.abs(call.mask))
+    exact = make(case, "float64").but(**{n: getattr(call, n).astype("f8") for n in ("input", "grad_output", "mask", "offset")})
+    c = exact
+    expected = cpu.deform_conv_backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, ["weight"]).weight
+    assert error(gradients(call)[2], expected) <= 1e-5
+
+
+MEMORY = {
+    "primes": (TAILS[0], {}),
+    "many small groups": (TAILS[4], {}),
+    "depthwise, own offsets": (TAILS[6], {}),
+    "large kernel": (TAILS[8], {}),
+    "512 offset groups": (
+        Case("", (9, 9), (7, 7), padding=3, in_channels=512, out_channels=512, groups=512, offset_groups=512, batch=1),
+        {},
+    ),
+    "weight with channels last": (
+        Case("", (9, 9), (3, 3), padding=1, in_channels=256, out_channels=512, batch=1),
+        {"weight": lambda weight: np.moveaxis(np.moveaxis(weight, 1, -1).copy(), -1, 1)},
+    ),
+    "offset and mask sliced from one array": (
+        Case("", (90, 90), (3, 3), padding=1, in_channels=4, out_channels=4, batch=6),
+        {"offset": lambda offset: _sliced(offset), "mask": lambda mask: _sliced(mask)},
+    ),
+}
+
+
+def _sliced(array: np.ndarray) -> np.ndarray:
+    wide = np.concatenate([array, array[:, :3]], axis=1)
+    return wide[:, : array.shape[1]]
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_forward_makes_no_column_buffer(name: str) -> None:
     """A call takes its output, a copy of the input, one of the weight, and 2 MB a thread."""
-    call = make(case.but(batch=8), "float32")
-    output(call)  # compiled, and each thread's scratch in place
+    case, layouts = MEMORY[name]
+    call = make(case, "float32")
+    call = call.but(**{argument: layout(getattr(call, argument)) for argument, layout in layouts.items()})
+    output(call)  # compiled
     threads._scratch.memory = np.empty(0, np.uint8)
     deformconv.set_num_threads(1)
     tracemalloc.start()
@@ -132,9 +170,31 @@ def test_forward_makes_no_column_buffer(case: Case) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # Copies are padded to whole vectors: a row of zeros for the input, at most a vector a group for the weight.
-    weight = call.weight.nbytes * 64 / min(64, 4 * max(1, call.spec.out_channels // call.spec.groups))
-    assert peak <= result.nbytes + call.input.nbytes * 1.05 + weight + 2 * 2**20
+    # Copies are padded: the input's by a row of zeros, the weight's to whole vectors of outputs.
+    outputs = case.out_channels // case.groups
+    weight = call.weight.nbytes * (1 if outputs == 1 else -(-outputs // 16) * 16 / outputs)
+    row = 4 * case.in_channels
+    assert peak <= result.nbytes + call.input.nbytes + row + weight + 2 * 2**20
+
+
+def test_slices_of_one_array_are_read_in_place() -> None:
+    call = make(Case("", (6, 7), (3, 3), padding=1, batch=3, offset_groups=2), "float32")
+    sliced = call.but(offset=_sliced(call.offset), mask=_sliced(call.mask))
+    np.testing.assert_array_equal(output(sliced), output(call))
+    for one, two in zip(gradients(sliced), gradients(call), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_positions_beyond_32_bits_are_left_to_another_backend() -> None:
+    from deformconv.ops.conv.spec import Operand, conv_spec
+
+    arrays = Operand((1, 1, 4), "float32"), Operand((1, 1, 3), "float32"), Operand((1, 1, 1), "float32")
+    reason = cpu.reasons_against(conv_spec(*arrays, stride=2**31, padding=2**31), "numpy", "cpu", False)
+    assert len(reason) == 1
+    assert "positions are 32-bit numbers" in reason[0]
+    x, offset, weight = np.ones((1, 1, 4)), np.zeros((1, 1, 3)), np.ones((1, 1, 1))
+    y = deformconv.deform_conv(x, offset, weight, stride=2**31, padding=2**31)
+    np.testing.assert_array_equal(y, [[[0, 1, 0]]])
 
 
 def test_an_error_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

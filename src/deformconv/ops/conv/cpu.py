@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["deform_conv", "deform_conv_backward", "reasons_against", "warmup"]
 
 DTYPES = ("float32", "float64")
+_PIXELS, _REACH = 2**31, 2**29  # `sampling.kernels` counts in int32; see REACH there
 # A tile's buffers stay in the second-level cache, and within what a thread may take beside the arrays of the call.
 _TILE = 96
 _TILE_BYTES = 1 << 20
@@ -33,6 +34,8 @@ _BLOCK = 64  # channels of a block in the backward pass
 _ITEMS = 4  # work for this many threads in the backward pass, if it takes separate sums to make it
 # Nanoseconds of a multiply-add, roughly: to decide what is too small to share out, and how often to listen for Ctrl-C.
 _NANOSECONDS = 0.03
+_MOST_ITEMS = 32  # work for as many, where it costs no more than _SUM_BYTES
+_SUM_BYTES = 4 << 20
 _COPY = 20  # a number moved, in multiply-adds
 _SHARED_FROM = 100_000
 _BURST = 20_000_000
@@ -49,8 +52,16 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
         reasons.append(f"it reads NumPy arrays and what shares memory with them, not {library}'s")
     if spec.dtype not in DTYPES:
         reasons.append(f"it computes in float32 and float64, not {spec.dtype}")
-    if spec.pixels >= 2**31:
+    if spec.pixels >= _PIXELS:
         reasons.append(f"an image of {spec.pixels} pixels exceeds its 32-bit pixel numbers")
+    for axis in range(spec.rank):
+        reach = (
+            spec.input_size[axis] + sum(spec.padding[axis]) + spec.dilation[axis] * spec.kernel_size[axis] + spec.stride[axis]
+        )
+        if reach >= _REACH:
+            reasons.append(
+                f"axis {axis} spans {reach} pixels with padding, window and stride, and its positions are 32-bit numbers"
+            )
     return reasons
 
 
@@ -81,28 +92,31 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=256)
 def _plan(spec: ConvSpec) -> _Plan:
     from deformconv.runtime.vectors import ROWS, VECTOR_BYTES
-    from deformconv.sampling.kernels import Window, table_sizes
+    from deformconv.sampling.kernels import TableSizes, Window, table_sizes
 
     item = np.dtype(spec.dtype).itemsize
     vector = VECTOR_BYTES // item
     group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
     depthwise = group_channels == 1 and group_outputs == 1
 
-    taps_at_once = spec.taps if depthwise else max(1, min(spec.taps, _DEPTH // max(group_channels, 1)))
-    taps_at_once = ceil(spec.taps / ceil(spec.taps / taps_at_once))
-    channels_at_once = min(
-        spec.in_channels if depthwise else group_channels,
-        2 * _DEPTH if taps_at_once == 1 or depthwise else _DEPTH,
-    )
-    depth = channels_at_once * (1 if depthwise else taps_at_once)
     sum_row = spec.out_channels if depthwise else spec.groups * _up(group_outputs, vector)
 
-    def forward_scratch(tile: int) -> TableSizes:
-        sizes = table_sizes(spec.rank, spec.offset_groups * taps_at_once * tile, tile)
-        return sizes._replace(reals=sizes.reals + tile * (sum_row + depth))
+    def forward_cut(taps_at_once: int) -> tuple[int, TableSizes]:
+        """How many channels at once, and the scratch for ROWS positions."""
+        channels = spec.in_channels if depthwise else group_channels
+        channels_at_once = min(channels, 2 * _DEPTH if taps_at_once == 1 or depthwise else _DEPTH)
+        depth = channels_at_once * (1 if depthwise else taps_at_once)
+        sizes = table_sizes(spec.rank, spec.offset_groups * taps_at_once * ROWS, ROWS)
+        return channels_at_once, sizes._replace(reals=sizes.reals + ROWS * (sum_row + depth))
 
-    tile = min(_up(_TILE, ROWS), max(1, _TILE_BYTES // _bytes(forward_scratch(ROWS), item)) * ROWS)
+    taps_at_once = spec.taps if depthwise else max(1, min(spec.taps, _DEPTH // group_channels))
+    while taps_at_once > 1 and _bytes(forward_cut(taps_at_once)[1], item) > _TILE_BYTES:
+        taps_at_once -= 1
+    taps_at_once = ceil(spec.taps / ceil(spec.taps / taps_at_once))
+    channels_at_once, row_scratch = forward_cut(taps_at_once)
+    tile = min(_up(_TILE, ROWS), max(1, _TILE_BYTES // _bytes(row_scratch, item)) * ROWS)
     tile = _even(spec.positions, tile, ROWS)
+    scratch = TableSizes(*(ceil(size * tile / ROWS) for size in row_scratch))
 
     edges = _block_edges(spec.in_channels, group_channels)
     share = spec.in_channels // spec.offset_groups
@@ -112,7 +126,9 @@ def _plan(spec: ConvSpec) -> _Plan:
     ]
     blocks = len(edges) - 1
     parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * blocks)), spec.positions // (4 * _TILE)))
-    lanes = max(1, min(spec.batch * parts, ceil(_ITEMS / blocks)))
+    # A lane has sums of the size of the weight: many lanes where that is little, few where it is much.
+    affordable = _SUM_BYTES // max(1, spec.taps * group_channels * spec.out_channels * item)
+    lanes = max(1, min(spec.batch * parts, max(ceil(_ITEMS / blocks), min(ceil(_MOST_ITEMS / blocks), affordable))))
     column_row = _up(max(b - a for a, b in pairwise(edges)), vector) + vector
     backward_scratch = table_sizes(spec.rank, tile, tile)
     buffers = tile * 2 * ((1 << spec.rank) + column_row)
@@ -121,7 +137,7 @@ def _plan(spec: ConvSpec) -> _Plan:
     inside = spec.boundary == "inside"
     return _Plan(
         Window(spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size, inside),
-        tile, taps_at_once, channels_at_once, forward_scratch(tile),
+        tile, taps_at_once, channels_at_once, scratch,
         np.array(edges), np.array([blocks[0] for blocks in touching]), max(map(len, touching)),
         parts, lanes, backward_scratch,
     )  # fmt: skip
@@ -153,19 +169,16 @@ def deform_conv(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any,
     output = np.empty(spec.output_shape, spec.dtype)
     if output.size == 0:
         return output
-    if spec.in_channels == 0:
-        output[...] = 0 if bias is None else np.reshape(bias, (1, -1) + (1,) * spec.rank)
-        return output
     kernels = _kernels()
 
     plan = _plan(spec)
     x = _rows(spec, input)
     packed = _packed(spec, weight, forward=True)
     arguments = (
-        plan.window, x, _offsets(spec, offset), _masks(spec, mask), packed,
+        plan.window, x, *_places(spec, offset, mask), packed,
         np.zeros(spec.out_channels, spec.dtype) if bias is None else _flat(bias, (spec.out_channels,)),
         output.reshape(spec.batch, spec.out_channels, spec.positions),
-        spec.in_channels // spec.groups, plan.tile, plan.taps_at_once, plan.channels_at_once,
+        spec.offset_groups, spec.in_channels // spec.groups, plan.tile, plan.taps_at_once, plan.channels_at_once,
     )  # fmt: skip
     items = spec.batch * ceil(spec.positions / plan.tile)
     _run(kernels.forward, arguments, items, _multiplications(spec), partial(_scratch, plan.scratch, spec.dtype))
@@ -214,9 +227,9 @@ def _sampled_gradients(
     d_mask = np.zeros((plan.slots, *places, P) if "mask" in wanted else (1, 1, 1, 1, 0), spec.dtype)
     d_weight = np.zeros((plan.lanes, K, spec.groups, *(sums_shape if "weight" in wanted else (0, 0))), spec.dtype)
     arguments = (
-        plan.window, _rows(spec, input), _offsets(spec, offset), _masks(spec, mask), _packed(spec, weight, forward=False),
+        plan.window, _rows(spec, input), *_places(spec, offset, mask), _packed(spec, weight, forward=False),
         d_output, d_x, d_offset, d_mask, d_weight, plan.edges, plan.first_block,
-        group_channels, group_outputs, plan.parts, plan.tile,
+        N, spec.offset_groups, group_channels, group_outputs, plan.parts, plan.tile,
     )  # fmt: skip
     own = partial(_scratch, plan.backward_scratch, spec.dtype)
     _run(kernels.backward, arguments, items, 2 * _multiplications(spec), own)
@@ -224,7 +237,7 @@ def _sampled_gradients(
     results = {}
     if "input" in wanted:
         results["input"] = np.empty(spec.input_shape, spec.dtype)
-        runs = N * ceil(spec.pixels / kernels._BLOCK)
+        runs = N * ceil(spec.pixels / kernels.RUN)
         _run(
             kernels.channels_first,
             (d_x[: plan.parts * N * spec.pixels], results["input"].reshape(N, C, spec.pixels)),
@@ -266,7 +279,7 @@ def _run(
         kernel(counter, limit, *arguments, *own())
 
     shared = threads.get_num_threads() if nanoseconds > _SHARED_FROM else 1
-    burst = max(1, int(_BURST * items / max(nanoseconds, 1)))
+    burst = int(_BURST * items / max(nanoseconds, 1))
     threads.run(work, items, threads=shared, burst=burst)
 
 
@@ -279,12 +292,16 @@ def _scratch(sizes: TableSizes, dtype: str) -> tuple[np.ndarray, np.ndarray, np.
     return memory[reals:integers].view(dtype), memory[:reals].view(np.int64), memory[integers:end].view(np.int32)
 
 
-class _Writable:
-    """A writable view of a read-only array, so that it does not take kernels of its own; nothing writes to it."""
+class _Memory:
+    """An array's memory as a flat, writable array, so that a read-only one does not take kernels of its own.
 
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-        self.__array_interface__ = dict(array.__array_interface__, data=(array.ctypes.data, False))
+    Nothing writes to it.
+    """
+
+    def __init__(self, array: np.ndarray, shape: tuple[int, ...]) -> None:
+        self.array = array  # keeps the memory
+        place = (array.ctypes.data, False)
+        self.__array_interface__ = {"shape": shape, "typestr": array.dtype.str, "data": place, "version": 3}
 
 
 def _flat(array: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -293,17 +310,27 @@ def _flat(array: Any, shape: tuple[int, ...]) -> np.ndarray:
         result: np.ndarray = array.reshape(shape)
         return result
     array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(shape)
-    return array if array.flags.writeable else np.asarray(_Writable(array))
+    return array if array.flags.writeable else np.asarray(_Memory(array, shape))
 
 
-def _offsets(spec: ConvSpec, offset: Any) -> np.ndarray:
-    return _flat(offset, (spec.batch, spec.offset_groups, spec.taps, spec.rank, spec.positions))
-
-
-def _masks(spec: ConvSpec, mask: Any) -> np.ndarray:
+def _places(spec: ConvSpec, offset: Any, mask: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Offsets and masks as flat arrays, the latter empty for v1, and how many numbers apart their images are."""
+    offset, image_offset = _images(offset)
     if mask is None:
-        return np.empty((spec.batch, 1, 1, 0), spec.dtype)
-    return _flat(mask, (spec.batch, spec.offset_groups, spec.taps, spec.positions))
+        return offset, np.empty(0, spec.dtype), image_offset, 0
+    mask, image_mask = _images(mask)
+    return offset, mask, image_offset, image_mask
+
+
+def _images(array: Any) -> tuple[np.ndarray, int]:
+    """A flat array of all images, and the distance between two; no copy if an image has no gaps, as in a slice of channels."""
+    image = array.size // len(array)
+    step, rest = divmod(array.strides[0], array.itemsize)
+    gapless = array[0].flags.carray or (array[0].flags.c_contiguous and array[0].flags.aligned)
+    if not gapless or rest or step < 0 or not array.dtype.isnative:
+        return _flat(array, (array.size,)), image
+    step = step if len(array) > 1 else image
+    return np.asarray(_Memory(array, (step * (len(array) - 1) + image,))), step
 
 
 def _rows(spec: ConvSpec, input: Any) -> np.ndarray:
@@ -320,7 +347,7 @@ def _rows(spec: ConvSpec, input: Any) -> np.ndarray:
 def _copy_channels_last(spec: ConvSpec, array: np.ndarray, rows: np.ndarray, groups: int, group_row: int) -> None:
     kernels = _kernels()
 
-    runs = array.shape[0] * ceil(array.shape[2] / kernels._BLOCK)
+    runs = array.shape[0] * ceil(array.shape[2] / kernels.RUN)
     _run(kernels.channels_last, (array, rows, groups, group_row), runs, array.size * _COPY)
 
 
@@ -329,15 +356,24 @@ def _packed(spec: ConvSpec, weight: Any, *, forward: bool) -> np.ndarray:
     kernels = _kernels()
 
     group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
-    by_group = _flat(weight, (spec.groups, group_outputs, group_channels, spec.taps))
+    shape = (spec.groups, group_outputs, group_channels, spec.taps)
     if group_channels == 1 and group_outputs == 1:
-        return np.ascontiguousarray(by_group.reshape(spec.groups, spec.taps).T).reshape(-1)
-    vector = kernels.VECTOR_BYTES // by_group.itemsize
+        return np.ascontiguousarray(np.reshape(weight, (spec.groups, spec.taps)).T).reshape(-1)
+    vector = kernels.VECTOR_BYTES // weight.itemsize
     rows, columns = (spec.in_channels, group_outputs) if forward else (spec.out_channels, group_channels)
     packed = np.empty(spec.taps * rows * _up(columns, vector), spec.dtype)
     pack = kernels.pack_forward if forward else kernels.pack_backward
     items = spec.groups * ceil(group_outputs / (kernels.VECTORS * vector)) if forward else spec.out_channels
-    _run(pack, (by_group, packed), items, by_group.size * _COPY)
+    if weight.flags.c_contiguous or not forward:
+        _run(pack, (_flat(weight, shape), packed), items, weight.size * _COPY)
+        return packed
+    # A weight with its channels last, say: a whole copy of it is too much, one of a panel's outputs is not.
+    width, depth = kernels.VECTORS * vector, group_channels * spec.taps
+    for group, first in product(range(spec.groups), range(0, group_outputs, width)):
+        outputs = weight[group * group_outputs + first : group * group_outputs + min(first + width, group_outputs)]
+        piece = _flat(outputs, (1, len(outputs), group_channels, spec.taps))
+        start = (group * _up(group_outputs, vector) + first) * depth
+        _run(pack, (piece, packed[start:]), 1, piece.size * _COPY)
     return packed
 
 

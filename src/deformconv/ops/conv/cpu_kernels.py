@@ -8,15 +8,16 @@ buffer of the thread's own as rows of (tap, channel) and multiplied at once, so 
 from __future__ import annotations
 
 from deformconv.runtime.cache import device, kernel
+from deformconv.runtime.threads import STOP
 from deformconv.runtime.vectors import ROWS, VECTOR_BYTES, VECTORS, fetch_add, multiply_packed, multiply_rows, round_up
 from deformconv.sampling.kernels import (
     Tile,
     blend,
     differentiate,
     make_table,
-    pixels_of,
     place_tap,
     place_tile,
+    product,
     project,
     scatter,
 )
@@ -34,7 +35,8 @@ __all__ = [
     "unpack_weight",
 ]
 
-_BLOCK = 16
+# Positions or channels at a time in a copy that swaps them: both sides stay in the first-level cache.
+RUN = 16
 
 
 @kernel
@@ -42,16 +44,16 @@ def channels_last(counter, limit, array, rows, groups, group_row):
     """rows[n * P + p, g * group_row + c] = array[n, g * group_channels + c, p]; an item is a run of positions of an image."""
     images, channels, positions = array.shape
     group_channels = channels // groups
-    runs = (positions + _BLOCK - 1) // _BLOCK
+    runs = (positions + RUN - 1) // RUN
     for _ in range(limit):
         item = fetch_add(counter)
         if item >= images * runs:
             return
-        n, first = item // runs, item % runs * _BLOCK
-        last = min(first + _BLOCK, positions)
+        n, first = item // runs, item % runs * RUN
+        last = min(first + RUN, positions)
         for group in range(groups):
-            for channel in range(0, group_channels, _BLOCK):
-                end = min(channel + _BLOCK, group_channels)
+            for channel in range(0, group_channels, RUN):
+                end = min(channel + RUN, group_channels)
                 for p in range(first, last):
                     for c in range(channel, end):
                         rows[n * positions + p, group * group_row + c] = array[n, group * group_channels + c, p]
@@ -62,15 +64,15 @@ def channels_first(counter, limit, rows, array):
     """array[n, c, p] = sum over copies of rows[(copy * N + n) * P + p, c]; an item is a run of positions of an image."""
     images, channels, positions = array.shape
     copies = rows.shape[0] // (images * positions)
-    runs = (positions + _BLOCK - 1) // _BLOCK
+    runs = (positions + RUN - 1) // RUN
     for _ in range(limit):
         item = fetch_add(counter)
         if item >= images * runs:
             return
-        n, first = item // runs, item % runs * _BLOCK
-        last = min(first + _BLOCK, positions)
-        for channel in range(0, channels, _BLOCK):
-            for c in range(channel, min(channel + _BLOCK, channels)):
+        n, first = item // runs, item % runs * RUN
+        last = min(first + RUN, positions)
+        for channel in range(0, channels, RUN):
+            for c in range(channel, min(channel + RUN, channels)):
                 for p in range(first, last):
                     total = rows[n * positions + p, c]
                     for copy in range(1, copies):
@@ -131,13 +133,21 @@ def pack_backward(counter, limit, weight, packed):
 
 
 @device
-def _blend_channels(table, entries_a_group, tap_entry, window, tile, tap, x, mask, share, channel, width, column, start, row):
-    """Blend channels [channel, channel + width) of one tap, which may belong to several offset groups of `share` channels."""
+def _mask_of(mask, start, tile):
+    """The masks of one tap at a tile's positions; empty for v1."""
+    return mask[start + tile.first : start + tile.first + tile.count] if mask.size else mask
+
+
+@device
+def _blend_channels(
+    table, entries_a_group, tap_entry, window, tile, tap, taps, x, mask, image_mask, share, channel, width, column, start, row
+):  # fmt: skip
+    """Blend channels [channel, channel + width) of one tap, perhaps from several offset groups of `share` channels each."""
     c = channel
     while c < channel + width:
         group = c // share
         end = min((group + 1) * share, channel + width)
-        scale = mask[group, tap, tile.first : tile.first + tile.count] if mask.size else mask[0, 0]
+        scale = _mask_of(mask, image_mask + (group * taps + tap) * product(window.output_size), tile)
         entry = tap_entry + group * entries_a_group
         blend(table, entry, window, tile.count, x, c, end - c, scale, column, start + c - channel, row)
         c = end
@@ -177,16 +187,17 @@ def _write_output(sums, tile, groups, group_row, output):
 
 @kernel
 def forward(
-    counter, limit, window, x, offset, mask, weight, bias, output,
-    group_channels, tile_size, taps_at_once, channels_at_once, reals, starts, integers,
+    counter, limit, window, x, offset, mask, image_offset, image_mask, weight, bias, output,
+    offset_groups, group_channels, tile_size, taps_at_once, channels_at_once, reals, starts, integers,
 ):  # fmt: skip
     """One item is one tile of one image.
 
-    x (rows, C), offset (N, offset_groups, K, D, P), mask (N, offset_groups, K, P) or (N, 1, 1, 0) for none, weight as
-    `pack_forward` leaves it ((K, C) for a depthwise convolution), bias (C_out,), output (N, C_out, P).
+    x (rows, C); offset and mask flat, an image's (offset_groups, K, D, P) and (offset_groups, K, P) beginning `image_offset`
+    and `image_mask` numbers after the one before it, mask empty for v1; weight as `pack_forward` leaves it ((K, C) for a
+    depthwise convolution); bias (C_out,); output (N, C_out, P).
     """
     images, outputs, positions = output.shape
-    channels, offset_groups, taps, axes = x.shape[1], offset.shape[1], offset.shape[2], offset.shape[3]
+    channels, taps, axes = x.shape[1], product(window.kernel_size), len(window.kernel_size)
     groups = channels // group_channels
     group_outputs, share = outputs // groups, channels // offset_groups
     depthwise = group_channels == 1 and group_outputs == 1
@@ -206,7 +217,7 @@ def forward(
             return
         first = item % tiles * tile_size
         tile = Tile(item // tiles, first, min(tile_size, positions - first))
-        scales = mask[tile.image]
+        masks = tile.image * image_mask
         place_tile(table, window, tile)
         _fill_with_bias(sums, tile.count, groups, group_row, bias)
         for first_tap in range(0, taps, taps_at_once):
@@ -214,14 +225,15 @@ def forward(
             for group in range(offset_groups):
                 for tap in range(first_tap, last_tap):
                     entry = group * tap_entries + (tap - first_tap) * tile_size
-                    place_tap(table, entry, window, tile, tap, x, offset[tile.image, group])
+                    start = tile.image * image_offset + (group * taps + tap) * axes * positions
+                    place_tap(table, entry, window, tile, tap, x, offset, start)
             if depthwise:
                 for tap in range(first_tap, last_tap):
                     entry = (tap - first_tap) * tile_size
                     for channel in range(0, channels, channels_at_once):
                         width = min(channels_at_once, channels - channel)
                         _blend_channels(
-                            table, tap_entries, entry, window, tile, tap, flat_x, scales, share,
+                            table, tap_entries, entry, window, tile, tap, taps, flat_x, mask, masks, share,
                             channel, width, column, 0, width,
                         )  # fmt: skip
                         _multiply_channelwise(
@@ -235,8 +247,9 @@ def forward(
                     depth = (last_tap - first_tap) * width
                     for tap in range(first_tap, last_tap):
                         _blend_channels(
-                            table, tap_entries, (tap - first_tap) * tile_size, window, tile, tap, flat_x, scales, share,
-                            group * group_channels + channel, width, column, (tap - first_tap) * width, depth,
+                            table, tap_entries, (tap - first_tap) * tile_size, window, tile, tap, taps, flat_x,
+                            mask, masks, share, group * group_channels + channel, width,
+                            column, (tap - first_tap) * width, depth,
                         )  # fmt: skip
                     rows = taps * group_channels
                     multiply_packed(
@@ -249,8 +262,8 @@ def forward(
 
 @kernel
 def backward(
-    counter, limit, window, x, offset, mask, weight, d_output, d_x, d_offset, d_mask, d_weight, edges, first_block,
-    group_channels, group_outputs, parts, tile_size, reals, starts, integers,
+    counter, limit, window, x, offset, mask, image_offset, image_mask, weight, d_output, d_x, d_offset, d_mask, d_weight,
+    edges, first_block, images, offset_groups, group_channels, group_outputs, parts, tile_size, reals, starts, integers,
 ):  # fmt: skip
     """One item is a block of channels in every `lanes`-th part of an image: no two items write to the same place.
 
@@ -260,8 +273,9 @@ def backward(
     leads outside; C), d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P) with a slot for
     each block that shares an offset group, d_weight (lanes, K, groups, rows of outputs, row of channels).
     """
-    images, offset_groups, taps, axes, positions = offset.shape
-    channels, pixels, corners = x.shape[1], pixels_of(window), 1 << axes
+    taps, axes = product(window.kernel_size), len(window.kernel_size)
+    positions, pixels = product(window.output_size), product(window.input_size)
+    channels, corners = x.shape[1], 1 << axes
     groups, share = channels // group_channels, channels // offset_groups
     vector = VECTOR_BYTES // x.itemsize
     depthwise = group_channels == 1 and group_outputs == 1
@@ -297,6 +311,8 @@ def backward(
             for place in range(lane, images * parts, lanes):
                 n, part = place // parts, place % parts
                 for first in range(part * part_size, min((part + 1) * part_size, positions), tile_size):
+                    if counter[STOP]:
+                        return
                     tile = Tile(n, first, min(tile_size, positions - first))
                     place_tile(table, window, tile)
                     d_row = (n * positions + first) * output_row
@@ -319,8 +335,9 @@ def backward(
                     while c < end:
                         group = c // share
                         width, at = min((group + 1) * share, end) - c, c - channel
-                        place_tap(table, 0, window, tile, tap, x, offset[n, group])
-                        scale = mask[n, group, tap, first : first + tile.count] if mask.size else mask[0, 0, 0]
+                        start = (group * taps + tap) * positions
+                        place_tap(table, 0, window, tile, tap, x, offset, n * image_offset + start * axes)
+                        scale = _mask_of(mask, n * image_mask + start, tile)
                         if d_weight.size:
                             blend(table, 0, window, tile.count, flat_x, c, width, scale, column, at, column_row)
                         if for_places:
