@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,12 @@ def test_mask_scale_and_max_offset():
     torch.testing.assert_close(small.offsets_and_mask(image(2))[0], unbounded)
 
 
+def test_numbers_of_numpy():
+    layer = DeformConv2d(4, 3, 3, mask_scale=np.float32(1.5), max_offset=np.int64(3))
+    assert (layer.mask_scale, layer.max_offset) == (1.5, 3.0)
+    assert type(layer.mask_scale) is type(layer.max_offset) is float
+
+
 def test_keywords_reach_the_operator(monkeypatch):
     seen = {}
 
@@ -315,6 +322,9 @@ class TestErrors:
             ({"boundary": "clamp"}, ValueError, "`boundary` is 'clamp'; expected one of zeros, inside"),
             ({"mask_scale": 0}, ValueError, "`mask_scale` is 0; expected a number above 0"),
             ({"max_offset": -1}, ValueError, "`max_offset` is -1; expected a number above 0"),
+            ({"max_offset": "3"}, ValueError, "`max_offset` is '3'; expected a number above 0"),
+            ({"max_offset": float("nan")}, ValueError, "`max_offset` is nan; expected a number above 0"),
+            ({"stride": 2**70}, ShapeError, r"`stride` is 1180591620717411303424; expected less than 2\*\*40"),
             ({"max_offset": True}, ValueError, "`max_offset` is True; expected a number above 0"),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -357,6 +367,60 @@ class TestErrors:
         layer = DeformConv2d(4, 3, 3, predict_offsets=False)
         with pytest.raises(ShapeError, match=r"`input` has 3 axes.*deform_conv2d takes 4"):
             layer(torch.rand(4, 5, 5), torch.zeros(1, 18, 3, 3))
+
+    @pytest.mark.parametrize("mode", ["zeros", "reflect"])
+    @pytest.mark.parametrize(
+        ("x", "error", "text"),
+        [
+            (np.zeros((1, 4, 9, 9), "float32"), TypeError, r"`input` is a numpy.ndarray; expected .* `torch.from_numpy"),
+            (None, TypeError, "`input` is None; expected a PyTorch tensor"),
+            (torch.zeros(1, 4, 9, 9).to_sparse(), TypeError, "`input` has the layout torch.sparse_coo"),
+            (torch.zeros(4, 9, 9), ShapeError, r"`input` has 3 axes.*deform_conv2d takes 4: \(N, C_in, height, width\)"),
+            (torch.zeros(1, 4, 9), ShapeError, r"`input` has 3 axes.*for deform_conv1d"),
+            (torch.zeros(1, 5, 9, 9), ShapeError, r"`weight` has shape .*expected C_in/groups = 5/1 = 5, for `input` \(1, 5"),
+            (torch.zeros(1, 9, 9, 4), ShapeError, "`input` looks channels-last"),
+            (torch.zeros(1, 4, 9, 9).double(), TypeError, "`weight` is float32 and `input` is float64; expected one dtype"),
+            (torch.zeros(1, 4, 9, 9).half(), TypeError, "`weight` is float32 and `input` is float16; expected one dtype"),
+            (torch.zeros(1, 4, 9, 9).byte(), TypeError, "`input` is uint8; expected floating point"),
+            (torch.zeros(1, 4, 9, 9, device="meta"), ValueError, "`weight` is on cpu and `input` is on meta; expected one"),
+            (torch.zeros(1, 4, 9, 2), ShapeError, r"it spans 3\*\(3 - 1\) \+ 1 = 7 .*the padded input's 2 \+ 2 \+ 2 = 6"),
+            (torch.zeros(1, 4, 9, 0), ShapeError, "the padded input's 0"),
+        ],
+        ids=lambda value: str(getattr(value, "shape", "")),
+    )  # fmt: skip
+    def test_an_input_that_does_not_fit(self, x, error, text, mode):
+        """The operator's words, not those of the predictor or of F.pad."""
+        layer = DeformConv2d(4, 3, 3, padding=2, dilation=3, padding_mode=mode)
+        for call in (layer, layer.offsets_and_mask, lambda x: layer(x, torch.zeros(1, 18, 7, 7))):
+            with pytest.raises(error, match=text):
+                call(x)
+
+    def test_an_input_that_does_not_fit_under_autocast(self):
+        layer = DeformConv2d(4, 3, 3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(torch.zeros(1, 4, 9, 9).bfloat16()).shape == layer(torch.zeros(1, 4, 9, 9)).shape
+            with pytest.raises(TypeError, match="`input` is uint8; expected floating point"):
+                layer(torch.zeros(1, 4, 9, 9).byte())
+            with pytest.raises(TypeError, match="`weight` is float32 and `input` is float64"):
+                layer(torch.zeros(1, 4, 9, 9).double())
+
+    def test_an_input_without_images(self):
+        assert DeformConv2d(4, 3, 3)(torch.zeros(0, 4, 9, 9)).shape == (0, 3, 7, 7)
+
+
+def test_a_parametrization_is_computed_once():
+    class Count(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Count.calls += 1
+            return 2 * weight
+
+    layer = DeformConv2d(4, 3, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Count())
+    Count.calls = 0
+    layer(torch.zeros(1, 4, 9, 9))
+    assert Count.calls == 1
 
 
 def _digits(count, generator):

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 AXES = ("depth", "height", "width")
+LIMIT = 2**40  # of a window's numbers, in pixels: sums and products of positions stay within 64 bits
 
 
 def integers(name: str, value: Any, D: int, least: int) -> tuple[int, ...]:
@@ -46,6 +47,8 @@ def integers(name: str, value: Any, D: int, least: int) -> tuple[int, ...]:
             )
     if min(entries) < least:
         raise ShapeError(f"`{name}` is {value!r}; expected at least {least} along every axis.")
+    if max(entries) >= LIMIT:
+        raise ShapeError(f"`{name}` is {value!r}; expected less than 2**40 = {LIMIT} along every axis.")
     return entries
 
 
@@ -59,9 +62,9 @@ def count(name: str, value: Any) -> int:
 
 def paddings(padding: Any, D: int) -> str | tuple[tuple[int, int], ...]:
     """The padding as D pairs (before, after), or "same" or "valid"."""
-    if type(padding) is int and padding >= 0:
+    if type(padding) is int and 0 <= padding < LIMIT:
         return ((padding, padding),) * D
-    if _is_plain(padding, D) and min(padding) >= 0:
+    if _is_plain(padding, D) and min(padding) >= 0 and max(padding) < LIMIT:
         return tuple(zip(padding, padding, strict=True))
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
@@ -81,6 +84,8 @@ def paddings(padding: Any, D: int) -> str | tuple[tuple[int, int], ...]:
         pairs = tuple((_integer("padding", a, padding), _integer("padding", b, padding)) for a, b in parts)
         if min(map(min, pairs)) < 0:
             raise ShapeError(f"`padding` is {padding!r}; expected at least 0 on every side.")
+        if max(map(max, pairs)) >= LIMIT:
+            raise ShapeError(f"`padding` is {padding!r}; expected less than 2**40 = {LIMIT} on every side.")
         return pairs
     if len(parts) == 2 * D:
         raise ShapeError(

@@ -13,7 +13,7 @@ from deformconv import dispatch
 from deformconv.errors import BackendError
 from deformconv.functional import wanted_gradients
 from deformconv.ops.conv import portable
-from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, check_grad_output, conv_spec
+from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, check_grad_output, check_input, conv_spec
 from deformconv.torch import autograd
 
 _DTYPES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
@@ -274,11 +274,7 @@ def _spec(
     mask: Tensor | None,
     **keywords: Any,
 ) -> ConvSpec:
-    if torch._C._get_tracing_state() is not None:  # sizes are tensors then, and the kernels are not seen
-        raise BackendError(
-            "torch.jit.trace would record this call's sizes as constants; expected an eager call, or "
-            "torch.compile or torch.export."
-        )
+    _refuse_tracing()
     return conv_spec(
         _operand(input),
         _operand(offset),
@@ -287,6 +283,27 @@ def _spec(
         None if mask is None else _operand(mask),
         stride=stride, padding=padding, dilation=dilation, rank=rank, **keywords,
     )  # fmt: skip
+
+
+def check_layer_input(input: Any, weight: Any, **window: Any) -> None:
+    """Raise what the operator would for these two, before a layer predicts its offsets."""
+    for operand in (input, weight):
+        if not isinstance(operand, Tensor) and hasattr(operand, "__torch_function__"):
+            return  # torch.fx's stand-in, which has no shape yet
+    _check_tensors(input=input, weight=weight)
+    _refuse_tracing()
+    operands = [_operand(input), _operand(weight)]
+    if input.dtype != weight.dtype and _is_autocast(input.device.type):
+        operands = [o._replace(dtype="float32") if o.dtype in ("float16", "bfloat16") else o for o in operands]
+    check_input(*operands, **window)
+
+
+def _refuse_tracing() -> None:
+    if torch._C._get_tracing_state() is not None:  # sizes are tensors then, and the kernels are not seen
+        raise BackendError(
+            "torch.jit.trace would record this call's sizes as constants; expected an eager call, or "
+            "torch.compile or torch.export."
+        )
 
 
 def _operand(tensor: Tensor) -> Operand:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from deformconv.errors import ShapeError
 from deformconv.ops.conv.spec import BOUNDARIES
 from deformconv.ops.window import count, integers, paddings, same_padding
-from deformconv.torch.functional import deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -91,6 +92,7 @@ class _DeformConvNd(nn.Module):
         else:
             symmetric = all(before == after for before, after in pairs)
             self.padding = tuple(before for before, _ in pairs) if symmetric else pairs
+        self._pairs = pairs
         amounts = [amount for pair in reversed(pairs) for amount in pair]
         zeros = self.padding_mode == "zeros"
         self._operator_padding = pairs if zeros else ((0, 0),) * self.rank
@@ -134,11 +136,13 @@ class _DeformConvNd(nn.Module):
                 "`mask` was passed to a layer without modulation (v1); expected `offset` alone. For v2 build "
                 "the layer with modulated=True."
             )
+        weight = self.weight  # once, since a parametrization computes it at every access
+        self._check_input(input, weight)
         input = self._padded(input)
         if offset is None:
             offset, mask = self._predict(input)
         return type(self)._operator(
-            input, offset, self.weight, self.bias, self.stride, self._operator_padding, self.dilation, mask,
+            input, offset, weight, self.bias, self.stride, self._operator_padding, self.dilation, mask,
             groups=self.groups, offset_groups=self.offset_groups, boundary=self.boundary,
         )  # fmt: skip
 
@@ -147,7 +151,15 @@ class _DeformConvNd(nn.Module):
 
         `layer(input, *layer.offsets_and_mask(input))` is `layer(input)`.
         """
+        self._check_input(input, self.weight)
         return self._predict(self._padded(input))
+
+    def _check_input(self, input: Tensor, weight: Tensor) -> None:
+        """Say in the operator's words what the predictor or F.pad would say in theirs."""
+        check_layer_input(
+            input, weight,
+            stride=self.stride, padding=self._pairs, dilation=self.dilation, groups=self.groups, rank=self.rank,
+        )  # fmt: skip
 
     def _padded(self, input: Tensor) -> Tensor:
         return F.pad(input, self._input_padding, self.padding_mode) if self._input_padding else input
@@ -305,6 +317,7 @@ def _check_divides(name: str, divisor: int, of: str, number: int) -> None:
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not 0 < number < math.inf:
         raise ValueError(f"`{name}` is {value!r}; expected a number above 0.")
-    return float(value)
+    return number

@@ -207,6 +207,14 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
         "after)."]),
     ({"padding": "same", "stride": 2}, ShapeError, [
         "`padding` is 'same' with stride 2x2; expected stride 1x1, since 'same' keeps the input's size."]),
+    ({"stride": 2**70}, ShapeError, [
+        "`stride` is 1180591620717411303424; expected less than 2**40 = 1099511627776 along every axis."]),
+    ({"stride": (1, 2**40)}, ShapeError, ["`stride` is (1, 1099511627776); expected less than 2**40"]),
+    ({"dilation": 2**63}, ShapeError, ["`dilation` is 9223372036854775808; expected less than 2**40"]),
+    ({"padding": 2**40}, ShapeError, ["`padding` is 1099511627776; expected less than 2**40"]),
+    ({"padding": (0, 2**70)}, ShapeError, ["`padding` is (0, 1180591620717411303424); expected less than 2**40"]),
+    ({"padding": ((0, 1), (1, 2**40))}, ShapeError, [
+        "`padding` is ((0, 1), (1, 1099511627776)); expected less than 2**40 = 1099511627776 on every side."]),
     ({"boundary": "reflect"}, ValueError, ["`boundary` is 'reflect'; expected 'zeros' or 'inside'."]),
     ({"boundary": ["zeros"]}, ValueError, ["`boundary` is ['zeros']; expected 'zeros' or 'inside'."]),
     # Dtypes and devices

@@ -33,6 +33,7 @@ __all__ = [
     "Gradients",
     "Operand",
     "check_grad_output",
+    "check_input",
     "conv_spec",
 ]
 
@@ -135,6 +136,8 @@ def conv_spec(
 
     `rank` is the rank of the function that was called (deform_conv2d: 2), or None where the weight decides.
     Raises ShapeError, TypeError (dtypes, numbers that are no integers) or ValueError (devices, boundary).
+    An input without channels is refused, though torch's conv2d returns an empty output for one: groups and
+    offset groups cannot be inferred from it, and it is nearly always a mistake in slicing.
     """
     D = _rank(input, weight, rank)
     # The parameters become plain integers before the cache sees them: to a hash, 1.0 and True are 1.
@@ -149,6 +152,25 @@ def conv_spec(
     except TypeError:
         pass  # symbolic sizes have no hash; a TypeError of the checks is raised again below
     return _spec(*call)
+
+
+def check_input(
+    input: Operand,
+    weight: Operand,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    rank: int,
+) -> None:
+    """Raise what conv_spec would for these two: for a layer, which predicts its offsets from the input."""
+    call = (input, weight, stride, padding, dilation, groups, rank)
+    try:
+        return _cached_check_input(*call)
+    except TypeError:
+        pass  # as in conv_spec
+    _check_input(*call)
 
 
 def check_grad_output(spec: ConvSpec, grad_output: Operand) -> None:
@@ -222,6 +244,22 @@ def _spec(
     return spec
 
 
+def _check_input(
+    input: Operand,
+    weight: Operand,
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    rank: int,
+) -> None:
+    _rank(input, weight, rank)
+    _check_dtypes_and_devices(input, weight=weight)
+    _groups(input, weight, groups)
+    _output_size(input, tuple(weight.shape[2:]), stride, padding, dilation)
+
+
+_cached_check_input = lru_cache(maxsize=1024)(_check_input)
 _cached_spec = lru_cache(maxsize=1024)(_spec)
 
 
