@@ -35,9 +35,9 @@ def backends(monkeypatch):
         return module
 
     monkeypatch.setattr(dispatch, "load", load)
-    dispatch.choose.cache_clear()
+    dispatch._choose.cache_clear()
     yield types.SimpleNamespace(reasons=reasons, asked=asked)
-    dispatch.choose.cache_clear()
+    dispatch._choose.cache_clear()
 
 
 def chosen(requested=None):
@@ -95,6 +95,17 @@ def test_an_unknown_name(backends):
         chosen("gpu")
     with pytest.raises(ValueError, match=expected):
         dispatch.explain(SPEC, "numpy", "cpu", "gpu")
+
+
+@pytest.mark.parametrize("name", [["cpu"], 0, np.array(["cpu", "portable"])], ids=repr)
+def test_a_name_that_is_no_text(name):
+    for call in (
+        lambda: dispatch.choose(SPEC, "numpy", "cpu", False, name),
+        lambda: dispatch.explain(SPEC, "numpy", "cpu", name),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value).startswith(f'`backend` is {name!r}; expected "cpu", ')
 
 
 def test_a_choice_is_made_once(backends):

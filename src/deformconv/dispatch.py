@@ -32,13 +32,17 @@ BACKENDS = (
 )
 
 
-@lru_cache(maxsize=1024)
 def choose(spec: Any, library: str, device: str, backward: bool, requested: str | None = None) -> ModuleType:
     """Return the backend for a call; `requested` names it, None takes the first that can run it.
 
     Raises ValueError for an unknown name, BackendError if no backend, or not the requested one, can run it.
     """
-    _check_name(requested)
+    _check_name(requested)  # before the cache, to which a list for a name would be a key without a hash
+    return _choose(spec, library, device, backward, requested)
+
+
+@lru_cache(maxsize=1024)
+def _choose(spec: Any, library: str, device: str, backward: bool, requested: str | None) -> ModuleType:
     for backend in BACKENDS:
         if requested == backend.name or (requested is None and not backend.by_name_only):
             module = load(spec, backend.name)
@@ -87,8 +91,10 @@ def _verdicts(
         yield name, f"{name}: {reasons}" if reasons else ""
 
 
-def _check_name(requested: str | None) -> None:
-    if requested is not None and requested not in [backend.name for backend in BACKENDS]:
+def _check_name(requested: Any) -> None:
+    if requested is None:
+        return
+    if not isinstance(requested, str) or requested not in [backend.name for backend in BACKENDS]:
         names = ", ".join(f'"{backend.name}"' for backend in BACKENDS)
         raise ValueError(f"`backend` is {requested!r}; expected {names}, or None for the first that can run.")
 
