@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
 from statistics import geometric_mean, median
-from typing import Any
+from typing import IO, Any, cast
 
 import click
 import numpy as np
@@ -34,20 +34,20 @@ class Process:
         self.library = library
         command = [sys.executable, "-m", "deformconv.bench.worker", library, str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.requests = cast(IO[str], self.process.stdin)  # Popen makes both, since both are pipes
+        self.answers = cast(IO[str], self.process.stdout)
 
     def ask(self, do: str, **request: Any) -> Any:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        self.requests.write(json.dumps({"do": do, **request}) + "\n")
+        self.requests.flush()
+        answer = self.answers.readline()
         if not answer:
             raise click.ClickException(f"the process of {self.library} ended")
         return json.loads(answer)
 
     def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.requests.close()
+        self.answers.close()
         self.process.wait()
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 from deformconv.plots import draw_sampling_points, regular_points, sampling_points
 from deformconv.studies import digits
@@ -116,10 +115,7 @@ def _predictions(net: DigitNet, block: int, canvases: digits.Images) -> tuple[An
     """The offsets, masks and image pixels per input pixel of the deformable layer of a block."""
     net.eval()
     features = net.body[:block](torch.from_numpy(canvases)[:, None])
-    stage = net.body[block]
-    assert isinstance(stage, nn.Sequential)
-    layer = stage[0]
-    assert isinstance(layer, DeformConv2d)
+    layer = next(layer for layer in net.body[block].modules() if isinstance(layer, DeformConv2d))
     offset, mask = layer.offsets_and_mask(features)
     return offset.numpy(), None if mask is None else mask.numpy(), canvases.shape[1] // features.shape[2]
 
