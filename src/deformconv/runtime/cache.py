@@ -15,6 +15,7 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,27 @@ import numpy
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
+
+
+def _load_numba_without_scipy() -> None:
+    """Import Numba's array functions, but not SciPy's linear algebra, which takes longer than all the rest.
+
+    Numba imports it only to know whether it is there, and again where a function needs it.
+    """
+    if "numba.np.arraymath" in sys.modules or find_spec("scipy") is None:
+        return
+    from numba.np import linalg
+
+    look_for_it = linalg.ensure_blas
+    linalg.ensure_blas = lambda: None
+    try:
+        from numba.np import arraymath
+    finally:
+        linalg.ensure_blas = look_for_it
+    arraymath.ensure_blas = look_for_it
+
+
+_load_numba_without_scipy()
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SOURCES = ("runtime/cache.py", "runtime/vectors.py", "sampling/kernels.py", "ops/*/cpu*.py")

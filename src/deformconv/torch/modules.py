@@ -19,14 +19,34 @@ from deformconv.torch.functional import check_layer_input, deform_conv1d, deform
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
+class _OffsetConvNd(nn.Module):
+    """A predictor's beginning: offsets 0, masks halfway. It takes no random numbers, as a net of nn.ConvNd takes none here."""
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class _OffsetConv1d(_OffsetConvNd, nn.Conv1d):
+    pass
+
+
+class _OffsetConv2d(_OffsetConvNd, nn.Conv2d):
+    pass
+
+
+class _OffsetConv3d(_OffsetConvNd, nn.Conv3d):
+    pass
+
+
 class _DeformConvNd(nn.Module):
     rank: ClassVar[int]
     _operator: ClassVar[Callable[..., Tensor]]
-    _convolution: ClassVar[Callable[..., nn.Module]]
+    _offset_convolution: ClassVar[Callable[..., _OffsetConvNd]]
 
     weight: Tensor
     bias: Tensor | None
-    offset_conv: nn.Module | None
+    offset_conv: _OffsetConvNd | None
 
     def __init__(
         self,
@@ -102,11 +122,9 @@ class _DeformConvNd(nn.Module):
         self._predictor_input_padding = amounts if zeros and not symmetric else []
         self._predictor_padding = tuple(before for before, _ in pairs) if zeros and symmetric else 0
 
-    def _predictor(self) -> nn.Module:
+    def _predictor(self) -> _OffsetConvNd:
         taps = math.prod(self.kernel_size)
-        # It takes no random numbers, so that a seed gives a net the weights that it gives one of nn.ConvNd.
-        return nn.utils.skip_init(
-            self._convolution,
+        return self._offset_convolution(
             self.in_channels,
             self.offset_groups * taps * (self.rank + self.modulated),
             self.kernel_size,
@@ -124,8 +142,7 @@ class _DeformConvNd(nn.Module):
             bound = 1 / math.sqrt(self.weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
         if self.offset_conv is not None:
-            for parameter in self.offset_conv.parameters():
-                nn.init.zeros_(parameter)
+            self.offset_conv.reset_parameters()
 
     def forward(self, input: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Convolve with predicted offsets and masks, or with exactly those passed: without mask, v1."""
@@ -244,7 +261,7 @@ class DeformConv2d(_DeformConvNd):
 
     rank = 2
     _operator = staticmethod(deform_conv2d)
-    _convolution = nn.Conv2d
+    _offset_convolution = _OffsetConv2d
 
 
 class DeformConv1d(_DeformConvNd):
@@ -259,7 +276,7 @@ class DeformConv1d(_DeformConvNd):
 
     rank = 1
     _operator = staticmethod(deform_conv1d)
-    _convolution = nn.Conv1d
+    _offset_convolution = _OffsetConv1d
 
 
 class DeformConv3d(_DeformConvNd):
@@ -274,7 +291,7 @@ class DeformConv3d(_DeformConvNd):
 
     rank = 3
     _operator = staticmethod(deform_conv3d)
-    _convolution = nn.Conv3d
+    _offset_convolution = _OffsetConv3d
 
 
 def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) -> list[dict[str, Any]]:
