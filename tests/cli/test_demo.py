@@ -21,9 +21,9 @@ def compiled_kernels():
     subprocess.run([sys.executable, "-m", "deformconv.cli", "warmup", "--rank", "2"], check=True, timeout=300)
 
 
-def start(output: Path) -> subprocess.Popen[str]:
+def start(output: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "deformconv.cli", "demo", "--fast", "--output", str(output)],
+        [sys.executable, "-m", "deformconv.cli", "demo", "--output", str(output), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -35,7 +35,7 @@ def test_the_fast_demo(tmp_path):
     import resource
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = start(tmp_path / "new" / "folder")
+    process = start(tmp_path / "new" / "folder", "--fast")
     out, err = process.communicate(timeout=300)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert process.returncode == 0, out + err
@@ -59,7 +59,7 @@ def test_the_fast_demo(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_an_interrupt_during_training_leaves_nothing(tmp_path):
-    process = start(tmp_path / "output")
+    process = start(tmp_path / "output")  # not the fast one: its training may be over before the signal comes
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("  seed"):
