@@ -26,8 +26,8 @@ from deformconv.torch import deform_conv2d
 
 __all__ = ["run"]
 
-FULL = Schedule(steps=250, evaluations=5)
-FAST = Schedule(steps=20, evaluations=2)
+FULL = Schedule(steps=400, evaluations=5)
+FAST = Schedule(steps=30, evaluations=2)
 TOLERANCE = 1e-5  # float32, max|a - b| / max|b|
 LAYERS = {2: "stride 2", 4: "stride 4"}  # the nets' deformable layers, by block
 

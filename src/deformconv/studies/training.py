@@ -79,7 +79,7 @@ class Schedule:
 
     steps: int
     evaluations: int  # on the held-out digits, the last one after the last step
-    batch: int = 64
+    batch: int = 32
     learning_rate: float = 4e-3  # the peak of a one-cycle schedule; predictors of offsets get a tenth of it
 
     @property
