@@ -21,9 +21,18 @@ def compiled_kernels():
     subprocess.run([sys.executable, "-m", "deformconv.cli", "warmup", "--rank", "2"], check=True, timeout=300)
 
 
+# The command itself; but what a shell starts in the background, as CI may do with the tests, ignores SIGINT.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from deformconv.cli.main import main
+sys.exit(main())
+"""
+
+
 def start(output: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "deformconv.cli", "demo", "--output", str(output), *options],
+        [sys.executable, "-c", COMMAND, "demo", "--output", str(output), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -66,7 +75,10 @@ def test_an_interrupt_during_training_leaves_nothing(tmp_path):
             break
     time.sleep(1)  # a few steps into the training
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert err.strip() == "Interrupted: nothing is left half-written."
     assert not list(tmp_path.rglob("*.*"))

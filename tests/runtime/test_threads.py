@@ -263,13 +263,16 @@ print(found, ask(True))
     assert run_python(code, DEFORMCONV_NUM_THREADS="", OMP_NUM_THREADS="").strip() == "[4, 1, 4] 3"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+@pytest.mark.skipif(sys.platform != "linux", reason="signals and clocks differ")
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_ctrl_c_reaches_the_caller_soon(direction: str, number: int) -> None:
     code = """
+import signal
+import time
 import numpy as np
 import deformconv
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 deformconv.set_num_threads(NUMBER)
 def call(size):
     x, weight = np.ones((1, 64, size, size), np.float32), np.ones((64, 64, 3, 3), np.float32)
@@ -283,7 +286,8 @@ try:
     while True:
         call(1000)
 except KeyboardInterrupt:
-    print("interrupted", np.array_equal(call(32), expected), flush=True)
+    heard = time.monotonic()
+    print(heard, np.array_equal(call(32), expected), flush=True)
 """.replace("NUMBER", str(number)).replace("DIRECTION", direction)
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -291,9 +295,13 @@ except KeyboardInterrupt:
     time.sleep(1.0)
     began = time.monotonic()
     child.send_signal(signal.SIGINT)
-    rest, errors = child.communicate(timeout=60)
-    assert rest == "interrupted True\n", errors
-    assert time.monotonic() - began < 1.5
+    try:
+        rest, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    heard, right = rest.split() or (None, errors)
+    assert right == "True"
+    assert float(heard) - began < 1.5
 
 
 def test_a_call_of_long_items_is_left_to_workers() -> None:
