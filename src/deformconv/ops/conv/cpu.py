@@ -326,8 +326,8 @@ def _images(array: Any) -> tuple[np.ndarray, int]:
     """A flat array of all images, and the distance between two; no copy if an image has no gaps, as in a slice of channels."""
     image = array.size // len(array)
     step, rest = divmod(array.strides[0], array.itemsize)
-    gapless = array[0].flags.carray or (array[0].flags.c_contiguous and array[0].flags.aligned)
-    if not gapless or rest or step < 0 or not array.dtype.isnative:
+    flags = array[0].flags
+    if not (flags.c_contiguous and flags.aligned and array.dtype.isnative) or rest or step < 0:
         return _flat(array, (array.size,)), image
     step = step if len(array) > 1 else image
     return np.asarray(_Memory(array, (step * (len(array) - 1) + image,))), step
