@@ -22,7 +22,7 @@ lint: $(VENV)/installed-dev
 	$(PY) -m mypy
 
 bench: $(VENV)/installed-dev
-	$(PY) -m deformconv.bench $(BENCH)
+	$(PY) -m deformconv.cli bench $(BENCH)
 
 # Running venv again repairs an environment whose making was interrupted before pip was in it.
 define install

@@ -110,6 +110,19 @@ def doctor() -> int:
     return run()
 
 
+@deformconv.command()
+@click.option("--case", "cases", multiple=True)
+@click.option("--library", "libraries", multiple=True)
+@click.option("--direction", "directions", multiple=True)
+@click.option("--threads", type=click.IntRange(1))
+@click.option("--quick", is_flag=True)
+def bench(cases: tuple[str, ...], libraries: tuple[str, ...], directions: tuple[str, ...], threads: int | None, quick: bool) -> int:
+    """Measure the speed beside other libraries'."""
+    from deformconv.cli.bench import run
+
+    return run(cases, libraries, directions, threads, quick)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
