@@ -9,7 +9,7 @@ import numpy as np
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 from deformconv.ops.window import by
 
-__all__ = ["CASES", "QUICK", "Case", "make", "named"]
+__all__ = ["CASES", "QUICK", "Case", "case_of", "make", "named"]
 
 
 class Case(NamedTuple):
@@ -60,8 +60,8 @@ class Case(NamedTuple):
 
 
 
-def _versions(name: str, *layer: Any) -> tuple[Case, Case]:
-    return Case(f"{name}-v1", *layer, masked=False), Case(f"{name}-v2", *layer)
+def _versions(case: Case) -> tuple[Case, Case]:
+    return case._replace(name=f"{case.name}-v1", masked=False), case._replace(name=f"{case.name}-v2")
 
 
 CASES = (
@@ -72,9 +72,9 @@ CASES = (
     Case("c512-14", 2, 512, 512, (14, 14)),
     Case("c256-100", 2, 256, 256, (100, 100)),
     # A detector's ResNet-50 on one image of 800x1333, and its ResNeXt (32 groups of 16 channels).
-    *_versions("resnet-c3", 1, 128, 128, (100, 168)),
-    *_versions("resnet-c4", 1, 256, 256, (50, 84)),
-    *_versions("resnet-c5", 1, 512, 512, (25, 42)),
+    *_versions(Case("resnet-c3", 1, 128, 128, (100, 168))),
+    *_versions(Case("resnet-c4", 1, 256, 256, (50, 84))),
+    *_versions(Case("resnet-c5", 1, 512, 512, (25, 42))),
     Case("resnext-c4", 1, 512, 512, (50, 84), groups=32),
     # Video restoration; segmentation; text detection.
     Case("edvr", 1, 64, 64, (180, 320), offset_groups=8),
@@ -92,6 +92,11 @@ QUICK = ("c64-56", "c128-28", "primes")  # small enough for every library
 
 def named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
+
+
+def case_of(fields: dict[str, Any]) -> Case:
+    """A case from its fields as JSON keeps them."""
+    return Case._make(tuple(value) if isinstance(value, list) else value for value in fields.values())
 
 
 def make(case: Case, dtype: str = "float32") -> tuple[ConvSpec, dict[str, Any]]:

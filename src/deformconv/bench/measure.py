@@ -9,26 +9,42 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from statistics import median
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from deformconv.bench.cases import Case
-from deformconv.bench.peers import DIRECTIONS, PEERS, Truth
+from deformconv.bench.peers import PEERS, Truth
 
-__all__ = ["TOLERANCE", "Failure", "Process", "alternate", "differences", "measure", "summary_of_blocks", "tolerance"]
+__all__ = ["Entry", "Failure", "Pace", "Process", "Progress", "compare", "differences", "processes", "speed", "tolerance"]
 
 TOLERANCE = 1e-4  # of float32 against float64
 MOST_CALLS = 1000  # in a block
-Notify = Callable[[str], None]
 
 
 class Failure(Exception):
     """What a library said when it could not do what was asked."""
+
+
+class Pace(NamedTuple):
+    """How long to measure: so many blocks of each library, each of about so many seconds."""
+
+    blocks: int
+    seconds: float
+
+
+class Progress:
+    """Hears what is being done; this one keeps it to itself."""
+
+    def begin(self, steps: int) -> None:
+        """So many steps follow."""
+
+    def step(self, what: str) -> None:
+        """One step begins."""
 
 
 class Process:
@@ -45,11 +61,9 @@ class Process:
         self.answers = cast(IO[str], self.process.stdout)
 
     def ask(self, do: str, **request: Any) -> Any:
-        try:
+        with suppress(OSError):  # it has ended, and so have its answers
             self.requests.write(json.dumps({"do": do, **request}) + "\n")
             self.requests.flush()
-        except OSError:
-            raise Failure("its process has ended") from None
         line = self.answers.readline()
         if not line:
             raise Failure(f"its process ended with {self.process.wait()}")
@@ -59,84 +73,93 @@ class Process:
         return answer["answer"]
 
     def close(self) -> None:
-        self.answers.close()
-        try:
+        with suppress(OSError):
             self.requests.close()
-        except OSError:
-            pass  # it has ended
+        self.answers.close()
         self.process.wait()
 
 
-def differences(found: dict[str, Any], truth: dict[str, Any]) -> dict[str, float]:
-    """The error of each result, max|a - b| / max|b|; a missing or misshapen one is infinitely wrong."""
-    errors = {}
-    for name, expected in truth.items():
-        actual = found.get(name)
-        if actual is None or actual.shape != expected.shape:
-            errors[name] = float("inf")
+@contextmanager
+def processes(libraries: Sequence[str], threads: int) -> Iterator[list[Process]]:
+    """A process for each; the same library may be there more than once."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(Process(library, threads))) for library in libraries]
+
+
+class Entry(NamedTuple):
+    """A process that has a case to run."""
+
+    process: Any
+    case: Case
+
+
+def speed(
+    cases: Sequence[Case], libraries: Sequence[str], directions: Sequence[str], threads: int, pace: Pace, progress: Progress
+) -> list[dict[str, Any]]:
+    """A row per case and direction: each library's times, or the reason why it has none."""
+    rows = []
+    progress.begin(len(cases) * len(directions))
+    with processes([Truth.name, *libraries], threads) as (truth, *others):
+        for case in cases:
+            entries = {process.library: Entry(process, case) for process in others}
+            for direction in directions:
+                progress.step(f"{case.name}, {direction}")
+                results = compare(entries, direction, truth, pace)
+                rows.append({"layer": case._asdict(), "direction": direction, "results": results})
+    return rows
+
+
+def compare(entries: Mapping[str, Entry], direction: str, truth: Any, pace: Pace) -> dict[str, dict[str, Any]]:
+    """Check every entry that can run this, and time those that are right, in alternating blocks."""
+    expected: dict[Case, dict[str, Any]] = {}
+    results = {}
+    for label, (process, case) in entries.items():
+        peer = PEERS[process.library]
+        if reason := peer.reason_against(case, direction):
+            results[label] = {"reason": reason}
             continue
-        error = float(abs(actual - expected).max() / (abs(expected).max() or 1.0))
-        errors[name] = error if error == error else float("inf")
+        if peer.deforms and case not in expected:
+            expected = {case: _results(truth, case, direction)}  # of one case at a time, since they may be large
+        results[label] = _checked(process, case, direction, expected[case] if peer.deforms else None)
+    right = {label: entries[label].process for label, result in results.items() if "reason" not in result}
+    for label, times in _alternate(right, direction, pace).items():
+        # A library that fails now is as little of use as one that failed before.
+        results[label] = times if "reason" in times else results[label] | times
+    return results
+
+
+def _checked(process: Any, case: Case, direction: str, expected: dict[str, Any] | None) -> dict[str, Any]:
+    """The error of what it computes; why it may not be timed, if it may not."""
+    peer = PEERS[process.library]
+    try:
+        found = _results(process, case, direction)
+    except Failure as failure:
+        return {"reason": f"failed: {failure}"}
+    if expected is None:  # a plain convolution
+        return {}
+    errors = differences(found, expected)
+    worst = max(errors, key=lambda name: errors[name])
+    if not errors[worst] <= tolerance(case):
+        return {"reason": f"differs by {errors[worst]:.1e} in {worst}"}
+    return {"error": errors[worst], **({"as 2-D": True} if peer.embeds(case) else {})}
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """The error of each result, max|a - b| / max|b|; one that is absent, misshapen or NaN is infinitely wrong."""
+    errors = {}
+    for name, right in expected.items():
+        actual = found.get(name)
+        if actual is None or actual.shape != right.shape:
+            errors[name] = float("inf")
+        else:
+            error = abs(actual - right).max() / (abs(right).max() or 1.0)
+            errors[name] = float(np.nan_to_num(error, nan=np.inf))
     return errors
 
 
 def tolerance(case: Case) -> float:
     """How far a right library may be from the truth: those that add positions in float32 round them to size * 2**-23 pixels."""
     return max(TOLERANCE, max(case.size) * 2.0**-23)
-
-
-def measure(
-    cases: Sequence[Case],
-    libraries: Sequence[str],
-    directions: Sequence[str] = DIRECTIONS,
-    *,
-    threads: int,
-    blocks: int,
-    seconds: float,
-    notify: Notify = lambda line: None,
-) -> list[dict[str, Any]]:
-    """A row per case and direction: each library's times, or the reason why it has none."""
-    rows = []
-    with ExitStack() as stack:
-        processes = {name: stack.enter_context(closing(Process(name, threads))) for name in (*libraries, Truth.name)}
-        truth = processes.pop(Truth.name)
-        for case in cases:
-            for direction in directions:
-                rows.append(row(case, direction, processes, truth, blocks, seconds, notify))
-    return rows
-
-
-def row(
-    case: Case, direction: str, processes: dict[str, Any], truth: Any, blocks: int, seconds: float, notify: Notify
-) -> dict[str, Any]:
-    """Check every library that can run this, and time those that are right."""
-    what = f"{case.name}, {direction}"
-    notify(f"{what}: checking")
-    results: dict[str, dict[str, Any]] = {}
-    expected = _results(truth, case, direction)
-    for name, process in processes.items():
-        peer = PEERS[name]
-        reason = peer.reason_against(case, direction)
-        if reason is not None:
-            results[name] = {"reason": reason}
-            continue
-        try:
-            found = _results(process, case, direction)
-        except Failure as failure:
-            results[name] = {"reason": f"failed: {failure}"}
-            continue
-        results[name] = {}
-        if peer.deforms:
-            errors = differences(found, expected)
-            worst = max(errors, key=lambda key: errors[key])
-            results[name] = {"error": errors[worst]} | ({"as_2d": True} if peer.embeds(case) else {})
-            if not errors[worst] <= tolerance(case):
-                results[name] = {"reason": f"differs by {errors[worst]:.1e} in {worst}"}
-    notify(f"{what}: measuring")
-    right = {name: process for name, process in processes.items() if "reason" not in results[name]}
-    for name, times in alternate(right, direction, blocks, seconds).items():
-        results[name] |= times if "reason" in times else summary_of_blocks(times["blocks"])
-    return {"case": case.name, "layer": case._asdict(), "direction": direction, "results": results}
 
 
 def _results(process: Any, case: Case, direction: str) -> dict[str, Any]:
@@ -147,44 +170,42 @@ def _results(process: Any, case: Case, direction: str) -> dict[str, Any]:
         return dict(np.load(file))
 
 
-def alternate(processes: dict[str, Any], direction: str, blocks: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """The seconds of alternating blocks of calls, each block about `seconds` long."""
+def _alternate(processes: Mapping[str, Any], direction: str, pace: Pace) -> dict[str, dict[str, Any]]:
+    """The times of alternating blocks of calls."""
     calls: dict[str, int] = {}
-    found: dict[str, dict[str, Any]] = {name: {"blocks": []} for name in processes}
-
-    def attempt(name: str, count: int) -> list[float]:
-        try:
-            times: list[float] = processes[name].ask("time", direction=direction, calls=count)
-            return times
-        except Failure as failure:
-            found[name] = {"reason": f"failed: {failure}"}
-            return []
-
-    for name in processes:
-        if times := attempt(name, 1):
-            # A long call needs no repetition to be known well enough for this.
-            once = times[0] if times[0] > seconds else median(attempt(name, 3) or times)
-            calls[name] = max(1, min(MOST_CALLS, round(seconds / once)))
-    for block in range(blocks):
-        for name in processes:
-            if "reason" in found[name]:
+    found: dict[str, list[list[float]]] = {}
+    failed: dict[str, dict[str, Any]] = {}
+    for label, process in processes.items():
+        with _failures(failed, label):
+            once = process.ask("time", direction=direction, calls=1)[0]
+            # A long call is known well enough.
+            if once < pace.seconds:
+                once = median(process.ask("time", direction=direction, calls=3))
+            calls[label] = max(1, min(MOST_CALLS, round(pace.seconds / once)))
+            found[label] = []
+    for block in range(pace.blocks):
+        for label, count in calls.items():
+            # Calls longer than a block vary little, and take long: fewer will do.
+            if label in failed or (count == 1 and block >= max(3, pace.blocks // 2)):
                 continue
-            if calls[name] > 1:
-                attempt(name, max(1, calls[name] // 10))  # the caches and the clock belonged to another process
-            elif block >= max(3, blocks // 2):
-                continue  # calls longer than a block are few, and vary little
-            if times := attempt(name, calls[name]):
-                found[name]["blocks"].append(times)
-    return found
+            with _failures(failed, label):
+                if count > 1:  # the caches and the clock belonged to another process
+                    processes[label].ask("time", direction=direction, calls=max(1, count // 10))
+                found[label].append(processes[label].ask("time", direction=direction, calls=count))
+    return {label: failed.get(label) or _summary(found[label]) for label in processes}
 
 
-def summary_of_blocks(blocks: list[list[float]]) -> dict[str, Any]:
+@contextmanager
+def _failures(failed: dict[str, dict[str, Any]], label: str) -> Iterator[None]:
+    try:
+        yield
+    except Failure as failure:
+        failed[label] = {"reason": f"failed: {failure}"}
+
+
+def _summary(blocks: list[list[float]]) -> dict[str, Any]:
     """The median and the quartiles of the blocks' medians, in milliseconds."""
     medians = [1000 * median(times) for times in blocks]
     low, middle, high = np.quantile(medians, (0.25, 0.5, 0.75)).tolist()
-    return {
-        "milliseconds": middle,
-        "quartiles": [low, high],
-        "blocks": len(blocks),
-        "calls": sum(map(len, blocks)),
-    }
+    calls = sum(map(len, blocks))
+    return {"milliseconds": middle, "quartiles": [low, high], "blocks": len(blocks), "calls": calls}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -14,10 +15,10 @@ import numpy as np
 
 from deformconv.bench.cases import Case, make
 
-__all__ = ["DIRECTIONS", "GRADIENTS", "PEERS", "Peer", "Truth", "embedded", "missing"]
+__all__ = ["DIRECTIONS", "PEERS", "RECORDED", "Peer", "Truth", "embedded", "missing"]
 
 DIRECTIONS = ("forward", "forward+backward")
-GRADIENTS = ("input", "offset", "weight", "bias", "mask")
+RECORDED = "forward, gradient recorded"
 Arrays = dict[str, Any]
 
 
@@ -58,6 +59,7 @@ class Peer(ABC):
     ranks: ClassVar[tuple[int, ...]] = (1, 2, 3)
     trains: ClassVar[bool] = True
     deforms: ClassVar[bool] = True  # whether its results are those of deformable convolution
+    no_gradients: ClassVar[str] = "has no gradients"
 
     @abstractmethod
     def __init__(self, threads: int) -> None:
@@ -66,11 +68,9 @@ class Peer(ABC):
     @classmethod
     def reason_against(cls, case: Case, direction: str) -> str | None:
         """Why it cannot run this, if it cannot."""
-        if case.rank not in cls.ranks:
-            return f"has no {case.rank}-D"
         if direction != "forward" and not cls.trains:
-            return "has no gradients"
-        return None
+            return cls.no_gradients
+        return None if case.rank in cls.ranks else f"has no {case.rank}-D"
 
     @classmethod
     def embeds(cls, case: Case) -> bool:
@@ -82,12 +82,12 @@ class Peer(ABC):
         """Make the case's arrays and whatever is made once."""
 
     @abstractmethod
-    def forward(self) -> Any:
-        """One call without gradients, as in inference."""
+    def call_of(self, direction: str) -> Callable[[], Any]:
+        """What to call, in the context of that direction."""
 
-    def train(self) -> Any:
-        """One forward and backward call, with all gradients."""
-        raise NotImplementedError
+    def context(self, direction: str) -> AbstractContextManager[Any]:
+        """What surrounds the calls, so that it costs nothing within them."""
+        return nullcontext()
 
     @abstractmethod
     def results(self, direction: str) -> Arrays:
@@ -103,7 +103,7 @@ class _Planar(Peer):
 class _Torch(Peer):
     """Whatever runs on PyTorch tensors."""
 
-    packages = ("torch",)
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -116,34 +116,40 @@ class _Torch(Peer):
         """A function of input, offset, weight, bias, mask (by name)."""
 
     def prepare(self, case: Case) -> None:
-        self.case, arrays = case, make(case)[1]
+        self.asked, self.case, arrays = case, case, make(case)[1]
         if self.embeds(case):
             self.case, arrays = embedded(case, arrays)
-        self.embedded = self.case is not case
-        self.asked = case
         self.grad_output = self.torch.from_numpy(arrays.pop("grad_output"))
         self.tensors = {name: None if a is None else self.torch.from_numpy(a) for name, a in arrays.items()}
-        self.call = self.operator(self.case)
+        self.operate = self.operator(self.case)
+
+    def context(self, direction: str) -> AbstractContextManager[Any]:
+        for tensor in self.tensors.values():
+            if tensor is not None:
+                tensor.requires_grad_(direction != "forward")
+        return self.torch.inference_mode() if direction == "forward" else nullcontext()
+
+    def call_of(self, direction: str) -> Callable[[], Any]:
+        return self.train if direction == "forward+backward" else self.forward
 
     def forward(self) -> Any:
-        with self.torch.inference_mode():
-            return self.call(**self.tensors)
+        return self.operate(**self.tensors)
 
     def train(self) -> Any:
         for tensor in self.tensors.values():
             if tensor is not None:
-                tensor.requires_grad_().grad = None
-        output = self.call(**self.tensors)
+                tensor.grad = None
+        output = self.operate(**self.tensors)
         output.backward(self.grad_output)
         return output
 
     def results(self, direction: str) -> Arrays:
-        output = self.forward() if direction == "forward" else self.train()
-        found: Arrays = {"output": output.detach().numpy()}
-        for name, tensor in self.tensors.items():
-            if direction != "forward" and tensor is not None and tensor.grad is not None:
-                found[name] = tensor.grad.numpy()
-        return _unembedded(self.asked, found) if self.embedded else found
+        with self.context(direction):
+            found: Arrays = {"output": self.call_of(direction)().detach().numpy()}
+        if direction == "forward+backward":
+            gradients = {name: None if tensor is None else tensor.grad for name, tensor in self.tensors.items()}
+            found |= {name: tensor.numpy() for name, tensor in gradients.items() if tensor is not None}
+        return _unembedded(self.asked, found) if self.embeds(self.asked) else found
 
 
 class Deformconv(_Torch):
@@ -191,13 +197,13 @@ class Truth(Deformconv):
         for n in range(self.case.batch):
             one = {name: t[n : n + 1] if name in per_image and t is not None else t for name, t in whole.items()}
             given = {name: t for name, t in one.items() if t is not None}
-            if direction == "forward":
+            if direction != "forward+backward":
                 with torch.inference_mode():
-                    images.append({"output": self.call(**one)})
+                    images.append({"output": self.operate(**one)})
                 continue
             for tensor in given.values():
                 tensor.requires_grad_()
-            output = self.call(**one)
+            output = self.operate(**one)
             gradients = torch.autograd.grad(output, list(given.values()), self.grad_output[n : n + 1])
             images.append({"output": output.detach(), **dict(zip(given, gradients, strict=True))})
         joined = {}
@@ -271,6 +277,13 @@ class _Inference(_Planar):
     def compile(self, case: Case, weight: Any, bias: Any) -> None:
         """Make the net and bind its inputs and its output."""
 
+    @abstractmethod
+    def forward(self) -> None:
+        """Compute the output."""
+
+    def call_of(self, direction: str) -> Callable[[], Any]:
+        return self.forward
+
     def results(self, direction: str) -> Arrays:
         self.forward()
         return _unembedded(self.asked, {"output": self.output})
@@ -305,7 +318,7 @@ class OnnxRuntime(_Inference):
             self.bound.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         self.bound.bind_output("output", "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
 
-    def forward(self) -> Any:
+    def forward(self) -> None:
         self.session.run_with_iobinding(self.bound)
 
 
@@ -337,7 +350,7 @@ class OpenVino(_Inference):
             self.request.set_input_tensor(number, openvino.Tensor(array, shared_memory=True))
         self.request.set_output_tensor(0, openvino.Tensor(self.output, shared_memory=True))
 
-    def forward(self) -> Any:
+    def forward(self) -> None:
         self.request.infer()
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from deformconv.bench.cases import Case
+from deformconv.bench import memory
+from deformconv.bench.cases import case_of
 from deformconv.bench.peers import PEERS, Truth
 
 
@@ -25,8 +26,7 @@ class Worker:
 
     def prepare(self, case: dict[str, Any]) -> None:
         """Make the case's arrays."""
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in case.items()}
-        self.peer.prepare(Case(**fields))
+        self.peer.prepare(case_of(case))
 
     def results(self, direction: str, file: str) -> None:
         """Save the output and, of a backward call, every gradient."""
@@ -34,13 +34,18 @@ class Worker:
 
     def time(self, direction: str, calls: int) -> list[float]:
         """The seconds that each of some calls took, one after the other."""
-        run = self.peer.forward if direction == "forward" else self.peer.train
-        seconds = []
-        for _ in range(calls):
-            began = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - began)
+        with self.peer.context(direction):
+            call, seconds = self.peer.call_of(direction), []
+            for _ in range(calls):
+                began = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - began)
         return seconds
+
+    def peak(self, direction: str) -> int:
+        """The bytes by which one call made this process larger, at the most."""
+        with self.peer.context(direction):
+            return memory.peak(self.peer.call_of(direction))
 
 
 def main() -> None:
