@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import log
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ LOOKS = {
     "dense": ("#000000", "|"),
 }
 OURS = "#009E73"
-INK, PALE = "#222222", "#dddddd"
+MEANS = 0.25  # how much further down than a case
+INK, GREY, PALE = "#222222", "#666666", "#dddddd"
 
 
 def save(path: Path, document: Mapping[str, Any]) -> None:
@@ -37,14 +39,14 @@ def save(path: Path, document: Mapping[str, Any]) -> None:
     speed, machine = document["speed"], document["machine"]
     rows = speed["rows"]
     cases = {case_of(row["layer"]).name for row in rows}
-    figure = Figure(figsize=(13.0, 2.1 + 0.31 * (len(cases) + 1)), layout="constrained")
+    figure = Figure(figsize=(13.0, 1.7 + 0.4 * (len(cases) + 1)), layout="constrained")
     FigureCanvasAgg(figure)
     caption = (
         f"{machine['processor']}, {speed['threads']} threads, float32, {speed['date']}. Left of 1x is faster than deformconv. "
         "Medians of alternating blocks of calls, a process for each library; bars: quartiles."
     )
     draw(figure, rows, caption)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)
 
 
 def draw(figure: Figure, rows: Sequence[Row], caption: str) -> None:
@@ -57,15 +59,20 @@ def draw(figure: Figure, rows: Sequence[Row], caption: str) -> None:
         chosen = {case_of(row["layer"]): row for row in rows if row["direction"] == direction}
         _panel(panel, [chosen.get(case) for case in cases], direction, handles)
     height = len(cases)
-    axes[0].set_yticks(range(height + 1), [*(f"{case.name}   {layer(case)}" for case in cases), "geometric mean"])
-    axes[0].get_yticklabels()[-1].set_fontweight("bold")
-    axes[0].set_ylim(height + 0.6, -0.6)
+    labels = [*(f"{case.name}\n" for case in cases), "geometric mean"]
+    axes[0].set_yticks([*range(height), height + MEANS], labels, fontweight="bold")
+    for y, case in enumerate(cases):
+        axes[0].annotate(
+            layer(case), (0, y), (-3.5, -7.5), xycoords=axes[0].get_yaxis_transform(), textcoords="offset points", ha="right",
+            va="center", fontsize=8, color=GREY, annotation_clip=False,
+        )  # fmt: skip
+    axes[0].set_ylim(height + 1.0, -0.7)
     names = [name for name in ("deformconv", *LOOKS) if name in handles]
     figure.legend(
         [handles[name] for name in names], [PEERS[name].title for name in names],
         loc="outside upper center", ncols=len(names), frameon=False, fontsize=11, handletextpad=0.4, columnspacing=1.8,
     )  # fmt: skip
-    figure.supxlabel(caption, fontsize=8.5, color="#555555")
+    figure.supxlabel(caption, fontsize=8.5, color=GREY)
 
 
 def relative(rows: Sequence[Row]) -> list[tuple[str, float]]:
@@ -85,6 +92,10 @@ def _panel(axes: Axes, rows: Sequence[Row | None], direction: str, handles: dict
     axes.set_xscale("log")
     axes.set_xlim(left, right)
     axes.axvspan(left, 1, color=OURS, alpha=0.07, linewidth=0)
+    axes.annotate(
+        "deformconv", (1.01, 1), (0, 2), xycoords="axes fraction", textcoords="offset points", fontsize=8.5, color=OURS,
+        fontweight="bold", annotation_clip=False,
+    )  # fmt: skip
     handles["deformconv"] = axes.axvline(1, color=OURS, linewidth=2.6, zorder=2)
     for y, row in enumerate(rows):
         axes.axhline(y, color=PALE, linewidth=0.7, zorder=0)
@@ -103,16 +114,9 @@ def _panel(axes: Axes, rows: Sequence[Row | None], direction: str, handles: dict
             fontsize=8.5, color=INK, annotation_clip=False,
         )  # fmt: skip
     y = len(rows)
-    axes.axhline(y - 0.5, color=INK, linewidth=0.8)
-    for name, (colour, marker) in LOOKS.items():
-        ratios = [value for label, value in relative([row for row in rows if row is not None]) if label == name]
-        if ratios:
-            mean = geometric_mean(ratios)
-            _point(axes, mean, y, colour, marker)
-            axes.annotate(
-                digits(mean), (mean, y), (0, -6), textcoords="offset points", ha="center", va="top", fontsize=8.5, color=colour
-            )
-    axes.set_title(f"{direction}: time relative to deformconv's", fontsize=11.5, fontweight="bold", color=INK, loc="left")
+    axes.axhline(y - 0.4, color=INK, linewidth=0.8)
+    _means(axes, y + MEANS, [row for row in rows if row is not None], log(right / left))
+    axes.set_title(f"{direction}, time relative to ours", fontsize=11.5, fontweight="bold", color=INK, loc="left")
     ticks = [tick for tick in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if left <= tick <= right]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
@@ -120,6 +124,25 @@ def _panel(axes: Axes, rows: Sequence[Row | None], direction: str, handles: dict
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
     axes.spines[:].set_visible(False)
+
+
+def _means(axes: Axes, y: float, rows: Sequence[Row], width: float) -> None:
+    """Geometric means with their numbers, below the points and above them by turns where they are close."""
+    ratios: dict[str, list[float]] = {}
+    for name, value in relative(rows):
+        ratios.setdefault(name, []).append(value)
+    means = sorted((geometric_mean(values), name) for name, values in ratios.items())
+    below, before = True, 0.0
+    for mean, name in means:
+        below = not below or not before or log(mean / before) > 0.07 * width
+        before = mean
+        colour, marker = LOOKS[name]
+        _point(axes, mean, y, colour, marker)
+        axes.annotate(
+            digits(mean), (mean, y), (0, -8 if below else 8), textcoords="offset points", ha="center",
+            va="top" if below else "bottom", fontsize=8.5, color=colour, fontweight="bold",
+            bbox={"color": "white", "pad": 0.6, "alpha": 0.8},
+        )  # fmt: skip
 
 
 def _point(axes: Axes, x: float, y: float, colour: str, marker: str) -> Any:

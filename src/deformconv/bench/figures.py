@@ -11,7 +11,7 @@ from deformconv.bench.peers import PEERS
 
 __all__ = [
     "GOALS", "INFERENCE", "OURS", "Goal", "Mean", "digits", "goals", "layer", "markdown", "milliseconds", "notes", "ratio",
-    "speed_table", "summary",
+    "speed_table", "summary", "time",
 ]  # fmt: skip
 
 Row = Mapping[str, Any]
@@ -102,12 +102,14 @@ def layer(case: Case) -> str:
     return f"{case.shape}, {case.details}" if case.details else case.shape
 
 
-def _time(row: Row, name: str) -> str:
-    result = row["results"].get(name, {})
-    if "milliseconds" in result:
-        return digits(result["milliseconds"]) + ("*" if result.get("as 2-D") else "")
-    reason = result.get("reason", "")
-    return next((word for word in ("differs", "failed") if reason.startswith(word)), "-")
+def time(row: Row, *libraries: str) -> str:
+    """The time of the fastest of some libraries, or in a word why there is none; a star stands for a footnote."""
+    found = milliseconds(row, *libraries)
+    results = [row["results"][name] for name in libraries if name in row["results"]]
+    if found is not None:
+        return digits(found) + "*" * any(result.get("as 2-D", False) for result in results)
+    reasons = [result.get("reason", "") for result in results]
+    return next((word for word in ("differs", "failed") for reason in reasons if reason.startswith(word)), "-")
 
 
 def speed_table(rows: Sequence[Row], direction: str) -> str:
@@ -128,7 +130,7 @@ def speed_table(rows: Sequence[Row], direction: str) -> str:
     for row in chosen:
         case = case_of(row["layer"])
         values = [digits(ratio(row, over, under)) for _, over, under in ratios]
-        lines.append([case.name, layer(case), *(_time(row, name) for name in names), *values])
+        lines.append([case.name, layer(case), *(time(row, name) for name in names), *values])
     return markdown(["case", "layer", *(PEERS[name].title for name in names), *(title for title, _, _ in ratios)], lines, 2)
 
 

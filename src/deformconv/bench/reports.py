@@ -253,7 +253,7 @@ def write_memory(rows: Sequence[Row]) -> str:
 
 def start(plan: Plan, progress: Progress) -> Rows:
     """What the first forward and backward of a process costs, with and without machine code on disk."""
-    progress.begin(2 if plan.quick else 4)
+    progress.begin(1 if plan.quick else 3)
     return startup.measure(progress.step, warm=3 if plan.quick else 7, cold=not plan.quick)
 
 

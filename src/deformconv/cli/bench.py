@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -54,25 +55,21 @@ class Bar(Progress):
         self.end()
         # What is being done is measured in steps of very different length: a time that remains would be a guess.
         self.bar = click.progressbar(
-            [""] * steps, label="Measuring", file=click.get_text_stream("stderr"), show_eta=False, show_pos=True,
-            show_percent=False, width=24, item_show_func=_itself,
+            length=steps, file=sys.stderr, show_eta=False, show_pos=True, show_percent=False, width=20,
+            bar_template="[%(bar)s]  %(info)s  %(label)s",
         )  # fmt: skip
-        self.bar.__enter__()
-        self.taken = 0
+        self.begun = False
 
     def step(self, what: str) -> None:
-        self.bar.update(min(1, self.taken), what)  # the step before this one is done
-        self.taken += 1
+        self.bar.label = what
+        self.bar.make_step(int(self.begun))  # the step before this one is done
+        self.bar.render_progress()
+        self.begun = True
 
     def end(self) -> None:
         if self.bar is not None:
-            self.bar.update(1, "")
-            self.bar.__exit__(None, None, None)
+            self.bar.render_finish()
             self.bar = None
-
-
-def _itself(what: str | None) -> str | None:
-    return what
 
 
 def run(options: Options) -> int:
@@ -91,7 +88,7 @@ def run(options: Options) -> int:
         return 0
     plan, absent = _plan(options)
     found = document.machine()
-    earlier = _earlier(options.json, found)
+    earlier = _earlier(options.json, found, reports)
     wrong = False
     for name in reports:
         bar = Bar()
@@ -208,11 +205,13 @@ def _read(path: Path) -> Document:
         raise click.ClickException(f"{path} is not a benchmark's file: {error}") from None
 
 
-def _earlier(path: Path | None, found: Document) -> Document | None:
-    """What the file has already, if it is of this machine."""
+def _earlier(path: Path | None, found: Document, reports: Sequence[str]) -> Document | None:
+    """What the file has already, and will keep; it must be of this machine."""
     if path is None or not path.exists():
         return None
     earlier = _read(path)
+    if set(earlier) <= {"machine", *reports}:
+        return None  # all of it is measured anew
     try:
         document.join(earlier, found, "", {})
     except ValueError as error:
