@@ -153,7 +153,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, fl
             errors[name] = float("inf")
         else:
             error = abs(actual - right).max() / (abs(right).max() or 1.0)
-            errors[name] = float(np.nan_to_num(error, nan=np.inf))
+            errors[name] = float("inf") if np.isnan(error) else float(error)
     return errors
 
 
