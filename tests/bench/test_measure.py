@@ -11,6 +11,7 @@ from deformconv.bench.cases import named
 from deformconv.bench.measure import TOLERANCE, Entry, Failure, Pace, compare, differences, tolerance
 
 CASE = named("primes")
+PACE = Pace(blocks=3, seconds=1e-2)
 RIGHT = {"output": np.ones(3), "weight": np.array([1.0, 2.0, 4.0])}
 
 
@@ -33,7 +34,7 @@ class Fake:
         return None
 
 
-def compared(*fakes: Fake, direction: str = "forward+backward", pace: Pace = Pace(3, 1e-2)) -> dict[str, dict[str, Any]]:
+def compared(*fakes: Fake, direction: str = "forward+backward", pace: Pace = PACE) -> dict[str, dict[str, Any]]:
     return compare({fake.library: Entry(fake, CASE) for fake in fakes}, direction, Fake("truth", RIGHT), pace)
 
 

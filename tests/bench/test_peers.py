@@ -32,12 +32,9 @@ def random_cases() -> list[Case]:
         )
         groups, offset_groups = random.choice([1, 2, 3], 2).tolist()
         size = tuple(d * (k - 1) + 1 + int(random.integers(3, 12)) for k, d in zip(kernel, dilation, strict=True))
-        found.append(
-            Case(
-                f"random {number}", int(random.integers(1, 4)), 6 * int(random.integers(1, 4)), 6 * int(random.integers(1, 4)),
-                size, kernel, stride, padding, dilation, groups, offset_groups, masked=number % 3 != 0,
-            )  # fmt: skip
-        )
+        batch, inputs, outputs = random.integers(1, 4, 3).tolist()
+        layer = Case(f"random {number}", batch, 6 * inputs, 6 * outputs, size, kernel, stride, padding, dilation)
+        found.append(layer._replace(groups=groups, offset_groups=offset_groups, masked=number % 3 != 0))
     return found
 
 
