@@ -2,8 +2,8 @@
 #   make demo    build .venv with what the demo needs, run the demo     (DEMO="--fast" hands it options)
 #   make test    build .venv for development, check style and types, run every test
 #   make lint    style and types alone
-#   make bench   measure everything (half an hour), and write benchmarks/ and README's comparison from it
-#                (BENCH="--quick" measures and prints only what it says; BENCH="--help" says what can be chosen)
+#   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
+#                (with options only measure and print: BENCH="--quick", BENCH="--help" for the others)
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python

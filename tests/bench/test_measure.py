@@ -73,6 +73,14 @@ def test_a_failing_library_has_no_time_and_the_others_have(when: str):
     assert found["deformconv"]["blocks"] == 3
 
 
+def test_without_the_truth_nothing_is_timed():
+    ours, truth = Fake("deformconv", RIGHT), Fake("truth", RIGHT)
+    truth.fails = "results"
+    with pytest.raises(Failure, match="what primes should be could not be computed: SomeError: it cannot"):
+        compare({"deformconv": Entry(ours, CASE)}, "forward", truth, PACE)
+    assert ours.log == []
+
+
 def test_what_a_library_cannot_run_it_is_not_asked():
     runtime = Fake("openvino", RIGHT)
     assert compared(runtime) == {"openvino": {"reason": "has no gradients"}}

@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
         "cores": threads.available_processors(),
         "cores present": os.cpu_count(),
         "memory": f"{_memory()} GiB",
-        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "system": f"{platform.system()}, {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
     }

@@ -26,8 +26,8 @@ TOLERANCE = 1e-4  # of float32 against float64
 MOST_CALLS = 1000  # in a block
 
 
-class Failure(Exception):
-    """What a library said when it could not do what was asked."""
+class Failure(RuntimeError):
+    """What a process said when it could not do what was asked."""
 
 
 class Pace(NamedTuple):
@@ -119,7 +119,10 @@ def compare(entries: Mapping[str, Entry], direction: str, truth: Any, pace: Pace
             results[label] = {"reason": reason}
             continue
         if peer.deforms and case not in expected:
-            expected = {case: _results(truth, case, direction)}  # of one case at a time, since they may be large
+            try:
+                expected = {case: _results(truth, case, direction)}  # of one case at a time, since they may be large
+            except Failure as failure:
+                raise Failure(f"what {case.name} should be could not be computed: {failure}") from None
         results[label] = _checked(process, case, direction, expected[case] if peer.deforms else None)
     right = {label: entries[label].process for label, result in results.items() if "reason" not in result}
     for label, times in _alternate(right, direction, pace).items():
