@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -45,17 +44,15 @@ class Arena:
     def __init__(self, memory: np.ndarray) -> None:
         self._memory, self._used = memory, 0
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """An aligned array."""
-        size = room(shape, dtype)
-        piece = self._memory[self._used : self._used + size]
-        self._used += size
-        return np.ndarray(shape, dtype, piece)
+    def empty(self, size: int, dtype: Any) -> np.ndarray:
+        """An aligned array of `size` numbers."""
+        first, self._used = self._used, self._used + room(size, dtype)
+        return np.ndarray(size, dtype, self._memory, first)
 
 
-def room(shape: tuple[int, ...], dtype: Any) -> int:
-    """The bytes that an array takes in an arena."""
-    return -(-prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+def room(size: int, dtype: Any) -> int:
+    """The bytes that an array of `size` numbers takes in an arena."""
+    return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def lanes_of(scalar: Any) -> int:
 
 
 def for_channels(builder: Any, scalar: Any, width: Any, sums: list[Any], body: Any) -> list[Any]:
-    """Emit `body(lanes, channel, sums) -> sums` over `width` channels: whole vectors, then what is left in ever shorter ones."""
+    """Emit `body(lanes, channel, sums) -> sums` over `width` channels: whole vectors, then ever shorter ones."""
     whole = lanes_of(scalar)
     loop = functools.partial(_channel_loop, builder, scalar, whole, body)
     channel, *sums = loop(whole, INT(0), width, sums)
@@ -224,7 +224,7 @@ def _fold(builder: Any, a: Any, b: Any, width: int, stay: int) -> Any:
 
 @intrinsic
 def transpose_block(typing, source, start, row, into, into_start, into_row, bias, bias_start):
-    """into[c, r] = source[r, c] + bias[c] for a square of as many rows and columns as a vector has lanes; no bias if it is empty.
+    """into[c, r] = source[r, c] + bias[c] for a square of a vector's lanes; an empty bias adds nothing.
 
     Row r of the source begins at `start + r * row`, row c of the result at `into_start + c * into_row`.
     """
@@ -263,14 +263,32 @@ def transpose_block(typing, source, start, row, into, into_start, into_row, bias
 
 
 @intrinsic
-def fetch_add(typing, counter):
-    """The next number of a shared counter (an int64 array of length 1), each given out once."""
+def fetch_add(typing, counters, which):
+    """The next number of a shared counter, `counters[which]` of an int64 array, each given out once."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data, _ = data_and_type(context, builder, signature.args[0], arguments[0])
-        return builder.atomic_rmw("add", data, INT(1), "monotonic")
+        return builder.atomic_rmw("add", element(builder, data, arguments[1]), INT(1), "acq_rel")
 
-    return types.int64(counter), emit
+    return types.int64(counters, types.int64), emit
+
+
+@intrinsic
+def wait_for(typing, counters, which, number):
+    """Wait, without sleeping, until other threads have brought a counter to `number`."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        counters, which, number = arguments
+        data, _ = data_and_type(context, builder, signature.args[0], counters)
+        place = element(builder, data, which)
+        again, done = builder.append_basic_block("wait"), builder.append_basic_block("done")
+        builder.branch(again)
+        builder.position_at_end(again)
+        builder.cbranch(builder.icmp_signed("<", builder.load_atomic(place, "acquire", 8), number), again, done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64, types.int64), emit
 
 
 @device

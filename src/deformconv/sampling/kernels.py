@@ -282,7 +282,9 @@ def pull_back(
 
 
 @intrinsic
-def differentiate(typing, size, weights, tile, count, mask, mask_start, d_offset, d_offset_start, positions, d_mask, d_mask_start):
+def differentiate(
+    typing, size, weights, tile, count, mask, mask_start, d_offset, d_offset_start, positions, d_mask, d_mask_start
+):  # fmt: skip
     """d_offset[axis, t] and d_mask[t] of one tap from its dot products; a result of size 0 is not wanted.
 
     The interpolation is linear in each axis' fraction f: along the axis that is differentiated a pair of corners contributes

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
+from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
 from deformconv.runtime import threads
-from deformconv.runtime.memory import Arena, arena, room
+from deformconv.runtime.memory import arena, room
 
 __all__ = ["deform_conv", "deform_conv_backward", "reasons_against", "warmup"]
 
@@ -88,15 +88,23 @@ class _Plan(NamedTuple):
     """How a call is cut, in both directions."""
 
     geometry: np.ndarray
+    multiplications: int
     x: Layout
-    d_output: Layout
+    x_size: int
+    forward_weight_size: int
+    forward_bytes: int
+    forward_items: int
     chunk: int
     tile: int
     taps_at_once: int
     scratch: tuple[int, int]
+    backward_weight_size: int
     slots: int
     parts: int
     lanes: int
+    sums_size: int
+    sums_rows: int
+    sums_row: int
     backward_tile: int
     backward_taps: int
     backward_scratch: tuple[int, int]
@@ -104,12 +112,9 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _plan(spec: ConvSpec) -> _Plan:
-    from deformconv.runtime.product import FEW_ROWS
-    from deformconv.runtime.vectors import VECTOR_BYTES
-    from deformconv.sampling.kernels import table_sizes
-
+    kernels = _kernels()
     item = np.dtype(spec.dtype).itemsize
-    vector, full = VECTOR_BYTES // item, _BLOCK_BYTES // item
+    vector, full = kernels.VECTOR_BYTES // item, _BLOCK_BYTES // item
     channels, outputs, taps = spec.in_channels, spec.out_channels, spec.taps
     group_channels, group_outputs = channels // spec.groups, outputs // spec.groups
     depthwise = group_channels == 1 and group_outputs == 1
@@ -126,34 +131,55 @@ def _plan(spec: ConvSpec) -> _Plan:
     sum_row = outputs if depthwise else spec.groups * _up(group_outputs, vector)
 
     def forward_scratch(tile: int) -> tuple[int, int]:
-        integers, reals = table_sizes(spec.rank, tile)
+        integers, reals = kernels.table_sizes(spec.rank, tile)
         column = tile * chunk * taps_at_once
-        return integers, _up(reals, vector) + _up(tile * sum_row, vector) + _up(column, vector)
+        return integers, _up(reals, vector) + max(_up(tile * sum_row, vector) + column, vector * vector)
 
-    tile = _even(spec.positions, _TILE, FEW_ROWS)
-    while tile > FEW_ROWS and forward_scratch(tile)[1] * item > _TILE_BYTES:
-        tile = _up(tile // 2, FEW_ROWS)
+    tile = _even(spec.positions, _TILE, kernels.FEW_ROWS)
+    while tile > kernels.FEW_ROWS and forward_scratch(tile)[1] * item > _TILE_BYTES:
+        tile = _up(tile // 2, kernels.FEW_ROWS)
 
     blocks, share = x.blocks, channels // spec.offset_groups
     slots = max(_block(x, (g + 1) * share - 1) - _block(x, g * share) + 1 for g in range(spec.offset_groups))
-    backward_tile = _even(spec.positions, _TILE, FEW_ROWS)
-    parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * blocks)), spec.positions // (4 * FEW_ROWS)))
-    backward_tile = min(backward_tile, _up(ceil(spec.positions / parts), FEW_ROWS))
+    backward_tile = _even(spec.positions, _TILE, kernels.FEW_ROWS)
+    parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * blocks)), spec.positions // (4 * kernels.FEW_ROWS)))
+    backward_tile = min(backward_tile, _up(ceil(spec.positions / parts), kernels.FEW_ROWS))
     part = max(backward_tile, _up(ceil(spec.positions / parts), backward_tile))
     parts = max(1, ceil(spec.positions / part))
     # A lane has sums of the size of the weight: many lanes where that is little, few where it is much.
     affordable = _SUM_BYTES // max(1, taps * group_channels * outputs * item)
     lanes = max(1, min(spec.batch * parts, max(ceil(_ITEMS / blocks), min(ceil(_MOST_ITEMS / blocks), affordable))))
-    integers, reals = table_sizes(spec.rank, backward_tile)
+    integers, reals = kernels.table_sizes(spec.rank, backward_tile)
     column = backward_tile * (_up(width, vector) + vector)
     backward_taps = max(1, _TAPS_BYTES // max(1, 2 * width * group_outputs * item))
     before = [before for before, _ in spec.padding]
     geometry = [spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size]
+    x_size = x.blocks * spec.batch * x.pitch * x.width
+    packed = taps * channels * (1 if depthwise else _up(group_outputs, vector))
+    sums_rows, sums_row = (1, 1) if depthwise else (_up(group_outputs, kernels.FEW_ROWS), _up(group_channels, vector))
     return _Plan(
-        np.array(geometry, np.int64), x, Layout(outputs, outputs, 1, spec.positions),
-        chunk, tile, taps_at_once, forward_scratch(tile),
-        slots, parts, lanes, backward_tile, min(taps, backward_taps), (integers, _up(reals, vector) + 2 * column),
-    )  # fmt: skip
+        geometry=np.array(geometry, np.int64),
+        multiplications=_multiplications(spec),
+        x=x,
+        x_size=x_size,
+        forward_weight_size=packed,
+        forward_bytes=room(x_size, spec.dtype) + room(packed, spec.dtype),
+        forward_items=spec.batch * ceil(spec.positions / tile),
+        chunk=chunk,
+        tile=tile,
+        taps_at_once=taps_at_once,
+        scratch=forward_scratch(tile),
+        backward_weight_size=taps * (channels if depthwise else outputs * _up(group_channels, vector)),
+        slots=slots,
+        parts=parts,
+        lanes=lanes,
+        sums_size=taps * spec.groups * sums_rows * sums_row,
+        sums_rows=sums_rows,
+        sums_row=sums_row,
+        backward_tile=backward_tile,
+        backward_taps=min(taps, backward_taps),
+        backward_scratch=(integers, _up(reals, vector) + 2 * column),
+    )
 
 
 def _block(layout: Layout, channel: int) -> int:
@@ -171,37 +197,42 @@ def _even(positions: int, tile: int, rows: int) -> int:
 
 
 def deform_conv(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> np.ndarray:
-    """The output (N, C_out, *O) for arrays that `spec` describes."""
-    output = np.empty(spec.output_shape, spec.dtype)
+    """The output (N, C_out, *O) for arrays that `spec` describes; in memory its channels come last if the input's do."""
+    input, input_last = _flat_channels(input)
+    output, flat_output = _empty_channels(spec.output_shape, spec.dtype, input_last)
     if output.size == 0:
         return output
-    kernels, plan = _kernels(), _plan(spec)
-    x_shape, weight_shape = _x_shape(spec, plan), _packed_shape(spec, forward=True)
-    with arena(room(x_shape, spec.dtype) + room(weight_shape, spec.dtype)) as memory:
-        x = memory.empty(x_shape, spec.dtype)
-        packed = memory.empty(weight_shape, spec.dtype)
-        _fill_rows(spec, input, x, plan.x)
-        _pack(spec, weight, packed, forward=True)
-        offset, mask, image_offset, image_mask = _places(spec, offset, mask)
+    plan = _plan(spec)
+    weight, weight_last = _flat_channels(weight)
+    offset, mask, image_offset, image_mask = _places(spec, offset, mask)
+    bias = _empty(spec) if bias is None else _flat(bias)
+    with arena(plan.forward_bytes) as memory:
         arguments = (
-            spec.input_size, plan.geometry, spec.boundary == "inside", spec.batch, x, plan.x.span, plan.x.width,
-            offset, mask, image_offset, image_mask, packed, _empty(spec) if bias is None else _flat(bias, (spec.out_channels,)),
-            output.reshape(-1), spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
-            plan.chunk, plan.tile, plan.taps_at_once,
+            spec.input_size, plan.geometry, spec.boundary == "inside", spec.batch,
+            input, input_last, memory.empty(plan.x_size, spec.dtype), plan.x.span, plan.x.width,
+            offset, mask, image_offset, image_mask,
+            weight, weight_last, memory.empty(plan.forward_weight_size, spec.dtype), bias, flat_output, input_last,
+            spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
+            plan.chunk, plan.tile, plan.taps_at_once, _empty(spec),
         )  # fmt: skip
-        items = spec.batch * ceil(spec.positions / plan.tile)
-        _run(kernels.forward, arguments, items, _multiplications(spec), plan.scratch, spec.dtype)
+        _run(_kernels().forward, arguments, plan.forward_items, plan.multiplications, plan.scratch, spec.dtype)
     return output
 
 
 def deform_conv_backward(
     spec: ConvSpec, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any, wanted: Collection[str]
 ) -> Gradients:
-    """The wanted gradients; None for the others."""
-    shapes = {"input": spec.input_shape, "offset": spec.offset_shape, "weight": spec.weight_shape}
+    """The wanted gradients; None for the others. That of the input has its channels last in memory if the input does."""
+    input, input_last = _flat_channels(input)
+    results = {}
+    if "input" in wanted:
+        results["input"], d_input = _empty_channels(spec.input_shape, spec.dtype, input_last)
+    else:
+        d_input = _empty(spec)
+    shapes = {"offset": spec.offset_shape, "weight": spec.weight_shape}
     shapes |= {"bias": (spec.out_channels,)} if spec.biased else {}
     shapes |= {"mask": spec.mask_shape} if spec.masked else {}
-    results = {name: np.empty(shape, spec.dtype) for name, shape in shapes.items() if name in wanted}
+    results |= {name: np.empty(shape, spec.dtype) for name, shape in shapes.items() if name in wanted}
     if not results:
         return Gradients()
     if spec.batch * spec.positions * spec.in_channels * spec.out_channels * spec.pixels == 0:
@@ -210,72 +241,51 @@ def deform_conv_backward(
         if "bias" in results and grad_output.size:
             results["bias"][...] = grad_output.reshape(spec.batch, spec.out_channels, -1).sum(axis=(0, 2))
         return Gradients(**results)
-    grad_output = _flat(grad_output, (spec.batch, spec.out_channels, spec.positions))
-    if "bias" in results:
-        _run(_kernels().sum_positions, (grad_output, results["bias"]), spec.out_channels, grad_output.size)
-    if results.keys() - {"bias"}:
-        _sampled_gradients(spec, grad_output, input, offset, weight, mask, results)
-    return Gradients(**results)
 
-
-def _sampled_gradients(
-    spec: ConvSpec, grad_output: np.ndarray, input: Any, offset: Any, weight: Any, mask: Any, results: dict[str, np.ndarray]
-) -> None:
-    kernels, plan = _kernels(), _plan(spec)
-    N, K, P, C, D = spec.batch, spec.taps, spec.positions, spec.in_channels, spec.rank
-    group_channels, group_outputs = C // spec.groups, spec.out_channels // spec.groups
-    depthwise = group_channels == 1 and group_outputs == 1
-    vector = kernels.VECTOR_BYTES // np.dtype(spec.dtype).itemsize
-
-    x_shape = _x_shape(spec, plan)
-    sums = (1, 1) if depthwise else (_up(group_outputs, kernels.FEW_ROWS), _up(group_channels, vector))
-    shapes: dict[str, tuple[int, ...]] = {
-        "x": x_shape,
-        "weight": _packed_shape(spec, forward=False),
-        "d_output": ((N * P + kernels.FEW_ROWS) * spec.out_channels,),
-        "d_x": (plan.parts * x_shape[0],) if "input" in results else (0,),
-        "d_weight": (plan.lanes, K, spec.groups, *sums) if "weight" in results else (0,),
-        "d_offset": (plan.slots, N * spec.offset_groups * K * D * P) if "offset" in results and plan.slots > 1 else (0,),
-        "d_mask": (plan.slots, N * spec.offset_groups * K * P) if "mask" in results and plan.slots > 1 else (0,),
+    plan, kernels = _plan(spec), _kernels()
+    flat = {name: results[name].reshape(-1) if name in results else _empty(spec) for name in GRADIENTS[1:]}
+    grad_output, output_last = _flat_channels(grad_output)
+    weight, weight_last = _flat_channels(weight)
+    flat_offset, flat_mask, image_offset, image_mask = _places(spec, offset, mask)
+    sizes = {
+        "x": plan.x_size,
+        "packed": plan.backward_weight_size,
+        "d_output": (spec.batch * spec.positions + kernels.FEW_ROWS) * spec.out_channels,
+        "d_x": plan.parts * plan.x_size if "input" in results else 0,
+        "sums": plan.lanes * plan.sums_size if "weight" in results else 0,
+        # Where a gradient that blocks of channels share is summed, if there are several.
+        "offset": plan.slots * flat["offset"].size if plan.slots > 1 else 0,
+        "mask": plan.slots * flat["mask"].size if plan.slots > 1 else 0,
     }
-    with arena(sum(room(shape, spec.dtype) for shape in shapes.values())) as memory:
-        arrays = {name: memory.empty(shape, spec.dtype) for name, shape in shapes.items()}
-        x, packed, d_output, d_x, d_weight = (arrays[name] for name in ("x", "weight", "d_output", "d_x", "d_weight"))
-        _fill_rows(spec, input, x, plan.x)
-        _fill_rows(spec, grad_output, d_output, plan.d_output)
-        d_output[N * P * spec.out_channels :] = 0
-        _pack(spec, weight, packed, forward=False)
-        places = {name: _slots(plan, results.get(name), arrays[f"d_{name}"]) for name in ("offset", "mask")}
-        flat_offset, flat_mask, image_offset, image_mask = _places(spec, offset, mask)
+    with arena(sum(room(size, spec.dtype) for size in sizes.values())) as memory:
+        own = {name: memory.empty(size, spec.dtype) for name, size in sizes.items()}
+        own["d_output"][-kernels.FEW_ROWS * spec.out_channels :] = 0
+        places = {name: own[name] if plan.slots > 1 else flat[name] for name in ("offset", "mask")}
+        if plan.slots > 1:  # an offset group may have fewer blocks than another
+            own["offset"][...] = own["mask"][...] = 0
         arguments = (
-            spec.input_size, plan.geometry, spec.boundary == "inside", N, x, plan.x.span, plan.x.width,
-            flat_offset, flat_mask, image_offset, image_mask, packed, d_output,
-            d_x, places["offset"].reshape(-1), places["mask"].reshape(-1), d_weight.reshape(-1),
-            spec.out_channels, spec.groups, spec.offset_groups, C,
-            plan.parts, plan.lanes, sums[1], plan.backward_tile, plan.backward_taps,
+            spec.input_size, plan.geometry, spec.boundary == "inside", spec.batch,
+            grad_output, output_last, own["d_output"], input, input_last, own["x"], plan.x.span, plan.x.width,
+            flat_offset, flat_mask, image_offset, image_mask, weight, weight_last, own["packed"],
+            own["d_x"], places["offset"], places["mask"], own["sums"], flat["bias"],
+            spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
+            plan.parts, plan.lanes, plan.sums_row, plan.backward_tile, plan.backward_taps, _empty(spec),
         )  # fmt: skip
-        items = plan.x.blocks * plan.lanes
-        _run(kernels.backward, arguments, items, 2 * _multiplications(spec), plan.backward_scratch, spec.dtype)
-
-        if "input" in results:
-            by_pixel = results["input"].reshape(N, C, spec.pixels)
-            layout = (plan.x.span, plan.x.width, plan.x.pitch, plan.parts)
-            runs = N * ceil(spec.pixels / kernels.RUN)
-            _run(kernels.channels_first, (d_x, by_pixel, *layout, _empty(spec)), runs, d_x.size * _COPY)
-        for name, slots in places.items():
-            if slots.ndim == 2:
-                slots.sum(axis=0, out=results[name].reshape(-1))
-        if "weight" in results:
-            by_group = results["weight"].reshape(spec.groups, group_outputs, group_channels, K)
-            _run(kernels.unpack_weight, (d_weight, by_group), spec.out_channels, d_weight.size * _COPY)
-
-
-def _slots(plan: _Plan, result: np.ndarray | None, slots: np.ndarray) -> np.ndarray:
-    """Where a gradient that blocks of channels share is summed: in the result, or in a slot for each block."""
-    if result is None or plan.slots == 1:
-        return slots if result is None else result.reshape(-1)
-    slots[...] = 0  # an offset group may have fewer blocks than another
-    return slots
+        items = plan.x.blocks * plan.lanes if results.keys() != {"bias"} else 1
+        _run(kernels.backward, arguments, items, 2 * plan.multiplications, plan.backward_scratch, spec.dtype)
+        sums = [_empty(spec)] * 4 if plan.slots == 1 else [own["offset"], flat["offset"], own["mask"], flat["mask"]]
+        moves = (
+            own["d_x"], plan.x.span, plan.x.width, plan.x.pitch, plan.parts, d_input, input_last, spec.in_channels, spec.batch,
+            own["sums"], plan.lanes, plan.sums_rows, plan.sums_row,
+            spec.groups, spec.out_channels // spec.groups, spec.in_channels // spec.groups, spec.taps, flat["weight"],
+            *sums, _empty(spec),
+        )  # fmt: skip
+        items = spec.out_channels if "weight" in results else 0
+        items += spec.batch * ceil(spec.pixels / kernels.RUN) if "input" in results else 0
+        items += ceil(sums[1].size / kernels.SUMS) + ceil(sums[3].size / kernels.SUMS)
+        moved = own["d_x"].size + own["sums"].size + sums[0].size + sums[2].size
+        _run(kernels.collect, moves, items, moved * _COPY)
+    return Gradients(**results)
 
 
 def _multiplications(spec: ConvSpec) -> int:
@@ -334,13 +344,13 @@ class _Memory:
         self.__array_interface__ = {"shape": shape, "typestr": array.dtype.str, "data": place, "version": 3}
 
 
-def _flat(array: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in C order, aligned, in the machine's byte order, as kernels are compiled for."""
+def _flat(array: Any) -> np.ndarray:
+    """The array's numbers in C order, aligned, in the machine's byte order, as kernels are compiled for."""
     if array.flags.carray and array.dtype.isnative:
-        result: np.ndarray = array.reshape(shape)
+        result: np.ndarray = array.reshape(-1)
         return result
-    array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(shape)
-    return array if array.flags.writeable else np.asarray(_Memory(array, shape))
+    array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(-1)
+    return array if array.flags.writeable else np.asarray(_Memory(array, array.shape))
 
 
 def _places(spec: ConvSpec, offset: Any, mask: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
@@ -358,75 +368,24 @@ def _images(array: Any) -> tuple[np.ndarray, int]:
     step, rest = divmod(array.strides[0], array.itemsize)
     flags = array[0].flags
     if not (flags.c_contiguous and flags.aligned and array.dtype.isnative) or rest or step < 0:
-        return _flat(array, (array.size,)), image
+        return _flat(array), image
     step = step if len(array) > 1 else image
     return np.asarray(_Memory(array, (step * (len(array) - 1) + image,))), step
 
 
-def _x_shape(spec: ConvSpec, plan: _Plan) -> tuple[int]:
-    return (plan.x.blocks * spec.batch * plan.x.pitch * plan.x.width,)
-
-
-def _fill_rows(spec: ConvSpec, array: Any, rows: np.ndarray, layout: Layout) -> None:
-    """Copy an array (N, channels, ...) in the layout of blocks, with zeros between the images."""
-    images, channels = array.shape[:2]
-    positions = array.size // (images * channels)
-    if not array.flags.c_contiguous:  # with its channels last, say
+def _flat_channels(array: Any) -> tuple[np.ndarray, bool]:
+    """An array (N, C, ...) flat, and whether its channels come last in memory; no copy if they do, or come second."""
+    if not array.flags.c_contiguous and array.ndim > 2:
         moved = np.moveaxis(array, 1, -1)
-        by_pixel = rows.reshape(layout.blocks, images, layout.pitch, layout.width)
-        for block, first in enumerate(_block_starts(layout, channels)):
-            last = min(first + layout.width, first // layout.span * layout.span + layout.span)
-            into = by_pixel[block, :, :positions, : last - first]
-            into.reshape(images, *array.shape[2:], last - first)[...] = moved[..., first:last]
-            by_pixel[block, :, positions:] = 0
-        return
-    runs = images * ceil(positions / _kernels().RUN)
-    arguments = (_flat(array, (images, channels, positions)), rows, layout.span, layout.width, layout.pitch, _empty(spec))
-    _run(_kernels().channels_last, arguments, runs, array.size * _COPY)
+        if moved.flags.c_contiguous:
+            return _flat(moved), True
+    return _flat(array), False
 
 
-def _block_starts(layout: Layout, channels: int) -> list[int]:
-    return [start + first for start in range(0, channels, layout.span) for first in range(0, layout.span, layout.width)]
-
-
-def _packed_shape(spec: ConvSpec, *, forward: bool) -> tuple[int]:
-    vector = _kernels().VECTOR_BYTES // np.dtype(spec.dtype).itemsize
-    group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
-    if group_channels == 1 and group_outputs == 1:
-        return (spec.taps * spec.in_channels,)
-    rows, columns = (spec.in_channels, group_outputs) if forward else (spec.out_channels, group_channels)
-    return (spec.taps * rows * _up(columns, vector),)
-
-
-def _pack(spec: ConvSpec, weight: Any, packed: np.ndarray, *, forward: bool) -> None:
-    """Copy the weight as the kernels read it: (K, C) for a depthwise convolution, else in panels."""
-    kernels = _kernels()
-
-    group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
-    shape = (spec.groups, group_outputs, group_channels, spec.taps)
-    if group_channels == 1 and group_outputs == 1:
-        packed.reshape(spec.taps, spec.groups)[...] = np.reshape(weight, (spec.groups, spec.taps)).T
-        return
-    if not forward:
-        arguments = (_flat(weight, shape), packed, _plan(spec).x.width)
-        _run(kernels.pack_backward, arguments, spec.out_channels, weight.size * _COPY)
-        return
-    vector = kernels.VECTOR_BYTES // packed.itemsize
-    width, depth = kernels.VECTORS * vector, group_channels * spec.taps
-    panels = spec.groups * ceil(group_outputs / width)
-    if weight.flags.c_contiguous:
-        _run(kernels.pack_forward, (_flat(weight, shape), packed, _empty(spec)), panels, weight.size * _COPY, *_square(vector, spec))
-        return
-    # A weight with its channels last, say: a whole copy of it is too much, one of a panel's outputs is not.
-    for group, first in product(range(spec.groups), range(0, group_outputs, width)):
-        outputs = weight[group * group_outputs + first : group * group_outputs + min(first + width, group_outputs)]
-        piece = _flat(outputs, (1, len(outputs), group_channels, spec.taps))
-        start = (group * _up(group_outputs, vector) + first) * depth
-        _run(kernels.pack_forward, (piece, packed[start:], _empty(spec)), 1, piece.size * _COPY, *_square(vector, spec))
-
-
-def _square(vector: int, spec: ConvSpec) -> tuple[tuple[int, int], str]:
-    return (0, vector * vector), spec.dtype
+def _empty_channels(shape: tuple[int, ...], dtype: str, last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """An uninitialised array (N, C, ...), with its channels last in memory if so wished, and the same flat."""
+    array = np.empty((shape[0], *shape[2:], shape[1]) if last else shape, dtype)
+    return np.moveaxis(array, -1, 1) if last else array, array.reshape(-1)
 
 
 def warmup(

@@ -1,16 +1,29 @@
-"""The Numba kernels of deformable convolution: each takes items of work until none is left.
+"""The Numba kernels of deformable convolution: one forward, one backward, one that collects the results of the latter.
 
-Everything is done tile by tile: a tile's samples are written into a buffer of the thread's own as rows of (tap, channel) and
-multiplied at once, so no column buffer of an image ever exists. All large arrays are flat. `cpu` prepares them and says what
-they hold; its `Layout` says how channels lie in blocks.
+A kernel takes items of work until none is left, beside other threads that do the same. Everything is done tile by tile: a
+tile's samples are written into a buffer of the thread's own as rows of (tap, channel) and multiplied at once, so no column
+buffer of an image ever exists. All large arrays are flat; `cpu` prepares them, `cpu_copies` says in which order they are.
 """
 
 from __future__ import annotations
 
+from deformconv.ops.conv.cpu_copies import (
+    RUN,
+    SUMS,
+    copy_in,
+    copy_out,
+    pack_backward,
+    pack_depthwise,
+    pack_forward,
+    sum_positions,
+    sum_slots,
+    unpack_weight,
+    write_output,
+)
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.product import FEW_ROWS, VECTORS, multiply
-from deformconv.runtime.threads import STOP
-from deformconv.runtime.vectors import VECTOR_BYTES, fetch_add, round_up, transpose_block
+from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
+from deformconv.runtime.vectors import VECTOR_BYTES, fetch_add, round_up, wait_for
 from deformconv.sampling.kernels import (
     INPUT,
     KERNEL,
@@ -20,25 +33,10 @@ from deformconv.sampling.kernels import (
     place_tap,
     place_tile,
     pull_back,
+    table_sizes,
 )
 
-__all__ = [
-    "FEW_ROWS",
-    "RUN",
-    "VECTORS",
-    "VECTOR_BYTES",
-    "backward",
-    "channels_first",
-    "channels_last",
-    "forward",
-    "pack_backward",
-    "pack_forward",
-    "sum_positions",
-    "unpack_weight",
-]
-
-# Positions that an item of a copy moves.
-RUN = 64
+__all__ = ["FEW_ROWS", "RUN", "SUMS", "VECTOR_BYTES", "backward", "collect", "forward", "table_sizes"]
 
 
 @device
@@ -51,185 +49,27 @@ def product(geometry, what):
 
 
 @device
-def _transpose(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
-    """into[c, r] = source[r, c] + bias[c], or without a bias if it is empty; element (r, c) at `start + r * row + c`."""
-    lanes = VECTOR_BYTES // source.itemsize
-    for r in range(0, rows - lanes + 1, lanes):
-        for c in range(0, columns - lanes + 1, lanes):
-            transpose_block(
-                source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start + c
-            )  # fmt: skip
-    whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
-    for c in range(columns):
-        added = bias[bias_start + c] if bias.size else source.dtype.type(0)
-        for r in range(whole_rows if c < whole_columns else 0, rows):
-            into[into_start + c * into_row + r] = source[start + r * row + c] + added
-
-
-@kernel
-def channels_last(counter, limit, array, rows, span, width, pitch, empty):
-    """rows[block, n, p, c] = array[n, channel, p], and zeros from p = P to `pitch`; an item is a run of positions of an image.
-
-    A block has `width` channels, the last one of every `span` what is left.
-    """
-    images, channels, positions = array.shape
-    flat = array.reshape(array.size)
-    runs = (positions + RUN - 1) // RUN
-    for _ in range(limit):
-        item = fetch_add(counter)
-        if item >= images * runs:
-            return
-        n, first = item // runs, item % runs * RUN
-        count = min(RUN, positions - first)
-        start, block = 0, 0
-        while start < channels:
-            end = min(start + width, start // span * span + span)
-            into = (block * images + n) * pitch * width
-            source = (n * channels + start) * positions + first
-            _transpose(end - start, count, flat, source, positions, rows, into + first * width, width, empty, 0)
-            if first + count == positions:
-                for place in range(into + positions * width, into + pitch * width):
-                    rows[place] = 0
-            start, block = end, block + 1
-
-
-@kernel
-def channels_first(counter, limit, rows, array, span, width, pitch, parts, empty):
-    """array[n, channel, p] = sum over parts of rows[part, block, n, p, c]; an item is a run of positions of an image."""
-    images, channels, positions = array.shape
-    flat = array.reshape(array.size)
-    runs = (positions + RUN - 1) // RUN
-    part_size = rows.size // parts
-    for _ in range(limit):
-        item = fetch_add(counter)
-        if item >= images * runs:
-            return
-        n, first = item // runs, item % runs * RUN
-        count = min(RUN, positions - first)
-        start, block = 0, 0
-        while start < channels:
-            end = min(start + width, start // span * span + span)
-            source = ((block * images + n) * pitch + first) * width
-            for part in range(1, parts):
-                total, more = rows[source : source + count * width], rows[part * part_size + source :]
-                for i in range(total.size):
-                    total[i] += more[i]
-            into = (n * channels + start) * positions + first
-            _transpose(count, end - start, rows, source, width, flat, into, positions, empty, 0)
-            start, block = end, block + 1
-
-
-@kernel
-def pack_forward(counter, limit, weight, packed, empty, square, integers):
-    """Panels of output channels, rows (tap, channel): packed[g, panel, tap * C + c, lane] = weight[g, o, c, tap].
-
-    An item is a panel; `square` is scratch of a vector's lanes squared.
-    """
-    groups, outputs, channels, taps = weight.shape
-    flat = weight.reshape(weight.size)
-    lanes = VECTOR_BYTES // weight.itemsize
-    panel, depth = VECTORS * lanes, taps * channels
-    panels = (outputs + panel - 1) // panel
-    for _ in range(limit):
-        item = fetch_add(counter)
-        if item >= groups * panels:
-            return
-        group, first = item // panels, item % panels * panel
-        width = lanes if outputs - first <= lanes else panel
-        start = (group * round_up(outputs, lanes) + first) * depth
-        for vector in range(0, width, lanes):
-            source = (group * outputs + first + vector) * depth
-            used = max(0, min(lanes, outputs - first - vector))
-            whole = depth // lanes * lanes if used == lanes else 0
-            for step in range(0, whole, lanes):
-                transpose_block(flat, source + step, depth, square, 0, lanes, empty, 0)
-                for i in range(lanes):
-                    c, tap = (step + i) // taps, (step + i) % taps
-                    row = start + (tap * channels + c) * width + vector
-                    for lane in range(lanes):
-                        packed[row + lane] = square[i * lanes + lane]
-            for step in range(whole, depth):
-                c, tap = step // taps, step % taps
-                row = start + (tap * channels + c) * width + vector
-                for lane in range(used):
-                    packed[row + lane] = flat[source + lane * depth + step]
-                for lane in range(used, lanes):
-                    packed[row + lane] = 0
-
-
-@kernel
-def pack_backward(counter, limit, weight, packed, width):
-    """Panels of input channels, rows of output channels: packed[tap, g, block, panel, o, lane] = weight[g, o, c, tap].
-
-    A block has `width` channels of a group, the last one what is left. An item is an output channel.
-    """
-    groups, outputs, channels, taps = weight.shape
-    flat = weight.reshape(weight.size)
-    lanes = VECTOR_BYTES // weight.itemsize
-    panel = VECTORS * lanes
-    size = round_up(channels, lanes) * outputs
-    for _ in range(limit):
-        item = fetch_add(counter)
-        if item >= groups * outputs:
-            return
-        group, o = item // outputs, item % outputs
-        for block in range(0, channels, width):
-            end = min(block + width, channels)
-            for first in range(block, end, panel):
-                row_size = lanes if end - first <= lanes else panel
-                used = min(row_size, end - first)
-                source = (item * channels + first) * taps
-                for tap in range(taps):
-                    row = (tap * groups + group) * size + first * outputs + o * row_size
-                    for lane in range(used):
-                        packed[row + lane] = flat[source + lane * taps + tap]
-                    for lane in range(used, row_size):
-                        packed[row + lane] = 0
-
-
-@kernel
-def sum_positions(counter, limit, array, sums):
-    """sums[o] = sum over n and p of array[n, o, p]; an item is an o."""
-    images, outputs, positions = array.shape
-    flat = array.reshape(array.size)
-    for _ in range(limit):
-        item = fetch_add(counter)
-        if item >= outputs:
-            return
-        total = array.dtype.type(0)
-        for n in range(images):
-            start = (n * outputs + item) * positions
-            # Sums of sums: an error that grows with the root of the positions and not with the positions.
-            for first in range(start, start + positions, 512):
-                part = array.dtype.type(0)
-                for place in range(first, min(first + 512, start + positions)):
-                    part += flat[place]
-                total += part
-        sums[item] = total
-
-
-@device
 def _multiply_channelwise(column, count, width, weight, weight_start, sums, start, row):
     """sums[t, c] += column[t, c] * weight[c]: the product of a depthwise convolution."""
     for t in range(count):
-        samples, filters = column[t * width : (t + 1) * width], weight[weight_start : weight_start + width]
-        total = sums[start + t * row : start + t * row + width]
         for c in range(width):
-            total[c] += samples[c] * filters[c]
+            sums[start + t * row + c] += column[t * width + c] * weight[weight_start + c]
 
 
 @kernel
 def forward(
-    counter, limit, size, geometry, inside, images, x, x_span, x_width, offset, mask, image_offset, image_mask, weight, bias,
-    output, outputs, groups, offset_groups, channels, chunk, tile, taps_at_once, reals, integers,
+    counter, limit, size, geometry, inside, images, input, input_last, x, x_span, x_width,
+    offset, mask, image_offset, image_mask, weight, weight_last, packed, bias, output, output_last,
+    outputs, groups, offset_groups, channels, chunk, tile, taps_at_once, empty, reals, integers,
 ):  # fmt: skip
-    """One item is one tile of one image.
+    """One item is one tile of one image, after everybody together has copied the input and packed the weight.
 
-    x in blocks of `x_width` channels, those of every `x_span` on their own, with a row of zeros after each image; offset and
-    mask flat, an image's (offset_groups, K, D, P) and (offset_groups, K, P) beginning `image_offset` and `image_mask` numbers
-    after the one before it, mask empty for v1; weight as `pack_forward` leaves it ((K, C) for a depthwise convolution); bias
-    (C_out,) or empty; output (N, C_out, P). `chunk` channels, of one weight group or several whole ones, and `taps_at_once`
-    taps are sampled and multiplied at once.
+    input (N, C, P), its channels first or last; x room for it in blocks of `x_width` channels, those of every `x_span` on their
+    own, with a row of zeros after each image; offset and mask flat, an image's (offset_groups, K, D, P) and (offset_groups, K,
+    P) beginning `image_offset` and `image_mask` numbers after the one before it, mask empty for v1; weight (C_out, C / groups,
+    K), its channels last if `weight_last`, and `packed` room for it; bias (C_out,) or empty; output (N, C_out, P), its channels
+    first or last. `chunk` channels, of one weight group or several whole ones, and `taps_at_once` taps are sampled and
+    multiplied at once.
     """
     axes, corners = len(size), 1 << len(size)
     taps, positions, pitch = product(geometry, KERNEL), product(geometry, OUTPUT), product(geometry, INPUT) + 1
@@ -244,8 +84,22 @@ def forward(
     column = sums[round_up(tile * sum_row, lanes) :]
     tiles = (positions + tile - 1) // tile
 
+    panels = 1 if depthwise else groups * ((group_outputs + VECTORS * lanes - 1) // (VECTORS * lanes))
+    copies = panels + images * ((pitch - 1 + RUN - 1) // RUN)
+    item = fetch_add(counter, BEGUN)
+    while item < copies:
+        if item >= panels:
+            copy_in(item - panels, input, input_last, channels, pitch - 1, images, x, x_span, x_width, pitch, empty)
+        elif depthwise:
+            pack_depthwise(weight, channels, taps, packed)
+        else:
+            pack_forward(item, weight, weight_last, groups, group_outputs, group_channels, taps, packed, sums, empty)
+        fetch_add(counter, ENDED)
+        item = fetch_add(counter, BEGUN)
+    wait_for(counter, ENDED, copies)
+
     for _ in range(limit):
-        item = fetch_add(counter)
+        item = fetch_add(counter, NEXT)
         if item >= images * tiles:
             return
         n, first = item // tiles, item % tiles * tile
@@ -286,7 +140,7 @@ def forward(
                 if depthwise:
                     for tap in range(first_tap, first_tap + taps_now):
                         _multiply_channelwise(
-                            column, count, width, weight, tap * channels + chunk_start, sums, chunk_start, sum_row
+                            column, count, width, packed, tap * channels + chunk_start, sums, chunk_start, sum_row
                         )  # fmt: skip
                     continue
                 for group in range(chunk_start // group_channels, (chunk_end - 1) // group_channels + 1):
@@ -298,29 +152,25 @@ def forward(
                     multiply(
                         column, c - chunk_start, column_row, 1, width,
                         taps_now * run if whole else run, 1 if whole else taps_now, count,
-                        weight, group * group_row * depth, depth, 0, weight_row,
+                        packed, group * group_row * depth, depth, 0, weight_row,
                         sums, group * group_row, sum_row, group_outputs, first_tap + within > 0,
                     )  # fmt: skip
             chunk_start = chunk_end
-        for group in range(groups):
-            into = (n * outputs + group * group_outputs) * positions + first
-            _transpose(
-                count, group_outputs, sums, group * group_row, sum_row, output, into, positions, bias, group * group_outputs
-            )  # fmt: skip
+        write_output(sums, group_row, groups, group_outputs, n, first, count, output, output_last, positions, bias)
 
 
 @kernel
 def backward(
-    counter, limit, size, geometry, inside, images, x, x_span, x_width, offset, mask, image_offset, image_mask, weight,
-    d_output, d_x, d_offset, d_mask, d_weight, outputs, groups, offset_groups, channels, parts, lanes, d_weight_row,
-    tile, taps_at_once, reals, integers,
+    counter, limit, size, geometry, inside, images, grad_output, output_last, d_output, input, input_last, x, x_span, x_width,
+    offset, mask, image_offset, image_mask, weight, weight_last, packed, d_x, d_offset, d_mask, d_weight, d_bias,
+    outputs, groups, offset_groups, channels, parts, lanes, d_weight_row, tile, taps_at_once, empty, reals, integers,
 ):  # fmt: skip
     """One item is a block of channels in every `lanes`-th part of an image: no two items write to the same place.
 
-    x, offset, mask as in `forward`; weight as `pack_backward` leaves it; d_output (N * P and a few rows, C_out). Results, of
-    size 0 if not wanted, all overwritten: d_x (parts, as x), d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N,
-    offset_groups, K, P) with a slot for each block that shares an offset group, d_weight (lanes, K, groups, rows of outputs,
-    `d_weight_row` channels).
+    Arguments as in `forward`; grad_output (N, C_out, P), d_output room for it with its channels last and a few rows more.
+    Results, of size 0 if not wanted, all overwritten: d_x (parts, as x), d_offset (slots, N, offset_groups, K, D, P) and d_mask
+    (slots, N, offset_groups, K, P) with a slot for each block that shares an offset group, d_weight (lanes, K, groups, rows of
+    outputs, `d_weight_row` channels), d_bias (C_out,).
     """
     axes, corners = len(size), 1 << len(size)
     taps, positions, pitch = product(geometry, KERNEL), product(geometry, OUTPUT), product(geometry, INPUT) + 1
@@ -342,9 +192,32 @@ def backward(
     column = reals[round_up(weights.size, vector) :]
     d_column = column[tile * column_row :]
 
+    # Everybody together: the weight, the bias' gradient, both arrays with their channels last.
+    packs, biases = 1 if depthwise else outputs, d_bias.size
+    output_runs, input_runs = images * ((positions + RUN - 1) // RUN), images * ((pitch - 1 + RUN - 1) // RUN)
+    copies = packs + biases + output_runs + input_runs
+    item = fetch_add(counter, BEGUN)
+    while item < copies:
+        if item >= packs + biases + output_runs:
+            run = item - packs - biases - output_runs
+            copy_in(run, input, input_last, channels, pitch - 1, images, x, x_span, x_width, pitch, empty)
+        elif item >= packs + biases:
+            run = item - packs - biases
+            copy_in(run, grad_output, output_last, outputs, positions, images, d_output, outputs, outputs, positions, empty)
+        elif item >= packs:
+            o = item - packs
+            d_bias[o] = sum_positions(o, grad_output, output_last, outputs, positions, images)
+        elif depthwise:
+            pack_depthwise(weight, channels, taps, packed)
+        else:
+            pack_backward(item, weight, weight_last, groups, group_outputs, group_channels, taps, packed, x_width)
+        fetch_add(counter, ENDED)
+        item = fetch_add(counter, BEGUN)
+    wait_for(counter, ENDED, copies)
+
     for _ in range(limit):
-        item = fetch_add(counter)
-        if item >= blocks * lanes:
+        item = fetch_add(counter, NEXT)
+        if item >= blocks * lanes or not (for_samples or d_weight.size):
             return
         block, lane = item % blocks, item // blocks
         channel = block // blocks_a_span * x_span + block % blocks_a_span * x_width
@@ -367,7 +240,7 @@ def backward(
                     for tap in range(first_tap, min(first_tap + taps_at_once, taps)):
                         if for_samples:
                             _project_outputs(
-                                d_output, n * positions + first, outputs, weight, tap, groups, packed_size, channel, end,
+                                d_output, n * positions + first, outputs, packed, tap, groups, packed_size, channel, end,
                                 group_channels, group_outputs, depthwise, count, d_column, column_row,
                             )  # fmt: skip
                         c = channel
@@ -415,14 +288,16 @@ def _project_outputs(
     count, d_column, column_row,
 ):  # fmt: skip
     """d_column[t, c] = sum over o of d_output[position + t, o] * weight[o, c, tap], for the channels of a block."""
+    if depthwise:
+        for t in range(count):
+            row, into = (position + t) * outputs, t * column_row - channel
+            for c in range(channel, end):
+                d_column[into + c] = d_output[row + c] * weight[tap * groups + c]
+        return
     # A group's last vector may run into the next group's columns, which are written after it.
     for group in range(channel // group_channels, (end - 1) // group_channels + 1):
         c = max(channel, group * group_channels)
         start = position * outputs + group * group_outputs
-        if depthwise:
-            for t in range(count):
-                d_column[t * column_row + c - channel] = d_output[start + t * outputs] * weight[tap * groups + c]
-            continue
         within = c - group * group_channels
         multiply(
             d_output, start, outputs, 1, 0, group_outputs, 1, count,
@@ -437,15 +312,17 @@ def _add_weight(
     group_channels, group_outputs, depthwise, count, begun,
 ):  # fmt: skip
     """d_weight[o, c] (+)= sum over t of d_output[position + t, o] * column[t, c], for the channels of a block."""
+    if depthwise:
+        for c in range(first_sum + channel, first_sum + (channel if begun else end)):
+            d_weight[c] = 0
+        for t in range(count):
+            row, samples = (position + t) * outputs, t * column_row - channel
+            for c in range(channel, end):
+                d_weight[first_sum + c] += d_output[row + c] * column[samples + c]
+        return
     for group in range(channel // group_channels, (end - 1) // group_channels + 1):
         c = max(channel, group * group_channels)
         into, start = (first_sum + group) * sums_size, position * outputs + group * group_outputs
-        if depthwise:
-            total = d_weight[into] if begun else d_weight.dtype.type(0)
-            for t in range(count):
-                total += d_output[start + t * outputs] * column[t * column_row + c - channel]
-            d_weight[into] = total
-            continue
         multiply(
             d_output, start, 1, outputs, 0, count, 1, group_outputs,
             column, c - channel, 1, column_row, 0,
@@ -454,17 +331,28 @@ def _add_weight(
 
 
 @kernel
-def unpack_weight(counter, limit, sums, d_weight):
-    """d_weight[g, o, c, tap] = sum over lanes of sums[lane, tap, g, o, c]; an item is one output channel."""
-    groups, outputs, channels, taps = d_weight.shape
+def collect(
+    counter, limit, d_x, x_span, x_width, pitch, parts, d_input, input_last, channels, images,
+    sums, lanes, rows, row, groups, group_outputs, group_channels, taps, d_weight,
+    offset_slots, d_offset, mask_slots, d_mask, empty,
+):  # fmt: skip
+    """Bring what `backward` has left into the caller's arrays, those of size 0 left out.
+
+    An item is an output channel of d_weight, a run of d_input's positions, or a run of d_offset's or d_mask's sums.
+    """
+    weights = groups * group_outputs if d_weight.size else 0
+    runs = images * ((pitch - 1 + RUN - 1) // RUN) if d_input.size else 0
+    offsets, masks = (d_offset.size + SUMS - 1) // SUMS, (d_mask.size + SUMS - 1) // SUMS
     for _ in range(limit):
-        item = fetch_add(counter)
-        if item >= groups * outputs:
+        item = fetch_add(counter, NEXT)
+        if item < weights:
+            unpack_weight(item, sums, lanes, rows, row, groups, group_outputs, group_channels, taps, d_weight)
+        elif item < weights + runs:
+            run = item - weights
+            copy_out(run, d_x, x_span, x_width, pitch, parts, d_input, input_last, channels, pitch - 1, images, empty)
+        elif item < weights + runs + offsets:
+            sum_slots(item - weights - runs, offset_slots, d_offset)
+        elif item < weights + runs + offsets + masks:
+            sum_slots(item - weights - runs - offsets, mask_slots, d_mask)
+        else:
             return
-        group, o = item // outputs, item % outputs
-        for tap in range(taps):
-            for c in range(channels):
-                total = sums[0, tap, group, o, c]
-                for lane in range(1, sums.shape[0]):
-                    total += sums[lane, tap, group, o, c]
-                d_weight[group, o, c, tap] = total
