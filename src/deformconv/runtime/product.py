@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from deformconv.runtime.cache import device
-from deformconv.runtime.vectors import INT, VECTOR_BYTES, Lanes, data_and_type, element, for_each, host_features
+from deformconv.runtime.vectors import INT, VECTOR_BYTES, Lanes, data_and_type, element, for_each, host_features, prefetch
 
 
 class BlockShape(NamedTuple):
@@ -118,8 +118,14 @@ def multiply(
         narrow = columns - column <= lanes
         b_step = b_row if b_row else (lanes if narrow else VECTORS * lanes)
         b_panel = b_start + column * b_column + b_first * b_step
+        # What the next panel has is on its way from memory while the blocks of this one are multiplied.
+        following, share = b_start + (column + VECTORS * lanes) * b_column + b_first * b_step, 0
+        if b_row == 0 and columns - column > VECTORS * lanes and whole:
+            share = run * runs * min(VECTORS * lanes, columns - column - VECTORS * lanes) // (whole // ROWS)
         for row in range(0, whole, ROWS):
             a_block, into = a_start + row * a_row, c_start + column + row * c_row
+            for place in range(following + row // ROWS * share, following + (row // ROWS + 1) * share, lanes):
+                prefetch(b, place)
             if narrow:
                 _multiply_narrow(a, a_block, a_row, a_step, a_jump, run, runs, b, b_panel, b_step, c, into, c_row, accumulate)
             else:

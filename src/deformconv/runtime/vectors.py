@@ -263,6 +263,22 @@ def transpose_block(typing, source, start, row, into, into_start, into_row, bias
 
 
 @intrinsic
+def prefetch(typing, array, index):
+    """Ask for the cache line of `array[index]`, into the second-level cache."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, _ = data_and_type(context, builder, signature.args[0], arguments[0])
+        place = builder.bitcast(element(builder, data, arguments[1]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, number(0), number(2), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
+
+
+@intrinsic
 def fetch_add(typing, counters, which):
     """The next number of a shared counter, `counters[which]` of an int64 array, each given out once."""
 

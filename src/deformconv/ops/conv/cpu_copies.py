@@ -19,12 +19,16 @@ RUN, SUMS = 64, 8192
 def transpose(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
     """into[c, r] = source[r, c] + bias[c], or without a bias if it is empty; element (r, c) at `start + r * row + c`."""
     lanes = VECTOR_BYTES // source.itemsize
-    for r in range(0, rows - lanes + 1, lanes):
-        for c in range(0, columns - lanes + 1, lanes):
+    whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
+    # Along the rows that lie further apart: a line that two blocks share is still in the cache when the second one comes.
+    along_source = row > into_row
+    outer, inner = (whole_rows, whole_columns) if along_source else (whole_columns, whole_rows)
+    for i in range(0, outer, lanes):
+        for j in range(0, inner, lanes):
+            r, c = (i, j) if along_source else (j, i)
             transpose_block(
                 source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start + c
             )  # fmt: skip
-    whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
     for c in range(columns):
         added = bias[bias_start + c] if bias.size else source.dtype.type(0)
         for r in range(whole_rows if c < whole_columns else 0, rows):

@@ -74,9 +74,11 @@ def _store_products(total, a, b):
 def forward(
     counter, limit, size, geometry, inside, images, input, input_last, x, x_span, x_width,
     offset, mask, image_offset, image_mask, weight, weight_last, packed, bias, output, output_last,
-    outputs, groups, offset_groups, channels, chunk, tile, taps_at_once, empty, reals, integers,
+    outputs, groups, offset_groups, channels, chunk, tile, taps_at_once, strands, empty, reals, integers,
 ):  # fmt: skip
     """One item is one tile of one image, after everybody together has copied the input and packed the weight.
+
+    The tiles are taken from `strands` runs of them in turn.
 
     input (N, C, P), its channels first or last; x room for it in blocks of `x_width` channels, those of every `x_span` on their
     own, with a row of zeros after each image; offset and mask flat, an image's (offset_groups, K, D, P) and (offset_groups, K,
@@ -97,6 +99,7 @@ def forward(
     sums = reals[round_up(weights.size, lanes) :]
     column = sums[round_up(tile * sum_row, lanes) :]
     tiles = (positions + tile - 1) // tile
+    strand = (images * tiles + strands - 1) // strands
 
     panels = 1 if depthwise else groups * ((group_outputs + VECTORS * lanes - 1) // (VECTORS * lanes))
     copies = panels + images * ((pitch - 1 + RUN - 1) // RUN)
@@ -114,8 +117,12 @@ def forward(
 
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
-        if item >= images * tiles:
+        if item >= strands * strand:
             return
+        # Threads take items in turn: each of them gets mostly neighbours, whose samples it has in its caches.
+        item = item % strands * strand + item // strands
+        if item >= images * tiles:
+            continue
         n, first = item // tiles, item % tiles * tile
         count = min(tile, positions - first)
         place_tile(size, geometry, first, count, rows, tile)
