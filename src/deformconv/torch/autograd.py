@@ -173,8 +173,8 @@ def decomposed(spec: ConvSpec, backend: str | None, *operands: Tensor | None) ->
     """The portable form as it is, whose operations carry every derivative."""
     if backend not in (None, "portable"):
         raise BackendError(
-            f'backend="{backend}" has no forward-mode derivative; expected None or "portable" under torch.func.jvp, '
-            "jacfwd, hessian and dual numbers."
+            f'backend="{backend}" cannot run under forward-mode differentiation, nor under torch.func within '
+            'torch.compile; expected None or "portable".'
         )
     with compute.without_autocast(operands[0].device.type):  # type: ignore[union-attr]
         return portable.deform_conv(spec, *operands)
@@ -211,7 +211,8 @@ def requires_grad(*tensors: Tensor | None) -> bool:
 def _forward_autograd(keyset: Any, *arguments: Any) -> Tensor:
     """Behind the Autograd key of the registered operator."""
     operands, parameters, backend = arguments[:5], arguments[5:-1], arguments[-1]
-    if forward_ad._current_level >= 0:
+    # Here a transform is one that a compiler records, which the Function cannot be part of.
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return decomposed(operator.forward_spec(*operands, *parameters), backend, *operands)
     if requires_grad(*operands):
         with operator.untraced():

@@ -198,7 +198,7 @@ def backward(
     """The wanted gradients, for plain tensors with a batch axis; without a graph."""
     spec, inner, module = plan[:3]
     if module is portable:
-        with without_autocast(input.device.type):
+        with without_autocast(input.device.type), _with_derivatives():
             operands = [_in(inner, tensor) for tensor in (grad_output, input, offset, weight, mask)]
             gradients = portable.deform_conv_backward_in_chunks(inner, *operands, wanted)
     else:
@@ -235,6 +235,28 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 def without_autocast(device: str) -> Any:
     """A context in which autocast does not reach the operations that make up ours."""
     return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def _with_derivatives() -> Any:
+    """A context in which PyTorch can differentiate, as the portable form needs it, also within a kernel of an operator.
+
+    There the dispatcher has left out whatever comes before kernels, if a compiler or a mode called it.
+    """
+    if not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode):
+        return nullcontext()
+    excluded = torch._C._dispatch_tls_local_exclude_set() & _AUTOCAST
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def _autocast_keys() -> Any:
+    first, *others = (key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast"))
+    keys = torch._C.DispatchKeySet(first)
+    for key in others:
+        keys = keys.add(key)
+    return keys
+
+
+_AUTOCAST = _autocast_keys()
 
 
 def is_autocast(device: str) -> bool:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, check_grad_output
 from deformconv.torch import compute, folding
@@ -186,15 +188,28 @@ def _without(tensor: Tensor | None, dim: int | None) -> Tensor | None:
     return tensor if tensor is None or dim is None else tensor.select(dim, 0)
 
 
+def _forward_flops(input: Any, offset: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """Two for each multiply-add, as PyTorch counts a convolution: interpolation is left out."""
+    return 2 * prod(weight) * out_shape[0] * prod(out_shape[2:])
+
+
+def _backward_flops(grad_output: Any, input: Any, offset: Any, weight: Any, *arguments: Any, **_: Any) -> int:
+    """A product for the samples' gradients and one for the weight's."""
+    of_input, of_offset, of_weight, _, of_mask = arguments[-1]
+    products = of_weight + (of_input or of_offset or of_mask)
+    return 2 * products * prod(weight) * grad_output[0] * prod(grad_output[2:])
+
+
 def _register() -> None:
-    for op, kernel, fake, vmap in (
-        (forward_op, _forward_kernel, _forward_fake, _forward_vmap),
-        (backward_op, _backward_kernel, _backward_fake, _backward_vmap),
+    for op, kernel, fake, vmap, flops in (
+        (forward_op, _forward_kernel, _forward_fake, _forward_vmap, _forward_flops),
+        (backward_op, _backward_kernel, _backward_fake, _backward_vmap, _backward_flops),
     ):
         name = op.name()
-        library.impl(op.name().partition("::")[2], kernel, "CompositeExplicitAutograd")
+        library.impl(name.partition("::")[2], kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=library)
         torch.library.register_vmap(name, vmap, lib=library)
+        register_flop_formula(op.overloadpacket)(flops)
 
 
 _register()
