@@ -10,8 +10,8 @@ import torch
 from tests.ops.conv.cases import CASES, Case
 from tests.tolerances import assert_close
 from tests.torch.tensors import call_of
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.exc import TorchRuntimeError, Unsupported
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -27,8 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     # opcheck looks at the .grad of what is no leaf.
     pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
-    # PyTorch says that it looks through the cache of checked calls, which it may.
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning"),
 ]
 
 SMALL = {
@@ -170,7 +168,10 @@ class TestErrors:
 
     def test_of_ranks_and_parameters(self):
         x, offset, weight = torch.rand(1, 3, 8, 8), torch.zeros(1, 18, 8, 8), torch.rand(4, 3, 3, 3)
-        for arguments, padding, text in (((x, offset, weight[0]), 1, "`weight` has 3 axes"), ((x, offset, weight), -1, "`padding` is -1")):
+        for arguments, padding, text in (
+            ((x, offset, weight[0]), 1, "`weight` has 3 axes"),
+            ((x, offset, weight), -1, "`padding` is -1"),
+        ):
             torch._dynamo.reset()
             with pytest.raises((TorchRuntimeError, Unsupported)):
                 torch.compile(deform_conv2d, backend="eager", fullgraph=True)(*arguments, padding=padding)

@@ -52,8 +52,8 @@ class DeformConvFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_mapped(grad_output):
             return None, *_backward(plan.spec, plan.backend, operands, wanted)
         if plan.module is None or is_special(*operands):
-            return None, *operator.backward(plan.spec, plan.backend, *operands, wanted)
-        return None, *compute.backward(plan, *operands, wanted)
+            return None, *operator.backward(plan.spec, plan.backend, *(*operands, wanted))
+        return None, *compute.backward(plan, *(*operands, wanted))
 
 
 class TransformedFunction(torch.autograd.Function):
@@ -124,7 +124,7 @@ class BackwardFunction(torch.autograd.Function):
             call = list(operands)
             for index, tensor in zip(needed, tensors, strict=True):
                 call[index] = tensor
-            found = portable.deform_conv_backward(ctx.spec, *call, ctx.wanted)
+            found = portable.deform_conv_backward(ctx.spec, *(*call, ctx.wanted))
             return tuple(gradient for gradient in found if gradient is not None)
 
         with compute.without_autocast(operands[0].device.type):
@@ -152,9 +152,9 @@ def backward(
     if forward_ad._current_level >= 0 or requires_grad(*operands) or torch._C._are_functorch_transforms_active():
         return _backward(spec, backend, operands, wanted)
     if is_special(*operands):
-        return operator.backward(spec, backend, *operands, wanted)
+        return operator.backward(spec, backend, *(*operands, wanted))
     plan = compute.plan_for(spec, compute.device_of(operands[0]), True, backend)
-    return compute.backward(plan, *operands, wanted)
+    return compute.backward(plan, *(*operands, wanted))
 
 
 def _backward(
@@ -163,7 +163,7 @@ def _backward(
     """The gradients, which can be differentiated in turn."""
     if forward_ad._current_level >= 0 or _is_mapped(operands[0]):
         with compute.without_autocast(operands[0].device.type):
-            return portable.deform_conv_backward(spec, *operands, wanted)
+            return portable.deform_conv_backward(spec, *(*operands, wanted))
     names = tuple(name for name in GRADIENTS if name in wanted)
     results = dict(zip(names, BackwardFunction.apply(spec, backend, names, *operands), strict=True))
     return Gradients(**results)

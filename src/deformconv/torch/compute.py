@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -100,7 +100,19 @@ def checked(
                 )
         input, offset = _with_batch(input), _with_batch(offset)
         mask = None if mask is None else _with_batch(mask)
-    return spec_of(input, offset, weight, bias, mask, parameters, rank), unbatched
+        try:
+            return spec_of(input, offset, weight, bias, mask, parameters, rank), True
+        except ShapeError as error:
+            raise_of_one_image(error, input)
+    return spec_of(input, offset, weight, bias, mask, parameters, rank), False
+
+
+def raise_of_one_image(error: ShapeError, input: Operand) -> NoReturn:
+    """Say what an input without a batch axis was taken for, in case that is the mistake."""
+    shape, D = tuple(input.shape[1:]), len(input.shape) - 2
+    raise ShapeError(
+        f"{error} (`input` has {D + 1} axes, shape {shape}: a {D}-D call takes it as one image without a batch axis.)"
+    ) from None
 
 
 def plan_for(spec: ConvSpec, device: str, differentiable: bool, backend: str | None) -> Plan:
@@ -131,7 +143,8 @@ def spec_of(
     if input.dtype in portable.HALF:
         offset = _beside(input, offset)
         mask = None if mask is None else _beside(input, mask)
-    return conv_spec(input, offset, weight, bias, mask, rank=rank, **parameters._asdict())
+    cached = not torch.compiler.is_compiling()
+    return conv_spec(input, offset, weight, bias, mask, rank=rank, cached=cached, **parameters._asdict())
 
 
 def _beside(input: Operand, other: Operand) -> Operand:
@@ -196,14 +209,16 @@ def backward(
     wanted: Collection[str],
 ) -> Gradients:
     """The wanted gradients, for plain tensors with a batch axis; without a graph."""
-    spec, inner, module = plan[:3]
+    inner, module = plan.inner, plan.module
+    tensors = (grad_output, input, offset, weight, mask)
     if module is portable:
         with without_autocast(input.device.type), _with_derivatives():
-            operands = [_in(inner, tensor) for tensor in (grad_output, input, offset, weight, mask)]
-            gradients = portable.deform_conv_backward_in_chunks(inner, *operands, wanted)
+            operands: list[Any] = [_in(inner, tensor) for tensor in tensors]
+            gradients = portable.deform_conv_backward_in_chunks(inner, *(*operands, wanted))
     else:
-        arrays = (_array(inner, tensor) for tensor in (grad_output, input, offset, weight, mask))
-        found = module.deform_conv_backward(inner, *arrays, wanted)
+        arrays = [_array(inner, tensor) for tensor in tensors]
+        with np.errstate(invalid="ignore", over="ignore"):  # infinities and NaN are data here
+            found = module.deform_conv_backward(inner, *arrays, wanted)
         gradients = Gradients(*(None if array is None else torch.from_numpy(array) for array in found))
     like = {"input": input, "offset": offset, "weight": weight, "bias": input, "mask": mask}
     results = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
+from deformconv.errors import ShapeError
 from deformconv.functional import wanted_gradients
 from deformconv.ops.conv.spec import Gradients, Operand, check_grad_output, check_input
 from deformconv.ops.window import integers, paddings, same_padding
@@ -317,7 +318,7 @@ def _plan(
     *tensors: Any,
 ) -> Plan:
     """The plan of a call that it takes no look at the tensors for; TypeError where it does take one."""
-    operands = []
+    operands: list[Any] = []
     for tensor in (tensors[:5], tensors[5:10], tensors[10:15], *tensors[15:]):
         if tensor is None:
             operands.append(None)
@@ -327,14 +328,19 @@ def _plan(
             raise TypeError
         operands.append(Operand(tuple(shape), compute.dtype_name(dtype), "cpu" if device is True else str(device)))
     parameters = Parameters(stride, padding, dilation, groups, offset_groups, boundary)
-    return compute.plan_of(rank, backend, differentiable, parameters, *operands)  # type: ignore[arg-type]
+    return compute.plan_of(rank, backend, differentiable, parameters, *operands)
 
 
 def _check_plain(*parameters: Any) -> None:
+    """Raise unless these are integers, strings, or tuples of such or of pairs of them."""
     for value in parameters:
-        if type(value) is not int and type(value) is not str and not (
-            type(value) is tuple and set(map(type, value)) == {int}
-        ):
+        if type(value) is tuple:
+            kinds = set(map(type, value))
+            if kinds == {tuple}:
+                kinds = {type(part) for pair in value for part in pair}
+            if kinds != {int}:
+                raise TypeError
+        elif type(value) not in (int, str):
             raise TypeError
 
 
@@ -367,9 +373,10 @@ def _special_call(
 
 
 def _traced_call(rank: int | None, backend: str | None, parameters: Parameters, *operands: Any) -> Tensor:
-    if forward_ad._current_level >= 0:
+    # A compiler takes the registered operator, which finds out for itself.
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         return autograd.decomposed(_spec(rank, parameters, *operands), backend, *operands)
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         result: Tensor = TransformedFunction.apply(_spec(rank, parameters, *operands), backend, *operands)
         return result
     D = operands[2].ndim - 2
@@ -415,7 +422,15 @@ def check_layer_input(input: Any, weight: Any, **window: Any) -> None:
     operands = [compute.operand(input), compute.operand(weight)]
     if input.dtype != weight.dtype and compute.is_autocast(input.device.type):
         operands = [o._replace(dtype="float32") if o.dtype in ("float16", "bfloat16") else o for o in operands]
-    check_input(*operands, **window)
+    window["cached"] = not torch.compiler.is_compiling()
+    if not compute.is_unbatched(window["rank"], input.ndim, weight.ndim):
+        check_input(*operands, **window)
+        return
+    operands[0] = operands[0]._replace(shape=(1, *operands[0].shape))
+    try:
+        check_input(*operands, **window)
+    except ShapeError as error:
+        compute.raise_of_one_image(error, operands[0])
 
 
 def _cast_for_autocast(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> tuple[Any, ...]:

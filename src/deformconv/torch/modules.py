@@ -10,21 +10,49 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from deformconv.errors import ShapeError
 from deformconv.ops.conv.spec import BOUNDARIES
 from deformconv.ops.window import count, integers, paddings, same_padding
+from deformconv.torch.compute import HALF, is_autocast, without_autocast
 from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-class _OffsetConvNd(nn.Module):
-    """A predictor's beginning: offsets 0, masks halfway. It takes no random numbers, as a net of nn.ConvNd takes none here."""
+class _OffsetConvNd(nn.modules.conv._ConvNd):
+    """A predictor of offsets and masks: a convolution that computes in float32 where the net is in half precision.
+
+    It begins with offsets 0 and masks halfway, and takes no random numbers, as a net of nn.ConvNd takes none here.
+    """
 
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _convolve(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """A convolution of float32 or float64: bfloat16 knows an offset of 20 pixels to 0.125 only.
+
+    For tracers that record calls of functions, torch.fx for one, it is one, so that its dtypes are looked at later.
+    """
+    if has_torch_function((input, weight)):
+        result: Tensor = handle_torch_function(
+            _convolve, (input, weight), input, weight, bias, stride, padding, dilation
+        )
+        return result
+    convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+    if weight.dtype in HALF or input.dtype in HALF or is_autocast(input.device.type):
+        whole = (t if t is None or t.dtype not in HALF else t.float() for t in (input, weight, bias))
+        with without_autocast(input.device.type):
+            result = convolution(*whole, stride, padding, dilation)
+    else:
+        result = convolution(input, weight, bias, stride, padding, dilation)
+    return result
 
 
 class _OffsetConv1d(_OffsetConvNd, nn.Conv1d):
@@ -115,7 +143,7 @@ class _DeformConvNd(nn.Module):
         self._pairs = pairs
         amounts = [amount for pair in reversed(pairs) for amount in pair]
         zeros = self.padding_mode == "zeros"
-        self._operator_padding = pairs if zeros else ((0, 0),) * self.rank
+        self._operator_padding = (0,) * self.rank if not zeros else self.padding if symmetric else pairs
         # In another mode the input is padded first, for the operator and the predictor alike; zeros that
         # nn.ConvNd cannot add itself, different amounts on two sides, for the predictor alone.
         self._input_padding = [] if zeros else amounts
@@ -190,11 +218,12 @@ class _DeformConvNd(nn.Module):
         if self._predictor_input_padding:
             input = F.pad(input, self._predictor_input_padding)
         raw = self.offset_conv(input)
-        offsets = self.offset_groups * math.prod(self.kernel_size) * self.rank
-        offset = raw[:, :offsets]
+        masks = self.offset_groups * math.prod(self.kernel_size)
+        axis = -1 - self.rank  # the channels, with and without a batch
+        offset = raw.narrow(axis, 0, masks * self.rank) if self.modulated else raw
         if self.max_offset is not None:
             offset = self.max_offset * torch.tanh(offset / self.max_offset)
-        return offset, self.mask_scale * torch.sigmoid(raw[:, offsets:]) if self.modulated else None
+        return offset, self.mask_scale * torch.sigmoid(raw.narrow(axis, masks * self.rank, masks)) if self.modulated else None
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]

@@ -91,8 +91,8 @@ def _parameters(
 def forward_spec(
     input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *parameters: Any
 ) -> ConvSpec:
-    operands = [None if tensor is None else compute.operand(tensor) for tensor in (input, offset, weight, bias, mask)]
-    return compute.spec_of(*operands, _parameters(*parameters))  # type: ignore[arg-type]
+    operands: Any = [None if tensor is None else compute.operand(tensor) for tensor in (input, offset, weight, bias, mask)]
+    return compute.spec_of(*(*operands, _parameters(*parameters)))
 
 
 def backward_spec(
@@ -116,7 +116,7 @@ def _backward_kernel(*arguments: Any) -> list[Tensor]:
     with untraced():
         spec = backward_spec(*operands)
         plan = compute.plan_for(spec, compute.device_of(operands[0]), True, backend)
-        gradients = compute.backward(plan, *operands[:5], _names(flags))
+        gradients = compute.backward(plan, *(*operands[:5], _names(flags)))
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -150,20 +150,22 @@ def _names(flags: list[bool]) -> list[str]:
 @contextmanager
 def untraced() -> Iterator[None]:
     """Sizes are plain numbers within: while torch.jit.trace records a call of ours, it needs nothing of its inside."""
-    state = torch._C._get_tracing_state()
+    torch_c: Any = torch._C
+    state = torch_c._get_tracing_state()
     if state is None:
         yield
         return
-    torch._C._set_tracing_state(None)
+    torch_c._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch_c._set_tracing_state(state)
 
 
 def _forward_vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
     operands, dims, backend = arguments[:5], in_dims[:5], arguments[-1]
-    spec = forward_spec(*(_without(*pair) for pair in zip(operands, dims, strict=True)), *arguments[5:-1])
+    one: Any = [_without(*pair) for pair in zip(operands, dims, strict=True)]
+    spec = forward_spec(*one, *arguments[5:-1])
 
     def run(spec: ConvSpec, *operands: Tensor | None) -> Tensor:
         return forward(spec, backend, *operands)
@@ -173,7 +175,8 @@ def _forward_vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int
 
 def _backward_vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
     operands, dims, backend, flags = arguments[:5], in_dims[:5], arguments[-2], arguments[-1]
-    spec = backward_spec(*(_without(*pair) for pair in zip(operands, dims, strict=True)), *arguments[5:-2])
+    one: Any = [_without(*pair) for pair in zip(operands, dims, strict=True)]
+    spec = backward_spec(*one, *arguments[5:-2])
 
     def run(spec: ConvSpec, *arguments: Any) -> Gradients:
         return backward(spec, backend, *arguments)
