@@ -15,7 +15,7 @@ from deformconv.errors import ShapeError
 from deformconv.functional import wanted_gradients
 from deformconv.ops.conv.spec import Gradients, Operand, check_grad_output, check_input
 from deformconv.ops.window import integers, paddings, same_padding
-from deformconv.torch import autograd, compute, operator
+from deformconv.torch import autograd, compute, export, operator
 from deformconv.torch.autograd import DeformConvFunction, TransformedFunction
 from deformconv.torch.compute import Parameters, Plan
 
@@ -373,6 +373,8 @@ def _special_call(
 
 
 def _traced_call(rank: int | None, backend: str | None, parameters: Parameters, *operands: Any) -> Tensor:
+    if export.is_exporting():
+        return export.deform_conv(_spec(rank, parameters, *operands), *operands)
     # A compiler takes the registered operator, which finds out for itself.
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         return autograd.decomposed(_spec(rank, parameters, *operands), backend, *operands)
