@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import replace
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ def deform_conv(
     operands: list[Tensor | None] = [input, weight, offset, bias, mask]  # the standard's order
     if dtype in HALF:
         operands = [None if tensor is None else tensor.float() for tensor in operands]
-    attributes = {
+    attributes: dict[str, Any] = {
         "kernel_shape": list(spec.kernel_size),
         "strides": list(spec.stride),
         "pads": [before for before, _ in spec.padding] + [after for _, after in spec.padding],
@@ -88,12 +90,12 @@ def _check(spec: ConvSpec, opset: int | None) -> None:
 
 def _opset() -> int | None:
     """The opset that is exported for: an argument of a function of PyTorch's that called this one."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("torch.onnx.") and "opset_version" in frame.f_locals:
             found = frame.f_locals["opset_version"]
             return found if isinstance(found, int) else None
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

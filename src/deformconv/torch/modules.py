@@ -91,7 +91,7 @@ class _DeformConvNd(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         modulated: bool = True,
-        offset_groups: int = 1,
+        offset_groups: int | None = 1,
         predict_offsets: bool = True,
         mask_scale: float = 2.0,
         max_offset: float | None = None,
@@ -105,10 +105,12 @@ class _DeformConvNd(nn.Module):
         self.stride = integers("stride", stride, D, 1)
         self.dilation = integers("dilation", dilation, D, 1)
         self.groups = count("groups", groups)
-        self.offset_groups = count("offset_groups", offset_groups)
+        if offset_groups is None and predict_offsets:
+            raise ValueError("`offset_groups` is None; expected a number, since this layer predicts offsets for so many.")
+        self.offset_groups = None if offset_groups is None else count("offset_groups", offset_groups)
         _check_divides("groups", self.groups, "in_channels", self.in_channels)
         _check_divides("groups", self.groups, "out_channels", self.out_channels)
-        _check_divides("offset_groups", self.offset_groups, "in_channels", self.in_channels)
+        _check_divides("offset_groups", self.offset_groups or 1, "in_channels", self.in_channels)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"`padding_mode` is {padding_mode!r}; expected one of {', '.join(PADDING_MODES)}.")
         if boundary not in BOUNDARIES:
@@ -151,10 +153,9 @@ class _DeformConvNd(nn.Module):
         self._predictor_padding = tuple(before for before, _ in pairs) if zeros and symmetric else 0
 
     def _predictor(self) -> _OffsetConvNd:
-        taps = math.prod(self.kernel_size)
         return self._offset_convolution(
             self.in_channels,
-            self.offset_groups * taps * (self.rank + self.modulated),
+            self._masks * (self.rank + self.modulated),
             self.kernel_size,
             self.stride,
             self._predictor_padding,
@@ -162,6 +163,11 @@ class _DeformConvNd(nn.Module):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
+
+    @property
+    def _masks(self) -> int:
+        """How many masks are predicted at a position; and so many times the rank offsets."""
+        return (self.offset_groups or 1) * math.prod(self.kernel_size)
 
     def reset_parameters(self) -> None:
         """Initialise `weight` and `bias` as nn.ConvNd does, and the predictor with zeros."""
@@ -218,7 +224,7 @@ class _DeformConvNd(nn.Module):
         if self._predictor_input_padding:
             input = F.pad(input, self._predictor_input_padding)
         raw = self.offset_conv(input)
-        masks = self.offset_groups * math.prod(self.kernel_size)
+        masks = self._masks
         axis = -1 - self.rank  # the channels, with and without a batch
         offset = raw.narrow(axis, 0, masks * self.rank) if self.modulated else raw
         if self.max_offset is not None:
@@ -260,7 +266,8 @@ class DeformConv2d(_DeformConvNd):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype: as nn.Conv2d. `padding` may also be pairs ((top, bottom), (left, right)).
         modulated: True is v2, False is v1 (no masks).
-        offset_groups: the channels are split into that many groups with offsets of their own.
+        offset_groups: the channels are split into that many groups with offsets of their own; None, without a
+            predictor, takes the number from the offsets that are passed.
         predict_offsets: False leaves out the predictor; offsets are then passed in the call.
         mask_scale: masks are mask_scale*sigmoid(raw).
         max_offset: bounds predicted offsets smoothly, to max_offset*tanh(raw/max_offset) input pixels.
