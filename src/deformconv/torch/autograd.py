@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import vjp
 
 from deformconv.errors import BackendError
 from deformconv.ops.conv import portable
@@ -119,17 +118,12 @@ class BackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         operands = ctx.saved_tensors
         needed = [index for index, flag in enumerate(ctx.needs_input_grad[3:]) if flag]
-
-        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            call = list(operands)
-            for index, tensor in zip(needed, tensors, strict=True):
-                call[index] = tensor
-            found = portable.deform_conv_backward(ctx.spec, *(*call, ctx.wanted))
-            return tuple(gradient for gradient in found if gradient is not None)
-
-        with compute.without_autocast(operands[0].device.type):
-            pull_back = vjp(gradients, *(operands[index] for index in needed))[1]
-            found = dict(zip(needed, pull_back(cotangents), strict=True))
+        plain = not is_special(*operands, *cotangents) and not any(map(_is_mapped, cotangents))
+        if plain and not torch.is_grad_enabled():
+            found = compute.second_backward(ctx.spec, operands, ctx.wanted, cotangents, needed)
+        else:
+            with compute.without_autocast(operands[0].device.type):
+                found = portable.second_backward(ctx.spec, operands, ctx.wanted, cotangents, needed)
         return None, None, None, *(found.get(index) for index in range(5))
 
     @staticmethod

@@ -7,7 +7,7 @@ output has the input's, and so have the gradients of input and weight.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
@@ -233,15 +233,32 @@ def backward(
     return Gradients(**results)
 
 
+def second_backward(
+    spec: ConvSpec, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor], needed: Sequence[int]
+) -> dict[int, Tensor]:
+    """`portable.second_backward` on plain tensors, some images at a time."""
+    inner = inner_spec(spec)
+    with without_autocast(operands[0].device.type):
+        whole = [_in(inner, tensor) for tensor in operands]
+        given: list[Any] = [_in(inner, tensor) for tensor in cotangents]
+        results = {index: torch.zeros_like(whole[index]) for index in needed}  # type: ignore[arg-type]
+        by_image = [name in ("input", "offset", "mask") for name in wanted]
+        for images, part in portable.images(inner):
+            mine = [t if t is None or index == 3 else t[images] for index, t in enumerate(whole)]
+            theirs = [t[images] if flag else t for t, flag in zip(given, by_image, strict=True)]
+            for index, found in portable.second_backward(part, mine, wanted, theirs, needed).items():
+                results[index][... if index == 3 else images] += found
+    return {index: result.to(operands[index].dtype) for index, result in results.items()}
+
+
 def explain(spec: ConvSpec, device: str, backend: str | None) -> str:
     """What `deformconv.explain` says of a call on tensors."""
     inner = inner_spec(spec)
     text = dispatch.explain(inner, "torch", device, backend)
+    parts = sum(1 for _ in portable.chunks(inner))
+    how = "at once" if parts == 1 else f"in {parts} parts, one after the other, so that memory stays bounded"
     for line in ("forward: portable\n", "backward: portable\n"):
-        if line in text + "\n":
-            parts = sum(1 for _ in portable.chunks(inner))
-            how = "at once" if parts == 1 else f"in {parts} parts, one after the other, so that memory stays bounded"
-            text = (text + "\n").replace(line, line[:-1] + f", by PyTorch's operations, {how}\n").removesuffix("\n")
+        text = text.replace(line, f"{line}  portable: PyTorch's own operations compute the call {how}\n")
     if inner is not spec:
         text = text.replace("; float32,", f"; {spec.dtype} computed in float32,", 1)
     return text

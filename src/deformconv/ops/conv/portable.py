@@ -6,7 +6,7 @@ derivative holds one copy for each of the 2**D corners): memory is the price of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +82,26 @@ def deform_conv_backward(
     return Gradients(**gradients)
 
 
+def second_backward(
+    spec: ConvSpec, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Array], needed: Sequence[int]
+) -> dict[int, Array]:
+    """The derivative of sum(cotangents * gradients) by some of grad_output, input, offset, weight and mask, on torch.
+
+    `gradients` are the wanted ones of `deform_conv_backward`, which computes them from these operands.
+    """
+    from torch.func import vjp
+
+    def gradients(*arrays: Array) -> tuple[Array, ...]:
+        call = list(operands)
+        for index, array in zip(needed, arrays, strict=True):
+            call[index] = array
+        found = deform_conv_backward(spec, *(*call, wanted))
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    pull_back = vjp(gradients, *(operands[index] for index in needed))[1]
+    return dict(zip(needed, pull_back(tuple(cotangents)), strict=True))
+
+
 def deform_conv_in_chunks(
     spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None
 ) -> Array:
@@ -116,6 +136,14 @@ def deform_conv_backward_in_chunks(
         for name, result in results.items():
             result[place.get(name, ())] += getattr(gradients, name)
     return Gradients(**results)
+
+
+def images(spec: ConvSpec) -> Iterator[tuple[slice, ConvSpec]]:
+    """Cut a call into images only, as many at a time as sample no more than CHUNK, but one at least."""
+    most = max(1, CHUNK // max(1, spec.taps * spec.in_channels * spec.positions))
+    for image in range(0, spec.batch, most):
+        batch = min(most, spec.batch - image)
+        yield slice(image, image + batch), replace(spec, batch=batch)
 
 
 def chunks(spec: ConvSpec) -> Iterator[tuple[slice, slice, ConvSpec]]:
