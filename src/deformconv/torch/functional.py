@@ -413,8 +413,43 @@ def _with_batch(tensor: Any) -> Any:
     return None if tensor is None else tensor[None]
 
 
-def check_layer_input(input: Any, weight: Any, **window: Any) -> None:
+def check_layer_input(
+    input: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, rank: int
+) -> None:
     """Raise what the operator would for these two, before a layer predicts its offsets."""
+    special = (
+        type(input) not in autograd.PLAIN
+        or type(weight) not in autograd.PLAIN
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._is_any_autocast_enabled()
+    )
+    if not special:
+        try:
+            return _check_plain_layer_input(
+                input.shape, input.dtype, input.layout, input.is_cpu or input.device,
+                weight.shape, weight.dtype, weight.layout, weight.is_cpu or weight.device,
+                stride, padding, dilation, groups, rank,
+            )  # fmt: skip
+        except TypeError:
+            pass  # a layout, say; whatever is wrong is found again
+    _check_layer_input(
+        input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, rank=rank
+    )
+
+
+@lru_cache(maxsize=1024)
+def _check_plain_layer_input(*call: Any) -> None:
+    """Raise what is wrong with a call, once for its shapes and dtypes; TypeError where the tensors must be looked at."""
+    operands = []
+    for shape, dtype, layout, device in (call[:4], call[4:8]):
+        if layout is not torch.strided:
+            raise TypeError
+        operands.append(Operand(tuple(shape), compute.dtype_name(dtype), "cpu" if device is True else str(device)))
+    _check_layer_operands(operands, dict(zip(("stride", "padding", "dilation", "groups", "rank"), call[8:], strict=True)))
+
+
+def _check_layer_input(input: Any, weight: Any, **window: Any) -> None:
     for operand in (input, weight):
         if not isinstance(operand, Tensor) and hasattr(operand, "__torch_function__"):
             return  # torch.fx's stand-in, which has no shape yet
@@ -424,8 +459,12 @@ def check_layer_input(input: Any, weight: Any, **window: Any) -> None:
     operands = [compute.operand(input), compute.operand(weight)]
     if input.dtype != weight.dtype and compute.is_autocast(input.device.type):
         operands = [o._replace(dtype="float32") if o.dtype in ("float16", "bfloat16") else o for o in operands]
+    _check_layer_operands(operands, window)
+
+
+def _check_layer_operands(operands: list[Operand], window: dict[str, Any]) -> None:
     window["cached"] = not torch.compiler.is_compiling()
-    if not compute.is_unbatched(window["rank"], input.ndim, weight.ndim):
+    if not compute.is_unbatched(window["rank"], len(operands[0].shape), len(operands[1].shape)):
         check_input(*operands, **window)
         return
     operands[0] = operands[0]._replace(shape=(1, *operands[0].shape))

@@ -7,6 +7,7 @@ dispatcher, to the same `compute`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, check_grad_output
 from deformconv.torch import compute, folding
@@ -41,6 +42,7 @@ backward_op = torch.ops.deformconv.deform_conv_backward.default
 
 def forward(spec: ConvSpec, backend: str | None, *operands: Tensor | None) -> Tensor:
     """Call the operator: `operands` are input, offset, weight, bias and mask."""
+    _let_modes_count()
     result: Tensor = forward_op(*operands, *_arguments(spec), backend)
     return result
 
@@ -63,6 +65,8 @@ def backward(
 
 def call(backend: str | None, parameters: Parameters, *operands: Tensor | None) -> Tensor:
     """Call the operator on unchecked tensors and on parameters that are plain integers."""
+    if not torch.compiler.is_compiling():
+        _let_modes_count()
     padding = [amount for pair in parameters.padding for amount in pair]
     _, _, _, groups, offset_groups, boundary = parameters
     result: Tensor = forward_op(
@@ -203,16 +207,27 @@ def _backward_flops(grad_output: Any, input: Any, offset: Any, weight: Any, *arg
     return 2 * products * prod(weight) * grad_output[0] * prod(grad_output[2:])
 
 
+def _let_modes_count() -> None:
+    """Tell PyTorch's counter of operations ours; only when somebody uses it, because it takes long to import."""
+    counter: Any = sys.modules.get("torch.utils.flop_counter")
+    if counter is None or forward_op.overloadpacket in counter.flop_registry:
+        return
+    for op, flops in ((forward_op, _forward_flops), (backward_op, _backward_flops)):
+        counter.register_flop_formula(op.overloadpacket)(flops)
+    for mode in _get_current_dispatch_mode_stack():  # each has copied the registry when it was made
+        registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
+        registry.update((op.overloadpacket, counter.flop_registry[op.overloadpacket]) for op in (forward_op, backward_op))
+
+
 def _register() -> None:
-    for op, kernel, fake, vmap, flops in (
-        (forward_op, _forward_kernel, _forward_fake, _forward_vmap, _forward_flops),
-        (backward_op, _backward_kernel, _backward_fake, _backward_vmap, _backward_flops),
+    for op, kernel, fake, vmap in (
+        (forward_op, _forward_kernel, _forward_fake, _forward_vmap),
+        (backward_op, _backward_kernel, _backward_fake, _backward_vmap),
     ):
         name = op.name()
         library.impl(name.partition("::")[2], kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=library)
         torch.library.register_vmap(name, vmap, lib=library)
-        register_flop_formula(op.overloadpacket)(flops)
 
 
 _register()
