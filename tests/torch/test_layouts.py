@@ -192,3 +192,34 @@ def test_parametrizations(parametrization):
     assert all(p.grad is not None for p in layer.parameters())
     nn.utils.parametrize.remove_parametrizations(layer, "weight")
     assert_close(layer(x).detach(), y.detach(), "float32")
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_whatever_strides_a_kernel_returns(last, monkeypatch):
+    """A kernel may return views of the other memory format; what leaves has the input's."""
+    from deformconv.ops.conv import cpu
+    from deformconv.ops.conv.spec import Gradients
+
+    def turned(array):
+        if array is None or array.ndim < 4:
+            return array
+        return array.copy() if last else array.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)
+
+    forward, backward = cpu.deform_conv, cpu.deform_conv_backward
+    function, arrays, keywords, grad_output = call_of(FORMS[2])
+    form = torch.channels_last if last else torch.contiguous_format
+    tensors = {
+        name: (t.contiguous(memory_format=form) if name in ("input", "weight") else t).requires_grad_()
+        for name, t in arrays.items()
+    }
+
+    def results():
+        y = function(**tensors, **keywords)
+        return [y.detach(), *torch.autograd.grad(y, list(tensors.values()), grad_output)]
+
+    expected = results()
+    monkeypatch.setattr(cpu, "deform_conv", lambda *a: turned(forward(*a)))
+    monkeypatch.setattr(cpu, "deform_conv_backward", lambda *a: Gradients(*map(turned, backward(*a))))
+    for found, wanted in zip(results(), expected, strict=True):
+        assert torch.equal(found, wanted)
+        assert found.stride() == wanted.stride()

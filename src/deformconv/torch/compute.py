@@ -209,28 +209,36 @@ def backward(
     wanted: Collection[str],
 ) -> Gradients:
     """The wanted gradients, for plain tensors with a batch axis; without a graph."""
-    inner, module = plan.inner, plan.module
+    spec, inner, module = plan[:3]
     tensors = (grad_output, input, offset, weight, mask)
     if module is portable:
         with without_autocast(input.device.type), _with_derivatives():
             operands: list[Any] = [_in(inner, tensor) for tensor in tensors]
             gradients = portable.deform_conv_backward_in_chunks(inner, *(*operands, wanted))
     else:
-        arrays = [_array(inner, tensor) for tensor in tensors]
+        if inner is spec:
+            arrays = [None if tensor is None else tensor.numpy(force=True) for tensor in tensors]
+        else:
+            arrays = [_array(inner, tensor) for tensor in tensors]
         with np.errstate(invalid="ignore", over="ignore"):  # infinities and NaN are data here
             found = module.deform_conv_backward(inner, *arrays, wanted)
-        gradients = Gradients(*(None if array is None else torch.from_numpy(array) for array in found))
-    like = {"input": input, "offset": offset, "weight": weight, "bias": input, "mask": mask}
-    results = {}
-    for name, gradient in gradients._asdict().items():
-        if gradient is None:
-            continue
-        to: Any = like[name]
-        if gradient.dtype is not to.dtype:
-            gradient = gradient.to(to.dtype)
-        form = memory_format(to) if name in ("input", "weight") and to.stride(1) == 1 else torch.contiguous_format
-        results[name] = gradient.contiguous(memory_format=form)
-    return Gradients(**results)
+        gradients = Gradients(*[None if array is None else torch.from_numpy(array) for array in found])
+    if inner is not spec:
+        like = (input, offset, weight, input, input if mask is None else mask)
+        gradients = Gradients(*[None if g is None else g.to(t.dtype) for g, t in zip(gradients, like, strict=True)])
+    d_input, d_offset, d_weight, d_bias, d_mask = gradients
+    return Gradients(
+        d_input if d_input is None or _is_plain(d_input, input) else d_input.contiguous(memory_format=memory_format(input)),
+        d_offset if d_offset is None else d_offset.contiguous(),
+        d_weight if d_weight is None or _is_plain(d_weight, weight) else d_weight.contiguous(memory_format=memory_format(weight)),
+        d_bias,
+        d_mask if d_mask is None else d_mask.contiguous(),
+    )
+
+
+def _is_plain(gradient: Tensor, tensor: Tensor) -> bool:
+    """Whether both are contiguous: said quickly, and the case of most calls."""
+    return gradient.is_contiguous() and tensor.is_contiguous()
 
 
 def second_backward(
