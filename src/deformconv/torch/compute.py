@@ -228,17 +228,18 @@ def backward(
         gradients = Gradients(*[None if g is None else g.to(t.dtype) for g, t in zip(gradients, like, strict=True)])
     d_input, d_offset, d_weight, d_bias, d_mask = gradients
     return Gradients(
-        d_input if d_input is None or _is_plain(d_input, input) else d_input.contiguous(memory_format=memory_format(input)),
-        d_offset if d_offset is None else d_offset.contiguous(),
-        d_weight if d_weight is None or _is_plain(d_weight, weight) else d_weight.contiguous(memory_format=memory_format(weight)),
+        _formed(d_input, input),
+        None if d_offset is None else d_offset.contiguous(),
+        _formed(d_weight, weight),
         d_bias,
-        d_mask if d_mask is None else d_mask.contiguous(),
+        None if d_mask is None else d_mask.contiguous(),
     )
 
 
-def _is_plain(gradient: Tensor, tensor: Tensor) -> bool:
-    """Whether both are contiguous: said quickly, and the case of most calls."""
-    return gradient.is_contiguous() and tensor.is_contiguous()
+def _formed(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    if gradient is None or (gradient.is_contiguous() and like.is_contiguous()):  # the case of most calls, said quickly
+        return gradient
+    return gradient.contiguous(memory_format=memory_format(like))
 
 
 def second_backward(
