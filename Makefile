@@ -2,7 +2,8 @@
 #   make demo    build .venv with what the demo needs, run the demo     (DEMO="--fast" hands it options)
 #   make test    build .venv for development, check style and types, run every test
 #   make lint    style and types alone
-#   make bench   speed beside torchvision's and a plain convolution's   (BENCH="--help" says what can be chosen)
+#   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
+#                (with options only measure and print: BENCH="--quick", BENCH="--help" for the others)
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -22,7 +23,8 @@ lint: $(VENV)/installed-dev
 	$(PY) -m mypy
 
 bench: $(VENV)/installed-dev
-	$(PY) -m deformconv.bench $(BENCH)
+	$(PY) -m deformconv.cli bench $(or $(BENCH),all --json benchmarks/results.json)
+	$(if $(BENCH),,$(PY) -m deformconv.bench.readme)
 
 # Running venv again repairs an environment whose making was interrupted before pip was in it.
 define install
