@@ -46,6 +46,20 @@ def test_gradcheck(rank, masked, boundary):
     assert gradcheck(call, tensors)
 
 
+# PyTorch's own scripts, used by its forward-mode rules.
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("boundary", ["zeros", "inside"])
+@pytest.mark.parametrize("masked", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_forward_mode(rank, masked, boundary):
+    """And forward mode over gradients."""
+    call, tensors, _ = function_of(SMALL[rank].but(masked=masked, boundary=boundary), away_from_kinks=True)
+    forward = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    assert gradcheck(call, tensors, check_backward_ad=False, fast_mode=True, **forward)
+    assert gradgradcheck(call, tensors, check_fwd_over_rev=True, fast_mode=True)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_gradcheck_of_batched_gradients(rank):
     call, tensors, _ = function_of(SMALL[rank], away_from_kinks=True)

@@ -287,6 +287,20 @@ class TestErrors:
         with pytest.raises(TypeError, match=text.replace("{}", name)):
             function(**arrays, **keywords)
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+    def test_nested_tensors(self):
+        _, arrays, keywords, _ = call_of()
+        x = torch.nested.nested_tensor(list(arrays["input"]))
+        with pytest.raises(TypeError, match=r"`input` is a nested tensor; expected a dense one: `input.to_padded_tensor"):
+            deform_conv2d(**arrays | {"input": x}, **keywords)
+
+    def test_an_error_is_raised_once(self):
+        """Not while another one, of a check that comes first for speed, is handled."""
+        function, arrays, keywords, _ = call_of()
+        with pytest.raises(TypeError) as raised:
+            function(**arrays | {"offset": arrays["offset"].float()}, **keywords)
+        assert raised.value.__context__ is None or raised.value.__suppress_context__
+
     @pytest.mark.parametrize("name", ["input", "offset", "weight"])
     def test_none(self, name):
         function, arrays, keywords, _ = call_of()

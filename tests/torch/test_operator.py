@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from deformconv import ShapeError
@@ -116,6 +118,7 @@ def test_compiled_and_eager_give_the_same_bits(net, x, larger, dynamic):
             assert torch.equal(compiled(image), net(image))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
 def test_inductor():
     """The default compiler, which writes C++ around our operators."""
     net, x, _ = NETS[1]
@@ -227,6 +230,25 @@ def test_make_fx_records_forward_and_backward(net, x, larger):
     targets = [node.target for node in traced.graph.nodes]
     assert targets.count(operator.forward_op) == targets.count(operator.backward_op) == 2
     assert all(map(torch.equal, traced(x), step(x)))
+
+
+def test_compiled_autograd():
+    """Backward passes of eager graphs, compiled."""
+    function, arrays, keywords, grad_output = call_of(requires_grad=True)
+    tensors = list(arrays.values())
+    expected = torch.autograd.grad(function(**arrays, **keywords), tensors, grad_output)
+    y = function(**arrays, **keywords)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        y.backward(grad_output)
+    assert all(torch.equal(t.grad, wanted) for t, wanted in zip(tensors, expected, strict=True))
+
+
+def test_compile_with_checkpointing():
+    net, x, _ = NETS[1]
+    compiled = torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    x = x.clone().requires_grad_()
+    found = torch.autograd.grad(compiled(x).square().sum(), x)[0]
+    assert torch.equal(found, torch.autograd.grad(net(x).square().sum(), x)[0])
 
 
 def test_make_fx_with_symbols():

@@ -149,6 +149,27 @@ def test_subclasses_stay_what_they_are():
     assert torch.equal(y.as_subclass(torch.Tensor), expected)
 
 
+def test_subclasses_that_see_operations_see_one():
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    function, arrays, keywords, _ = call_of()
+    x = arrays.pop("input")
+    both = two_tensor.TwoTensor(x, 2 * x).requires_grad_()
+    y = function(both, **arrays, **keywords)
+    assert torch.equal(y.a, function(x, **arrays, **keywords))
+    assert torch.equal(y.b, function(2 * x, **arrays, **keywords))
+    y.sum().backward()
+    assert type(both.grad) is two_tensor.TwoTensor
+
+
+# torch.func.linearize's own.
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")
+def test_linearize_and_the_older_jvp(call):
+    function, offset, direction = call
+    expected = torch.func.jvp(function, (offset,), (direction,))[1]
+    assert_close(torch.func.linearize(function, offset)[1](direction), expected, "float64")
+    assert_close(torch.autograd.functional.jvp(function, offset, direction)[1], expected, "float64")
+
+
 class Recorder:
     """Takes PyTorch functions for itself, as __torch_function__ allows."""
 

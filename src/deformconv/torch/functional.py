@@ -37,12 +37,12 @@ def deform_conv2d(
 ) -> Tensor:
     """Convolve images with a kernel whose taps are moved by `offset` and, in v2, weighed by `mask`.
 
-    `torchvision.ops.deform_conv2d` with the same arguments in the same order, and then more. On the CPU,
-    float32 and float64 run compiled kernels, forward and backward; other devices and dtypes, higher
-    derivatives and transforms run PyTorch operations. The formula is in `deformconv.deform_conv`.
+    `torchvision.ops.deform_conv2d` with the same arguments in the same order, and then more. On the CPU it
+    runs compiled kernels, forward and backward, also under `torch.compile` and `torch.func`; other devices,
+    higher derivatives and forward mode run PyTorch operations. The formula is in `deformconv.deform_conv`.
 
     Args:
-        input: shape (N, C_in, H, W).
+        input: shape (N, C_in, H, W). Or (C_in, H, W), one image, with `offset` and `mask` without N as well.
         offset: shape (N, offset_groups*2*K, H_out, W_out), in input pixels, for the K taps of the kernel;
             group-major, then tap (row-major), then dy before dx.
         weight: shape (C_out, C_in/groups, *kernel).
@@ -61,9 +61,10 @@ def deform_conv2d(
 
     Raises:
         ShapeError: a shape or a parameter's value does not fit.
-        TypeError: an argument is no tensor, or not of the common floating-point dtype.
+        TypeError: an argument is no tensor, or not of the common floating-point dtype; only beside an `input`
+            in half precision `offset` and `mask` may be float32.
         ValueError: `boundary` or `backend` is unknown, or the tensors are on different devices.
-        BackendError: the named backend cannot run the call, or it runs under `torch.jit.trace`.
+        BackendError: the named backend cannot run the call.
 
     Example:
         >>> import torch
@@ -278,7 +279,9 @@ def _call(
             None if bias is None else (type(bias), bias.shape, bias.dtype, bias.layout, bias.is_cpu or bias.device),
             None if mask is None else (type(mask), mask.shape, mask.dtype, mask.layout, mask.is_cpu or mask.device),
         )  # fmt: skip
-    except (AttributeError, TypeError):  # what is no tensor, or has no hash; whatever is wrong is found again
+    except (AttributeError, TypeError, RuntimeError):
+        plan = None  # of what is no tensor, or has no hash; whatever is wrong is found again
+    if plan is None:
         return _special_call(
             rank, backend, Parameters(stride, padding, dilation, groups, offset_groups, boundary),
             input, offset, weight, bias, mask,
@@ -487,6 +490,8 @@ def _cast_for_autocast(input: Any, offset: Any, weight: Any, bias: Any, mask: An
 def _check_tensors(**operands: Any) -> None:
     for name, value in operands.items():
         if isinstance(value, Tensor):
+            if value.is_nested:
+                raise TypeError(f"`{name}` is a nested tensor; expected a dense one: `{name}.to_padded_tensor(0)`.")
             if value.layout is not torch.strided:
                 raise TypeError(f"`{name}` has the layout {value.layout}; expected a dense tensor: `{name}.to_dense()`.")
         elif value is not None or name not in ("bias", "mask"):

@@ -227,7 +227,8 @@ def _register() -> None:
         name = op.name()
         library.impl(name.partition("::")[2], kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=library)
-        torch.library.register_vmap(name, vmap, lib=library)
+        if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, vmap of the registered operators raises
+            torch.library.register_vmap(name, vmap, lib=library)
 
 
 _register()
