@@ -25,8 +25,9 @@ __all__ = ["deform_conv", "deform_conv_backward", "reasons_against", "warmup"]
 DTYPES = ("float32", "float64")
 _PIXELS, _REACH = 2**31 - 1, 2**29  # `sampling.kernels` counts in int32; see REACH there
 _BLOCK_BYTES = 256  # a row of a block of channels
-_DEPTH = 576  # samples of a position that are multiplied at once
-_TILE = 192  # positions
+_DEPTH = 288  # samples of a position that are multiplied at once
+_TILE, _SMALL_TILE = 208, 64  # positions
+_TILES = 4  # tiles for a thread
 _TILE_BYTES = 1 << 20  # a tile's buffers stay in the second-level cache, and within what a thread may take
 _TAPS_BYTES = 1 << 19  # so do the weights and sums of the taps that the backward pass takes at once
 _ITEMS = 4  # work for this many threads in the backward pass, if it takes separate sums to make it
@@ -110,8 +111,13 @@ class _Plan(NamedTuple):
     backward_scratch: tuple[int, int]
 
 
-@lru_cache(maxsize=256)
 def _plan(spec: ConvSpec) -> _Plan:
+    return _plan_for(spec, threads.get_num_threads())
+
+
+@lru_cache(maxsize=256)
+def _plan_for(spec: ConvSpec, number: int) -> _Plan:
+    """The plan for so many threads. It matters to the forward pass alone, where no sum depends on how positions are cut."""
     kernels = _kernels()
     item = np.dtype(spec.dtype).itemsize
     vector, full = kernels.VECTOR_BYTES // item, _BLOCK_BYTES // item
@@ -125,8 +131,10 @@ def _plan(spec: ConvSpec) -> _Plan:
     width = min(width, span)
     x = Layout(span, width, channels // span * ceil(span / width), spec.pixels + 1)
 
-    chunk = min(group_channels, _DEPTH) if span == group_channels else width
-    taps_at_once = 1 if depthwise or chunk < min(group_channels, span) else max(1, min(taps, _DEPTH // chunk))
+    # Parts of a large group that are about equal; of small ones as many as a block has, and all taps if possible.
+    part = _up(ceil(span / ceil(span / _DEPTH)), vector)
+    chunk, depth = (min(part, span), _DEPTH) if span == group_channels else (width, 2 * _DEPTH)
+    taps_at_once = 1 if depthwise or chunk < min(group_channels, span) else max(1, min(taps, depth // chunk))
     taps_at_once = ceil(taps / ceil(taps / taps_at_once))
     sum_row = outputs if depthwise else spec.groups * _up(group_outputs, vector)
 
@@ -135,7 +143,7 @@ def _plan(spec: ConvSpec) -> _Plan:
         column = tile * chunk * taps_at_once
         return integers, _up(reals, vector) + max(_up(tile * sum_row, vector) + column, vector * vector)
 
-    tile = _even(spec.positions, _TILE, kernels.FEW_ROWS)
+    tile = _forward_tile(spec, number, kernels.FEW_ROWS)
     while tile > kernels.FEW_ROWS and forward_scratch(tile)[1] * item > _TILE_BYTES:
         tile = _up(tile // 2, kernels.FEW_ROWS)
 
@@ -189,6 +197,16 @@ def _block(layout: Layout, channel: int) -> int:
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def _forward_tile(spec: ConvSpec, number: int, rows: int) -> int:
+    """Positions of a tile: a few tiles for each thread if they stay large, else one for each."""
+    tiles = ceil(spec.positions / _TILE)
+    while spec.batch * tiles < _TILES * number and spec.positions >= 2 * _SMALL_TILE * tiles:
+        tiles += 1
+    while spec.batch * tiles < number and spec.positions >= 2 * rows * tiles:
+        tiles += 1
+    return _even(spec.positions, ceil(spec.positions / tiles), rows)
 
 
 def _even(positions: int, tile: int, rows: int) -> int:

@@ -52,8 +52,22 @@ def product(geometry, what):
 def _multiply_channelwise(column, count, width, weight, weight_start, sums, start, row):
     """sums[t, c] += column[t, c] * weight[c]: the product of a depthwise convolution."""
     for t in range(count):
-        for c in range(width):
-            sums[start + t * row + c] += column[t * width + c] * weight[weight_start + c]
+        _add_products(
+            sums[start + t * row : start + t * row + width], column[t * width : (t + 1) * width],
+            weight[weight_start : weight_start + width],
+        )  # fmt: skip
+
+
+@device
+def _add_products(total, a, b):
+    for c in range(total.size):
+        total[c] += a[c] * b[c]
+
+
+@device
+def _store_products(total, a, b):
+    for c in range(total.size):
+        total[c] = a[c] * b[c]
 
 
 @kernel
@@ -290,9 +304,11 @@ def _project_outputs(
     """d_column[t, c] = sum over o of d_output[position + t, o] * weight[o, c, tap], for the channels of a block."""
     if depthwise:
         for t in range(count):
-            row, into = (position + t) * outputs, t * column_row - channel
-            for c in range(channel, end):
-                d_column[into + c] = d_output[row + c] * weight[tap * groups + c]
+            row, into = (position + t) * outputs, t * column_row
+            _store_products(
+                d_column[into : into + end - channel], d_output[row + channel : row + end],
+                weight[tap * groups + channel : tap * groups + end],
+            )  # fmt: skip
         return
     # A group's last vector may run into the next group's columns, which are written after it.
     for group in range(channel // group_channels, (end - 1) // group_channels + 1):
@@ -316,9 +332,11 @@ def _add_weight(
         for c in range(first_sum + channel, first_sum + (channel if begun else end)):
             d_weight[c] = 0
         for t in range(count):
-            row, samples = (position + t) * outputs, t * column_row - channel
-            for c in range(channel, end):
-                d_weight[first_sum + c] += d_output[row + c] * column[samples + c]
+            row, samples = (position + t) * outputs, t * column_row
+            _add_products(
+                d_weight[first_sum + channel : first_sum + end], d_output[row + channel : row + end],
+                column[samples : samples + end - channel],
+            )  # fmt: skip
         return
     for group in range(channel // group_channels, (end - 1) // group_channels + 1):
         c = max(channel, group * group_channels)
