@@ -309,3 +309,19 @@ def test_double_backward_of_a_compiled_function_raises():
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         torch.autograd.grad(first.sum(), offset)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_many_gradients_of_one_output(counted, create_graph):
+    """autograd's own vmap: is_grads_batched, and jacobian(vectorize=True)."""
+    call, tensors = operands_of((False,) * 5)
+    tensors = [t.requires_grad_() for t in tensors]
+    y = call(*tensors)
+    cotangents = torch.randn(B, *y.shape, dtype=torch.float64)
+    options = {"retain_graph": True, "create_graph": create_graph}
+    found = torch.autograd.grad(y, tensors, cotangents, is_grads_batched=True, **options)
+    assert counted == {"forward": 1, "backward": 1}
+    for index in range(B):
+        expected = torch.autograd.grad(y, tensors, cotangents[index], retain_graph=True)
+        for name, ours, theirs in zip(GRADIENTS, found, expected, strict=True):
+            assert_close(ours[index].detach(), theirs, "float64", name)

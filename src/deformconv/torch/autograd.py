@@ -155,7 +155,10 @@ def _backward(
     spec: ConvSpec, backend: str | None, operands: Sequence[Any], wanted: Collection[str]
 ) -> Gradients:
     """The gradients, which can be differentiated in turn."""
-    if forward_ad._current_level >= 0 or _is_mapped(operands[0]):
+    mapped = _is_mapped(operands[0])
+    if mapped and _map_level() == 1 and forward_ad._current_level < 0:
+        return _fold_mapped(spec, backend, operands, wanted)
+    if mapped or forward_ad._current_level >= 0:
         with compute.without_autocast(operands[0].device.type):
             return portable.deform_conv_backward(spec, *(*operands, wanted))
     names = tuple(name for name in GRADIENTS if name in wanted)
@@ -193,6 +196,27 @@ def _is_mapped(grad_output: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _map_level() -> int:
+    """How many of autograd's own vmaps are within each other here."""
+    level: int = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def _fold_mapped(spec: ConvSpec, backend: str | None, operands: Sequence[Any], wanted: Collection[str]) -> Gradients:
+    """The gradients for many gradients of the output at once, in one call."""
+    grad_output = torch._remove_batch_dim(operands[0], 1, 1, 0)
+
+    def run(spec: ConvSpec, *arguments: Any) -> Gradients:
+        *tensors, names = arguments
+        return backward(spec, backend, tensors, names)
+
+    dims = (0, None, None, None, None)
+    names = [name for name in GRADIENTS if name in wanted]
+    found = folding.fold_backward(run, spec, grad_output.shape[0], dims, (grad_output, *operands[1:]), names)
+    return Gradients(*(None if gradient is None else torch._add_batch_dim(gradient, 0, 1) for gradient in found))
 
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
