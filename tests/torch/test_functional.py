@@ -93,23 +93,6 @@ def test_portable_agrees(case):
         assert_close(found, expected, "float64")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_runs_the_portable_form(dtype):
-    function, arrays, keywords, _ = call_of(requires_grad=True)
-    half = {name: t.detach().to(getattr(torch, dtype)).requires_grad_() for name, t in arrays.items()}
-    exact = {name: t.detach().double() for name, t in half.items()}
-    y = function(**half, **keywords)
-    assert y.dtype == getattr(torch, dtype)
-    assert_close(y.detach().double(), function(**exact, **keywords), dtype)
-    y.sum().backward()
-    assert all(t.grad.dtype == y.dtype for t in half.values())
-    lines = deformconv.explain(**half, **keywords).splitlines()
-    assert lines[1] == "forward: portable"
-    assert dtype in lines[2]
-    with pytest.raises(BackendError, match=dtype):
-        function(**half, **keywords, backend="cpu")
-
-
 def test_another_device_runs_the_portable_form():
     function, arrays, keywords, _ = call_of()
     elsewhere = {name: t.to("meta") for name, t in arrays.items()}
@@ -127,8 +110,7 @@ def test_backends_by_name():
     function, arrays, keywords, _ = call_of(requires_grad=True)
     assert "DeformConvFunction" in type(function(**arrays, **keywords).grad_fn).__name__
     assert "DeformConvFunction" in type(function(**arrays, **keywords, backend="cpu").grad_fn).__name__
-    portable = function(**arrays, **keywords, backend="portable")
-    assert "DeformConvFunction" not in type(portable.grad_fn).__name__
+    assert "DeformConvFunction" in type(function(**arrays, **keywords, backend="portable").grad_fn).__name__
     with pytest.raises(BackendError, match="reference: it takes NumPy arrays"):
         function(**arrays, **keywords, backend="reference")
     with pytest.raises(ValueError, match="`backend` is 'fast'"):
@@ -273,21 +255,6 @@ def test_in_the_workers_of_a_data_loader():
         assert torch.equal(found, wanted)
 
 
-def test_autocast_computes_in_float32():
-    function, arrays, keywords, _ = call_of(dtype="float32", requires_grad=True)
-    expected = function(**arrays, **keywords)
-    mixed = arrays | {"offset": arrays["offset"].detach().bfloat16().requires_grad_()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = function(**arrays, **keywords)
-        z = function(**mixed, **keywords)
-    assert torch.equal(y, expected)
-    assert z.dtype == torch.float32
-    z.sum().backward()
-    assert mixed["offset"].grad.dtype == torch.bfloat16
-    with pytest.raises(TypeError, match="`offset` is bfloat16 and `input` is float32; expected one dtype"):
-        function(**mixed, **keywords)
-
-
 class TestErrors:
     """A sentence for each mistake; the checks' own texts are tested with the operator."""
 
@@ -319,6 +286,20 @@ class TestErrors:
         arrays[name] = spoil(arrays[name])
         with pytest.raises(TypeError, match=text.replace("{}", name)):
             function(**arrays, **keywords)
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+    def test_nested_tensors(self):
+        _, arrays, keywords, _ = call_of()
+        x = torch.nested.nested_tensor(list(arrays["input"]))
+        with pytest.raises(TypeError, match=r"`input` is a nested tensor; expected a dense one: `input.to_padded_tensor"):
+            deform_conv2d(**arrays | {"input": x}, **keywords)
+
+    def test_an_error_is_raised_once(self):
+        """Not while another one, of a check that comes first for speed, is handled."""
+        function, arrays, keywords, _ = call_of()
+        with pytest.raises(TypeError) as raised:
+            function(**arrays | {"offset": arrays["offset"].float()}, **keywords)
+        assert raised.value.__context__ is None or raised.value.__suppress_context__
 
     @pytest.mark.parametrize("name", ["input", "offset", "weight"])
     def test_none(self, name):

@@ -365,7 +365,9 @@ class TestErrors:
 
     def test_the_wrong_rank(self):
         layer = DeformConv2d(4, 3, 3, predict_offsets=False)
-        with pytest.raises(ShapeError, match=r"`input` has 3 axes.*deform_conv2d takes 4"):
+        with pytest.raises(ShapeError, match=r"`input` has 2 axes.*deform_conv2d takes 4"):
+            layer(torch.rand(4, 5), torch.zeros(1, 18, 3, 3))
+        with pytest.raises(ShapeError, match=r"`offset` has 4 axes.*`input` has 3.*one image; expected a batch axis in both"):
             layer(torch.rand(4, 5, 5), torch.zeros(1, 18, 3, 3))
 
     @pytest.mark.parametrize("mode", ["zeros", "reflect"])
@@ -375,8 +377,9 @@ class TestErrors:
             (np.zeros((1, 4, 9, 9), "float32"), TypeError, r"`input` is a numpy.ndarray; expected .* `torch.from_numpy"),
             (None, TypeError, "`input` is None; expected a PyTorch tensor"),
             (torch.zeros(1, 4, 9, 9).to_sparse(), TypeError, "`input` has the layout torch.sparse_coo"),
-            (torch.zeros(4, 9, 9), ShapeError, r"`input` has 3 axes.*deform_conv2d takes 4: \(N, C_in, height, width\)"),
-            (torch.zeros(1, 4, 9), ShapeError, r"`input` has 3 axes.*for deform_conv1d"),
+            (torch.zeros(9, 9), ShapeError, r"`input` has 2 axes.*deform_conv2d takes 4: \(N, C_in, height, width\)"),
+            (torch.zeros(1, 4, 9), ShapeError, r"C_in/groups = 1/1 = 1.*`input` has 3 axes.*one image without a batch axis"),
+            (torch.zeros(1, 2, 4, 9, 9), ShapeError, r"`input` has 5 axes.*for deform_conv3d"),
             (torch.zeros(1, 5, 9, 9), ShapeError, r"`weight` has shape .*expected C_in/groups = 5/1 = 5, for `input` \(1, 5"),
             (torch.zeros(1, 9, 9, 4), ShapeError, "`input` looks channels-last"),
             (torch.zeros(1, 4, 9, 9).double(), TypeError, "`weight` is float32 and `input` is float64; expected one dtype"),

@@ -10,21 +10,49 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from deformconv.errors import ShapeError
 from deformconv.ops.conv.spec import BOUNDARIES
 from deformconv.ops.window import count, integers, paddings, same_padding
+from deformconv.torch.compute import HALF, is_autocast, without_autocast
 from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-class _OffsetConvNd(nn.Module):
-    """A predictor's beginning: offsets 0, masks halfway. It takes no random numbers, as a net of nn.ConvNd takes none here."""
+class _OffsetConvNd(nn.modules.conv._ConvNd):
+    """A predictor of offsets and masks: a convolution that computes in float32 where the net is in half precision.
+
+    It begins with offsets 0 and masks halfway, and takes no random numbers, as a net of nn.ConvNd takes none here.
+    """
 
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _convolve(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """A convolution of float32 or float64: bfloat16 knows an offset of 20 pixels to 0.125 only.
+
+    For tracers that record calls of functions, torch.fx for one, it is one, so that its dtypes are looked at later.
+    """
+    if has_torch_function((input, weight)):
+        result: Tensor = handle_torch_function(
+            _convolve, (input, weight), input, weight, bias, stride, padding, dilation
+        )
+        return result
+    convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+    if weight.dtype in HALF or input.dtype in HALF or is_autocast(input.device.type):
+        whole = (t if t is None or t.dtype not in HALF else t.float() for t in (input, weight, bias))
+        with without_autocast(input.device.type):
+            result = convolution(*whole, stride, padding, dilation)
+    else:
+        result = convolution(input, weight, bias, stride, padding, dilation)
+    return result
 
 
 class _OffsetConv1d(_OffsetConvNd, nn.Conv1d):
@@ -63,7 +91,7 @@ class _DeformConvNd(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         modulated: bool = True,
-        offset_groups: int = 1,
+        offset_groups: int | None = 1,
         predict_offsets: bool = True,
         mask_scale: float = 2.0,
         max_offset: float | None = None,
@@ -77,10 +105,12 @@ class _DeformConvNd(nn.Module):
         self.stride = integers("stride", stride, D, 1)
         self.dilation = integers("dilation", dilation, D, 1)
         self.groups = count("groups", groups)
-        self.offset_groups = count("offset_groups", offset_groups)
+        if offset_groups is None and predict_offsets:
+            raise ValueError("`offset_groups` is None; expected a number, since this layer predicts offsets for so many.")
+        self.offset_groups = None if offset_groups is None else count("offset_groups", offset_groups)
         _check_divides("groups", self.groups, "in_channels", self.in_channels)
         _check_divides("groups", self.groups, "out_channels", self.out_channels)
-        _check_divides("offset_groups", self.offset_groups, "in_channels", self.in_channels)
+        _check_divides("offset_groups", self.offset_groups or 1, "in_channels", self.in_channels)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"`padding_mode` is {padding_mode!r}; expected one of {', '.join(PADDING_MODES)}.")
         if boundary not in BOUNDARIES:
@@ -115,7 +145,7 @@ class _DeformConvNd(nn.Module):
         self._pairs = pairs
         amounts = [amount for pair in reversed(pairs) for amount in pair]
         zeros = self.padding_mode == "zeros"
-        self._operator_padding = pairs if zeros else ((0, 0),) * self.rank
+        self._operator_padding = (0,) * self.rank if not zeros else self.padding if symmetric else pairs
         # In another mode the input is padded first, for the operator and the predictor alike; zeros that
         # nn.ConvNd cannot add itself, different amounts on two sides, for the predictor alone.
         self._input_padding = [] if zeros else amounts
@@ -123,10 +153,9 @@ class _DeformConvNd(nn.Module):
         self._predictor_padding = tuple(before for before, _ in pairs) if zeros and symmetric else 0
 
     def _predictor(self) -> _OffsetConvNd:
-        taps = math.prod(self.kernel_size)
         return self._offset_convolution(
             self.in_channels,
-            self.offset_groups * taps * (self.rank + self.modulated),
+            self._masks * (self.rank + self.modulated),
             self.kernel_size,
             self.stride,
             self._predictor_padding,
@@ -134,6 +163,11 @@ class _DeformConvNd(nn.Module):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
+
+    @property
+    def _masks(self) -> int:
+        """How many masks are predicted at a position; and so many times the rank offsets."""
+        return (self.offset_groups or 1) * math.prod(self.kernel_size)
 
     def reset_parameters(self) -> None:
         """Initialise `weight` and `bias` as nn.ConvNd does, and the predictor with zeros."""
@@ -190,11 +224,12 @@ class _DeformConvNd(nn.Module):
         if self._predictor_input_padding:
             input = F.pad(input, self._predictor_input_padding)
         raw = self.offset_conv(input)
-        offsets = self.offset_groups * math.prod(self.kernel_size) * self.rank
-        offset = raw[:, :offsets]
+        masks = self._masks
+        axis = -1 - self.rank  # the channels, with and without a batch
+        offset = raw.narrow(axis, 0, masks * self.rank) if self.modulated else raw
         if self.max_offset is not None:
             offset = self.max_offset * torch.tanh(offset / self.max_offset)
-        return offset, self.mask_scale * torch.sigmoid(raw[:, offsets:]) if self.modulated else None
+        return offset, self.mask_scale * torch.sigmoid(raw.narrow(axis, masks * self.rank, masks)) if self.modulated else None
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
@@ -231,7 +266,8 @@ class DeformConv2d(_DeformConvNd):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype: as nn.Conv2d. `padding` may also be pairs ((top, bottom), (left, right)).
         modulated: True is v2, False is v1 (no masks).
-        offset_groups: the channels are split into that many groups with offsets of their own.
+        offset_groups: the channels are split into that many groups with offsets of their own; None, without a
+            predictor, takes the number from the offsets that are passed.
         predict_offsets: False leaves out the predictor; offsets are then passed in the call.
         mask_scale: masks are mask_scale*sigmoid(raw).
         max_offset: bounds predicted offsets smoothly, to max_offset*tanh(raw/max_offset) input pixels.

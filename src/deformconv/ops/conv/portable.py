@@ -6,7 +6,8 @@ derivative holds one copy for each of the 2**D corners): memory is the price of 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = ["deform_conv", "deform_conv_backward", "reasons_against"]
 Array = Any
 
 HALF = ("float16", "bfloat16")
+CHUNK = 1 << 24  # samples at once, where memory is to be bounded
 # Those that have the standard's functions; NumPy and torch are tested.
 LIBRARIES = ("cupy", "jax", "numpy", "torch")
 
@@ -78,6 +80,93 @@ def deform_conv_backward(
     if spec.biased and "bias" in wanted:
         gradients["bias"] = grad_output.sum(dim=(0, *range(2, spec.rank + 2)))
     return Gradients(**gradients)
+
+
+def second_backward(
+    spec: ConvSpec, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Array], needed: Sequence[int]
+) -> dict[int, Array]:
+    """The derivative of sum(cotangents * gradients) by some of grad_output, input, offset, weight and mask, on torch.
+
+    `gradients` are the wanted ones of `deform_conv_backward`, which computes them from these operands.
+    """
+    from torch.func import vjp
+
+    def gradients(*arrays: Array) -> tuple[Array, ...]:
+        call = list(operands)
+        for index, array in zip(needed, arrays, strict=True):
+            call[index] = array
+        found = deform_conv_backward(spec, *(*call, wanted))
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    pull_back = vjp(gradients, *(operands[index] for index in needed))[1]
+    return dict(zip(needed, pull_back(tuple(cotangents)), strict=True))
+
+
+def deform_conv_in_chunks(
+    spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None
+) -> Array:
+    """`deform_conv` on torch tensors, without a derivative: a part of the output at a time, so that memory is bounded."""
+    output = input.new_empty(spec.output_shape)
+    for images, rows, part in chunks(spec):
+        masks = None if mask is None else mask[images, :, rows]
+        output[images, :, rows] = deform_conv(part, input[images], offset[images, :, rows], weight, bias, masks)
+    return output
+
+
+def deform_conv_backward_in_chunks(
+    spec: ConvSpec,
+    grad_output: Array,
+    input: Array,
+    offset: Array,
+    weight: Array,
+    mask: Array | None,
+    wanted: Collection[str],
+) -> Gradients:
+    """`deform_conv_backward` on torch tensors, a part of the output at a time."""
+    whole = {"input": input, "offset": offset, "weight": weight, "mask": mask}
+    results = {name: array.new_zeros(array.shape) for name, array in whole.items() if name in wanted and array is not None}
+    if spec.biased and "bias" in wanted:
+        results["bias"] = weight.new_zeros(spec.out_channels)
+    for images, rows, part in chunks(spec):
+        masks = None if mask is None else mask[images, :, rows]
+        gradients = deform_conv_backward(
+            part, grad_output[images, :, rows], input[images], offset[images, :, rows], weight, masks, wanted
+        )
+        place = {"input": (images,), "offset": (images, slice(None), rows), "mask": (images, slice(None), rows)}
+        for name, result in results.items():
+            result[place.get(name, ())] += getattr(gradients, name)
+    return Gradients(**results)
+
+
+def images(spec: ConvSpec) -> Iterator[tuple[slice, ConvSpec]]:
+    """Cut a call into images only, as many at a time as sample no more than CHUNK, but one at least."""
+    most = max(1, CHUNK // max(1, spec.taps * spec.in_channels * spec.positions))
+    for image in range(0, spec.batch, most):
+        batch = min(most, spec.batch - image)
+        yield slice(image, image + batch), replace(spec, batch=batch)
+
+
+def chunks(spec: ConvSpec) -> Iterator[tuple[slice, slice, ConvSpec]]:
+    """Cut a call into images, or an image into rows of the output's first axis: where, and the call that is left there.
+
+    A part samples as much as fits CHUNK, but not less than its image has pixels: reading the image is work as well.
+    """
+    row = spec.taps * spec.in_channels * max(1, spec.positions // max(1, spec.output_size[0]))
+    most = max(CHUNK, spec.in_channels * spec.pixels)
+    length = min(spec.output_size[0], max(1, most // max(1, row)))
+    images = max(1, most // max(1, row * spec.output_size[0])) if length == spec.output_size[0] else 1
+    (before, after), *other_padding = spec.padding
+    for image in range(0, spec.batch, images):
+        batch = min(images, spec.batch - image)
+        for start in range(0, spec.output_size[0], max(1, length)):
+            count = min(length, spec.output_size[0] - start)
+            part = replace(
+                spec,
+                batch=batch,
+                output_size=(count, *spec.output_size[1:]),
+                padding=((before - start * spec.stride[0], after), *other_padding),
+            )
+            yield slice(image, image + batch), slice(start, start + count), part
 
 
 def _deform_conv(

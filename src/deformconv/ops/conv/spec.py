@@ -131,10 +131,12 @@ def conv_spec(
     offset_groups: Any = None,
     boundary: str = "zeros",
     rank: int | None = None,
+    cached: bool = True,
 ) -> ConvSpec:
     """Check a call and derive everything that its shapes and parameters determine.
 
     `rank` is the rank of the function that was called (deform_conv2d: 2), or None where the weight decides.
+    A compiler that reads this text wants no cache: it warns of one.
     Raises ShapeError, TypeError (dtypes, numbers that are no integers) or ValueError (devices, boundary).
     An input without channels is refused, though torch's conv2d returns an empty output for one: groups and
     offset groups cannot be inferred from it, and it is nearly always a mistake in slicing.
@@ -148,7 +150,8 @@ def conv_spec(
     offset_groups = None if offset_groups is None else count("offset_groups", offset_groups)
     call = (input, offset, weight, bias, mask, stride, padding, dilation, groups, offset_groups, boundary)
     try:
-        return _cached_spec(*call)
+        if cached:
+            return _cached_spec(*call)
     except TypeError:
         pass  # symbolic sizes have no hash; a TypeError of the checks is raised again below
     return _spec(*call)
@@ -163,11 +166,13 @@ def check_input(
     dilation: tuple[int, ...],
     groups: int,
     rank: int,
+    cached: bool = True,
 ) -> None:
     """Raise what conv_spec would for these two: for a layer, which predicts its offsets from the input."""
     call = (input, weight, stride, padding, dilation, groups, rank)
     try:
-        return _cached_check_input(*call)
+        if cached:
+            return _cached_check_input(*call)
     except TypeError:
         pass  # as in conv_spec
     _check_input(*call)

@@ -1,0 +1,133 @@
+"""Deformable layers of torchvision, mmcv and kornia in a PyTorch model, replaced by ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["replace_layers"]
+
+
+def replace_layers(model: nn.Module) -> nn.Module:
+    """Replace every deformable layer of torchvision, mmcv and kornia in a model by this library's.
+
+    The layers keep their parameters (the very same objects, so that an optimizer goes on), names, hooks and
+    training mode; outputs stay the same within rounding. Replaced are
+
+    - torchvision.ops.DeformConv2d;
+    - mmcv.ops.DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d and ModulatedDeformConv2dPack;
+    - kornia's DeformableConv2d, of ALIKED;
+
+    not their subclasses, whose `forward` may be another: for those of torchvision there is
+    `accelerate_torchvision`. Predictors of offsets are called `offset_conv` afterwards.
+
+    Args:
+        model: any module; it is changed in place.
+
+    Returns:
+        The model, or the new layer where `model` itself is one to replace.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+
+    Example:
+        >>> import torch, torchvision
+        >>> from deformconv.convert import replace_layers
+        >>> layer = torchvision.ops.DeformConv2d(4, 6, 3, padding=1)
+        >>> x, offset = torch.rand(2, 4, 9, 9), torch.randn(2, 18, 9, 9)
+        >>> expected = layer(x, offset)
+        >>> ours = replace_layers(layer)
+        >>> type(ours).__module__, torch.allclose(ours(x, offset), expected, atol=1e-4)
+        ('deformconv.torch.modules', True)
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a {type(model).__module__}.{type(model).__qualname__}; expected a torch.nn.Module.")
+    replaced: dict[int, nn.Module] = {}
+
+    def replacement(module: nn.Module) -> nn.Module | None:
+        convert = _CONVERSIONS.get((type(module).__module__, type(module).__qualname__))
+        if convert is not None and id(module) not in replaced:
+            replaced[id(module)] = _like(module, convert(module))
+        return replaced.get(id(module))
+
+    whole = replacement(model)
+    if whole is not None:
+        return whole
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children leaves out what is there twice
+            if child is not None and (ours := replacement(child)) is not None:
+                setattr(parent, name, ours)
+    return model
+
+
+def _like(theirs: nn.Module, ours: nn.Module) -> nn.Module:
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(ours, name).update(getattr(theirs, name))
+    return ours.train(theirs.training)
+
+
+def _layer(
+    theirs: Any, weight: Any, bias: Any, offset_groups: int | None, offset_conv: Any = None, **keywords: Any
+) -> nn.Module:
+    """Our layer with these parameters; what shapes it is read from the other layer."""
+    from deformconv.torch import DeformConv2d
+
+    groups = theirs.groups
+    ours: Any = keywords.pop("kind", DeformConv2d)(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        theirs.stride,
+        theirs.padding,
+        theirs.dilation,
+        groups,
+        bias is not None,
+        device="meta",
+        offset_groups=offset_groups,
+        predict_offsets=offset_conv is not None,
+        **keywords,
+    )
+    ours.weight, ours.bias = weight, bias
+    if offset_conv is not None:
+        ours.offset_conv.weight, ours.offset_conv.bias = offset_conv.weight, offset_conv.bias
+    result: nn.Module = ours
+    return result
+
+
+def _torchvision(theirs: Any) -> nn.Module:
+    return _layer(theirs, theirs.weight, theirs.bias, None)
+
+
+def _mmcv(theirs: Any) -> nn.Module:
+    predictor = getattr(theirs, "conv_offset", None)
+    modulated = type(theirs).__name__.startswith("Modulated")
+    bias = getattr(theirs, "bias", None)
+    return _layer(
+        theirs, theirs.weight, bias if bias is not False else None, theirs.deform_groups, predictor,
+        modulated=modulated, mask_scale=1.0,
+    )  # fmt: skip
+
+
+def _kornia(theirs: Any) -> nn.Module:
+    from deformconv.convert.kornia import KorniaDeformConv2d
+
+    convolution = theirs.regular_conv
+    return _layer(
+        convolution, convolution.weight, convolution.bias, 1, theirs.offset_conv,
+        kind=KorniaDeformConv2d, modulated=theirs.mask, mask_scale=1.0,
+    )  # fmt: skip
+
+
+_CONVERSIONS: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("torchvision.ops.deform_conv", "DeformConv2d"): _torchvision,
+    ("mmcv.ops.deform_conv", "DeformConv2d"): _mmcv,
+    ("mmcv.ops.deform_conv", "DeformConv2dPack"): _mmcv,
+    ("mmcv.ops.modulated_deform_conv", "ModulatedDeformConv2d"): _mmcv,
+    ("mmcv.ops.modulated_deform_conv", "ModulatedDeformConv2dPack"): _mmcv,
+    ("kornia.feature.aliked.aliked", "DeformableConv2d"): _kornia,
+}

@@ -1,0 +1,83 @@
+"""Our kernels under torchvision's operator, for code that one cannot edit."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any
+
+__all__ = ["Acceleration", "accelerate_torchvision"]
+
+_lock = threading.Lock()
+_active: list[Acceleration] = []
+_library: Any = None
+
+
+class Acceleration:
+    """What `accelerate_torchvision` returns: `undo()` ends it, and so does leaving its `with` block."""
+
+    def undo(self) -> None:
+        """Give torchvision its own kernels back, if no other acceleration goes on. Doing it twice does nothing."""
+        global _library
+        with _lock:
+            if self in _active:
+                _active.remove(self)
+                if not _active:
+                    _library._destroy()
+                    _library = None
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def accelerate_torchvision() -> Acceleration:
+    """Put this library's CPU kernels under `torchvision.ops.deform_conv2d`, forward and backward.
+
+    Every caller gets them, however it imported the function or the layer: models of a hub, subclasses of
+    `torchvision.ops.DeformConv2d`, compiled and traced graphs. Calls that this library refuses, as a mask with
+    too few channels, go to torchvision's own kernel and raise what they always raised. Other devices are left
+    alone. It lasts until `undo()` of the result, or until the end of its `with` block, for the whole process.
+
+    Returns:
+        An Acceleration, with `undo()`, to be used as a context manager or not.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.ops import deform_conv2d
+        >>> from deformconv.convert import accelerate_torchvision
+        >>> x, offset, weight = torch.rand(2, 3, 9, 9), torch.randn(2, 18, 7, 7), torch.rand(4, 3, 3, 3)
+        >>> expected = deform_conv2d(x, offset, weight)
+        >>> with accelerate_torchvision():
+        ...     y = deform_conv2d(x, offset, weight)         # this library's kernels
+        >>> torch.allclose(y, expected, atol=1e-4)
+        True
+    """
+    global _library
+    import torchvision  # noqa: F401  (it registers the operator)
+
+    acceleration = Acceleration()
+    with _lock:
+        if not _active:
+            _library = _overridden()
+        _active.append(acceleration)
+    return acceleration
+
+
+def _overridden() -> Any:
+    """Registrations that last until the library is destroyed."""
+    import torch
+
+    from deformconv.convert.torchvision_kernels import kernels
+
+    library = torch.library.Library("torchvision", "IMPL")
+    for name, kernel in kernels().items():
+        library.impl(name, kernel, "CPU", with_keyset=True)
+    return library

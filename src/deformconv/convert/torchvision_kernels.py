@@ -1,0 +1,68 @@
+"""torchvision's registered operators, computed by ours: with its order of arguments and its stand-ins for None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deformconv.ops.conv.spec import GRADIENTS, ConvSpec
+from deformconv.torch import compute
+from deformconv.torch.compute import Parameters, Plan
+
+__all__ = ["kernels"]
+
+_FORWARD, _BACKWARD = "deform_conv2d", "_deform_conv2d_backward"
+
+
+def kernels() -> dict[str, Callable[..., Any]]:
+    """A kernel for each of torchvision's operators, which hands on to torchvision's own what ours refuses."""
+    theirs = {name: _kernel_of(name) for name in (_FORWARD, _BACKWARD)}
+
+    def forward(keyset: Any, *arguments: Any) -> Tensor:
+        try:
+            plan, input, offset, weight, bias, mask = _call(*arguments)
+        except (TypeError, ValueError) as error:
+            result: Tensor = theirs[_FORWARD](error, keyset, *arguments)
+            return result
+        return compute.forward(plan, input, offset, weight, bias, mask)
+
+    def backward(keyset: Any, grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        try:
+            plan, input, offset, weight, _, mask = _call(*arguments)
+        except (TypeError, ValueError) as error:
+            result: tuple[Tensor, ...] = theirs[_BACKWARD](error, keyset, grad_output, *arguments)
+            return result
+        wanted = GRADIENTS if mask is not None else GRADIENTS[:-1]
+        found = compute.backward(plan, grad_output, input, offset, weight, mask, wanted)
+        d_mask = torch.zeros_like(arguments[3]) if mask is None else found.mask
+        return found.input, found.weight, found.offset, d_mask, found.bias
+
+    return {_FORWARD: forward, _BACKWARD: backward}
+
+
+def _kernel_of(name: str) -> Callable[..., Any]:
+    """torchvision's own kernel, for what ours refused with an error."""
+    if not hasattr(torch.library, "get_kernel"):  # PyTorch before 2.9
+
+        def refuse(error: Exception, *arguments: Any) -> Any:
+            raise RuntimeError(str(error)) from error
+
+        return refuse
+    kernel = torch.library.get_kernel(f"torchvision::{name}", "CPU")
+    return lambda error, *arguments: kernel.call_boxed(*arguments)
+
+
+def _call(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *parameters: Any
+) -> tuple[Plan, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Our plan and arguments; TypeError or ValueError for what ours refuses."""
+    *numbers, groups, offset_groups, use_mask = parameters
+    stride, padding, dilation = (tuple(map(int, numbers[i : i + 2])) for i in (0, 2, 4))
+    masks = mask if use_mask else None
+    operands: list[Any] = [None if t is None else compute.operand(t) for t in (input, offset, weight, bias, masks)]
+    given = Parameters(stride, padding, dilation, int(groups), int(offset_groups), "zeros")
+    spec: ConvSpec = compute.spec_of(*(*operands, given, 2))
+    return compute.plan_for(spec, "cpu", True, None), input, offset, weight, bias, masks

@@ -1,0 +1,105 @@
+"""ONNX: `torch.onnx.export` writes standard DeformConv nodes, with no table of translations to pass."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deformconv.errors import BackendError
+from deformconv.ops.conv.spec import ConvSpec
+from deformconv.torch.compute import HALF
+
+__all__ = ["deform_conv", "is_exporting"]
+
+_FIRST_OPSET = 19
+
+
+def is_exporting() -> bool:
+    """Whether `torch.onnx.export(..., dynamo=True)` traces this call."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def deform_conv(
+    spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """The call as a DeformConv node. 1-D is 2-D with a height of 1; half precision is computed in float32, as here."""
+    _check(spec, _opset())
+    if spec.rank == 1:
+        return _as_2d(spec, input, offset, weight, bias, mask).squeeze(2)
+    dtype = input.dtype
+    operands: list[Tensor | None] = [input, weight, offset, bias, mask]  # the standard's order
+    if dtype in HALF:
+        operands = [None if tensor is None else tensor.float() for tensor in operands]
+    attributes: dict[str, Any] = {
+        "kernel_shape": list(spec.kernel_size),
+        "strides": list(spec.stride),
+        "pads": [before for before, _ in spec.padding] + [after for _, after in spec.padding],
+        "dilations": list(spec.dilation),
+        "group": spec.groups,
+        "offset_group": spec.offset_groups,
+    }
+    result: Tensor = torch.onnx.ops.symbolic(
+        "DeformConv", operands, attributes, dtype=torch.float32 if dtype in HALF else dtype, shape=spec.output_shape
+    )
+    return result.to(dtype) if dtype in HALF else result
+
+
+def _as_2d(
+    spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    spec = replace(
+        spec,
+        rank=2,
+        input_size=(1, *spec.input_size),
+        kernel_size=(1, *spec.kernel_size),
+        stride=(1, *spec.stride),
+        dilation=(1, *spec.dilation),
+        output_size=(1, *spec.output_size),
+        padding=((0, 0), *spec.padding),
+    )
+    dx = offset.unsqueeze(2)  # (N, offset_groups*K, 1, O)
+    both = torch.cat([torch.zeros_like(dx), dx], 2)
+    offset = both.flatten(1, 2).unsqueeze(2)  # (N, offset_groups*K*2, 1, O)
+    mask = None if mask is None else mask.unsqueeze(2)
+    return deform_conv(spec, input.unsqueeze(2), offset, weight.unsqueeze(2), bias, mask)
+
+
+def _check(spec: ConvSpec, opset: int | None) -> None:
+    if spec.boundary != "zeros":
+        raise BackendError(
+            f'boundary="{spec.boundary}" cannot be exported: ONNX\'s DeformConv knows boundary="zeros" only.'
+        )
+    if opset is not None and opset < _FIRST_OPSET:
+        raise BackendError(
+            f"This export is for ONNX opset {opset}, which has no DeformConv; expected "
+            f"torch.onnx.export(..., opset_version={_FIRST_OPSET}) or newer."
+        )
+    if spec.rank == 3:
+        warnings.warn(
+            "This export has a DeformConv node over 3 axes. The ONNX standard allows it, but ONNX Runtime runs "
+            "DeformConv over 2 axes only.",
+            stacklevel=2,
+        )
+
+
+def _opset() -> int | None:
+    """The opset that is exported for: an argument of a function of PyTorch's that called this one."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.onnx.") and "opset_version" in frame.f_locals:
+            found = frame.f_locals["opset_version"]
+            return found if isinstance(found, int) else None
+        frame = frame.f_back
+    return None
+
+
+# For a compiler both are constants, which it asks for while it reads a call of ours: what
+# `torch.compiler.assume_constant_result` says, without loading a compiler now.
+for function in (is_exporting, _opset):
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]

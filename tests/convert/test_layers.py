@@ -1,0 +1,176 @@
+"""Layers of other libraries, replaced: the same parameters, the same outputs."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import sys
+import types
+
+import pytest
+import torch
+import torchvision
+from tests.tolerances import assert_close
+from torch import nn
+
+from deformconv.convert import layers, replace_layers
+from deformconv.torch import DeformConv2d
+
+
+def test_doctests():
+    result = doctest.testmod(layers)
+    assert result.failed == 0
+    assert result.attempted > 5
+
+
+class Net(nn.Module):
+    """Predicts offsets for torchvision's layer, as its documentation does."""
+
+    def __init__(self, offset_groups, masked, **how):
+        super().__init__()
+        self.masked = masked
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.predict = nn.Conv2d(4, offset_groups * 9 * (3 if masked else 2), 3, padding=1)
+        self.deform = torchvision.ops.DeformConv2d(4, 6, 3, padding=1, **how)
+        self.again = self.deform if how.get("groups", 1) == 1 else None
+
+    def forward(self, x):
+        x = self.stem(x)
+        raw = self.predict(x)
+        if not self.masked:
+            return self.deform(x, raw)
+        offset, mask = raw.tensor_split([raw.shape[1] * 2 // 3], 1)
+        return self.deform(x, offset, mask.sigmoid())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset_groups", [1, 2])
+@pytest.mark.parametrize("how", [{}, {"groups": 2, "bias": False}])
+def test_torchvision(how, offset_groups, masked):
+    torch.manual_seed(0)
+    net = Net(offset_groups, masked, **how).double()
+    x = torch.rand(2, 3, 7, 6).double()
+    expected, state = net(x), copy.deepcopy(net.state_dict())
+    parameters = list(net.parameters())
+    assert replace_layers(net) is net
+    assert type(net.deform) is DeformConv2d
+    assert net.again is (net.deform if "groups" not in how else None)
+    assert_close(net(x).detach(), expected.detach(), "float64")
+    assert all(ours is theirs for ours, theirs in zip(net.parameters(), parameters, strict=True))
+    assert list(net.state_dict()) == list(state)
+    net.load_state_dict(state)
+
+
+def test_hooks_and_modes_stay():
+    net = nn.Sequential(torchvision.ops.DeformConv2d(2, 3, 1)).eval()
+    net[0].weight.requires_grad_(False)
+    seen = []
+    net[0].register_forward_hook(lambda *arguments: seen.append(1))
+    replace_layers(net)
+    assert not net[0].training
+    assert not net[0].weight.requires_grad
+    net[0](torch.rand(1, 2, 3, 3), torch.zeros(1, 2, 3, 3))
+    assert seen
+
+
+def test_a_layer_alone_and_other_models():
+    assert type(replace_layers(torchvision.ops.DeformConv2d(2, 3, 1))) is DeformConv2d
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), DeformConv2d(3, 4, 3))
+    before = list(net.modules())
+    assert list(replace_layers(net).modules()) == before
+    with pytest.raises(TypeError, match=r"`model` is a builtins.dict; expected a torch.nn.Module"):
+        replace_layers({})
+
+
+def test_subclasses_are_left_alone():
+    class Doubled(torchvision.ops.DeformConv2d):
+        def forward(self, input, offset, mask=None):
+            return 2 * super().forward(input, offset, mask)
+
+    net = nn.Sequential(Doubled(2, 3, 1))
+    assert type(replace_layers(net)[0]) is Doubled
+
+
+def offset_groups_of_the_call():
+    layer = DeformConv2d(4, 6, 3, predict_offsets=False, offset_groups=None)
+    return [layer(torch.rand(1, 4, 5, 5), torch.zeros(1, 18 * groups, 3, 3)).shape for groups in (1, 2)]
+
+
+def test_offset_groups_of_the_call():
+    assert offset_groups_of_the_call() == [(1, 6, 3, 3)] * 2
+    with pytest.raises(ValueError, match="`offset_groups` is None; expected a number, since this layer predicts"):
+        DeformConv2d(4, 6, 3, offset_groups=None)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("how", [{}, {"bias": True, "stride": 2}])
+def test_kornia(mask, how):
+    aliked = pytest.importorskip("kornia.feature.aliked.aliked")
+    torch.manual_seed(0)
+    theirs = aliked.DeformableConv2d(4, 6, mask=mask, **how).double()
+    nn.init.normal_(theirs.offset_conv.weight, std=1.0)  # beyond a quarter of the image
+    net = nn.Sequential(theirs)
+    x = torch.rand(2, 4, 8, 6).double()
+    expected = net(x)
+    replace_layers(net)
+    assert isinstance(net[0], DeformConv2d)
+    assert_close(net(x).detach(), expected.detach(), "float64")
+    offset, _ = net[0].offsets_and_mask(x)
+    assert offset.abs().max() == 2
+
+
+class _Mmcv(nn.Module):
+    """What mmcv's four layers have in common, with its names; computed by torchvision."""
+
+    modulated, packed = False, False
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, deform_groups=1):
+        super().__init__()
+        pair = nn.modules.utils._pair
+        self.kernel_size, self.stride = pair(kernel_size), pair(stride)
+        self.padding, self.dilation = pair(padding), pair(dilation)
+        self.groups, self.deform_groups = groups, deform_groups
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels // groups, *self.kernel_size))
+        if self.modulated:
+            self.bias = nn.Parameter(torch.randn(out_channels))
+        if self.packed:
+            channels = deform_groups * (3 if self.modulated else 2) * self.kernel_size[0] * self.kernel_size[1]
+            window = self.kernel_size, self.stride, self.padding, self.dilation
+            self.conv_offset = nn.Conv2d(in_channels, channels, *window)
+
+    def forward(self, x, offset=None, mask=None):
+        if self.packed and self.modulated:
+            o1, o2, mask = torch.chunk(self.conv_offset(x), 3, dim=1)
+            offset, mask = torch.cat((o1, o2), dim=1), torch.sigmoid(mask)
+        elif self.packed:
+            offset = self.conv_offset(x)
+        bias = self.bias if self.modulated else None
+        return torchvision.ops.deform_conv2d(
+            x, offset, self.weight, bias, self.stride, self.padding, self.dilation, mask
+        )
+
+
+MMCV = {
+    "DeformConv2d": ("deform_conv", False, False),
+    "DeformConv2dPack": ("deform_conv", False, True),
+    "ModulatedDeformConv2d": ("modulated_deform_conv", True, False),
+    "ModulatedDeformConv2dPack": ("modulated_deform_conv", True, True),
+}
+
+
+@pytest.mark.parametrize("name", MMCV)
+def test_mmcv(name, monkeypatch):
+    """mmcv has no wheel for this PyTorch: layers with its names and attributes stand in for its own."""
+    file, modulated, packed = MMCV[name]
+    kind = type(name, (_Mmcv,), {"modulated": modulated, "packed": packed, "__module__": f"mmcv.ops.{file}"})
+    monkeypatch.setitem(sys.modules, f"mmcv.ops.{file}", types.ModuleType(f"mmcv.ops.{file}"))
+    torch.manual_seed(0)
+    net = nn.ModuleList([kind(4, 6, 3, stride=2, padding=1, groups=2, deform_groups=2)]).double()
+    x = torch.rand(2, 4, 9, 8).double()
+    inputs = [x] if packed else [x, torch.randn(2, 36, 5, 4).double()]
+    inputs += [torch.rand(2, 18, 5, 4).double()] if modulated and not packed else []
+    expected, weight = net[0](*inputs), net[0].weight
+    replace_layers(net)
+    assert type(net[0]) is DeformConv2d
+    assert net[0].weight is weight
+    assert_close(net[0](*inputs).detach(), expected.detach(), "float64")

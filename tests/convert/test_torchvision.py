@@ -1,0 +1,204 @@
+"""Our kernels under torchvision's operator: the same numbers for everybody who calls it, and torchvision's own after."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+import torchvision
+from tests.ops.conv.cases import CASES
+from tests.tolerances import assert_close
+from tests.torch.tensors import call_of
+from torch import nn
+from torchvision.ops import deform_conv2d  # bound before anything is put under it
+
+from deformconv.convert import accelerate_torchvision
+from deformconv.convert import torchvision as convert
+from deformconv.ops.conv import cpu
+
+PARITY = [
+    case
+    for case in CASES
+    if len(case.size) == 2 and case.boundary == "zeros" and case.batch and isinstance(case.padding, (int, tuple))
+    and not any(isinstance(part, tuple) for part in (case.padding if isinstance(case.padding, tuple) else ()))
+]  # fmt: skip
+
+
+def test_doctests():
+    result = doctest.testmod(convert)
+    assert result.failed == 0
+    assert result.attempted > 5
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often our kernels ran, forward and backward."""
+    calls = {"deform_conv": 0, "deform_conv_backward": 0}
+    for name in calls:
+        function = getattr(cpu, name)
+
+        def counting(*arguments, name=name, function=function):
+            calls[name] += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(cpu, name, counting)
+    return calls
+
+
+def results(case, dtype="float64"):
+    _, arrays, _, grad_output = call_of(case, dtype, requires_grad=True)
+    names = ("input", "offset", "weight", "bias")
+    y = deform_conv2d(*(arrays[name] for name in names), case.stride, case.padding, case.dilation, arrays["mask"])
+    given = [t for t in arrays.values() if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, given, grad_output)]
+
+
+@pytest.mark.parametrize("case", PARITY, ids=lambda case: case.name)
+def test_forward_and_backward(case, counted):
+    expected = results(case)
+    assert counted == {"deform_conv": 0, "deform_conv_backward": 0}
+    with accelerate_torchvision():
+        found = results(case)
+    assert counted == {"deform_conv": 1, "deform_conv_backward": 1}
+    again = results(case)
+    assert counted == {"deform_conv": 1, "deform_conv_backward": 1}
+    assert all(map(torch.equal, expected, again))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, "float64")
+
+
+def test_several_at_once_and_undo_twice(counted):
+    first, second = accelerate_torchvision(), accelerate_torchvision()
+    first.undo()
+    first.undo()
+    results(PARITY[0])
+    assert counted["deform_conv"] == 1
+    second.undo()
+    results(PARITY[0])
+    assert counted["deform_conv"] == 1
+    with pytest.raises(ZeroDivisionError), accelerate_torchvision():
+        raise ZeroDivisionError
+    results(PARITY[0])
+    assert counted["deform_conv"] == 1
+
+
+class Doubled(torchvision.ops.DeformConv2d):
+    """Code of somebody else."""
+
+    def forward(self, input, offset, mask=None):
+        return 2 * super().forward(input, offset, mask)
+
+
+def test_a_model_one_cannot_edit_trains(counted):
+    torch.manual_seed(0)
+    model = Doubled(3, 4, 3, padding=1)
+    x, offset = torch.rand(2, 3, 6, 6), torch.randn(2, 18, 6, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    with accelerate_torchvision():
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = model(x, offset).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert counted == {"deform_conv": 20, "deform_conv_backward": 20}
+
+
+@pytest.mark.parametrize("how", ["compile", "export", "trace", "vmap", "autocast"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_works_with_torchvisions_operator_works_on(how, counted):
+    x, offset = torch.rand(2, 3, 6, 6), torch.randn(2, 18, 6, 6)
+    layer = torchvision.ops.DeformConv2d(3, 4, 3, padding=1)
+    expected = layer(x, offset).detach()
+    torch._dynamo.reset()
+    with accelerate_torchvision():
+        if how == "compile":
+            found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, offset)
+        elif how == "export":
+            found = torch.export.export(layer, (x, offset)).module()(x, offset)
+        elif how == "trace":
+            found = torch.jit.trace(layer, (x, offset))(x, offset)
+        elif how == "vmap":
+            one = torch.vmap(lambda x, o: deform_conv2d(x, o, layer.weight, layer.bias, padding=1))
+            found = one(x[:, None], offset[:, None])[:, 0]
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                found = layer(x, offset)
+    assert counted["deform_conv"] >= 1
+    assert_close(found.detach(), expected, "float32")
+    torch._dynamo.reset()
+
+
+def test_double_backward_is_refused_as_by_torchvision():
+    x = torch.rand(1, 1, 4, 4, requires_grad=True)
+    with accelerate_torchvision():
+        y = deform_conv2d(x, torch.zeros(1, 2, 4, 4), torch.rand(1, 1, 1, 1))
+        first = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="double backwards on deform_conv2d not supported"):
+            first.sum().backward()
+
+
+class TestTorchvisionsExpectations:
+    """What torchvision's own tests ask of its operator."""
+
+    def arguments(self, batch=10, dtype=torch.float64):
+        torch.manual_seed(0)
+        x = torch.rand(batch, 6, 5, 4, dtype=dtype)
+        offset = torch.randn(batch, 3 * 2 * 3 * 2, 5, 5, dtype=dtype)
+        mask = torch.randn(batch, 3 * 3 * 2, 5, 5, dtype=dtype)
+        layer = torchvision.ops.DeformConv2d(6, 2, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), groups=2)
+        layer = layer.to(dtype)
+        size = nn.functional.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, 2).shape[2:]
+        return layer, x, offset[..., : size[0], : size[1]].contiguous(), mask[..., : size[0], : size[1]].contiguous()
+
+    @pytest.mark.parametrize("contiguous", [True, False])
+    @pytest.mark.parametrize("batch", [0, 1, 33])
+    def test_forward_and_contiguity(self, batch, contiguous):
+        layer, x, offset, mask = self.arguments(batch)
+        if not contiguous:
+            x, offset, mask = (t.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2) for t in (x, offset, mask))
+        for arguments in ((x, offset), (x, offset, mask)):
+            with accelerate_torchvision():
+                found = layer(*arguments)
+            assert_close(found.detach(), layer(*arguments).detach(), "float64")
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_backward_by_finite_differences(self, masked):
+        layer, x, offset, mask = self.arguments(batch=2)
+        offset = offset.floor() + 0.1 + 0.8 * torch.rand_like(offset)
+        tensors = [t.requires_grad_() for t in (x, offset, layer.weight, layer.bias, mask)]
+
+        def call(x, offset, weight, bias, mask):
+            window = layer.stride, layer.padding, layer.dilation
+            return deform_conv2d(x, offset, weight, bias, *window, mask=mask if masked else None)
+
+        with accelerate_torchvision():
+            assert torch.autograd.gradcheck(call, tensors, nondet_tol=0, fast_mode=True)
+
+    def test_wrong_sizes(self):
+        layer, x, offset, mask = self.arguments()
+        with accelerate_torchvision():
+            with pytest.raises(RuntimeError, match="the shape of the offset"):
+                layer(x, torch.rand_like(offset[:, :2]))
+            with pytest.raises(RuntimeError, match=r"mask.shape\[1\] is not valid"):
+                layer(x, offset, torch.rand_like(mask[:, :2]))
+
+    def test_other_dtypes_go_to_ours(self, counted):
+        layer, x, offset, _ = self.arguments(dtype=torch.float32)
+        with accelerate_torchvision():
+            found = layer.bfloat16()(x.bfloat16(), offset.bfloat16())
+        assert found.dtype == torch.bfloat16
+        assert counted["deform_conv"] == 1
+
+    def test_a_nan_does_not_crash(self):
+        layer, x, offset, _ = self.arguments()
+        offset[0, :2, 0, 0] = torch.nan
+        with accelerate_torchvision():
+            y = layer(x, offset)
+        assert y[0, :, 0, 0].isnan().any()
+        assert not y[1:].isnan().any()

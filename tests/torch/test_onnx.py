@@ -1,0 +1,102 @@
+"""ONNX export: standard nodes, the same numbers in ONNX Runtime, and clear words where that cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.tolerances import assert_close
+from torch import nn
+
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+# What PyTorch's exporter and onnxscript warn of on their own account.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+LAYERS = {1: DeformConv1d, 2: DeformConv2d, 3: DeformConv3d}
+SIZES = {1: ((9,), (14,)), 2: ((8, 9), (12, 17)), 3: ((4, 5, 6), (5, 6, 8))}
+
+
+def net_of(rank, **how):
+    """Two layers with offsets, v2 and v1, unlike in every parameter, an input and a larger one."""
+    torch.manual_seed(0)
+    layer = LAYERS[rank]
+    net = nn.Sequential(
+        layer(4, 6, 3, padding=1, stride=2, offset_groups=2, **how),
+        nn.ReLU(),
+        layer(6, 4, 2, modulated=False, groups=2, padding=((0, 1),) * rank, bias=False, **how),
+    )
+    for part in net[::2]:
+        nn.init.normal_(part.offset_conv.weight, std=0.3)
+    return net.eval(), *(torch.rand(batch, 4, *size) for batch, size in zip((2, 5), SIZES[rank], strict=True))
+
+
+def export(net, x, **how):
+    dynamic = {axis: torch.export.Dim.DYNAMIC for axis in range(x.ndim) if axis != 1}
+    return torch.onnx.export(net, (x,), dynamo=True, dynamic_shapes=(dynamic,), verbose=False, **how).model_proto
+
+
+def run(model, x):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("opset", [None, 19, 22])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_standard_nodes_that_onnx_runtime_runs(rank, opset):
+    net, x, larger = net_of(rank)
+    model = export(net, x, **({} if opset is None else {"opset_version": opset}))
+    onnx.checker.check_model(model, full_check=True)
+    nodes = [node for node in model.graph.node if node.op_type == "DeformConv"]
+    assert [node.domain for node in nodes] == ["", ""]
+    if opset is not None:
+        assert [entry.version for entry in model.opset_import if entry.domain == ""] == [opset]
+    for image in (x, larger):
+        assert_close(run(model, image), net(image).detach(), "float32")
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision(half):
+    net, x, larger = net_of(2)
+    net.to(half)
+    model = export(net, x.to(half))
+    onnx.checker.check_model(model, full_check=True)
+    assert sum(node.op_type == "DeformConv" for node in model.graph.node) == 2
+    if half is torch.float16:
+        # Two layers of float32 each, rounded between them.
+        assert (run(model, larger.half()) - net(larger.half())).abs().max() < 4e-3 * net(larger.half()).abs().max()
+
+
+@pytest.mark.parametrize("opset", [18, 17])
+def test_an_opset_without_the_operator(opset):
+    net, x, _ = net_of(2)
+    text = rf"This export is for ONNX opset {opset}, which has no DeformConv; expected .*opset_version=19\) or newer"
+    with pytest.raises(Exception, match=text) as raised:
+        export(net, x, opset_version=opset)
+    assert type(raised.value.__cause__).__name__ == "BackendError"
+
+
+def test_the_other_boundary():
+    net, x, _ = net_of(2, boundary="inside")
+    with pytest.raises(Exception, match=r'boundary="inside" cannot be exported: ONNX\'s DeformConv knows'):
+        export(net, x)
+
+
+def test_volumes():
+    net, x, _ = net_of(3)
+    with pytest.warns(UserWarning, match="node over 3 axes.*ONNX Runtime runs DeformConv over 2 axes only"):
+        model = export(net, x)
+    onnx.checker.check_model(model, full_check=True)
+    assert sum(node.op_type == "DeformConv" for node in model.graph.node) == 2
+
+
+def test_an_input_without_a_batch():
+    net, x, _ = net_of(2)
+    exported = torch.onnx.export(net, (x[0],), dynamo=True, verbose=False)
+    assert_close(run(exported.model_proto, x[0]), net(x[0]).detach(), "float32")
