@@ -30,6 +30,7 @@ OP_TYPE = "deformconv"
 OPERANDS = ("data", "offset", "weight", "bias", "mask")
 # What a symbol keeps, as text, in graphs that may be saved: these names and their meaning stay.
 WINDOW = ("stride", "padding", "dilation", "groups", "offset_groups", "boundary")
+OTHERS = ("operands", "backend", "weight_shape")
 
 
 def in_gluon_words(error: Exception) -> Exception:
@@ -109,6 +110,7 @@ class _Parameters(NamedTuple):
 
     operands: tuple[str, ...]
     backend: str | None
+    weight_shape: tuple[int, ...] | None
     window: dict[str, Any]
 
 
@@ -117,13 +119,13 @@ def _parameters(attributes: tuple[tuple[str, str], ...]) -> _Parameters:
     values = dict(attributes)
     # Beside ours come those of `mxnet.AttrScope`, all between double underscores.
     names = {name for name in values if not name.startswith("__")}
-    if names != {*WINDOW, "backend", "operands"}:
+    if names != {*WINDOW, *OTHERS}:
         raise TypeError(
             f"the operator {OP_TYPE!r} has the attributes {', '.join(sorted(names)) or 'none'}; expected a symbol that "
             "`deformconv.gluon.deform_conv` made, in this version."
         )
-    window = {name: literal_eval(values[name]) for name in WINDOW}
-    return _Parameters(literal_eval(values["operands"]), literal_eval(values["backend"]), window)
+    read = {name: literal_eval(values[name]) for name in names}
+    return _Parameters(**{name: read[name] for name in OTHERS}, window={name: read[name] for name in WINDOW})
 
 
 @mx.operator.register(OP_TYPE)
@@ -180,6 +182,8 @@ class _DeformConvProp(mx.operator.CustomOpProp):
     def _complete(self, shapes: dict[str, list[int]]) -> None:
         """Fill in what the known shapes determine: MXNet infers a block's deferred parameters that way."""
         data, weight = shapes["data"], shapes["weight"]
+        if not weight:
+            weight += _parameters(self._attributes).weight_shape or ()
         if len(weight) > 1:
             if weight[1] < 1 and len(data) > 1 and data[1] > 0:
                 weight[1] = data[1] // (_parameters(self._attributes).window["groups"] or 1)

@@ -77,9 +77,8 @@ def deform_conv(
 
     Papers: v1, arXiv 1703.06211, equations 2 and 3; v2, arXiv 1811.11168, equation 1.
     """
-    given = {"data": data, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    operands = {key: value for key, value in given.items() if value is not None or key not in ("bias", "mask")}
-    parameters: dict[str, Any] = {
+    operands = {"data": data, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    parameters = {
         "stride": stride,
         "padding": padding,
         "dilation": dilation,
@@ -87,14 +86,26 @@ def deform_conv(
         "offset_groups": offset_groups,
         "boundary": boundary,
     }
+    return call(operands, parameters, backend, name)
+
+
+def call(
+    operands: dict[str, Any],
+    parameters: dict[str, Any],
+    backend: str | None = None,
+    name: str | None = None,
+    weight_shape: tuple[int, ...] | None = None,
+) -> Any:
+    """Run the operator or write its symbol; `weight_shape`, where known, is for a Symbol that carries none, 0 what is open."""
+    operands = {key: value for key, value in operands.items() if value is not None or key not in ("bias", "mask")}
     symbolic = _are_symbols(operands)
     if symbolic:
-        _check_parameters(parameters, backend)
+        parameters = _checked(parameters, backend)
     else:
         spec = _spec(operands, parameters, backend)
         parameters = {key: getattr(spec, key) for key in parameters}
-    parameters |= {"backend": backend, "operands": tuple(operands)}
-    attributes = {key: repr(value) for key, value in parameters.items()}
+    settings = parameters | {"backend": backend, "operands": tuple(operands), "weight_shape": weight_shape}
+    attributes = {key: repr(value) for key, value in settings.items()}
     # mxnet.np's arrays are NDArrays, and its symbols Symbols, which an operator of one's own takes in the older form only.
     values = {key: _plain_layout(value.as_nd_ndarray()) for key, value in operands.items()}
     if symbolic:
@@ -102,7 +113,7 @@ def deform_conv(
     else:
         result = mx.nd.Custom(*values.values(), op_type=OP_TYPE, **attributes)
     result = _plain_layout(result, name)
-    return result.as_np_ndarray() if isinstance(data, (mx.np.ndarray, mx.sym.np._Symbol)) else result
+    return result.as_np_ndarray() if isinstance(operands["data"], (mx.np.ndarray, mx.sym.np._Symbol)) else result
 
 
 def _plain_layout(value: Any, name: str | None = None) -> Any:
@@ -157,17 +168,19 @@ def check_array(name: str, array: NDArray) -> None:
         raise TypeError(f"`{name}` is stored as {array.stype}; expected a dense array: `{name}.tostype('default')`.")
 
 
-def _check_parameters(parameters: dict[str, Any], backend: str | None) -> None:
+def _checked(parameters: dict[str, Any], backend: str | None) -> dict[str, Any]:
     """Check what can be checked without shapes, where the symbol is written and not where it is run."""
     if parameters["boundary"] not in BOUNDARIES:
         expected = " or ".join(map(repr, BOUNDARIES))
         raise ValueError(f"`boundary` is {parameters['boundary']!r}; expected {expected}.")
     dispatch.check_name(backend)
+    checked = dict(parameters)
     for name in ("stride", "padding", "dilation"):
-        parameters[name] = _number_or_numbers(name, parameters[name])
+        checked[name] = _number_or_numbers(name, parameters[name])
     for name in ("groups", "offset_groups"):
         if parameters[name] is not None:
-            parameters[name] = count(name, parameters[name])
+            checked[name] = count(name, parameters[name])
+    return checked
 
 
 def _number_or_numbers(name: str, value: Any) -> Any:
