@@ -1,0 +1,13 @@
+"""Weights and layers of other libraries, with their words and conventions. Frameworks are loaded where they are needed."""
+
+from deformconv.convert.mxnet import layer_from_mxnet, layer_to_mxnet, load_mxnet, mxnet_layers
+from deformconv.convert.params_file import read_params, write_params
+
+__all__ = [
+    "layer_from_mxnet",
+    "layer_to_mxnet",
+    "load_mxnet",
+    "mxnet_layers",
+    "read_params",
+    "write_params",
+]
