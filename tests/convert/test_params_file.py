@@ -17,7 +17,7 @@ FILES = sorted(DATA.glob("*.params"))
 
 
 def test_there_are_files():
-    assert len(FILES) == 8
+    assert len(FILES) == 9
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

@@ -8,10 +8,10 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "deformconv.gluon needs MXNet, which is not installed: pip install 'deformconv[gluon]'", name="mxnet"
     ) from None
-except AttributeError as error:  # MXNet asks for names such as numpy.bool, which NumPy 1.24 dropped
+except AttributeError as error:  # MXNet asks for names such as numpy.bool, which NumPy 1.24 and later dropped
     import numpy as _numpy
 
-    if getattr(error, "obj", _numpy) is not _numpy:
+    if [int(part) for part in _numpy.__version__.split(".")[:2]] < [1, 24]:
         raise
     raise ImportError(
         f"deformconv.gluon needs MXNet, and MXNet does not load with NumPy {_numpy.__version__}; it needs one below 1.24, "
