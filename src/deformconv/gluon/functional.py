@@ -121,14 +121,14 @@ def _plain_layout(value: Any, name: str | None = None) -> Any:
 
     Arrays that a convolution or another operator of oneDNN wrote may lie in its blocked order. For an operator in Python MXNet
     1.9.1 reorders them into temporary memory, and frees it before that operator, on a thread of its own, has read it: forward
-    for its inputs, backward for the output's gradient. So an operator without oneDNN copies each of them. It may not do so in
-    place, or else MXNet keeps the order; but a variable is not overwritten, and its shape may have to be inferred.
+    for its inputs, backward for the output's gradient. So an operator without oneDNN copies each of them. In a graph that must
+    not be one that MXNet runs in place, or else the array keeps its order; but a variable is not overwritten, and only a
+    product infers its shape backwards.
     """
-    if not isinstance(value, Symbol):
-        return mx.nd.slice_axis(value, axis=0, begin=0, end=None)
-    if value.get_children() is None:
-        return mx.sym._internal._mul_scalar(value, scalar=1.0)
-    return mx.sym.slice_axis(value, axis=0, begin=0, end=None, name=name)
+    if isinstance(value, Symbol) and value.get_children() is not None:
+        return mx.sym.slice_axis(value, axis=0, begin=0, end=None, name=name)
+    F = mx.sym if isinstance(value, Symbol) else mx.nd
+    return F._internal._mul_scalar(value, scalar=1.0)
 
 
 def _are_symbols(operands: dict[str, Any]) -> bool:
