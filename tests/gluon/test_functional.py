@@ -286,6 +286,13 @@ def test_other_things_than_arrays():
         deform_conv(x.tostype("row_sparse"), offset, weight)
 
 
+def test_the_roots_function_names_this_one():
+    x, offset, weight = mx.nd.ones((1, 3, 8, 8)), mx.nd.zeros((1, 18, 8, 8)), mx.nd.ones((4, 3, 3, 3))
+    with pytest.raises(TypeError, match="For MXNet's arrays and symbols there is `deformconv.gluon.deform_conv`") as raised:
+        deformconv.deform_conv(x, offset, weight)
+    assert str(raised.value).startswith("`input` is a mxnet.ndarray.ndarray.NDArray; expected a NumPy array or")
+
+
 class Elsewhere(mx.nd.NDArray):
     """An array that says it is on a GPU, where MXNet for the CPU can have none."""
 

@@ -155,6 +155,17 @@ def measure(rounds: int) -> dict[str, Any]:
     }
 
 
+def sentence(figures: dict[str, Any]) -> str:
+    """The figures in one sentence, as the README quotes them."""
+    times = {kind: f"{milliseconds:.0f} ms" for kind, milliseconds in figures["milliseconds"].items()}
+    machine = figures["machine"]
+    return (
+        f"A training step through the block (2x64x56x56 -> 64, forward and backward; {machine['processors']} cores, "
+        f"{machine['processor']}): MXNet's v1 {times['mxnet v1']}, our v1 {times['deformconv v1']}, {figures['v1 speedup']} times "
+        f"as fast, our v2 {times['deformconv v2']} (`make bench-gluon`)."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deformconv.bench.gluon", description="A training step in Gluon.")
     parser.add_argument("--rounds", type=int, default=8, help="alternating blocks of calls (default: 8)")

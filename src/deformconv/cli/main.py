@@ -83,7 +83,6 @@ def demo_gluon(fast: bool, seed: int) -> int:
         raise click.ClickException(
             f"the Gluon demo needs {', '.join(missing)}, not installed here: pip install 'deformconv[demo-gluon]'"
         )
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `demo`
     from deformconv.studies.gluon_demo import run
 
     return run(fast=fast, seed=seed)
