@@ -288,7 +288,7 @@ def test_other_things_than_arrays():
 
 def test_the_roots_function_names_this_one():
     x, offset, weight = mx.nd.ones((1, 3, 8, 8)), mx.nd.zeros((1, 18, 8, 8)), mx.nd.ones((4, 3, 3, 3))
-    with pytest.raises(TypeError, match="For MXNet's arrays and symbols there is `deformconv.gluon.deform_conv`") as raised:
+    with pytest.raises(TypeError, match=r"For MXNet's arrays and symbols there is `deformconv\.gluon\.deform_conv`") as raised:
         deformconv.deform_conv(x, offset, weight)
     assert str(raised.value).startswith("`input` is a mxnet.ndarray.ndarray.NDArray; expected a NumPy array or")
 

@@ -92,9 +92,7 @@ class _Process:
         return json.loads(line)
 
     def end(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.communicate(timeout=30)
 
 
 def _serve() -> None:
@@ -157,12 +155,11 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def sentence(figures: dict[str, Any]) -> str:
     """The figures in one sentence, as the README quotes them."""
-    times = {kind: f"{milliseconds:.0f} ms" for kind, milliseconds in figures["milliseconds"].items()}
-    machine = figures["machine"]
+    theirs, v1, v2 = (f"{figures['milliseconds'][kind]:.0f} ms" for kind in KINDS)
+    machine = f"{figures['machine']['processors']} cores, {figures['machine']['processor']}"
     return (
-        f"A training step through the block (2x64x56x56 -> 64, forward and backward; {machine['processors']} cores, "
-        f"{machine['processor']}): MXNet's v1 {times['mxnet v1']}, our v1 {times['deformconv v1']}, {figures['v1 speedup']} times "
-        f"as fast, our v2 {times['deformconv v2']} (`make bench-gluon`)."
+        f"A training step through the block (2x64x56x56 -> 64, forward and backward; {machine}): MXNet's v1 {theirs}, "
+        f"our v1 {v1}, {figures['v1 speedup']} times as fast, our v2 {v2} (`make bench-gluon`)."
     )
 
 
