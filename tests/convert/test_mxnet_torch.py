@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,14 @@ torch = pytest.importorskip("torch")
 from tests.tolerances import assert_close, error  # noqa: E402
 
 import deformconv  # noqa: E402
-from deformconv.convert import layer_from_mxnet, layer_to_mxnet, load_mxnet, mxnet_layers, read_params  # noqa: E402
+from deformconv.convert import (  # noqa: E402
+    layer_from_mxnet,
+    layer_to_mxnet,
+    load_mxnet,
+    mxnet,
+    mxnet_layers,
+    read_params,
+)
 from deformconv.torch import DeformConv1d, DeformConv2d  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
@@ -35,6 +43,11 @@ def layer_of(name: str) -> DeformConv2d:
 def run(layer, name):
     with torch.no_grad():
         return layer(torch.from_numpy(EXPECTED[f"{name}.input"])).numpy()
+
+
+def test_doctests():
+    result = doctest.testmod(mxnet)
+    assert result.failed == 0 and result.attempted >= 12
 
 
 @every_block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import struct
 from pathlib import Path
 
@@ -10,10 +11,16 @@ import pytest
 from tests.convert.files import written
 
 import deformconv
-from deformconv.convert import read_params, write_params
+from deformconv.convert import params_file, read_params, write_params
 
 DATA = Path(__file__).parent / "data"
 FILES = sorted(DATA.glob("*.params"))
+
+
+def test_doctests(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(params_file)
+    assert result.failed == 0 and result.attempted >= 4
 
 
 def test_there_are_files():
