@@ -4,7 +4,8 @@
 #   make test    build .venv for development, check style and types, run every test; then test-gluon
 #   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
 #   make lint    style and types alone
-#   make bench   speed beside torchvision's and a plain convolution's   (BENCH="--help" says what can be chosen)
+#   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
+#                (with options only measure and print: BENCH="--quick", BENCH="--help" for the others)
 #   make bench-gluon    a training step in Gluon beside MXNet's own
 PYTHON ?= python3
 VENV ?= .venv
@@ -41,7 +42,8 @@ lint: $(VENV)/installed-dev
 	$(PY) -m mypy
 
 bench: $(VENV)/installed-dev
-	$(PY) -m deformconv.bench $(BENCH)
+	$(PY) -m deformconv.cli bench $(or $(BENCH),all --json benchmarks/results.json)
+	$(if $(BENCH),,$(PY) -m deformconv.bench.readme)
 
 bench-gluon: $(GLUON_VENV)/installed-dev-gluon
 	$(GLUON_PY) -m deformconv.bench.gluon

@@ -1,113 +1,67 @@
 """One library in a process of its own: it prepares a case, shows its results, and times blocks of calls on request.
 
-Requests and answers are lines of JSON on standard input and output.
+Requests and answers are lines of JSON on standard input and output; an answer is {"answer": ...} or {"error": "..."}.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
-from deformconv.bench.cases import CASES, Case, make
-
-Call = Callable[..., torch.Tensor]
-
-
-def _deformconv(case: Case) -> Call:
-    import deformconv
-    from deformconv.torch import deform_conv2d
-
-    deformconv.set_num_threads(torch.get_num_threads())
-
-    def call(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> torch.Tensor:
-        return deform_conv2d(
-            input, offset, weight, bias, case.stride, case.padding, mask=mask,
-            groups=case.groups, offset_groups=case.offset_groups,
-        )  # fmt: skip
-
-    return call
-
-
-def _torchvision(case: Case) -> Call:
-    from torchvision.ops import deform_conv2d
-
-    def call(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> torch.Tensor:
-        result: torch.Tensor = deform_conv2d(input, offset, weight, bias, case.stride, case.padding, mask=mask)
-        return result
-
-    return call
-
-
-def _dense(case: Case) -> Call:
-    def call(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> torch.Tensor:
-        return torch.conv2d(input, weight, bias, case.stride, case.padding, groups=case.groups)
-
-    return call
-
-
-LIBRARIES = {"deformconv": _deformconv, "torchvision": _torchvision, "dense": _dense}
+from deformconv.bench import memory
+from deformconv.bench.cases import case_of
+from deformconv.bench.peers import PEERS, Truth
 
 
 class Worker:
     """What this process can be asked."""
 
     def __init__(self, library: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.library = library
+        self.peer = (Truth if library == Truth.name else PEERS[library])(threads)
 
-    def prepare(self, case: str) -> None:
-        """Make the case's tensors."""
-        chosen = next(one for one in CASES if one.name == case)
-        _, arrays = make(chosen)
-        self.tensors = {name: torch.from_numpy(a) for name, a in arrays.items() if a is not None}
-        self.grad_output = self.tensors.pop("grad_output")
-        self.tensors.setdefault("mask", None)  # type: ignore[arg-type]
-        self.call = LIBRARIES[self.library](chosen)
+    def prepare(self, case: dict[str, Any]) -> None:
+        """Make the case's arrays."""
+        self.peer.prepare(case_of(case))
 
-    def results(self, file: str) -> None:
-        """Save the output and every gradient."""
-        output = self.train()
-        found: dict[str, Any] = {"output": output.detach().numpy()}
-        for name, tensor in self.tensors.items():
-            if tensor is not None and tensor.grad is not None:
-                found[name] = tensor.grad.numpy()
-        np.savez(file, **found)
+    def results(self, direction: str, file: str) -> None:
+        """Save the output and, of a backward call, every gradient."""
+        np.savez(file, **self.peer.results(direction))
 
     def time(self, direction: str, calls: int) -> list[float]:
         """The seconds that each of some calls took, one after the other."""
-        run = self.infer if direction == "forward" else self.train
-        seconds = []
-        for _ in range(calls):
-            began = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - began)
+        with self.peer.context(direction):
+            call, seconds = self.peer.call_of(direction), []
+            for _ in range(calls):
+                began = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - began)
         return seconds
 
-    def infer(self) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.call(**self.tensors)
-
-    def train(self) -> torch.Tensor:
-        for tensor in self.tensors.values():
-            if tensor is not None:
-                tensor.requires_grad_().grad = None
-        output = self.call(**self.tensors)
-        output.backward(self.grad_output)
-        return output
+    def peak(self, direction: str) -> int:
+        """The bytes by which one call made this process larger, at the most."""
+        with self.peer.context(direction):
+            return memory.peak(self.peer.call_of(direction))
 
 
 def main() -> None:
-    worker = Worker(sys.argv[1], int(sys.argv[2]))
+    # Libraries may print what they like: it goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker: Worker | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        answer = getattr(worker, request.pop("do"))(**request)
-        print(json.dumps(answer), flush=True)
+        try:
+            if worker is None:
+                worker = Worker(sys.argv[1], int(sys.argv[2]))
+            answer = {"answer": getattr(worker, request.pop("do"))(**request)}
+        except Exception as error:  # what a library cannot do is a result of the comparison
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

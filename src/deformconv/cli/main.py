@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,6 +26,7 @@ def deformconv() -> None:
     To see it work:           deformconv demo
     When something is wrong:  deformconv doctor
     In a container's build:   deformconv warmup
+    How fast it is here:      deformconv bench
     """
 
 
@@ -126,6 +128,50 @@ def doctor() -> int:
     from deformconv.cli.doctor import run
 
     return run()
+
+
+@deformconv.command()
+@click.argument("reports", nargs=-1, metavar="[REPORT]...")
+@click.option("--quick", is_flag=True, help="A few small cases and short blocks: under a minute.")
+@click.option("--case", "cases", multiple=True, help="Only this case; may be given more than once, as the next two.")
+@click.option("--library", "libraries", multiple=True, help="Beside this library only.")
+@click.option("--direction", "directions", multiple=True, help="Only forward, or only forward+backward.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of every library.  [default: one per processor]")
+@click.option("--blocks", type=click.IntRange(1), help="Blocks of calls of every library.  [default: 7, quick: 3]")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), help="About how long a block is.  [default: 0.3, quick: 0.05]"
+)
+@click.option(
+    "--json", "json", type=click.Path(dir_okay=False, path_type=Path), help="Write the results to a file, or add them to it."
+)
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speed (.png, .svg or .pdf)."
+)
+@click.option(
+    "--from", "source", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Measure nothing: print and draw what a file of --json has.",
+)  # fmt: skip
+def bench(**options: Any) -> int:
+    """Measure the speed beside other libraries', on named cases.
+
+    \b
+    REPORT is one or more of
+      speed     beside ONNX Runtime, OpenVINO, torchvision, kornia and a
+                plain convolution, whichever are installed (the default)
+      offsets   with offsets of three kinds
+      small     what a call costs when there is little to compute
+      scaling   time against work, and with 1 and 2 threads
+      memory    the peak of forward and backward
+      startup   the first call, with and without compiled kernels
+      all       all of these
+
+    Every library runs in a process of its own, in alternating blocks of
+    calls, after its results were compared with those of array operations
+    in float64: a wrong result has no time.
+    """
+    from deformconv.cli.bench import Options, run
+
+    return run(Options(**options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -48,7 +48,7 @@ def _load_numba_without_scipy() -> None:
 _load_numba_without_scipy()
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_SOURCES = ("runtime/cache.py", "runtime/vectors.py", "sampling/kernels.py", "ops/*/cpu*.py")
+_SOURCES = ("runtime/cache.py", "runtime/vectors.py", "runtime/product.py", "sampling/kernels.py", "ops/*/cpu*.py")
 # Not "nnan" or "ninf": a kernel must see NaN and infinity. Not "arcp" or "afn": results would depend on the host.
 FAST_MATH = {"contract", "reassoc", "nsz"}
 

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 # `work(counter, limit)` takes at most `limit` items and returns early when none is left. `counter` is int64: at NEXT the number
-# of the next item, taken atomically; at STOP 1 once the call has failed, for work whose items take long to look at.
-NEXT, STOP = 0, 1
+# of the next item, taken atomically; at STOP 1 once the call has failed, for work whose items take long to look at. The others
+# are 0 at first and the work's own.
+NEXT, STOP, BEGUN, ENDED = range(4)
 Work = Callable[[np.ndarray, int], Any]
 
 
@@ -101,7 +102,7 @@ class _Job:
             self.work(self.counter, self.items)
         except BaseException as error:  # the caller raises it
             self.error = error
-            self.counter[:] = self.items, True
+            self.counter[:STOP + 1] = self.items, True
         finally:
             self.done.release()
 
@@ -153,7 +154,7 @@ def run(work: Work, items: int, *, threads: int, burst: int) -> None:
     The caller takes `burst` items at a time: between two bursts Python can handle a signal, so Ctrl-C is heard. With a
     `burst` of 0, where a single item takes long, the caller leaves all of them to workers and only listens.
     """
-    counter = np.zeros(2, np.int64)
+    counter = np.zeros(4, np.int64)
     helpers = min(threads, items) - (1 if burst else 0)
     jobs = [_Job(work, counter, items) for _ in range(helpers)]
     if jobs:
@@ -165,7 +166,7 @@ def run(work: Work, items: int, *, threads: int, burst: int) -> None:
             job.finish(wanted=not burst)
     except BaseException:
         # The workers still write into the call's arrays: end them before anybody frees those.
-        counter[:] = items, True
+        counter[: STOP + 1] = items, True
         _finish_all(jobs)
         raise
     for job in jobs:
@@ -233,5 +234,9 @@ class _Fork:
 
 
 if hasattr(os, "register_at_fork"):
+    # Hooks run last registered first. Those of `logging`, which take its lock, must come after ours: a worker that we wait
+    # for may be compiling, and Numba's compiler logs.
+    import logging  # noqa: F401
+
     _fork = _Fork()
     os.register_at_fork(before=_fork.before, after_in_parent=_fork.after, after_in_child=_fork.after)

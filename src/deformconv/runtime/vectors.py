@@ -1,14 +1,12 @@
-"""The matrix product inside the kernels: one register block, written for the host's vector unit.
+"""Vectors of the host's width: what kernels emit as LLVM IR where no loop that Numba compiles is vectorised reliably.
 
-A block of C = A @ B is held in vector registers while the whole depth streams past it: for every step one row of B is loaded as
-a few vectors, one number of A per block row is broadcast, and rows x vectors multiply-adds follow. It is emitted as LLVM IR
-because no loop that Numba compiles is kept in registers reliably. LLVM turns the same IR into AVX-512, AVX2 or NEON.
+A vector has VECTOR_BYTES, chosen from the host's features. LLVM turns the same IR into AVX-512, AVX2, SSE or NEON.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -18,15 +16,7 @@ from numba.extending import intrinsic
 
 from deformconv.runtime.cache import device
 
-_INT = ir.IntType(64)
-
-
-class BlockShape(NamedTuple):
-    """Rows and vectors of the register block, and the bytes of a vector."""
-
-    rows: int
-    vectors: int
-    bytes: int
+INT = ir.IntType(64)
 
 
 def host_features() -> frozenset[str]:
@@ -37,221 +27,63 @@ def host_features() -> frozenset[str]:
     return frozenset(name[1:] for name in chosen.split(",") if name.startswith("+"))
 
 
-def _block_shape(features: frozenset[str]) -> BlockShape:
-    # rows * vectors accumulators, the vectors of B and one broadcast must fit the registers: 32 of them, or 16.
+def _vector_bytes(features: frozenset[str]) -> int:
     if "avx512f" in features:
-        return BlockShape(12, 2, 64)
-    if {"avx", "avx2"} & features:
-        return BlockShape(6, 2, 32)
-    if "neon" in features:
-        return BlockShape(8, 2, 16)
-    return BlockShape(4, 2, 16)
+        return 64
+    return 32 if {"avx", "avx2"} & features else 16
 
 
-BLOCK = _block_shape(host_features())
-ROWS, VECTORS, VECTOR_BYTES = BLOCK
+VECTOR_BYTES = _vector_bytes(host_features())
 
 
-def _data_and_type(context: Any, builder: Any, array_type: Any, array: Any) -> tuple[Any, Any]:
+def data_and_type(context: Any, builder: Any, array_type: Any, array: Any) -> tuple[Any, Any]:
     return context.make_array(array_type)(context, builder, array).data, context.get_data_type(array_type.dtype)
 
 
-def _register_block(vectors: int) -> Any:
-    """The intrinsic for a block of ROWS rows and `vectors` vectors."""
-
-    @intrinsic
-    def multiply_block(typing, a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, depth, accumulate):
-        signature = types.void(a, *[types.int64] * 3, b, *[types.int64] * 2, c, *[types.int64] * 3, types.boolean)
-
-        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, depth, accumulate = arguments
-            a_data, scalar = _data_and_type(context, builder, signature.args[0], a)
-            b_data, _ = _data_and_type(context, builder, signature.args[4], b)
-            c_data, _ = _data_and_type(context, builder, signature.args[7], c)
-            item = signature.args[0].dtype.bitwidth // 8
-            lanes = VECTOR_BYTES // item
-            vector = ir.VectorType(scalar, lanes)
-            zero = ir.Constant(vector, None)
-
-            def vector_at(data: Any, index: Any, v: int) -> Any:
-                place = builder.gep(data, [builder.add(index, _INT(v * lanes))], inbounds=True)
-                return builder.bitcast(place, vector.as_pointer())
-
-            def load(data: Any, index: Any, v: int) -> Any:
-                value = builder.load(vector_at(data, index, v))
-                value.align = item
-                return value
-
-            def store(value: Any, row: Any, v: int) -> None:
-                builder.store(value, vector_at(c_data, row, v)).align = item
-
-            rows_of_a = [builder.add(a_start, builder.mul(_INT(r), a_row)) for r in range(ROWS)]
-            rows_of_c = [builder.add(c_start, builder.mul(_INT(r), c_row)) for r in range(ROWS)]
-            zeros = [zero] * (ROWS * vectors)
-            entry = builder.block
-            loop = builder.append_basic_block("depth")
-            done = builder.append_basic_block("store")
-            builder.cbranch(builder.icmp_signed(">", depth, _INT(0)), loop, done)
-            builder.position_at_end(loop)
-            step = builder.phi(_INT)
-            a_offset = builder.phi(_INT)
-            b_index = builder.phi(_INT)
-            sums = [builder.phi(vector) for _ in zeros]
-            row_of_b = [load(b_data, b_index, v) for v in range(vectors)]
-            results = []
-            for r in range(ROWS):
-                number = builder.load(builder.gep(a_data, [builder.add(rows_of_a[r], a_offset)], inbounds=True))
-                single = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
-                shuffle = ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
-                broadcast = builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), shuffle)
-                for v in range(vectors):
-                    product = builder.fmul(broadcast, row_of_b[v], flags=("contract",))
-                    results.append(builder.fadd(sums[r * vectors + v], product, flags=("contract",)))
-            following = builder.add(step, _INT(1))
-            for phi, start, update in [
-                (step, _INT(0), following),
-                (a_offset, _INT(0), builder.add(a_offset, a_step)),
-                (b_index, b_start, builder.add(b_index, b_step)),
-                *zip(sums, zeros, results, strict=True),
-            ]:
-                phi.add_incoming(start, entry)
-                phi.add_incoming(update, builder.block)
-            last = builder.block
-            builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
-
-            builder.position_at_end(done)
-            totals = []
-            for result in results:
-                total = builder.phi(vector)
-                total.add_incoming(zero, entry)
-                total.add_incoming(result, last)
-                totals.append(total)
-            # What C held is added last: a sum over many calls then loses no more than a sum of their results. And where C is
-            # overwritten it is never read: it may be fresh, unwritten memory.
-            places = [(row, v) for row in rows_of_c for v in range(vectors)]
-            with builder.if_else(accumulate) as (adding, overwriting):
-                with adding:
-                    for (row, v), total in zip(places, totals, strict=True):
-                        store(builder.fadd(load(c_data, row, v), total), row, v)
-                with overwriting:
-                    for (row, v), total in zip(places, totals, strict=True):
-                        store(total, row, v)
-            return context.get_dummy_value()
-
-        return signature, emit
-
-    return multiply_block
+def element(builder: Any, data: Any, index: Any) -> Any:
+    """The address of `data[index]`."""
+    return builder.gep(data, [index], inbounds=True)
 
 
-_multiply_wide = _register_block(VECTORS)
-_multiply_narrow = _register_block(1)
+class Lanes:
+    """Emits operations on vectors of `width` numbers, of which loads and stores take the first `lanes`; the others are 0."""
 
+    def __init__(self, builder: Any, scalar: Any, width: int, lanes: int | None = None) -> None:
+        self.builder, self.scalar, self.width, self.lanes = builder, scalar, width, lanes or width
+        self.type = ir.VectorType(scalar, width)
+        self.zero = ir.Constant(self.type, None)
 
-@device
-def _multiply_panel(a, a_start, a_row, a_step, rows, b, b_start, b_step, c, c_start, c_row, narrow, depth, accumulate):
-    for row in range(0, rows, ROWS):
-        a_block, c_block = a_start + row * a_row, c_start + row * c_row
-        if narrow:
-            _multiply_narrow(a, a_block, a_row, a_step, b, b_start, b_step, c, c_block, c_row, depth, accumulate)
-        else:
-            _multiply_wide(a, a_block, a_row, a_step, b, b_start, b_step, c, c_block, c_row, depth, accumulate)
-
-
-@device
-def multiply_packed(
-    a,
-    a_start,
-    a_row,
-    a_step,
-    rows,
-    b,
-    b_start,
-    b_rows,
-    b_first,
-    c,
-    c_start,
-    c_row,
-    columns,
-    depth,
-    accumulate,
-):
-    """C (+)= A @ B for flat arrays, `rows` and `columns` rounded up to whole blocks, for which C (and A in its rows) has room.
-
-    Element (r, s) of A is `a[a_start + r * a_row + s * a_step]`. B lies in panels of VECTORS vectors, the last one of a single
-    vector if that is enough; a panel has `b_rows` rows, of which the product takes `depth` from `b_first` on.
-    """
-    lanes = VECTOR_BYTES // a.itemsize
-    for column in range(0, columns, VECTORS * lanes):
-        narrow = columns - column <= lanes
-        width = lanes if narrow else VECTORS * lanes
-        start = b_start + column * b_rows + b_first * width
-        _multiply_panel(
-            a,
-            a_start,
-            a_row,
-            a_step,
-            rows,
-            b,
-            start,
-            width,
-            c,
-            c_start + column,
-            c_row,
-            narrow,
-            depth,
-            accumulate,
-        )
-
-
-@device
-def multiply_rows(a, a_start, a_row, a_step, rows, b, b_start, b_row, c, c_start, c_row, columns, depth, accumulate):
-    """The same for a B of plain rows, `b_row` apart, that may be read up to a whole vector."""
-    lanes = VECTOR_BYTES // a.itemsize
-    for column in range(0, columns, VECTORS * lanes):
-        narrow = columns - column <= lanes
-        start = b_start + column
-        _multiply_panel(
-            a,
-            a_start,
-            a_row,
-            a_step,
-            rows,
-            b,
-            start,
-            b_row,
-            c,
-            c_start + column,
-            c_row,
-            narrow,
-            depth,
-            accumulate,
-        )
-
-
-class _Lanes:
-    """How to emit a step of a loop over channels: a whole vector of them, or with `lanes` of 1 a single one."""
-
-    def __init__(self, builder: Any, scalar: Any, item: int, lanes: int) -> None:
-        self.builder, self.item, self.lanes = builder, item, lanes
-        self.type = scalar if lanes == 1 else ir.VectorType(scalar, lanes)
-
-    def _place(self, data: Any, index: Any) -> Any:
-        return self.builder.bitcast(self.builder.gep(data, [index], inbounds=True), self.type.as_pointer())
+    def _pick(self, value: Any, lanes: list[int]) -> Any:
+        return self.builder.shuffle_vector(value, ir.Constant(value.type, None), _mask(lanes))
 
     def load(self, data: Any, index: Any) -> Any:
-        value = self.builder.load(self._place(data, index))
-        value.align = self.item
-        return value
+        place = element(self.builder, data, index)
+        if self.lanes == 1:
+            number = self.builder.load(place)
+            return self.builder.insert_element(self.zero, number, _lane(0)) if self.width > 1 else self._one(number)
+        value = self.builder.load(self.builder.bitcast(place, ir.VectorType(self.scalar, self.lanes).as_pointer()))
+        value.align = _bytes(self.scalar)
+        rest = range(self.lanes, self.width)
+        return value if not rest else self._pick(value, [*range(self.lanes), *(self.lanes for _ in rest)])
 
     def store(self, value: Any, data: Any, index: Any) -> None:
-        self.builder.store(value, self._place(data, index)).align = self.item
+        place = element(self.builder, data, index)
+        if self.lanes == 1:
+            self.builder.store(self.builder.extract_element(value, _lane(0)), place)
+            return
+        if self.lanes < self.width:
+            value = self._pick(value, list(range(self.lanes)))
+        self.builder.store(value, self.builder.bitcast(place, value.type.as_pointer())).align = _bytes(self.scalar)
+
+    def _one(self, number: Any) -> Any:
+        return self.builder.insert_element(ir.Constant(self.type, ir.Undefined), number, _lane(0))
 
     def spread(self, number: Any) -> Any:
-        if self.lanes == 1:
-            return number
-        undefined = ir.Constant(self.type, ir.Undefined)
-        single = self.builder.insert_element(undefined, number, ir.IntType(32)(0))
-        return self.builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), None))
+        """A vector of the same number."""
+        return self.builder.shuffle_vector(self._one(number), self.zero, _mask([0] * self.width))
+
+    def constant(self, number: float) -> Any:
+        return ir.Constant(self.type, [number] * self.width)
 
     def multiply(self, a: Any, b: Any) -> Any:
         return self.builder.fmul(a, b, flags=("contract",))
@@ -260,128 +92,203 @@ class _Lanes:
         return self.builder.fadd(self.multiply(a, b), c, flags=("contract",))
 
 
-def _for_channels(builder: Any, start: Any, stop: Any, lanes: int, sums: list[Any], step: Any) -> list[Any]:
-    """Emit a loop that runs `step(channel, sums) -> sums` from `start` while a further `lanes` channels fit before `stop`."""
+def _bytes(scalar: Any) -> int:
+    return 4 if isinstance(scalar, ir.FloatType) else 8 if isinstance(scalar, ir.DoubleType) else scalar.width // 8
+
+
+def _lane(number: int) -> Any:
+    return ir.Constant(ir.IntType(32), number)
+
+
+def _mask(lanes: list[int]) -> Any:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+
+
+def for_each(builder: Any, start: Any, stop: Any, step: int, sums: list[Any], body: Any) -> list[Any]:
+    """Emit a loop that runs `body(index, sums) -> sums` from `start` while a whole step fits before `stop`.
+
+    Returns where it ended, and the sums.
+    """
     entry = builder.block
-    head, body, done = (builder.append_basic_block(name) for name in ("channels", "step", "done"))
+    head, inside, done = (builder.append_basic_block(name) for name in ("loop", "step", "done"))
     builder.branch(head)
     builder.position_at_end(head)
-    channel = builder.phi(_INT)
-    channel.add_incoming(start, entry)
+    index = builder.phi(INT)
+    index.add_incoming(start, entry)
     running = [builder.phi(value.type) for value in sums]
     for phi, value in zip(running, sums, strict=True):
         phi.add_incoming(value, entry)
-    after = builder.add(channel, _INT(lanes))
-    builder.cbranch(builder.icmp_signed("<=", after, stop), body, done)
-    builder.position_at_end(body)
-    for phi, value in zip(running, step(channel, running), strict=True):
+    after = builder.add(index, INT(step))
+    builder.cbranch(builder.icmp_signed("<=", after, stop), inside, done)
+    builder.position_at_end(inside)
+    for phi, value in zip(running, body(index, running), strict=True):
         phi.add_incoming(value, builder.block)
-    channel.add_incoming(after, builder.block)
+    index.add_incoming(after, builder.block)
     builder.branch(head)
     builder.position_at_end(done)
-    return [channel, *running]
+    return [index, *running]
 
 
-def _row_operation(result: Any, emit: Any) -> Any:
-    """A code generator that runs `emit(lanes, arrays and numbers, channel, sums)` over the `width` channels of some rows.
-
-    The last argument is `width`. Whole vectors first, then one channel at a time.
-    """
+def emit_with(names: str, emit: Any) -> Any:
+    """A code generator that hands `emit(builder, scalar, **operands)` the data of arrays and the numbers of tuples by name."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        operands = []
-        for kind, argument in zip(signature.args, arguments, strict=True):
+        operands, scalar = {}, None
+        for name, kind, argument in zip(names.split(), signature.args, arguments, strict=True):
             if isinstance(kind, types.Array):
-                argument, scalar = _data_and_type(context, builder, kind, argument)
-                item = kind.dtype.bitwidth // 8
+                argument, number = data_and_type(context, builder, kind, argument)
+                scalar = number if isinstance(kind.dtype, types.Float) else scalar
             elif isinstance(kind, types.BaseTuple):
                 argument = cgutils.unpack_tuple(builder, argument)
-            operands.append(argument)
-        *operands, width = operands
-        channel, total = _INT(0), [ir.Constant(scalar, 0.0)] * result
-        for lanes in (VECTOR_BYTES // item, 1):
-            do = _Lanes(builder, scalar, item, lanes)
-            sums = [ir.Constant(do.type, None) if lanes > 1 else value for value in total]
-            step = functools.partial(emit, do, *operands)
-            channel, *sums = _for_channels(builder, channel, width, lanes, sums, step)
-            total = [_add_lanes(builder, value, lanes) for value in sums]
-        if result:
-            return context.make_tuple(builder, signature.return_type, total)
+            operands[name] = argument
+        emit(builder, scalar, **operands)
         return context.get_dummy_value()
 
     return generate
 
 
-def _add_lanes(builder: Any, value: Any, lanes: int) -> Any:
-    while lanes > 1:
+def lanes_of(scalar: Any) -> int:
+    """How many numbers a vector holds."""
+    return VECTOR_BYTES // _bytes(scalar)
+
+
+def for_channels(builder: Any, scalar: Any, width: Any, sums: list[Any], body: Any) -> list[Any]:
+    """Emit `body(lanes, channel, sums) -> sums` over `width` channels: whole vectors, then ever shorter ones."""
+    whole = lanes_of(scalar)
+    loop = functools.partial(_channel_loop, builder, scalar, whole, body)
+    channel, *sums = loop(whole, INT(0), width, sums)
+    entry = builder.block
+    rest, done = builder.append_basic_block("rest"), builder.append_basic_block("done")
+    builder.cbranch(builder.icmp_signed("<", channel, width), rest, done)
+    builder.position_at_end(rest)
+    left, lanes = sums, whole // 2
+    while lanes:
+        channel, *left = loop(lanes, channel, width, left)
         lanes //= 2
-        parts = [
-            builder.shuffle_vector(
-                value,
-                value,
-                ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes))),
-            )
-            for first in (0, lanes)
-        ]
-        value = builder.fadd(*parts)
-        if lanes == 1:
-            value = builder.extract_element(value, ir.IntType(32)(0))
-    return value
+    last = builder.block
+    builder.branch(done)
+    builder.position_at_end(done)
+    results = []
+    for before, after in zip(sums, left, strict=True):
+        phi = builder.phi(before.type)
+        phi.add_incoming(before, entry)
+        phi.add_incoming(after, last)
+        results.append(phi)
+    return results
+
+
+def _channel_loop(
+    builder: Any, scalar: Any, width: int, body: Any, lanes: int, start: Any, stop: Any, sums: list[Any]
+) -> list[Any]:
+    do = Lanes(builder, scalar, width, lanes)
+    return for_each(builder, start, stop, lanes, sums, functools.partial(body, do))
+
+
+def add_lanes(builder: Any, values: list[Any]) -> list[Any]:
+    """The sum of each vector's lanes; 2^D vectors are folded into one another, and not each on its own."""
+    count, width = len(values), values[0].type.count
+    stay = 1  # lanes that hold one vector's partial sums lie `stay` vectors apart
+    while len(values) > 1 and width // stay > 1:
+        half = len(values) // 2
+        # Of a pair, one gives up its odd runs and the other its even ones.
+        values = [_fold(builder, values[i], values[i + half], width, stay) for i in range(half)]
+        stay *= 2
+    totals, folded = [], count // len(values)
+    for value in values:
+        step = stay
+        while step < width:
+            turned = builder.shuffle_vector(value, value, _mask([(lane + step) % width for lane in range(width)]))
+            value = builder.fadd(value, turned)
+            step *= 2
+        totals.append(value)
+    return [
+        builder.extract_element(totals[i % len(totals)], _lane(_place(i // len(totals), folded))) for i in range(count)
+    ]
+
+
+def _place(number: int, count: int) -> int:
+    """In which lane `_fold` leaves the sum of a vector: bits of its number from the highest down."""
+    lane, bit, half = 0, 1, count // 2
+    while half:
+        lane += bit if number & half else 0
+        bit, half = bit * 2, half // 2
+    return lane
+
+
+def _fold(builder: Any, a: Any, b: Any, width: int, stay: int) -> Any:
+    """Lanes whose bit `stay` is 0 hold sums of a's pairs of lanes, the others those of b's."""
+    low = [lane if not lane & stay else width + (lane ^ stay) for lane in range(width)]
+    high = [(lane | stay) if not lane & stay else width + lane for lane in range(width)]
+    return builder.fadd(builder.shuffle_vector(a, b, _mask(low)), builder.shuffle_vector(a, b, _mask(high)))
 
 
 @intrinsic
-def blend_rows(typing, x, starts, channel, weights, scale, out, out_start, width):
-    """out[out_start + c] = scale * sum over i of weights[i] * x[starts[i] + channel + c] for c < width."""
+def transpose_block(typing, source, start, row, into, into_start, into_row, bias, bias_start):
+    """into[c, r] = source[r, c] + bias[c] for a square of a vector's lanes; an empty bias adds nothing.
 
-    def emit(do, x, starts, channel, weights, scale, out, out_start, c, sums):
-        add = do.builder.add
-        place, total = add(channel, c), None
-        for start, weight in zip(starts, weights, strict=True):
-            weight, value = do.spread(weight), do.load(x, add(start, place))
-            total = do.multiply(weight, value) if total is None else do.multiply_add(weight, value, total)
-        do.store(do.multiply(do.spread(scale), total), out, add(out_start, c))
-        return sums
+    Row r of the source begins at `start + r * row`, row c of the result at `into_start + c * into_row`.
+    """
 
-    return types.void(x, starts, channel, weights, scale, out, out_start, width), _row_operation(0, emit)
+    def emit(builder, scalar, source, start, row, into, into_start, into_row, bias, bias_start, biased):
+        width = lanes_of(scalar)
+        do = Lanes(builder, scalar, width)
+        rows = [do.load(source, builder.add(start, builder.mul(INT(r), row))) for r in range(width)]
+        step = 1
+        while step < width:  # swap the off-diagonal quarters of ever larger squares
+            low = [lane if not lane & step else width + (lane ^ step) for lane in range(width)]
+            high = [(lane | step) if not lane & step else width + lane for lane in range(width)]
+            for r in range(width):
+                if not r & step:
+                    a, b = rows[r], rows[r | step]
+                    rows[r] = builder.shuffle_vector(a, b, _mask(low))
+                    rows[r | step] = builder.shuffle_vector(a, b, _mask(high))
+            step *= 2
+        places = [builder.add(into_start, builder.mul(INT(c), into_row)) for c in range(width)]
+        with builder.if_else(biased) as (adding, copying):
+            with adding:
+                for c, (value, place) in enumerate(zip(rows, places, strict=True)):
+                    number = builder.load(element(builder, bias, builder.add(bias_start, INT(c))))
+                    do.store(builder.fadd(value, do.spread(number)), into, place)
+            with copying:
+                for value, place in zip(rows, places, strict=True):
+                    do.store(value, into, place)
 
+    def generate(context, builder, signature, arguments):
+        size = context.make_array(signature.args[6])(context, builder, arguments[6]).nitems
+        biased = builder.icmp_signed(">", size, INT(0))
+        names = "source start row into into_start into_row bias bias_start"
+        return emit_with(names, functools.partial(emit, biased=biased))(context, builder, signature, arguments)
 
-@intrinsic
-def scatter_rows(typing, d, d_start, weights, scale, out, starts, channel, width):
-    """out[starts[i] + channel + c] += scale * weights[i] * d[d_start + c], one i after the other: two rows may be the same."""
-
-    def emit(do, d, d_start, weights, scale, out, starts, channel, c, sums):
-        add = do.builder.add
-        value = do.multiply(do.spread(scale), do.load(d, add(d_start, c)))
-        for start, weight in zip(starts, weights, strict=True):
-            place = add(start, add(channel, c))
-            do.store(do.multiply_add(do.spread(weight), value, do.load(out, place)), out, place)
-        return sums
-
-    return types.void(d, d_start, weights, scale, out, starts, channel, width), _row_operation(0, emit)
-
-
-@intrinsic
-def dot_rows(typing, d, d_start, x, starts, channel, width):
-    """The dot products of d[d_start:] with each x[starts[i] + channel:] over `width` channels, as a tuple."""
-
-    def emit(do, d, d_start, x, starts, channel, c, sums):
-        add = do.builder.add
-        value, place = do.load(d, add(d_start, c)), add(channel, c)
-        return [do.multiply_add(value, do.load(x, add(start, place)), total) for start, total in zip(starts, sums, strict=True)]
-
-    result = types.UniTuple(d.dtype, len(starts))
-    return result(d, d_start, x, starts, channel, width), _row_operation(len(starts), emit)
+    return types.void(source, start, row, into, into_start, into_row, bias, bias_start), generate
 
 
 @intrinsic
-def fetch_add(typing, counter):
-    """The next number of a shared counter (an int64 array of length 1), each given out once."""
+def fetch_add(typing, counters, which):
+    """The next number of a shared counter, `counters[which]` of an int64 array, each given out once."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data, _ = _data_and_type(context, builder, signature.args[0], arguments[0])
-        return builder.atomic_rmw("add", data, _INT(1), "monotonic")
+        data, _ = data_and_type(context, builder, signature.args[0], arguments[0])
+        return builder.atomic_rmw("add", element(builder, data, arguments[1]), INT(1), "acq_rel")
 
-    return types.int64(counter), emit
+    return types.int64(counters, types.int64), emit
+
+
+@intrinsic
+def wait_for(typing, counters, which, number):
+    """Wait, without sleeping, until other threads have brought a counter to `number`."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        counters, which, number = arguments
+        data, _ = data_and_type(context, builder, signature.args[0], counters)
+        place = element(builder, data, which)
+        again, done = builder.append_basic_block("wait"), builder.append_basic_block("done")
+        builder.branch(again)
+        builder.position_at_end(again)
+        builder.cbranch(builder.icmp_signed("<", builder.load_atomic(place, "acquire", 8), number), again, done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64, types.int64), emit
 
 
 @device

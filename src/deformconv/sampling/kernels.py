@@ -1,311 +1,361 @@
 """Sampling for the CPU: where a tap reads, reading it, and the ways back.
 
-The rules are those of `sampling.rule`. Inside, channels come last: `x` is (rows, C), one row per pixel of every image, and a
-last row of zeros that stands for every corner outside the map. So a sample is 2^D rows of C numbers times 2^D weights, and the
-loop over channels fills whole vectors.
+The rules are those of `sampling.rule`. Inside, channels come last, in blocks (`Layout`): a sample is 2^D rows of channels times
+2^D weights, and the loop over channels fills whole vectors. Every image of a block ends with a row of zeros that stands for all
+that is outside the map.
 
-A tile is a run of up to T output positions of one image. A `Table` holds what is known of the samples at a tile's positions,
-position last, so that the loops that fill it are vectors as well.
+A tile is a run of output positions of one image, and a table holds the samples of one tap and offset group at its positions, in
+two flat arrays of the thread's own: `rows` (int32) and `weights`, each a few runs of `size` numbers, one a position.
+
+    rows      [0, 2^D)           the pixel of each corner within the image, that of the zeros if it is outside
+              [2^D, 2^D + D)     position * stride - padding on each axis
+    weights   [0, 2^D)           the product of the axes' weights, NaN where a coordinate is
+              [2^D, 2^D + D)     fraction = offset - floor(offset) on each axis
+              [2^D + D, ...)     2^D dot products of the backward pass
+
+Corners count in binary: the first axis is the highest bit, and a set bit means the high corner of that axis. The tuple `size`
+(the input's size, D numbers) carries the rank into every function by its type.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
-
-import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.cpython.unsafe.tuple import tuple_setitem
 from numba.extending import intrinsic
 
 from deformconv.runtime.cache import device
-from deformconv.runtime.vectors import blend_rows, dot_rows, scatter_rows
+from deformconv.runtime.vectors import (
+    INT,
+    Lanes,
+    add_lanes,
+    element,
+    emit_with,
+    for_channels,
+    for_each,
+    lanes_of,
+)
 
 # Positions are int32 here. An axis with its padding and window has less than 2**29 of them (`cpu.reasons_against`), so an
 # offset of this size leads outside from everywhere, and no sum of an origin, a tap and a floor overflows.
 REACH = 2.0**30
 
-
-class Window(NamedTuple):
-    """The geometry of a call; every tuple has D numbers, so the rank is part of the type."""
-
-    input_size: Any
-    kernel_size: Any
-    stride: Any
-    before: Any  # padding before the first pixel
-    dilation: Any
-    output_size: Any
-    inside: Any  # bool: the boundary rule "inside", else "zeros"
+# The rows of `geometry`, an int64 array of D columns.
+INPUT, KERNEL, STRIDE, BEFORE, DILATION, OUTPUT = range(6)
 
 
-class Tile(NamedTuple):
-    """`count` output positions of image `image` from `first` on."""
-
-    image: Any
-    first: Any
-    count: Any
-
-
-class Table(NamedTuple):
-    """The samples of a tile, one entry per (tap, position).
-
-    Corners count in binary: the first axis is the highest bit, and a set bit means the high corner of that axis.
-    """
-
-    corner_start: Any  # (2^D, entries) int64: where the corner's row begins in the flat `x`; that of the zeros if outside
-    corner_weight: Any  # (2^D, entries): the product of the axes' weights, NaN where a coordinate is
-    fraction: Any  # (D, entries): offset - floor(offset)
-    origin: Any  # (D, T) int32: position * stride - padding
-    corner_row: Any  # (2^D, T) int32, scratch of one tap: the corner's pixel within its image, -1 if outside
-    low: Any  # (T,) int32, scratch of one axis: the two corners on it, -1 if outside
-    high: Any
-
-
-class TableSizes(NamedTuple):
-    """How many numbers of each kind a table takes."""
-
-    reals: int
-    starts: int  # int64
-    integers: int  # int32
-
-
-def table_sizes(axes: int, entries: int, tile: int) -> TableSizes:
-    """The scratch memory for a table of `entries` samples and tiles of `tile` positions."""
+def table_sizes(axes: int, tile: int) -> tuple[int, int]:
+    """How many int32 numbers and how many reals the table for a tile of `tile` positions takes."""
     corners = 1 << axes
-    return TableSizes((corners + axes) * entries, corners * entries, (corners + axes + 2) * tile)
+    return (corners + axes) * tile, (2 * corners + axes) * tile
 
 
 @device
-def make_table(reals, starts, integers, axes, entries, tile):
-    """Lay a table into scratch memory of `table_sizes`."""
-    corners = 1 << axes
-    weights, origins, rows = corners * entries, axes * tile, (axes + corners) * tile
-    return Table(
-        starts[:weights].reshape(corners, entries),
-        reals[:weights].reshape(corners, entries),
-        reals[weights : weights + axes * entries].reshape(axes, entries),
-        integers[:origins].reshape(axes, tile),
-        integers[origins:rows].reshape(corners, tile),
-        integers[rows : rows + tile],
-        integers[rows + tile : rows + 2 * tile],
-    )
-
-
-@device
-def place_tile(table, window, tile):
+def place_tile(size, geometry, first, count, rows, tile):
     """Note where each position of the tile has the origin of its window."""
-    origin, size = table.origin, window.output_size
     axes = len(size)
-    rest = tile.first
+    origins = 1 << axes
+    places, rest = size, first
     for axis in range(axes - 1, -1, -1):
-        origin[axis, 0] = rest % size[axis]
-        rest //= size[axis]
-    for t in range(1, tile.count):
+        places = tuple_setitem(places, axis, rest % geometry[OUTPUT, axis])
+        rest //= geometry[OUTPUT, axis]
+    for t in range(count):
         carry = 1
         for axis in range(axes - 1, -1, -1):
-            place = origin[axis, t - 1] + carry
-            carry = 1 if place == size[axis] else 0
-            origin[axis, t] = 0 if carry else place
-    for axis in range(axes):
-        for t in range(tile.count):
-            origin[axis, t] = origin[axis, t] * window.stride[axis] - window.before[axis]
+            place = places[axis]
+            rows[(origins + axis) * tile + t] = place * geometry[STRIDE, axis] - geometry[BEFORE, axis]
+            place += carry
+            carry = 1 if place == geometry[OUTPUT, axis] else 0
+            places = tuple_setitem(places, axis, 0 if carry else place)
 
 
 @device
-def place_tap(table, entry, window, tile, tap, x, offset, start):
-    """Fill the table from `entry` on with one tap's samples; `start` is where its first axis' offsets begin, one a position."""
-    axes, count = len(window.input_size), tile.count
-    end = entry + count
-    for t in range(count):
-        table.corner_row[0, t] = 0
-        table.corner_weight[0, entry + t] = 1
-    positions, taps = product(window.output_size), product(window.kernel_size)
-    rest, place = tap, start + tile.first
-    for axis in range(axes):
-        taps //= window.kernel_size[axis]
-        shift = np.int32(rest // taps * window.dilation[axis])
-        rest %= taps
-        size = np.int32(window.input_size[axis])
-        low, high, fraction = table.low[:count], table.high[:count], table.fraction[axis, entry:end]
-        _place_axis(offset[place : place + count], table.origin[axis, :count], shift, size, window.inside, low, high, fraction)
-        place += positions
-        # Every corner found so far becomes two. Going down keeps those that are still to be read.
-        for corner in range((1 << axis) - 1, -1, -1):
-            below, above = 2 * corner, 2 * corner + 1
-            _split_row(
-                table.corner_row[corner, :count],
-                low,
-                high,
-                size,
-                table.corner_row[below, :count],
-                table.corner_row[above, :count],
-            )
-            weight = table.corner_weight
-            _split_weight(weight[corner, entry:end], fraction, weight[below, entry:end], weight[above, entry:end])
-    image_row = tile.image * product(window.input_size)
-    for corner in range(1 << axes):
-        _find_start(table.corner_row[corner, :count], image_row, x.shape, table.corner_start[corner, entry:end])
-
-
-@device
-def product(numbers):
-    """The product of a tuple of integers."""
-    result = 1
-    for axis in range(len(numbers)):
-        result *= numbers[axis]
-    return result
-
-
-@device
-def _place_axis(offset, origin, shift, size, inside, low, high, fraction):
-    """Split the coordinates on one axis into their two corners, -1 where outside, and the fraction between them."""
-    zero, outside = offset.dtype.type(0), np.int32(-1)
-    for t in range(offset.size):
-        value = offset[t]
-        near = abs(value) < REACH  # False for NaN
-        reached = value if near else zero
-        floor = math.floor(reached)
-        corner = origin[t] + shift + np.int32(floor)
-        last = inside & (corner == size - np.int32(1))
-        low_counts = near & (corner >= 0) & (corner < size)
-        above = corner if last else corner + np.int32(1)
-        high_counts = near & (above >= 0) & (above < size) & (low_counts | (not inside))
-        low[t] = corner if low_counts else outside
-        high[t] = above if high_counts else outside
-        part = zero if last else reached - floor
-        fraction[t] = value if value != value else part
-
-
-@device
-def _split_row(row, low, high, size, low_row, high_row):
-    """Extend a corner of the axes so far to its two on the next axis; `low_row` may be `row` itself."""
-    outside = np.int32(-1)
-    for t in range(row.size):
-        found = row[t]
-        # "|" is negative if either number is.
-        high_row[t] = outside if (found | high[t]) < 0 else found * size + high[t]
-        low_row[t] = outside if (found | low[t]) < 0 else found * size + low[t]
-
-
-@device
-def _split_weight(weight, fraction, low_weight, high_weight):
-    """The same for its weight."""
-    one = weight.dtype.type(1)
-    for t in range(weight.size):
-        whole, part = weight[t], fraction[t]
-        high_weight[t] = whole * part
-        low_weight[t] = whole * (one - part)
-
-
-@device
-def _find_start(row, image_row, x_shape, start):
-    zeros, channels = x_shape[0] - 1, x_shape[1]
-    for t in range(row.size):
-        start[t] = (zeros if row[t] < 0 else image_row + row[t]) * channels
+def place_tap(size, geometry, inside, tap, count, offset, start, positions, rows, weights, tile):
+    """Fill the table with one tap's samples; the offsets of its first axis begin at `start`, one a position."""
+    shifts, rest = size, tap
+    for axis in range(len(size) - 1, -1, -1):
+        shifts = tuple_setitem(shifts, axis, rest % geometry[KERNEL, axis] * geometry[DILATION, axis])
+        rest //= geometry[KERNEL, axis]
+    _place_samples(offset, start, positions, size, shifts, inside, count, rows, weights, tile)
 
 
 @intrinsic
-def _corners(typing, array, entry, axes):
-    """Column `entry` of a (2^D, entries) array as a tuple; `axes` is any tuple of D."""
-    result = types.UniTuple(array.dtype, 1 << len(axes))
+def _place_samples(typing, offset, start, positions, size, shifts, inside, count, rows, weights, tile):
+    """Split each coordinate into its two corners and the fraction between them, and fill the table."""
+    names = "offset start positions size shifts inside count rows weights tile"
 
-    def emit(context, builder, signature, arguments):
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        row = cgutils.unpack_tuple(builder, array.shape)[1]
-        values, index = [], arguments[1]
-        for _ in range(result.count):
-            values.append(builder.load(builder.gep(array.data, [index], inbounds=True)))
-            index = builder.add(index, row)
-        return context.make_tuple(builder, result, values)
+    def emit(builder, scalar, offset, start, positions, size, shifts, inside, count, rows, weights, tile):
+        axes, add, times = len(size), builder.add, builder.mul
+        corners = 1 << axes
+        pixels = size[0]
+        for length in size[1:]:
+            pixels = times(pixels, length)
 
-    return result(array, entry, axes), emit
+        def step(do, t, sums):
+            whole = Lanes(builder, ir.IntType(32), do.width)
+
+            def spread(number):
+                return whole.spread(builder.trunc(number, ir.IntType(32)))
+
+            one, zero = do.constant(1.0), do.zero
+            rule = builder.icmp_signed("!=", spread(builder.zext(inside, INT)), whole.zero)
+            found = [(whole.zero, None, one)]  # corners so far: row, whether it counts, weight
+            for axis in range(axes):
+                value = do.load(offset, add(add(start, times(INT(axis), positions)), t))
+                near = builder.fcmp_ordered("<", _call(builder, "llvm.fabs", value), do.constant(REACH))  # no NaN is
+                reached = builder.select(near, value, zero)
+                floor = _call(builder, "llvm.floor", reached)
+                origin = whole.load(rows, add(times(INT(corners + axis), tile), t))
+                low = add(add(origin, spread(shifts[axis])), builder.fptosi(floor, whole.type))
+                length = spread(size[axis])
+                # As unsigned numbers, those below zero are beyond every size.
+                low_counts = builder.and_(near, builder.icmp_unsigned("<", low, length))
+                above = add(low, whole.constant(1))
+                last = builder.and_(rule, builder.icmp_signed("==", above, length))
+                high = builder.select(last, low, above)
+                high_counts = builder.and_(near, builder.icmp_unsigned("<", high, length))
+                high_counts = builder.and_(high_counts, builder.or_(low_counts, builder.not_(rule)))
+                part = builder.select(last, zero, builder.fsub(reached, floor))
+                part = builder.select(builder.fcmp_unordered("uno", value, value), value, part)
+                do.store(part, weights, add(times(INT(corners + axis), tile), t))
+                pair = ((low, low_counts, builder.fsub(one, part)), (high, high_counts, part))
+                found = [
+                    (
+                        add(times(row, length), place),
+                        counts if whether is None else builder.and_(whether, counts),
+                        times_float(builder, weight, factor, axis),
+                    )
+                    for row, whether, weight in found
+                    for place, counts, factor in pair
+                ]
+            for corner, (row, counts, weight) in enumerate(found):
+                place = add(times(INT(corner), tile), t)
+                whole.store(builder.select(counts, row, spread(pixels)), rows, place)
+                do.store(weight, weights, place)
+            return sums
+
+        _for_positions(builder, scalar, count, step)
+
+    number = types.int64
+    signature = types.void(
+        offset, number, number, size, types.UniTuple(number, len(size)), types.boolean, number, rows, weights, number
+    )
+    return signature, emit_with(names, emit)
+
+
+def times_float(builder, weight, factor, axis):
+    """The product of a corner's weights so far; on the first axis there is none."""
+    return factor if axis == 0 else builder.fmul(weight, factor)
+
+
+def _call(builder, name, value):
+    """Call an LLVM intrinsic, "llvm.floor" say, on a vector."""
+    bits = 32 if value.type.element == ir.FloatType() else 64
+    function = ir.FunctionType(value.type, [value.type])
+    full_name = f"{name}.v{value.type.count}f{bits}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, full_name), [value])
+
+
+def _for_positions(builder, scalar, count, step):
+    """Emit `step(do, t, sums)` for t < count: whole vectors of positions, then one position at a time."""
+    t = INT(0)
+    for lanes in (lanes_of(scalar), 1):
+        do = Lanes(builder, scalar, lanes)
+        (t,) = for_each(builder, t, count, lanes, [], lambda t, sums, do=do: step(do, t, sums))
+
+
+def _corners(builder, size, rows, weights, tile, t, x_start, row):
+    """For one position, where each corner's row of channels begins, and its weight."""
+    starts, factors = [], []
+    for corner in range(1 << len(size)):
+        place = builder.add(builder.mul(INT(corner), tile), t)
+        pixel = builder.sext(builder.load(element(builder, rows, place)), INT)
+        starts.append(builder.add(x_start, builder.mul(pixel, row)))
+        factors.append(builder.load(element(builder, weights, place)))
+    return starts, factors
+
+
+@intrinsic
+def _blend_position(typing, size, rows, weights, tile, t, x, x_start, row, scale, column, start, width):
+    names = "size rows weights tile t x x_start row scale column start width"
+
+    def emit(builder, scalar, size, rows, weights, tile, t, x, x_start, row, scale, column, start, width):
+        starts, factors = _corners(builder, size, rows, weights, tile, t, x_start, row)
+
+        def step(do, c, sums):
+            values = [do.load(x, builder.add(corner, c)) for corner in starts]
+            do.store(_blended(do, values, factors, scale), column, builder.add(start, c))
+            return sums
+
+        for_channels(builder, scalar, width, [], step)
+
+    number = types.int64
+    return types.void(
+        size, rows, weights, number, number, x, number, number, x.dtype, column, number, number
+    ), emit_with(names, emit)  # fmt: skip
+
+
+def _blended(do, values, factors, scale):
+    total = do.multiply(do.spread(factors[0]), values[0])
+    for factor, value in zip(factors[1:], values[1:], strict=True):
+        total = do.multiply_add(do.spread(factor), value, total)
+    return do.multiply(do.spread(scale), total)
 
 
 @device
-def blend(table, entry, window, count, x, channel, width, mask, column, start, row):
-    """column[t, c] = mask[t] * sum over corners of corner_weight * x[corner, channel + c] for c < width.
+def blend(size, rows, weights, tile, count, x, x_start, row, mask, mask_start, column, start, column_row, width):
+    """column[t, c] = mask[t] * sum over corners of weight * x[corner, c] for c < width.
 
-    `mask` is empty for a mask of ones. `x` and `column` are flat; row t of `column` begins at `start + t * row`. The mask
-    multiplies the sum and not the weights: an infinite mask must not turn a weight of 0 into NaN.
+    All arrays are flat: pixel i of `x` begins at `x_start + i * row`, row t of `column` at `start + t * column_row`, and `mask`
+    is empty for masks of 1. The mask multiplies the sum and not the weights: an infinite mask must not turn a weight of 0 into
+    NaN.
     """
-    scale = x.dtype.type(1)
     for t in range(count):
-        if mask.size:
-            scale = mask[t]
-        starts = _corners(table.corner_start, entry + t, window.input_size)
-        weights = _corners(table.corner_weight, entry + t, window.input_size)
-        blend_rows(x, starts, channel, weights, scale, column, start + t * row, width)
+        scale = mask[mask_start + t] if mask.size else x.dtype.type(1)
+        _blend_position(size, rows, weights, tile, t, x, x_start, row, scale, column, start + t * column_row, width)
+
+
+@intrinsic
+def _pull_back_position(
+    typing, size, rows, weights, tile, t, x, x_start, row, scale, column, d_column, start, d_x, d_x_start, scatter, width
+):  # fmt: skip
+    names = "size rows weights tile t x x_start row scale column d_column start d_x d_x_start scatter width"
+
+    def emit(
+        builder, scalar, size, rows, weights, tile, t, x, x_start, row, scale, column, d_column, start, d_x, d_x_start,
+        scatter, width,
+    ):  # fmt: skip
+        add = builder.add
+        starts, factors = _corners(builder, size, rows, weights, tile, t, x_start, row)
+        shift = builder.sub(d_x_start, x_start)
+        zero = ir.Constant(ir.VectorType(scalar, lanes_of(scalar)), None)
+
+        def pass_over(scattering):
+            def step(do, c, dots):
+                values = [do.load(x, add(corner, c)) for corner in starts]
+                d = do.load(d_column, add(start, c))
+                do.store(_blended(do, values, factors, scale), column, add(start, c))
+                if scattering:
+                    scaled = do.multiply(do.spread(scale), d)
+                    # One after the other: two corners may be the same row.
+                    for corner, factor in zip(starts, factors, strict=True):
+                        place = add(add(corner, shift), c)
+                        do.store(do.multiply_add(do.spread(factor), scaled, do.load(d_x, place)), d_x, place)
+                return [do.multiply_add(d, value, dot) for value, dot in zip(values, dots, strict=True)]
+
+            dots = add_lanes(builder, for_channels(builder, scalar, width, [zero] * len(starts), step))
+            for corner, dot in enumerate(dots):
+                place = add(builder.mul(INT((1 << len(size)) + len(size) + corner), tile), t)
+                builder.store(dot, element(builder, weights, place))
+
+        with builder.if_else(scatter) as (scattering, reading):
+            with scattering:
+                pass_over(True)
+            with reading:
+                pass_over(False)
+
+    number = types.int64
+    signature = types.void(
+        size, rows, weights, number, number, x, number, number, x.dtype, column, d_column, number, d_x, number,
+        types.boolean, number,
+    )  # fmt: skip
+    return signature, emit_with(names, emit)
 
 
 @device
-def scatter(table, window, count, d_column, start, row, mask, d_x, shift, outside, dump, channel, width):
-    """The transpose of `blend`: add mask * corner_weight * d_column to the corners' rows of the flat `d_x`.
+def pull_back(
+    size, rows, weights, tile, count, x, x_start, row, mask, mask_start, column, d_column, start, column_row,
+    d_x, d_x_start, scatter, width,
+):  # fmt: skip
+    """One pass over the corners' rows, forwards and backwards.
 
-    They lie `shift` numbers after their places in `x`. A corner that begins at `outside` goes to `dump`, which nobody reads.
+    It blends as `blend` does, notes the dot products of d_column[t] with each corner's row in the table, which are all that
+    the gradients of offset and mask need, and if `scatter` is set adds mask * weight * d_column[t] to the rows of `d_x`.
     """
-    scale = d_column.dtype.type(1)
     for t in range(count):
-        if mask.size:
-            scale = mask[t]
-        starts = _corners(table.corner_start, t, window.input_size)
-        weights = _corners(table.corner_weight, t, window.input_size)
-        into = starts
-        for corner in range(len(starts)):
-            place = dump if starts[corner] == outside else starts[corner] + shift
-            into = tuple_setitem(into, corner, place)
-        scatter_rows(d_column, start + t * row, weights, scale, d_x, into, channel, width)
+        scale = mask[mask_start + t] if mask.size else x.dtype.type(1)
+        _pull_back_position(
+            size, rows, weights, tile, t, x, x_start, row, scale, column, d_column, start + t * column_row,
+            d_x, d_x_start, scatter, width,
+        )  # fmt: skip
 
 
-@device
-def project(table, window, count, d_column, start, row, x, channel, width, corner_dot):
-    """corner_dot[corner, t] = d_column[t] . x[corner]: all that the gradients of offset and mask need."""
-    for t in range(count):
-        starts = _corners(table.corner_start, t, window.input_size)
-        dots = dot_rows(d_column, start + t * row, x, starts, channel, width)
-        for corner in range(len(dots)):
-            corner_dot[corner, t] = dots[corner]
-
-
-@device
-def differentiate(table, count, corner_dot, mask, d_offset, d_mask, partial):
-    """d_offset[axis, t] and d_mask[t] of one tap from `corner_dot`; `partial` is scratch of its shape.
+@intrinsic
+def differentiate(
+    typing, size, weights, tile, count, mask, mask_start, d_offset, d_offset_start, positions, d_mask, d_mask_start
+):  # fmt: skip
+    """d_offset[axis, t] and d_mask[t] of one tap from its dot products; a result of size 0 is not wanted.
 
     The interpolation is linear in each axis' fraction f: along the axis that is differentiated a pair of corners contributes
     high - low, along any other (1 - f) * low + f * high.
     """
-    corners, axes = corner_dot.shape[0], table.fraction.shape[0]
-    if d_mask.size:
-        for t in range(count):
-            d_mask[t] = 0
-        for corner in range(corners):
-            _add_product(table.corner_weight[corner, :count], corner_dot[corner, :count], d_mask)
-    if d_offset.size == 0:
-        return
-    for along in range(axes):
-        pairs, dots = corners >> 1, corner_dot
-        for axis in range(axes - 1, -1, -1):
-            fraction = table.fraction[axis, :count]
-            for pair in range(pairs):
-                low, high = dots[2 * pair, :count], dots[2 * pair + 1, :count]
-                _merge_pair(low, high, fraction, axis == along, partial[pair, :count])
-            pairs, dots = pairs >> 1, partial
-        for t in range(count):
-            d_offset[along, t] = partial[0, t] * mask[t] if mask.size else partial[0, t]
+    names = "size weights tile count mask mask_start d_offset d_offset_start positions d_mask d_mask_start"
+
+    def generate(context, builder, signature, arguments):
+        given = dict(zip(names.split(), zip(signature.args, arguments, strict=True), strict=True))
+
+        def is_there(name):
+            kind, array = given[name]
+            return builder.icmp_signed(">", context.make_array(kind)(context, builder, array).nitems, INT(0))
+
+        there = {name: is_there(name) for name in ("mask", "d_offset", "d_mask")}
+
+        def emit(
+            builder, scalar, size, weights, tile, count, mask, mask_start, d_offset, d_offset_start, positions,
+            d_mask, d_mask_start,
+        ):  # fmt: skip
+            axes, add, times = len(size), builder.add, builder.mul
+            corners = 1 << axes
+
+            def step(do, t, sums):
+                def run(number):
+                    return do.load(weights, add(times(INT(number), tile), t))
+
+                dots = [run(corners + axes + corner) for corner in range(corners)]
+                with builder.if_then(there["d_mask"]):
+                    total = do.multiply(run(0), dots[0])
+                    for corner in range(1, corners):
+                        total = do.multiply_add(run(corner), dots[corner], total)
+                    do.store(total, d_mask, add(d_mask_start, t))
+                with builder.if_then(there["d_offset"]):
+                    fractions = [run(corners + axis) for axis in range(axes)]
+                    before = builder.block
+                    with builder.if_then(there["mask"]):
+                        masks = do.load(mask, add(mask_start, t))
+                        loading = builder.block
+                    scale = builder.phi(do.type)
+                    scale.add_incoming(do.constant(1.0), before)
+                    scale.add_incoming(masks, loading)
+                    for along in range(axes):
+                        slope = _slope(do, dots, fractions, along)
+                        place = add(add(d_offset_start, times(INT(along), positions)), t)
+                        do.store(do.multiply(slope, scale), d_offset, place)
+                return sums
+
+            _for_positions(builder, scalar, count, step)
+
+        return emit_with(names, emit)(context, builder, signature, arguments)
+
+    number = types.int64
+    signature = types.void(
+        size, weights, number, number, mask, number, d_offset, number, number, d_mask, number
+    )  # fmt: skip
+    return signature, generate
 
 
-@device
-def _add_product(a, b, total):
-    for t in range(total.size):
-        total[t] += a[t] * b[t]
-
-
-@device
-def _merge_pair(low, high, fraction, along, merged):
-    one = low.dtype.type(1)
-    for t in range(merged.size):
-        part = fraction[t]
-        between = (one - part) * low[t] + part * high[t]
-        # With one axis nothing but this carries a coordinate's NaN on.
-        slope = part if part != part else high[t] - low[t]
-        merged[t] = slope if along else between
+def _slope(do, dots, fractions, along):
+    """Merge the corners' dot products in pairs, axis by axis from the last one."""
+    builder = do.builder
+    for axis in range(len(fractions) - 1, -1, -1):
+        part, merged = fractions[axis], []
+        for low, high in zip(dots[::2], dots[1::2], strict=True):
+            if axis == along:
+                # With one axis nothing but this carries a coordinate's NaN on.
+                slope = builder.fsub(high, low)
+                merged.append(builder.select(builder.fcmp_unordered("uno", part, part), part, slope))
+            else:
+                rest = builder.fsub(do.constant(1.0), part)
+                merged.append(do.multiply_add(part, high, do.multiply(rest, low)))
+        dots = merged
+    return dots[0]

@@ -221,7 +221,8 @@ import json, sys
 import numpy as np
 from tests.ops.conv.suite import in_float64, reference_backward
 from tests.ops.conv.test_cpu import TAILS, error, gradients, make, output, reference
-from deformconv.runtime.vectors import BLOCK
+from deformconv.runtime.product import BLOCK
+from deformconv.runtime.vectors import VECTOR_BYTES
 errors = []
 for case in TAILS[:1] + TAILS[3:6]:
     call = make(case, "float32")
@@ -229,7 +230,7 @@ for case in TAILS[:1] + TAILS[3:6]:
     for one, two in zip(gradients(call), in_float64(call, reference_backward)):
         if two is not None:
             errors.append(error(one, two))
-print(json.dumps([list(BLOCK), errors]))
+print(json.dumps([[*BLOCK, VECTOR_BYTES], errors]))
 """
 
 

@@ -1,41 +1,40 @@
 """Deformable convolution on the CPU: how a call is cut into work for the kernels in `cpu_kernels`.
 
-The input is copied once with its channels last, the weight once in panels for the matrix product; offsets, masks and the output
-stay as they are. How the work is cut depends on shapes alone, and partial sums are added in a fixed order: a result is the same
-bit for bit whatever the number of threads.
+The input is copied once with its channels last, in blocks, the weight once in panels for the matrix product; offsets, masks and
+the output stay as they are. How the work is cut depends on shapes alone, and partial sums are added in a fixed order: a result
+is the same bit for bit whatever the number of threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from importlib.util import find_spec
-from itertools import pairwise, product
+from itertools import product
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
+from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
 from deformconv.runtime import threads
-
-if TYPE_CHECKING:
-    from deformconv.sampling.kernels import TableSizes, Window
+from deformconv.runtime.memory import arena, room
 
 __all__ = ["deform_conv", "deform_conv_backward", "reasons_against", "warmup"]
 
 DTYPES = ("float32", "float64")
-_PIXELS, _REACH = 2**31, 2**29  # `sampling.kernels` counts in int32; see REACH there
-# A tile's buffers stay in the second-level cache, and within what a thread may take beside the arrays of the call.
-_TILE = 96
-_TILE_BYTES = 1 << 20
-_DEPTH = 256  # rows of a panel that stay in the first-level cache
-_BLOCK = 64  # channels of a block in the backward pass
+_PIXELS, _REACH = 2**31 - 1, 2**29  # `sampling.kernels` counts in int32; see REACH there
+_BLOCK_BYTES = 256  # a row of a block of channels
+_DEPTH = 288  # samples of a position that are multiplied at once
+_TILE, _SMALL_TILE = 208, 64  # positions
+_TILES = 4  # tiles for a thread
+_TILE_BYTES = 1 << 20  # a tile's buffers stay in the second-level cache, and within what a thread may take
+_TAPS_BYTES = 1 << 19  # so do the weights and sums of the taps that the backward pass takes at once
 _ITEMS = 4  # work for this many threads in the backward pass, if it takes separate sums to make it
-# Nanoseconds of a multiply-add, roughly: to decide what is too small to share out, and how often to listen for Ctrl-C.
-_NANOSECONDS = 0.03
 _MOST_ITEMS = 32  # work for as many, where it costs no more than _SUM_BYTES
 _SUM_BYTES = 4 << 20
+# Nanoseconds of a multiply-add, roughly: to decide what is too small to share out, and how often to listen for Ctrl-C.
+_NANOSECONDS = 0.03
 _COPY = 20  # a number moved, in multiply-adds
 _SHARED_FROM = 100_000
 _BURST = 20_000_000
@@ -73,195 +72,238 @@ def _kernels() -> Any:
     return cpu_kernels
 
 
+class Layout(NamedTuple):
+    """Channels last, in blocks: block, image, pixel, channel.
+
+    A block has `width` channels; the last one of every `span` channels has what is left of them. So a block's rows fill whole
+    cache lines wherever they lie, which those of all channels together do not when their distance is a power of two.
+    """
+
+    span: int
+    width: int
+    blocks: int
+    pitch: int  # rows of an image
+
+
 class _Plan(NamedTuple):
     """How a call is cut, in both directions."""
 
-    window: Window
+    geometry: np.ndarray
+    multiplications: int
+    x: Layout
+    x_size: int
+    forward_weight_size: int
+    forward_bytes: int
+    forward_items: int
+    chunk: int
     tile: int
     taps_at_once: int
-    channels_at_once: int
-    scratch: TableSizes
-    edges: np.ndarray
-    first_block: np.ndarray
+    scratch: tuple[int, int]
+    backward_weight_size: int
     slots: int
     parts: int
     lanes: int
-    backward_scratch: TableSizes
+    sums_size: int
+    sums_rows: int
+    sums_row: int
+    backward_tile: int
+    backward_taps: int
+    backward_scratch: tuple[int, int]
+
+
+def _plan(spec: ConvSpec) -> _Plan:
+    return _plan_for(spec, threads.get_num_threads())
 
 
 @lru_cache(maxsize=256)
-def _plan(spec: ConvSpec) -> _Plan:
-    from deformconv.runtime.vectors import ROWS, VECTOR_BYTES
-    from deformconv.sampling.kernels import TableSizes, Window, table_sizes
-
+def _plan_for(spec: ConvSpec, number: int) -> _Plan:
+    """The plan for so many threads. It matters to the forward pass alone, where no sum depends on how positions are cut."""
+    kernels = _kernels()
     item = np.dtype(spec.dtype).itemsize
-    vector = VECTOR_BYTES // item
-    group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    vector, full = kernels.VECTOR_BYTES // item, _BLOCK_BYTES // item
+    channels, outputs, taps = spec.in_channels, spec.out_channels, spec.taps
+    group_channels, group_outputs = channels // spec.groups, outputs // spec.groups
     depthwise = group_channels == 1 and group_outputs == 1
 
-    sum_row = spec.out_channels if depthwise else spec.groups * _up(group_outputs, vector)
+    span = group_channels if group_channels >= full else channels
+    # Parts of a group of channels that are about equal, or several whole groups.
+    width = _up(ceil(span / ceil(span / full)), vector) if span == group_channels else full // group_channels * group_channels
+    width = min(width, span)
+    x = Layout(span, width, channels // span * ceil(span / width), spec.pixels + 1)
 
-    def forward_cut(taps_at_once: int) -> tuple[int, TableSizes]:
-        """How many channels at once, and the scratch for ROWS positions."""
-        channels = spec.in_channels if depthwise else group_channels
-        channels_at_once = min(channels, 2 * _DEPTH if taps_at_once == 1 or depthwise else _DEPTH)
-        depth = channels_at_once * (1 if depthwise else taps_at_once)
-        sizes = table_sizes(spec.rank, spec.offset_groups * taps_at_once * ROWS, ROWS)
-        return channels_at_once, sizes._replace(reals=sizes.reals + ROWS * (sum_row + depth))
+    # Parts of a large group that are about equal; of small ones as many as a block has, and all taps if possible.
+    part = _up(ceil(span / ceil(span / _DEPTH)), vector)
+    chunk, depth = (min(part, span), _DEPTH) if span == group_channels else (width, 2 * _DEPTH)
+    taps_at_once = 1 if depthwise or chunk < min(group_channels, span) else max(1, min(taps, depth // chunk))
+    taps_at_once = ceil(taps / ceil(taps / taps_at_once))
+    sum_row = outputs if depthwise else spec.groups * _up(group_outputs, vector)
 
-    taps_at_once = spec.taps if depthwise else max(1, min(spec.taps, _DEPTH // group_channels))
-    while taps_at_once > 1 and _bytes(forward_cut(taps_at_once)[1], item) > _TILE_BYTES:
-        taps_at_once -= 1
-    taps_at_once = ceil(spec.taps / ceil(spec.taps / taps_at_once))
-    channels_at_once, row_scratch = forward_cut(taps_at_once)
-    tile = min(_up(_TILE, ROWS), max(1, _TILE_BYTES // _bytes(row_scratch, item)) * ROWS)
-    tile = _even(spec.positions, tile, ROWS)
-    scratch = TableSizes(*(ceil(size * tile / ROWS) for size in row_scratch))
+    def forward_scratch(tile: int) -> tuple[int, int]:
+        integers, reals = kernels.table_sizes(spec.rank, tile)
+        column = tile * chunk * taps_at_once
+        return integers, _up(reals, vector) + max(_up(tile * sum_row, vector) + column, vector * vector)
 
-    edges = _block_edges(spec.in_channels, group_channels)
-    share = spec.in_channels // spec.offset_groups
-    touching = [
-        [b for b in range(len(edges) - 1) if edges[b] < (g + 1) * share and edges[b + 1] > g * share]
-        for g in range(spec.offset_groups)
-    ]
-    blocks = len(edges) - 1
-    parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * blocks)), spec.positions // (4 * _TILE)))
+    tile = _forward_tile(spec, number, kernels.FEW_ROWS)
+    while tile > kernels.FEW_ROWS and forward_scratch(tile)[1] * item > _TILE_BYTES:
+        tile = _up(tile // 2, kernels.FEW_ROWS)
+
+    blocks, share = x.blocks, channels // spec.offset_groups
+    slots = max(_block(x, (g + 1) * share - 1) - _block(x, g * share) + 1 for g in range(spec.offset_groups))
+    backward_tile = _even(spec.positions, _TILE, kernels.FEW_ROWS)
+    parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * blocks)), spec.positions // (4 * kernels.FEW_ROWS)))
+    backward_tile = min(backward_tile, _up(ceil(spec.positions / parts), kernels.FEW_ROWS))
+    part = max(backward_tile, _up(ceil(spec.positions / parts), backward_tile))
+    parts = max(1, ceil(spec.positions / part))
     # A lane has sums of the size of the weight: many lanes where that is little, few where it is much.
-    affordable = _SUM_BYTES // max(1, spec.taps * group_channels * spec.out_channels * item)
+    affordable = _SUM_BYTES // max(1, taps * group_channels * outputs * item)
     lanes = max(1, min(spec.batch * parts, max(ceil(_ITEMS / blocks), min(ceil(_MOST_ITEMS / blocks), affordable))))
-    column_row = _up(max(b - a for a, b in pairwise(edges)), vector) + vector
-    backward_scratch = table_sizes(spec.rank, tile, tile)
-    buffers = tile * 2 * ((1 << spec.rank) + column_row)
-    backward_scratch = backward_scratch._replace(reals=backward_scratch.reals + buffers)
-    before = tuple(before for before, _ in spec.padding)
-    inside = spec.boundary == "inside"
+    integers, reals = kernels.table_sizes(spec.rank, backward_tile)
+    column = backward_tile * (_up(width, vector) + vector)
+    backward_taps = max(1, _TAPS_BYTES // max(1, 2 * width * group_outputs * item))
+    before = [before for before, _ in spec.padding]
+    geometry = [spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size]
+    x_size = x.blocks * spec.batch * x.pitch * x.width
+    packed = taps * channels * (1 if depthwise else _up(group_outputs, vector))
+    sums_rows, sums_row = (1, 1) if depthwise else (_up(group_outputs, kernels.FEW_ROWS), _up(group_channels, vector))
     return _Plan(
-        Window(spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size, inside),
-        tile, taps_at_once, channels_at_once, scratch,
-        np.array(edges), np.array([blocks[0] for blocks in touching]), max(map(len, touching)),
-        parts, lanes, backward_scratch,
-    )  # fmt: skip
+        geometry=np.array(geometry, np.int64),
+        multiplications=_multiplications(spec),
+        x=x,
+        x_size=x_size,
+        forward_weight_size=packed,
+        forward_bytes=room(x_size, spec.dtype) + room(packed, spec.dtype),
+        forward_items=spec.batch * ceil(spec.positions / tile),
+        chunk=chunk,
+        tile=tile,
+        taps_at_once=taps_at_once,
+        scratch=forward_scratch(tile),
+        backward_weight_size=taps * (channels if depthwise else outputs * _up(group_channels, vector)),
+        slots=slots,
+        parts=parts,
+        lanes=lanes,
+        sums_size=taps * spec.groups * sums_rows * sums_row,
+        sums_rows=sums_rows,
+        sums_row=sums_row,
+        backward_tile=backward_tile,
+        backward_taps=min(taps, backward_taps),
+        backward_scratch=(integers, _up(reals, vector) + 2 * column),
+    )
 
 
-def _bytes(sizes: TableSizes, item: int) -> int:
-    return sizes.reals * item + sizes.starts * 8 + sizes.integers * 4
+def _block(layout: Layout, channel: int) -> int:
+    """The block that a channel lies in."""
+    return channel // layout.span * ceil(layout.span / layout.width) + channel % layout.span // layout.width
 
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def _forward_tile(spec: ConvSpec, number: int, rows: int) -> int:
+    """Positions of a tile: a few tiles for each thread if they stay large, else one for each."""
+    tiles = ceil(spec.positions / _TILE)
+    while spec.batch * tiles < _TILES * number and spec.positions >= 2 * _SMALL_TILE * tiles:
+        tiles += 1
+    while spec.batch * tiles < number and spec.positions >= 2 * rows * tiles:
+        tiles += 1
+    return _even(spec.positions, ceil(spec.positions / tiles), rows)
+
+
 def _even(positions: int, tile: int, rows: int) -> int:
     """A tile no larger than `tile` that cuts the positions into runs of about equal length."""
-    return max(rows, min(tile, _up(ceil(positions / max(1, ceil(positions / tile))), rows)))
-
-
-def _block_edges(channels: int, group_channels: int) -> list[int]:
-    """Where the blocks of channels begin and end: parts of a weight group, or several whole ones."""
-    if group_channels < _BLOCK:
-        return [*range(0, channels, _BLOCK // group_channels * group_channels), channels]
-    starts = (g + c for g in range(0, channels, group_channels) for c in range(0, group_channels, _BLOCK))
-    return [*starts, channels]
+    return max(rows, min(_up(tile, rows), _up(ceil(positions / max(1, ceil(positions / tile))), rows)))
 
 
 def deform_conv(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> np.ndarray:
-    """The output (N, C_out, *O) for arrays that `spec` describes."""
-    output = np.empty(spec.output_shape, spec.dtype)
+    """The output (N, C_out, *O) for arrays that `spec` describes; in memory its channels come last if the input's do."""
+    input, input_last = _flat_channels(input)
+    output, flat_output = _empty_channels(spec.output_shape, spec.dtype, input_last)
     if output.size == 0:
         return output
-    kernels = _kernels()
-
     plan = _plan(spec)
-    x = _rows(spec, input)
-    packed = _packed(spec, weight, forward=True)
-    arguments = (
-        plan.window, x, *_places(spec, offset, mask), packed,
-        np.zeros(spec.out_channels, spec.dtype) if bias is None else _flat(bias, (spec.out_channels,)),
-        output.reshape(spec.batch, spec.out_channels, spec.positions),
-        spec.offset_groups, spec.in_channels // spec.groups, plan.tile, plan.taps_at_once, plan.channels_at_once,
-    )  # fmt: skip
-    items = spec.batch * ceil(spec.positions / plan.tile)
-    _run(kernels.forward, arguments, items, _multiplications(spec), partial(_scratch, plan.scratch, spec.dtype))
+    weight, weight_last = _flat_channels(weight)
+    offset, mask, image_offset, image_mask = _places(spec, offset, mask)
+    bias = _empty(spec) if bias is None else _flat(bias)
+    with arena(plan.forward_bytes) as memory:
+        arguments = (
+            spec.input_size, plan.geometry, spec.boundary == "inside", spec.batch,
+            input, input_last, memory.empty(plan.x_size, spec.dtype), plan.x.span, plan.x.width,
+            offset, mask, image_offset, image_mask,
+            weight, weight_last, memory.empty(plan.forward_weight_size, spec.dtype), bias, flat_output, input_last,
+            spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
+            plan.chunk, plan.tile, plan.taps_at_once, _empty(spec),
+        )  # fmt: skip
+        _run(_kernels().forward, arguments, plan.forward_items, plan.multiplications, plan.scratch, spec.dtype)
     return output
 
 
 def deform_conv_backward(
     spec: ConvSpec, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any, wanted: Collection[str]
 ) -> Gradients:
-    """The wanted gradients; None for the others."""
-    shapes = {"input": spec.input_shape, "offset": spec.offset_shape, "weight": spec.weight_shape}
-    shapes |= {"bias": (spec.out_channels,)} if spec.biased else {}
-    shapes |= {"mask": spec.mask_shape} if spec.masked else {}
-    wanted = [name for name in shapes if name in wanted]
-    results: dict[str, Any] = {}
-    if "bias" in wanted:
-        results["bias"] = _sum_positions(spec, grad_output)
-    inner = [name for name in wanted if name != "bias"]
-    if not inner:
-        return Gradients(**results)
-    if spec.batch * spec.positions * spec.in_channels * spec.out_channels * spec.pixels == 0:
-        return Gradients(**results, **{name: np.zeros(shapes[name], spec.dtype) for name in inner})
-    return Gradients(**results, **_sampled_gradients(spec, grad_output, input, offset, weight, mask, inner))
-
-
-def _sampled_gradients(
-    spec: ConvSpec, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any, wanted: Collection[str]
-) -> dict[str, np.ndarray]:
-    kernels = _kernels()
-
-    plan = _plan(spec)
-    N, K, P, C, D = spec.batch, spec.taps, spec.positions, spec.in_channels, spec.rank
-    group_channels, group_outputs = C // spec.groups, spec.out_channels // spec.groups
-    depthwise = group_channels == 1 and group_outputs == 1
-
-    rows, vector = kernels.ROWS, kernels.VECTOR_BYTES // np.dtype(spec.dtype).itemsize
-    group_row = 1 if depthwise else _up(group_outputs, rows)
-    d_output = np.empty((N * P + rows, spec.groups * group_row), spec.dtype)
-    _copy_channels_last(spec, _flat(grad_output, (N, spec.out_channels, P)), d_output, spec.groups, group_row)
-
-    items = (len(plan.edges) - 1) * plan.lanes
-    places = (N, spec.offset_groups, K)
-    sums_shape = (1, 1) if depthwise else (_up(group_outputs, rows), _up(group_channels, vector))
-    d_x = np.zeros((plan.parts * N * spec.pixels + items, C) if "input" in wanted else (0, C), spec.dtype)
-    d_offset = np.zeros((plan.slots, *places, D, P) if "offset" in wanted else (1, 1, 1, 1, 1, 0), spec.dtype)
-    d_mask = np.zeros((plan.slots, *places, P) if "mask" in wanted else (1, 1, 1, 1, 0), spec.dtype)
-    d_weight = np.zeros((plan.lanes, K, spec.groups, *(sums_shape if "weight" in wanted else (0, 0))), spec.dtype)
-    arguments = (
-        plan.window, _rows(spec, input), *_places(spec, offset, mask), _packed(spec, weight, forward=False),
-        d_output, d_x, d_offset, d_mask, d_weight, plan.edges, plan.first_block,
-        N, spec.offset_groups, group_channels, group_outputs, plan.parts, plan.tile,
-    )  # fmt: skip
-    own = partial(_scratch, plan.backward_scratch, spec.dtype)
-    _run(kernels.backward, arguments, items, 2 * _multiplications(spec), own)
-
+    """The wanted gradients; None for the others. That of the input has its channels last in memory if the input does."""
+    input, input_last = _flat_channels(input)
     results = {}
     if "input" in wanted:
-        results["input"] = np.empty(spec.input_shape, spec.dtype)
-        runs = N * ceil(spec.pixels / kernels.RUN)
-        _run(
-            kernels.channels_first,
-            (d_x[: plan.parts * N * spec.pixels], results["input"].reshape(N, C, spec.pixels)),
-            runs,
-            d_x.size * 20,
-        )
-    if "offset" in wanted:
-        results["offset"] = _sum_slots(d_offset).reshape(spec.offset_shape)
-    if "mask" in wanted:
-        results["mask"] = _sum_slots(d_mask).reshape(spec.mask_shape)
-    if "weight" in wanted:
-        results["weight"] = np.empty(spec.weight_shape, spec.dtype)
-        by_group = results["weight"].reshape(spec.groups, group_outputs, group_channels, K)
-        _run(kernels.unpack_weight, (d_weight, by_group), spec.out_channels, d_weight.size * _COPY)
-    return results
+        results["input"], d_input = _empty_channels(spec.input_shape, spec.dtype, input_last)
+    else:
+        d_input = _empty(spec)
+    shapes = {"offset": spec.offset_shape, "weight": spec.weight_shape}
+    shapes |= {"bias": (spec.out_channels,)} if spec.biased else {}
+    shapes |= {"mask": spec.mask_shape} if spec.masked else {}
+    results |= {name: np.empty(shape, spec.dtype) for name, shape in shapes.items() if name in wanted}
+    if not results:
+        return Gradients()
+    if spec.batch * spec.positions * spec.in_channels * spec.out_channels * spec.pixels == 0:
+        for result in results.values():
+            result[...] = 0
+        if "bias" in results and grad_output.size:
+            results["bias"][...] = grad_output.reshape(spec.batch, spec.out_channels, -1).sum(axis=(0, 2))
+        return Gradients(**results)
 
-
-def _sum_slots(slots: np.ndarray) -> np.ndarray:
-    return slots[0] if len(slots) == 1 else slots.sum(axis=0)
-
-
-def _sum_positions(spec: ConvSpec, grad_output: Any) -> np.ndarray:
-    by_position = _flat(grad_output, (spec.batch, spec.out_channels, spec.positions))
-    return by_position.sum(axis=2).sum(axis=0)
+    plan, kernels = _plan(spec), _kernels()
+    flat = {name: results[name].reshape(-1) if name in results else _empty(spec) for name in GRADIENTS[1:]}
+    grad_output, output_last = _flat_channels(grad_output)
+    weight, weight_last = _flat_channels(weight)
+    flat_offset, flat_mask, image_offset, image_mask = _places(spec, offset, mask)
+    sizes = {
+        "x": plan.x_size,
+        "packed": plan.backward_weight_size,
+        "d_output": (spec.batch * spec.positions + kernels.FEW_ROWS) * spec.out_channels,
+        "d_x": plan.parts * plan.x_size if "input" in results else 0,
+        "sums": plan.lanes * plan.sums_size if "weight" in results else 0,
+        # Where a gradient that blocks of channels share is summed, if there are several.
+        "offset": plan.slots * flat["offset"].size if plan.slots > 1 else 0,
+        "mask": plan.slots * flat["mask"].size if plan.slots > 1 else 0,
+    }
+    with arena(sum(room(size, spec.dtype) for size in sizes.values())) as memory:
+        own = {name: memory.empty(size, spec.dtype) for name, size in sizes.items()}
+        own["d_output"][-kernels.FEW_ROWS * spec.out_channels :] = 0
+        places = {name: own[name] if plan.slots > 1 else flat[name] for name in ("offset", "mask")}
+        if plan.slots > 1:  # an offset group may have fewer blocks than another
+            own["offset"][...] = own["mask"][...] = 0
+        arguments = (
+            spec.input_size, plan.geometry, spec.boundary == "inside", spec.batch,
+            grad_output, output_last, own["d_output"], input, input_last, own["x"], plan.x.span, plan.x.width,
+            flat_offset, flat_mask, image_offset, image_mask, weight, weight_last, own["packed"],
+            own["d_x"], places["offset"], places["mask"], own["sums"], flat["bias"],
+            spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
+            plan.parts, plan.lanes, plan.sums_row, plan.backward_tile, plan.backward_taps, _empty(spec),
+        )  # fmt: skip
+        items = plan.x.blocks * plan.lanes if results.keys() != {"bias"} else 1
+        _run(kernels.backward, arguments, items, 2 * plan.multiplications, plan.backward_scratch, spec.dtype)
+        sums = [_empty(spec)] * 4 if plan.slots == 1 else [own["offset"], flat["offset"], own["mask"], flat["mask"]]
+        moves = (
+            own["d_x"], plan.x.span, plan.x.width, plan.x.pitch, plan.parts, d_input, input_last, spec.in_channels, spec.batch,
+            own["sums"], plan.lanes, plan.sums_rows, plan.sums_row,
+            spec.groups, spec.out_channels // spec.groups, spec.in_channels // spec.groups, spec.taps, flat["weight"],
+            *sums, _empty(spec),
+        )  # fmt: skip
+        items = spec.out_channels if "weight" in results else 0
+        items += spec.batch * ceil(spec.pixels / kernels.RUN) if "input" in results else 0
+        items += ceil(sums[1].size / kernels.SUMS) + ceil(sums[3].size / kernels.SUMS)
+        moved = own["d_x"].size + own["sums"].size + sums[0].size + sums[2].size
+        _run(kernels.collect, moves, items, moved * _COPY)
+    return Gradients(**results)
 
 
 def _multiplications(spec: ConvSpec) -> int:
@@ -270,26 +312,42 @@ def _multiplications(spec: ConvSpec) -> int:
 
 
 def _run(
-    kernel: Any, arguments: tuple[Any, ...], items: int, multiplications: int, own: Callable[[], tuple[Any, ...]] = tuple
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    items: int,
+    multiplications: int,
+    sizes: tuple[int, int] | None = None,
+    dtype: str = "",
 ) -> None:
-    """Share the items of a kernel out; `own` makes the arguments that every thread needs for itself."""
+    """Share the items of a kernel out; `sizes` are the int32 numbers and the reals that every thread needs for itself."""
     nanoseconds = multiplications * _NANOSECONDS
 
     def work(counter: np.ndarray, limit: int) -> None:
-        kernel(counter, limit, *arguments, *own())
+        if sizes is None:
+            kernel(counter, limit, *arguments)
+        else:
+            kernel(counter, limit, *arguments, *_scratch(*sizes, dtype))
 
     shared = threads.get_num_threads() if nanoseconds > _SHARED_FROM else 1
     burst = int(_BURST * items / max(nanoseconds, 1))
     threads.run(work, items, threads=shared, burst=burst)
 
 
-def _scratch(sizes: TableSizes, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """This thread's memory for a kernel: reals, starts and integers."""
-    reals = sizes.starts * 8
-    integers = reals + sizes.reals * np.dtype(dtype).itemsize
-    end = integers + sizes.integers * 4
-    memory = threads.scratch(end)
-    return memory[reals:integers].view(dtype), memory[:reals].view(np.int64), memory[integers:end].view(np.int32)
+def _scratch(integers: int, reals: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """This thread's memory for a kernel: reals and int32 numbers."""
+    end = reals * np.dtype(dtype).itemsize
+    memory = threads.scratch(end + integers * 4)
+    return memory[:end].view(dtype), memory[end : end + integers * 4].view(np.int32)
+
+
+@cache
+def _empty_of(dtype: str) -> np.ndarray:
+    return np.empty(0, dtype)
+
+
+def _empty(spec: ConvSpec) -> np.ndarray:
+    """What stands for an array that there is none of."""
+    return _empty_of(spec.dtype)
 
 
 class _Memory:
@@ -304,20 +362,20 @@ class _Memory:
         self.__array_interface__ = {"shape": shape, "typestr": array.dtype.str, "data": place, "version": 3}
 
 
-def _flat(array: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in C order, aligned, in the machine's byte order, as kernels are compiled for."""
+def _flat(array: Any) -> np.ndarray:
+    """The array's numbers in C order, aligned, in the machine's byte order, as kernels are compiled for."""
     if array.flags.carray and array.dtype.isnative:
-        result: np.ndarray = array.reshape(shape)
+        result: np.ndarray = array.reshape(-1)
         return result
-    array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(shape)
-    return array if array.flags.writeable else np.asarray(_Memory(array, shape))
+    array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(-1)
+    return array if array.flags.writeable else np.asarray(_Memory(array, array.shape))
 
 
 def _places(spec: ConvSpec, offset: Any, mask: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Offsets and masks as flat arrays, the latter empty for v1, and how many numbers apart their images are."""
     offset, image_offset = _images(offset)
     if mask is None:
-        return offset, np.empty(0, spec.dtype), image_offset, 0
+        return offset, _empty(spec), image_offset, 0
     mask, image_mask = _images(mask)
     return offset, mask, image_offset, image_mask
 
@@ -328,53 +386,24 @@ def _images(array: Any) -> tuple[np.ndarray, int]:
     step, rest = divmod(array.strides[0], array.itemsize)
     flags = array[0].flags
     if not (flags.c_contiguous and flags.aligned and array.dtype.isnative) or rest or step < 0:
-        return _flat(array, (array.size,)), image
+        return _flat(array), image
     step = step if len(array) > 1 else image
     return np.asarray(_Memory(array, (step * (len(array) - 1) + image,))), step
 
 
-def _rows(spec: ConvSpec, input: Any) -> np.ndarray:
-    """The input with channels last, a row per pixel, and a row of zeros."""
-    x = np.empty((spec.batch * spec.pixels + 1, spec.in_channels), spec.dtype)
-    x[-1] = 0
-    if input.flags.c_contiguous:
-        _copy_channels_last(spec, _flat(input, (spec.batch, spec.in_channels, spec.pixels)), x, 1, spec.in_channels)
-    else:
-        x[:-1].reshape(spec.batch, *spec.input_size, spec.in_channels)[...] = np.moveaxis(input, 1, -1)
-    return x
+def _flat_channels(array: Any) -> tuple[np.ndarray, bool]:
+    """An array (N, C, ...) flat, and whether its channels come last in memory; no copy if they do, or come second."""
+    if not array.flags.c_contiguous and array.ndim > 2:
+        moved = np.moveaxis(array, 1, -1)
+        if moved.flags.c_contiguous:
+            return _flat(moved), True
+    return _flat(array), False
 
 
-def _copy_channels_last(spec: ConvSpec, array: np.ndarray, rows: np.ndarray, groups: int, group_row: int) -> None:
-    kernels = _kernels()
-
-    runs = array.shape[0] * ceil(array.shape[2] / kernels.RUN)
-    _run(kernels.channels_last, (array, rows, groups, group_row), runs, array.size * _COPY)
-
-
-def _packed(spec: ConvSpec, weight: Any, *, forward: bool) -> np.ndarray:
-    """The weight as the kernels read it: (K, C) for a depthwise convolution, else in panels."""
-    kernels = _kernels()
-
-    group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
-    shape = (spec.groups, group_outputs, group_channels, spec.taps)
-    if group_channels == 1 and group_outputs == 1:
-        return np.ascontiguousarray(np.reshape(weight, (spec.groups, spec.taps)).T).reshape(-1)
-    vector = kernels.VECTOR_BYTES // weight.itemsize
-    rows, columns = (spec.in_channels, group_outputs) if forward else (spec.out_channels, group_channels)
-    packed = np.empty(spec.taps * rows * _up(columns, vector), spec.dtype)
-    pack = kernels.pack_forward if forward else kernels.pack_backward
-    items = spec.groups * ceil(group_outputs / (kernels.VECTORS * vector)) if forward else spec.out_channels
-    if weight.flags.c_contiguous or not forward:
-        _run(pack, (_flat(weight, shape), packed), items, weight.size * _COPY)
-        return packed
-    # A weight with its channels last, say: a whole copy of it is too much, one of a panel's outputs is not.
-    width, depth = kernels.VECTORS * vector, group_channels * spec.taps
-    for group, first in product(range(spec.groups), range(0, group_outputs, width)):
-        outputs = weight[group * group_outputs + first : group * group_outputs + min(first + width, group_outputs)]
-        piece = _flat(outputs, (1, len(outputs), group_channels, spec.taps))
-        start = (group * _up(group_outputs, vector) + first) * depth
-        _run(pack, (piece, packed[start:]), 1, piece.size * _COPY)
-    return packed
+def _empty_channels(shape: tuple[int, ...], dtype: str, last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """An uninitialised array (N, C, ...), with its channels last in memory if so wished, and the same flat."""
+    array = np.empty((shape[0], *shape[2:], shape[1]) if last else shape, dtype)
+    return np.moveaxis(array, -1, 1) if last else array, array.reshape(-1)
 
 
 def warmup(

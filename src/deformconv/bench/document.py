@@ -1,0 +1,90 @@
+"""The JSON file of a benchmark: the machine, and one section per report, which later runs may join."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["join", "machine", "read", "section"]
+
+PACKAGES = (
+    "deformconv", "numpy", "numba", "torch", "torchvision", "kornia", "onnxruntime", "onnx", "openvino",
+)  # fmt: skip
+# Those of LLVM's names for a processor's features that are about vectors.
+VECTORS = ("sse4.2", "avx", "amx", "fma", "f16c", "neon", "sve", "dotprod", "vsx")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on apart from the code."""
+    from deformconv.runtime import threads, vectors
+
+    features = [name for name in sorted(vectors.host_features()) if name.startswith(VECTORS)]
+    return {
+        "processor": processor(),
+        "vector features": features,
+        "cores": threads.available_processors(),
+        "cores present": os.cpu_count(),
+        "memory": f"{_memory()} GiB",
+        "system": f"{platform.system()}, {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+    }
+
+
+def processor() -> str:
+    """The processor's name; its numbers too, where a virtual machine hides the name."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    found: dict[str, str] = {}
+    for key, _, value in lines:
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name", platform.machine())
+    numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _memory() -> int:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (AttributeError, OSError, ValueError):  # not a POSIX system
+        return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def section(rows: list[dict[str, Any]], threads: int, blocks: int, seconds: float) -> dict[str, Any]:
+    """A report's rows, with when and how they were measured."""
+    return {"date": date.today().isoformat(), "threads": threads, "blocks": blocks, "seconds a block": seconds, "rows": rows}
+
+
+def read(text: str) -> dict[str, Any]:
+    """A document; ValueError if the text is none."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        raise ValueError("it is not JSON") from None
+    if not isinstance(found, dict) or "machine" not in found:
+        raise ValueError("no benchmark has written it")
+    return found
+
+
+def join(document: dict[str, Any] | None, found: dict[str, Any], name: str, part: dict[str, Any]) -> dict[str, Any]:
+    """The document with a section added or replaced; ValueError if another machine wrote the rest of it."""
+    if document is None:
+        return {"machine": found, name: part}
+    if document["machine"] != found:
+        differing = sorted(key for key in {*found, *document["machine"]} if found.get(key) != document["machine"].get(key))
+        raise ValueError(f"it was measured elsewhere, with another {', '.join(differing)}: choose a new file")
+    return {**document, name: part}

@@ -1,0 +1,153 @@
+"""Write what was measured into the repository's texts: `python -m deformconv.bench.readme`, in its folder.
+
+The README gets a section, benchmarks/README.md every table, and benchmarks/speed.png the chart, from benchmarks/results.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deformconv.bench import chart, document, figures
+from deformconv.bench.cases import case_of
+from deformconv.bench.peers import DIRECTIONS
+from deformconv.bench.reports import REPORTS
+
+__all__ = ["RESULTS", "everything", "replaced", "section"]
+
+RESULTS, TABLES, CHART = "benchmarks/results.json", "benchmarks/README.md", "benchmarks/speed.png"
+BEGIN, END = "<!-- benchmark:begin -->\n", "<!-- benchmark:end -->\n"
+
+Document = Mapping[str, Any]
+
+
+def section(found: Document) -> str:
+    """The README's comparison."""
+    speed = found["speed"]
+    return f"""\
+![Times of other libraries relative to deformconv's, case by case]({CHART})
+
+{_where(found)} Every library in a process of its own, alternating blocks of calls, medians, after a check that the results agree. `make bench` measures it on your machine, and `deformconv bench` without this repository.
+
+{_means(speed["rows"])}
+
+Milliseconds:
+
+{_table(speed["rows"])}
+
+{_footnotes(speed["rows"])}The cases by name, kornia, spreads, small calls, scaling, memory and the first call are in [{TABLES}]({TABLES}), the raw figures in [{RESULTS}]({RESULTS}).
+"""  # noqa: E501
+
+
+def _where(found: Document) -> str:
+    machine, threads = found["machine"], found["speed"]["threads"]
+    packages = machine["packages"]
+    names = ("torch", "torchvision", "onnxruntime", "openvino")
+    versions = ", ".join(f"{name} {packages[name]}" for name in names if name in packages)
+    return f"float32 on {machine['processor']}, {threads} threads; {versions}; {found['speed']['date']}."
+
+
+def _means(rows: Sequence[figures.Row]) -> str:
+    lines = []
+    for found in figures.goals(rows):
+        mean, (least, worst), (most, best) = figures.digits(found.mean), found.least, found.most
+        span = f"from {figures.digits(least)} ({worst}) to {figures.digits(most)} ({best})"
+        what = found.goal.what
+        text = f"**{mean}** {what}" if what.startswith("times") else f"**{mean} times** {what}"
+        lines.append(f"- {found.goal.direction}: {text}; {found.cases} cases, {span}")
+    return "\n".join(["Geometric means:", "", *lines])
+
+
+def _table(rows: Sequence[figures.Row]) -> str:
+    """A line per case, with both directions."""
+    forward, training = ({case_of(row["layer"]): row for row in rows if row["direction"] == d} for d in DIRECTIONS)
+    columns = [
+        ("forward: ours", forward, figures.OURS),
+        ("ONNX Runtime or OpenVINO", forward, figures.INFERENCE),
+        ("torchvision", forward, ("torchvision",)),
+        ("plain convolution", forward, ("dense",)),
+        ("forward+backward: ours", training, figures.OURS),
+        ("torchvision", training, ("torchvision",)),
+        ("plain convolution", training, ("dense",)),
+    ]
+    lines = []
+    for case in dict.fromkeys([*forward, *training]):
+        times = [figures.time(measured[case], *names) if case in measured else "-" for _, measured, names in columns]
+        lines.append([figures.layer(case), *times])
+    return figures.markdown(["layer (3x3, v2, unless it says more)", *(title for title, _, _ in columns)], lines)
+
+
+def _footnotes(rows: Sequence[figures.Row]) -> str:
+    """Why a time is missing, if it is not for the number of axes."""
+    found = [note for note in figures.notes(rows) if " has no " not in note]
+    return "".join(f"{_escaped(note)}.\n\n" for note in found)
+
+
+def _escaped(note: str) -> str:
+    return note.replace("*", "\\*")
+
+
+def everything(found: Document) -> str:
+    """Every table."""
+    parts = [
+        "# Benchmarks",
+        "Written by `python -m deformconv.bench.readme` from [results.json](results.json), which `make bench` measures.",
+        _where(found),
+        _machine(found["machine"]),
+        "![Times relative to deformconv's](speed.png)",
+    ]
+    rows = found["speed"]["rows"]
+    for direction in DIRECTIONS:
+        parts += [f"## Speed, {direction}, in milliseconds", figures.speed_table(rows, direction)]
+    parts += ["\n".join(f"- {_escaped(note)}" for note in figures.notes(rows)), "## Geometric means", figures.summary(rows)]
+    parts += ["## Spread: quartiles of the blocks' medians, over the median", _spreads(rows)]
+    for name, report in REPORTS.items():
+        if name in found:
+            parts += [f"## {report.title}", report.write(found[name]["rows"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    said = {
+        **{name: value for name, value in machine.items() if name != "packages"},
+        "vector features": ", ".join(machine["vector features"]),
+        "packages": packages,
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in said.items())
+
+
+def _spreads(rows: Sequence[figures.Row]) -> str:
+    names = [name for name in dict.fromkeys(name for row in rows for name in row["results"])]
+    lines = []
+    for row in rows:
+        cells = []
+        for name in names:
+            result = row["results"].get(name, {})
+            middle, quartiles = result.get("milliseconds"), result.get("quartiles", ())
+            cells.append(" to ".join(f"{quartile / middle:.2f}" for quartile in quartiles) or "-")
+        lines.append([case_of(row["layer"]).name, row["direction"], *cells])
+    return figures.markdown(["case", "direction", *names], lines, 2)
+
+
+def replaced(text: str, new: str) -> str:
+    """A README with another section between its two marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README has no {(BEGIN if not begin else END).strip()}")
+    return before + begin + new + end + after
+
+
+def main(folder: Path) -> None:
+    found = document.read((folder / RESULTS).read_text(encoding="utf-8"))
+    readme = folder / "README.md"
+    readme.write_text(replaced(readme.read_text(encoding="utf-8"), section(found)), encoding="utf-8")
+    (folder / TABLES).write_text(everything(found), encoding="utf-8")
+    chart.save(folder / CHART, found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))

@@ -1,0 +1,236 @@
+"""`deformconv bench`: what is asked for, measured, printed, written and drawn."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from deformconv.bench import chart, document, figures
+from deformconv.bench.cases import CASES, QUICK, Case
+from deformconv.bench.measure import Pace, Progress, speed
+from deformconv.bench.peers import DIRECTIONS, PEERS, missing
+from deformconv.bench.reports import REPORTS, Plan
+from deformconv.studies.files import whole_file
+
+__all__ = ["Options", "run"]
+
+ALL = ("speed", *REPORTS)
+FULL, QUICK_PACE = Pace(blocks=7, seconds=0.3), Pace(blocks=3, seconds=0.05)
+PICTURES = (".png", ".svg", ".pdf")
+INSTALL = "pip install 'deformconv[bench]'"
+
+Document = dict[str, Any]
+
+
+class Options(NamedTuple):
+    """The command line."""
+
+    reports: Sequence[str] = ()
+    cases: Sequence[str] = ()
+    libraries: Sequence[str] = ()
+    directions: Sequence[str] = ()
+    threads: int | None = None
+    blocks: int | None = None
+    seconds: float | None = None
+    quick: bool = False
+    json: Path | None = None
+    plot: Path | None = None
+    source: Path | None = None
+
+
+class Bar(Progress):
+    """A progress bar on standard error, one for each report."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def begin(self, steps: int) -> None:
+        self.end()
+        # What is being done is measured in steps of very different length: a time that remains would be a guess.
+        self.bar = click.progressbar(
+            length=steps, file=sys.stderr, show_eta=False, show_pos=True, show_percent=False, width=20,
+            bar_template="[%(bar)s]  %(info)s  %(label)s",
+        )  # fmt: skip
+        self.begun = False
+
+    def step(self, what: str) -> None:
+        self.bar.label = what
+        self.bar.make_step(int(self.begun))  # the step before this one is done
+        self.bar.render_progress()
+        self.begun = True
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.render_finish()
+            self.bar = None
+
+
+def run(options: Options) -> int:
+    """Measure, or read what was measured; print, write and draw it. Return the exit code: 1 if our own results are wrong."""
+    reports = _chosen("report", options.reports, (*ALL, "all")) or ["speed"]
+    reports = list(ALL) if "all" in reports else reports
+    _check_files(options, reports)
+    if options.source is not None:
+        found = _read(options.source)
+        names = [name for name in (reports if options.reports else ALL) if name in found]
+        if not names:
+            raise click.ClickException(f"{options.source} has no {' and no '.join(reports)}")
+        for name in names:
+            _print(name, found[name]["rows"])
+        _draw(options.plot, found)
+        return 0
+    plan, absent = _plan(options)
+    found = document.machine()
+    earlier = _earlier(options.json, found, reports)
+    wrong = False
+    for name in reports:
+        bar = Bar()
+        try:
+            rows = _measure(name, plan, bar)
+        except RuntimeError as error:
+            raise click.ClickException(f"{name}: {error}") from None
+        finally:
+            bar.end()
+        wrong |= _is_wrong(rows)
+        earlier = document.join(earlier, found, name, document.section(rows, plan.threads, *plan.pace))
+        _print(name, rows)
+        if options.json is not None:  # after every report, since the next may be interrupted
+            _write(options.json, earlier)
+    if absent:
+        click.echo(f"\nNot installed, so not compared: {', '.join(absent)}. {INSTALL} brings all of them.")
+    click.echo("\n" + _machine_line(found, plan.threads))
+    _draw(options.plot, earlier)
+    if wrong:
+        raise click.ClickException("deformconv failed, or its results are wrong: see above")
+    return 0
+
+
+def _chosen(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
+    for name in given:
+        if name not in known:
+            raise click.UsageError(f"there is no {what} {name!r}; there are {', '.join(known)}")
+    return [name for name in known if name in given]
+
+
+def _plan(options: Options) -> tuple[Plan, list[str]]:
+    """What to measure, and the titles of the libraries that are not installed."""
+    names = _chosen("case", options.cases, [case.name for case in CASES]) or (QUICK if options.quick else ())
+    cases: list[Case] = [case for case in CASES if not names or case.name in names]
+    wanted = _chosen("library", options.libraries, tuple(PEERS))
+    directions = _chosen("direction", options.directions, DIRECTIONS) or DIRECTIONS
+    absent = {name: packages for name, peer in PEERS.items() if (packages := missing(peer.packages))}
+    for name in ("deformconv", *wanted):
+        if name in absent:
+            raise click.ClickException(f"{name} cannot be measured: {', '.join(absent[name])} not installed here. {INSTALL}")
+    libraries = [name for name in PEERS if name not in absent and (not wanted or name in wanted or name == "deformconv")]
+    from deformconv.runtime.threads import available_processors
+
+    pace = QUICK_PACE if options.quick else FULL
+    pace = Pace(options.blocks or pace.blocks, options.seconds or pace.seconds)
+    plan = Plan(cases, libraries, directions, options.threads or available_processors(), pace, options.quick)
+    return plan, [] if wanted else [PEERS[name].title for name in absent]
+
+
+def _measure(name: str, plan: Plan, bar: Bar) -> list[dict[str, Any]]:
+    if name == "speed":
+        return speed(plan.cases, plan.libraries, plan.directions, plan.threads, plan.pace, bar)
+    return REPORTS[name].measure(plan, bar)
+
+
+def _is_wrong(rows: Sequence[figures.Row]) -> bool:
+    """Whether a result of ours was refused, or a cache was damaged."""
+    for row in rows:
+        # Labels that are no library's are ours too: kinds of offsets, numbers of threads.
+        ours = [result for label, result in row.get("results", {}).items() if label == "deformconv" or label not in PEERS]
+        sound = row.get("results agree", True) and row.get("cache is whole", True)
+        if not sound or any("reason" in result for result in ours):
+            return True
+    return False
+
+
+def _print(name: str, rows: Sequence[figures.Row]) -> None:
+    if name != "speed":
+        click.secho(f"\n{REPORTS[name].title}\n", bold=True)
+        click.echo(REPORTS[name].write(rows))
+        return
+    for direction in DIRECTIONS:
+        if any(row["direction"] == direction for row in rows):
+            click.secho(f"\nSpeed, {direction}, milliseconds\n", bold=True)
+            click.echo(figures.speed_table(rows, direction))
+    for note in figures.notes(rows):
+        click.echo(note)
+    if means := figures.summary(rows):
+        click.secho("\nGeometric means\n", bold=True)
+        click.echo(means)
+
+
+def _machine_line(found: Document, threads: int) -> str:
+    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
+    return f"{found['processor']}, {threads} threads; Python {found['python']}, {packages}"
+
+
+def _check_files(options: Options, reports: Sequence[str]) -> None:
+    """Whatever would fail at the end fails now, not after minutes."""
+    if options.plot is not None:
+        if options.plot.suffix.lower() not in PICTURES:
+            raise click.UsageError(f"--plot {options.plot}: expected a name that ends with {', '.join(PICTURES)}")
+        if options.source is None and "speed" not in reports:
+            raise click.UsageError("--plot draws the report speed, which is not among those asked for")
+        if find_spec("matplotlib") is None:
+            raise click.ClickException(f"--plot needs matplotlib, not installed here: {INSTALL}")
+    for option, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise click.ClickException(f"cannot write {option} {path}: {error.strerror}") from None
+
+
+def _read(path: Path) -> Document:
+    try:
+        return document.read(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.ClickException(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise click.ClickException(f"{path} is not a benchmark's file: {error}") from None
+
+
+def _earlier(path: Path | None, found: Document, reports: Sequence[str]) -> Document | None:
+    """What the file has already, and will keep; it must be of this machine."""
+    if path is None or not path.exists():
+        return None
+    earlier = _read(path)
+    if set(earlier) <= {"machine", *reports}:
+        return None  # all of it is measured anew
+    try:
+        document.join(earlier, found, "", {})
+    except ValueError as error:
+        raise click.ClickException(f"cannot add to {path}: {error}") from None
+    return earlier
+
+
+def _write(path: Path, found: Document) -> None:
+    with whole_file(path) as part:
+        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _draw(path: Path | None, found: Document | None) -> None:
+    if path is None or found is None:
+        return
+    if "speed" not in found:
+        raise click.ClickException("--plot draws the report speed, which the file does not have")
+    if not chart.relative(found["speed"]["rows"]):
+        raise click.ClickException("nothing to draw: no other library has a time, or deformconv has none")
+    with whole_file(path) as part:
+        chart.save(part, found)
+    click.echo(f"\nThe chart is in {path}", err=True)

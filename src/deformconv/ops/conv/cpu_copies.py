@@ -1,0 +1,216 @@
+"""Copies that the kernels make: arrays into the order in which they are computed with, and results back.
+
+Channels lie last and in blocks: rows[block, n, p, c], where a block has `width` channels, the last one of every `span` channels
+what is left of them, and an image `pitch` rows, zeros beyond its pixels. All arrays are flat. Those of the caller have their
+channels first, (N, C, P), or with `last` set last, (N, P, C).
+"""
+
+from __future__ import annotations
+
+from deformconv.runtime.cache import device
+from deformconv.runtime.product import VECTORS
+from deformconv.runtime.vectors import VECTOR_BYTES, round_up, transpose_block
+
+# Positions, or sums, that an item of a copy takes.
+RUN, SUMS = 64, 8192
+
+
+@device
+def transpose(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
+    """into[c, r] = source[r, c] + bias[c], or without a bias if it is empty; element (r, c) at `start + r * row + c`."""
+    lanes = VECTOR_BYTES // source.itemsize
+    for r in range(0, rows - lanes + 1, lanes):
+        for c in range(0, columns - lanes + 1, lanes):
+            transpose_block(
+                source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start + c
+            )  # fmt: skip
+    whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
+    for c in range(columns):
+        added = bias[bias_start + c] if bias.size else source.dtype.type(0)
+        for r in range(whole_rows if c < whole_columns else 0, rows):
+            into[into_start + c * into_row + r] = source[start + r * row + c] + added
+
+
+@device
+def block_end(start, channels, span, width):
+    """Where the block of channels that begins at `start` ends."""
+    return min(start + width, start // span * span + span, channels)
+
+
+@device
+def copy_in(item, array, last, channels, positions, images, rows, span, width, pitch, empty):
+    """Copy a run of an image's positions into blocks; the last run also makes the zeros."""
+    runs = (positions + RUN - 1) // RUN
+    n, first = item // runs, item % runs * RUN
+    count = min(RUN, positions - first)
+    start, block = 0, 0
+    while start < channels:
+        end = block_end(start, channels, span, width)
+        image = (block * images + n) * pitch * width
+        if last:
+            for p in range(first, first + count):
+                source, into = (n * positions + p) * channels, image + p * width - start
+                for c in range(start, end):
+                    rows[into + c] = array[source + c]
+        else:
+            source = (n * channels + start) * positions + first
+            transpose(end - start, count, array, source, positions, rows, image + first * width, width, empty, 0)
+        if first + count == positions:
+            for place in range(image + positions * width, image + pitch * width):
+                rows[place] = 0
+        start, block = end, block + 1
+
+
+@device
+def copy_out(item, rows, span, width, pitch, parts, array, last, channels, positions, images, empty):
+    """The way back for a run of positions, summed over `parts` sets of blocks."""
+    runs = (positions + RUN - 1) // RUN
+    n, first = item // runs, item % runs * RUN
+    count = min(RUN, positions - first)
+    part_size = rows.size // parts
+    start, block = 0, 0
+    while start < channels:
+        end = block_end(start, channels, span, width)
+        source = ((block * images + n) * pitch + first) * width
+        for part in range(1, parts):
+            more = part * part_size
+            for place in range(source, source + count * width):
+                rows[place] += rows[place + more]
+        if last:
+            for t in range(count):
+                into = (n * positions + first + t) * channels + start
+                for c in range(end - start):
+                    array[into + c] = rows[source + t * width + c]
+        else:
+            transpose(
+                count, end - start, rows, source, width, array, (n * channels + start) * positions + first, positions, empty, 0
+            )  # fmt: skip
+        start, block = end, block + 1
+
+
+@device
+def write_output(sums, group_row, groups, group_outputs, n, first, count, output, last, positions, bias):
+    """output[n, o, first + t] = sums[t, o] + bias[o], of each group without the padding to `group_row`."""
+    sum_row, outputs = groups * group_row, groups * group_outputs
+    for group in range(groups):
+        o, source = group * group_outputs, group * group_row
+        if not last:
+            into = (n * outputs + o) * positions + first
+            transpose(count, group_outputs, sums, source, sum_row, output, into, positions, bias, o)
+            continue
+        for t in range(count):
+            into = (n * positions + first + t) * outputs + o
+            for i in range(group_outputs):
+                output[into + i] = sums[source + t * sum_row + i] + bias[o + i] if bias.size else sums[source + t * sum_row + i]
+
+
+@device
+def pack_forward(item, weight, last, groups, outputs, channels, taps, packed, square, empty):
+    """Copy a panel of output channels, with rows (tap, channel): packed[g, panel, tap * C + c, lane] = weight[g, o, c, tap].
+
+    `square` is scratch of a vector's lanes squared.
+    """
+    lanes = VECTOR_BYTES // weight.itemsize
+    panel, depth = VECTORS * lanes, taps * channels
+    panels = (outputs + panel - 1) // panel
+    group, first = item // panels, item % panels * panel
+    width = lanes if outputs - first <= lanes else panel
+    start = (group * round_up(outputs, lanes) + first) * depth
+    for vector in range(0, width, lanes):
+        source = (group * outputs + first + vector) * depth
+        used = min(lanes, outputs - first - vector)
+        whole = depth // lanes * lanes if used == lanes else 0
+        for step in range(0, whole, lanes):
+            transpose_block(weight, source + step, depth, square, 0, lanes, empty, 0)
+            for i in range(lanes):
+                row = start + _weight_row(step + i, last, channels, taps) * width + vector
+                for lane in range(lanes):
+                    packed[row + lane] = square[i * lanes + lane]
+        for step in range(whole, depth):
+            row = start + _weight_row(step, last, channels, taps) * width + vector
+            for lane in range(used):
+                packed[row + lane] = weight[source + lane * depth + step]
+            for lane in range(used, lanes):
+                packed[row + lane] = 0
+
+
+@device
+def _weight_row(step, last, channels, taps):
+    """Which row (tap, channel) a step through an output's weights is; they are (C, K), or (K, C) with channels last."""
+    return step if last else step % taps * channels + step // taps
+
+
+@device
+def pack_backward(item, weight, last, groups, outputs, channels, taps, packed, width):
+    """Copy an output channel's weights: packed[tap, g, block, panel, o, lane] = weight[g, o, c, tap], in panels of inputs.
+
+    A block has `width` channels of a group, the last one what is left.
+    """
+    lanes = VECTOR_BYTES // weight.itemsize
+    panel = VECTORS * lanes
+    size = round_up(channels, lanes) * outputs
+    group, o = item // outputs, item % outputs
+    tap_step, channel_step = (channels, 1) if last else (1, taps)
+    for block in range(0, channels, width):
+        end = min(block + width, channels)
+        for first in range(block, end, panel):
+            row_size = lanes if end - first <= lanes else panel
+            used = min(row_size, end - first)
+            source = item * channels * taps + first * channel_step
+            for tap in range(taps):
+                row = (tap * groups + group) * size + first * outputs + o * row_size
+                for lane in range(used):
+                    packed[row + lane] = weight[source + lane * channel_step + tap * tap_step]
+                for lane in range(used, row_size):
+                    packed[row + lane] = 0
+
+
+@device
+def pack_depthwise(weight, channels, taps, packed):
+    """packed[tap, c] = weight[c, 0, tap]."""
+    for tap in range(taps):
+        for c in range(channels):
+            packed[tap * channels + c] = weight[c * taps + tap]
+
+
+@device
+def sum_positions(o, array, last, outputs, positions, images):
+    """The sum over images and positions of one channel.
+
+    Sums of sums: their error grows with the square root of the positions and not with the positions.
+    """
+    step, total = outputs if last else 1, array.dtype.type(0)
+    for n in range(images):
+        start = n * outputs * positions + (o if last else o * positions)
+        for first in range(0, positions, 512):
+            part = array.dtype.type(0)
+            for p in range(first, min(first + 512, positions)):
+                part += array[start + p * step]
+            total += part
+    return total
+
+
+@device
+def unpack_weight(item, sums, lanes, rows, row, groups, outputs, channels, taps, d_weight):
+    """d_weight[g, o, c, tap] = sum over lanes of sums[lane, tap, g, o, c], for one output channel; `rows` outputs of `row`."""
+    group, o = item // outputs, item % outputs
+    for tap in range(taps):
+        source = ((tap * groups + group) * rows + o) * row
+        into = item * channels * taps + tap
+        for c in range(channels):
+            total = sums[source + c]
+            for lane in range(1, lanes):
+                total += sums[source + c + lane * (sums.size // lanes)]
+            d_weight[into + c * taps] = total
+
+
+@device
+def sum_slots(item, slots, result):
+    """A run of the sums of slots, one after the other in `slots`."""
+    first = item * SUMS
+    last = min(first + SUMS, result.size)
+    for place in range(first, last):
+        result[place] = slots[place]
+    for start in range(result.size, slots.size, result.size):
+        for place in range(first, last):
+            result[place] += slots[start + place]

@@ -1,0 +1,72 @@
+"""Memory that a call works in and gives back.
+
+Fresh memory costs a page fault for every page that is touched, which for large arrays is more than what is computed in them. So
+what a call needs beside its results comes from here, and the next call finds it as it was left.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ALIGNMENT", "Arena", "aligned", "arena", "release"]
+
+ALIGNMENT = 64  # bytes: a vector that crosses a cache line is loaded twice
+KEPT = 256 << 20  # what is larger than this is not kept for the next call
+
+_kept: list[np.ndarray] = []
+
+
+def aligned(size: int) -> np.ndarray:
+    """At least `size` bytes of fresh memory, aligned."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+def release() -> None:
+    """Give what is kept back to the system."""
+    _kept.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # A child would copy the pages that it writes to, which costs what it should save.
+    os.register_at_fork(after_in_child=release)
+
+
+class Arena:
+    """Uninitialised arrays, one after the other, out of one piece of memory."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self._memory, self._used = memory, 0
+
+    def empty(self, size: int, dtype: Any) -> np.ndarray:
+        """An aligned array of `size` numbers."""
+        first, self._used = self._used, self._used + room(size, dtype)
+        return np.ndarray(size, dtype, self._memory, first)
+
+
+def room(size: int, dtype: Any) -> int:
+    """The bytes that an array of `size` numbers takes in an arena."""
+    return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+
+
+@contextmanager
+def arena(size: int) -> Iterator[Arena]:
+    """An arena of `size` bytes; its arrays must not outlive the `with` block."""
+    try:
+        memory = _kept.pop()  # two threads never get the same one
+    except IndexError:
+        memory = np.empty(0, np.uint8)
+    if memory.size < size:
+        del memory
+        memory = aligned(size)
+    try:
+        yield Arena(memory)
+    finally:
+        if memory.size <= KEPT and not _kept:
+            _kept.append(memory)

@@ -1,0 +1,53 @@
+"""Made-up measurements, with ratios that are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deformconv.bench.cases import CASES, Case
+from deformconv.bench.peers import DIRECTIONS, PEERS
+
+# Milliseconds: every ratio of the goals is a power of two.
+FORWARD = {"deformconv": 4.0, "onnxruntime": 16.0, "openvino": 8.0, "torchvision": 64.0, "kornia": 128.0, "dense": 2.0}
+TRAINING = {"deformconv": 10.0, "torchvision": 320.0, "kornia": 80.0, "dense": 20.0}
+
+MACHINE: dict[str, Any] = {
+    "processor": "A Processor",
+    "vector features": ["avx2", "fma"],
+    "cores": 2,
+    "packages": {"torch": "2.9", "onnxruntime": "1.30"},
+    "python": "3.11.7",
+}
+
+
+def result(milliseconds: float, **more: Any) -> dict[str, Any]:
+    quartiles = [0.9 * milliseconds, 1.2 * milliseconds]
+    return {"milliseconds": milliseconds, "quartiles": quartiles, "blocks": 7, "calls": 70, **more}
+
+
+def row(case: Case, direction: str = "forward", **milliseconds: float) -> dict[str, Any]:
+    results = {name: result(time) for name, time in milliseconds.items()}
+    return {"layer": case._asdict(), "direction": direction, "results": results}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Every case in both directions; times grow from case to case, ratios stay."""
+    found = []
+    for number, case in enumerate(CASES):
+        for direction, times in zip(DIRECTIONS, (FORWARD, TRAINING), strict=True):
+            one = row(case, direction, **{name: (number + 1) * time for name, time in times.items()})
+            for name, peer in PEERS.items():
+                if reason := peer.reason_against(case, direction):
+                    one["results"][name] = {"reason": reason}
+                elif peer.embeds(case):
+                    one["results"][name]["as 2-D"] = True
+            found.append(one)
+    return found
+
+
+def section(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"date": "2026-11-01", "threads": 2, "blocks": 7, "seconds a block": 0.3, "rows": found}
+
+
+def document() -> dict[str, Any]:
+    return {"machine": MACHINE, "speed": section(rows())}
