@@ -1,22 +1,41 @@
 # Each of these works as the first command in a fresh clone; they need make and Python 3.10 or newer.
 #   make demo    build .venv with what the demo needs, run the demo     (DEMO="--fast" hands it options)
-#   make test    build .venv for development, check style and types, run every test
+#   make demo-gluon    build .venv-gluon, train the demo's net in MXNet Gluon   (DEMO="--fast")
+#   make test    build .venv for development, check style and types, run every test; then test-gluon
+#   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
 #   make lint    style and types alone
 #   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
 #                (with options only measure and print: BENCH="--quick", BENCH="--help" for the others)
+#   make bench-gluon    a training step in Gluon beside MXNet's own
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# MXNet needs NumPy 1.23, which is there for Python 3.10 and 3.11.
+GLUON_PYTHON ?= $(shell for python in $(PYTHON) python3.11 python3.10; do \
+	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
+GLUON_VENV ?= .venv-gluon
+GLUON_PY := $(GLUON_VENV)/bin/python
+# Beside tests/gluon: what needs no framework.
+GLUON_TESTS := tests/gluon tests/convert tests/ops tests/runtime tests/sampling \
+	tests/test_dispatch.py tests/test_functional.py tests/test_package.py tests/test_readme.py
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo demo-gluon test test-torch test-gluon lint bench bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/installed-demo
 	$(PY) -m deformconv.cli demo $(DEMO)
 
-test: lint
+demo-gluon: $(GLUON_VENV)/installed-dev-gluon
+	$(GLUON_PY) -m deformconv.cli demo-gluon $(DEMO)
+
+test: test-torch test-gluon
+
+test-torch: lint
 	$(PY) -m pytest
+
+test-gluon: $(GLUON_VENV)/installed-dev-gluon
+	$(GLUON_PY) -m pytest $(GLUON_TESTS)
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
@@ -25,6 +44,9 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(PY) -m deformconv.cli bench $(or $(BENCH),all --json benchmarks/results.json)
 	$(if $(BENCH),,$(PY) -m deformconv.bench.readme)
+
+bench-gluon: $(GLUON_VENV)/installed-dev-gluon
+	$(GLUON_PY) -m deformconv.bench.gluon
 
 # Running venv again repairs an environment whose making was interrupted before pip was in it.
 define install
@@ -41,5 +63,12 @@ $(VENV)/installed-demo: pyproject.toml constraints.txt
 	$(call install,demo)
 	@touch $@
 
+$(GLUON_VENV)/installed-dev-gluon: pyproject.toml constraints-gluon.txt
+	@test -n "$(GLUON_PYTHON)" || { echo 'MXNet needs Python 3.10 or 3.11, and neither is here. Name one, make GLUON_PYTHON=/path/to/python3.11,' \
+		'or leave it out: make test-torch runs all other tests.'; exit 1; }
+	@$(GLUON_PY) -m pip --version >/dev/null 2>&1 || $(GLUON_PYTHON) -m venv $(GLUON_VENV)
+	$(GLUON_PY) -m pip install --disable-pip-version-check --constraint constraints-gluon.txt --editable '.[dev-gluon]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output
+	rm -rf $(VENV) $(GLUON_VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output

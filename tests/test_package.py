@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ DEPTH = {
 # The root's functions hand tensors on to the torch room, when they are given some.
 EXCEPTIONS = {("functional", "torch")}
 # The rooms that nobody needs a framework or an extra for.
-PLAIN = ("errors", "runtime", "sampling", "ops", "dispatch", "functional", "cli")
+PLAIN = ("errors", "runtime", "sampling", "ops", "dispatch", "functional", "convert", "cli")
 
 
 def name_of(file: Path) -> str:
@@ -122,19 +123,19 @@ def test_completing_a_name_loads_nothing():
     assert run_python(code) == "[]"
 
 
-WITHOUT_TORCH = """
+WITHOUT_FRAMEWORKS = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torch":
+        if name.partition(".")[0] in ("torch", "mxnet"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
 """
 
 
-def test_everything_but_the_torch_room_works_without_torch():
+def test_everything_but_their_rooms_works_without_frameworks():
     modules = [m for m in MODULES if room(m) in PLAIN and not m.endswith("__main__")]
-    code = f"""{WITHOUT_TORCH}
+    code = f"""{WITHOUT_FRAMEWORKS}
 import importlib
 import numpy as np
 import deformconv
@@ -146,13 +147,13 @@ for backend in (None, "portable", "reference"):
 gradients = deformconv.deform_conv_backward(np.ones((1, 3, 4, 4)), x, offset, weight)
 assert (gradients.weight == 16).all()
 print(deformconv.explain(x, offset, weight).splitlines()[1])
-assert "torch" not in sys.modules
+assert not [name for name in ("torch", "mxnet") if name in sys.modules]
 """
     assert run_python(code) == "forward: cpu"
 
 
 def test_the_torch_room_without_torch_tells_how_to_get_it():
-    code = f"""{WITHOUT_TORCH}
+    code = f"""{WITHOUT_FRAMEWORKS}
 try:
     import deformconv.torch
 except ModuleNotFoundError as error:
@@ -160,6 +161,39 @@ except ModuleNotFoundError as error:
 """
     expected = "deformconv.torch needs PyTorch, which is not installed: pip install 'deformconv[torch]'"
     assert run_python(code) == expected
+
+
+def test_the_gluon_room_without_mxnet_tells_how_to_get_it():
+    code = f"""{WITHOUT_FRAMEWORKS}
+try:
+    import deformconv.gluon
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    expected = "deformconv.gluon needs MXNet, which is not installed: pip install 'deformconv[gluon]'"
+    assert run_python(code) == expected
+
+
+def test_the_gluon_room_with_too_new_a_numpy_tells_what_it_needs(tmp_path):
+    """MXNet then fails while it is imported, for one of several names."""
+    (tmp_path / "mxnet.py").write_text("import numpy\nnumpy.a_name_that_was_dropped\n")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import numpy
+for version in ("1.24.0", "2.3.1", "1.23.5"):
+    numpy.__version__ = version
+    try:
+        import deformconv.gluon
+    except (ImportError, AttributeError) as error:
+        print(error)
+"""
+    refused = (
+        "deformconv.gluon needs MXNet, and MXNet does not load with NumPy {}; it needs one below 1.24, in an environment of "
+        "its own: pip install 'deformconv[gluon]'"
+    )
+    expected = [refused.format(version) for version in ("1.24.0", "2.3.1")]
+    assert run_python(code).splitlines() == [*expected, "module 'numpy' has no attribute 'a_name_that_was_dropped'"]
 
 
 def test_public_names():
@@ -182,18 +216,23 @@ def test_public_names():
         deformconv.deform_convolution  # noqa: B018
 
 
-def test_the_torch_room_can_be_reached_from_the_root():
-    pytest.importorskip("torch")
-    code = "import deformconv; print(deformconv.torch.DeformConv2d.__name__)"
-    assert run_python(code) == "DeformConv2d"
+@pytest.mark.parametrize(
+    "framework, call", [("torch", "torch.DeformConv2d"), ("mxnet", "gluon.ModulatedDeformableConvolution")]
+)
+def test_the_frameworks_rooms_can_be_reached_from_the_root(framework, call):
+    if find_spec(framework) is None:
+        pytest.skip(f"needs {framework}")
+    assert run_python(f"import deformconv; print(deformconv.{call}.__name__)") == call.partition(".")[2]
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__main__")])
 def test_all_lists_what_is_there(module):
     if room(module) not in (*PLAIN, "deformconv"):
         # Not `importorskip(module)` itself, which would hide a module that is broken.
-        for extra in ("torch", "matplotlib", "mlxtend", "rich"):
-            pytest.importorskip(extra)
+        extras = ("mxnet", "mlxtend", "rich") if "gluon" in module else ("torch", "matplotlib", "mlxtend", "rich")
+        for extra in extras:
+            if find_spec(extra) is None:
+                pytest.skip(f"needs {extra}")
     names = getattr(importlib.import_module(module), "__all__", [])
     missing = [name for name in names if not hasattr(sys.modules[module], name)]
     assert not missing

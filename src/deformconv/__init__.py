@@ -1,7 +1,7 @@
 """Deformable convolution for Python, with no compiler and no CUDA toolkit.
 
-`deform_conv` takes NumPy arrays and PyTorch tensors; `deformconv.torch` has the layers. Frameworks and
-compiled kernels are loaded on first use.
+`deform_conv` takes NumPy arrays and PyTorch tensors; `deformconv.torch` and `deformconv.gluon` have the layers.
+Frameworks and compiled kernels are loaded on first use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 _THREADS = ("get_num_threads", "set_num_threads")
 # Not in dir(): completing a name must not load a framework.
-_FRAMEWORKS = ("torch",)
+_FRAMEWORKS = ("torch", "gluon")
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from deformconv.errors import BackendError
 
-__all__ = ["BACKENDS", "Backend", "choose", "explain", "load"]
+__all__ = ["BACKENDS", "Backend", "check_name", "choose", "explain", "load"]
 
 
 class Backend(NamedTuple):
@@ -37,7 +37,7 @@ def choose(spec: Any, library: str, device: str, backward: bool, requested: str 
 
     Raises ValueError for an unknown name, BackendError if no backend, or not the requested one, can run it.
     """
-    _check_name(requested)  # before the cache, to which a list for a name would be a key without a hash
+    check_name(requested)  # before the cache, to which a list for a name would be a key without a hash
     return _choose(spec, library, device, backward, requested)
 
 
@@ -56,7 +56,7 @@ def _choose(spec: Any, library: str, device: str, backward: bool, requested: str
 
 def explain(spec: Any, library: str, device: str, requested: str | None = None) -> str:
     """Say for forward and backward which backend runs, and each other one's reason not to."""
-    _check_name(requested)
+    check_name(requested)
     lines = [_call(spec, library, device)]
     for backward in (False, True):
         verdicts = list(_verdicts(spec, library, device, backward, requested))
@@ -91,7 +91,8 @@ def _verdicts(
         yield name, f"{name}: {reasons}" if reasons else ""
 
 
-def _check_name(requested: Any) -> None:
+def check_name(requested: Any) -> None:
+    """Raise ValueError unless `requested` is None or a backend's name."""
     if requested is None:
         return
     if not isinstance(requested, str) or requested not in [backend.name for backend in BACKENDS]:

@@ -264,10 +264,11 @@ def _array(name: str, value: Any) -> np.ndarray:
         if value is None:
             raise TypeError(f"`{name}` is None; expected a NumPy array or a PyTorch tensor.")
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        raise TypeError(
-            f"`{name}` is a {kind}; expected a NumPy array or a PyTorch tensor. Pass "
-            f"`numpy.asarray({name}, dtype=...)`."
-        )
+        if kind.startswith("mxnet."):
+            advice = "For MXNet's arrays and symbols there is `deformconv.gluon.deform_conv`."
+        else:
+            advice = f"Pass `numpy.asarray({name}, dtype=...)`."
+        raise TypeError(f"`{name}` is a {kind}; expected a NumPy array or a PyTorch tensor. {advice}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"`{name}` is a masked array, whose own mask would be ignored; expected a plain array: pass "

@@ -79,6 +79,14 @@ def test_the_demo_says_in_one_sentence_what_to_install(monkeypatch, capsys):
     )
 
 
+def test_the_gluon_demo_says_in_one_sentence_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "mxnet" else object())
+    assert main(["demo-gluon"]) == 1
+    assert capsys.readouterr().err == (
+        "Error: the Gluon demo needs mxnet, not installed here: pip install 'deformconv[demo-gluon]'\n"
+    )
+
+
 def test_the_demo_says_at_once_that_its_folder_cannot_be_made(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command_line, "find_spec", lambda name: object())
     (tmp_path / "file").touch()

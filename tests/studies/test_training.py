@@ -68,7 +68,7 @@ def test_all_nets_see_every_scan_once_an_epoch_at_new_placements(monkeypatch):
     seen = []
     monkeypatch.setattr(digits, "scatter", lambda batch, random: seen.append(batch.images[:, 0, 0]) or batch)
     scans = noise(16)
-    list(training._batches(scans, Schedule(steps=4, evaluations=1, batch=8), seed=0))
+    list(training.batches(scans, Schedule(steps=4, evaluations=1, batch=8), seed=0))
     for epoch in (seen[:2], seen[2:]):
         assert sorted(np.concatenate(epoch)) == sorted(scans.images[:, 0, 0])
     assert not (np.concatenate(seen[:2]) == np.concatenate(seen[2:])).all()

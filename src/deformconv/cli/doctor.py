@@ -20,7 +20,7 @@ from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 
 __all__ = ["run"]
 
-PACKAGES = ("numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "matplotlib", "rich")
+PACKAGES = ("numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "mxnet", "matplotlib", "rich")
 # Those of the host's vector extensions that decide how fast kernels are.
 EXTENSIONS = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")
 TOLERANCE = 1e-5  # float32 against the float64 reference

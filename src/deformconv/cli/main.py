@@ -72,6 +72,24 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
     return run(output, fast=fast, seeds=seeds or (1 if fast else 2), first_seed=seed)
 
 
+@deformconv.command("demo-gluon")
+@click.option("--fast", is_flag=True, help="A few training steps only, for a first look.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights and batches.")
+def demo_gluon(fast: bool, seed: int) -> int:
+    """Train the demo's digit net in MXNet Gluon, with v1 and with v2.
+
+    First MXNet's own blocks and ours are compared, with the same weights. Ends with 1 if they differ.
+    """
+    missing = [name for name in ("mxnet", "mlxtend", "rich") if find_spec(name) is None]
+    if missing:
+        raise click.ClickException(
+            f"the Gluon demo needs {', '.join(missing)}, not installed here: pip install 'deformconv[demo-gluon]'"
+        )
+    from deformconv.studies.gluon_demo import run
+
+    return run(fast=fast, seed=seed)
+
+
 @deformconv.command()
 @click.option(
     "--dtype",

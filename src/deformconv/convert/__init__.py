@@ -1,9 +1,17 @@
 """Weights and layers of other libraries, with their words and conventions. Frameworks are loaded where they are needed."""
 
 from deformconv.convert.layers import replace_layers
+from deformconv.convert.mxnet import layer_from_mxnet, layer_to_mxnet, load_mxnet, mxnet_layers
+from deformconv.convert.params_file import read_params, write_params
 from deformconv.convert.torchvision import accelerate_torchvision
 
 __all__ = [
     "accelerate_torchvision",
+    "layer_from_mxnet",
+    "layer_to_mxnet",
+    "load_mxnet",
+    "mxnet_layers",
+    "read_params",
     "replace_layers",
+    "write_params",
 ]

@@ -7,21 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from deformconv.studies import digits
 from deformconv.studies.digits import Digits
+from deformconv.studies.schedule import KINDS, Schedule, batches
 from deformconv.torch import DeformConv2d, parameter_groups
 
 __all__ = ["KINDS", "DigitNet", "Run", "Schedule", "accuracy", "multiply_adds", "scores", "train"]
 
-# The output channels of the two middle layers. A deformable layer also has the convolution that predicts
-# its offsets; the others' middle layers are wider, so that parameters and multiply-adds are the same
-# within 1.3 %.
-KINDS = {"plain": (52, 36), "v1": (26, 48), "v2": (16, 48)}
 # The layers after which a net has these many output positions.
 POSITIONS = (20 * 20, 20 * 20, 20 * 20, 10 * 10, 10 * 10)
 
@@ -73,21 +69,6 @@ def multiply_adds(net: DigitNet) -> int:
     return total
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """What all nets of a study share."""
-
-    steps: int
-    evaluations: int  # on the held-out digits, the last one after the last step
-    batch: int = 32
-    learning_rate: float = 4e-3  # the peak of a one-cycle schedule; predictors of offsets get a tenth of it
-
-    @property
-    def evaluation_steps(self) -> frozenset[int]:
-        """The steps, counted from 1, after which nets are evaluated."""
-        return frozenset(round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations))
-
-
 @dataclass
 class Run:
     """One net and how its training went."""
@@ -123,7 +104,7 @@ def train(training: Digits, held_out: Digits, schedule: Schedule, seed: int) -> 
         schedulers.append(torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, schedule.steps))
         optimizers.append(optimizer)
         runs.append(Run(kind, seed, net))
-    for step, batch in enumerate(_batches(training, schedule, seed), 1):
+    for step, batch in enumerate(batches(training, schedule, seed), 1):
         images, labels = torch.from_numpy(batch.images)[:, None], torch.from_numpy(batch.labels)
         for run, optimizer, scheduler in zip(runs, optimizers, schedulers, strict=True):
             started = time.perf_counter()
@@ -137,17 +118,6 @@ def train(training: Digits, held_out: Digits, schedule: Schedule, seed: int) -> 
             if step in schedule.evaluation_steps:
                 run.accuracies[step] = accuracy(run.net, held_out)
         yield runs
-
-
-def _batches(training: Digits, schedule: Schedule, seed: int) -> Iterator[Digits]:
-    """As many batches as there are steps: every scan once an epoch, each time at another placement."""
-    random = np.random.default_rng(seed)
-    order = np.empty(0, np.intp)
-    for _ in range(schedule.steps):
-        if len(order) < schedule.batch:
-            order = np.append(order, random.permutation(len(training.labels)))
-        chosen, order = np.split(order, [schedule.batch])
-        yield digits.scatter(training.take(chosen), random)
 
 
 @torch.inference_mode()

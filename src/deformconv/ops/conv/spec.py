@@ -165,7 +165,7 @@ def check_input(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, ...],
     groups: int,
-    rank: int,
+    rank: int | None,
     cached: bool = True,
 ) -> None:
     """Raise what conv_spec would for these two: for a layer, which predicts its offsets from the input."""
@@ -256,7 +256,7 @@ def _check_input(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, ...],
     groups: int,
-    rank: int,
+    rank: int | None,
 ) -> None:
     _rank(input, weight, rank)
     _check_dtypes_and_devices(input, weight=weight)

@@ -1,0 +1,24 @@
+"""Deformable convolution for MXNet Gluon: an operator for NDArray and Symbol, and blocks that stand where MXNet's own stood."""
+
+try:
+    import mxnet as _mxnet  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "mxnet":
+        raise
+    raise ModuleNotFoundError(
+        "deformconv.gluon needs MXNet, which is not installed: pip install 'deformconv[gluon]'", name="mxnet"
+    ) from None
+except AttributeError as error:  # MXNet asks for names such as numpy.bool, which NumPy 1.24 and later dropped
+    import numpy as _numpy
+
+    if [int(part) for part in _numpy.__version__.split(".")[:2]] < [1, 24]:
+        raise
+    raise ImportError(
+        f"deformconv.gluon needs MXNet, and MXNet does not load with NumPy {_numpy.__version__}; it needs one below 1.24, "
+        "in an environment of its own: pip install 'deformconv[gluon]'"
+    ) from error
+
+from deformconv.gluon.blocks import DeformableConvolution, ModulatedDeformableConvolution
+from deformconv.gluon.functional import deform_conv
+
+__all__ = ["DeformableConvolution", "ModulatedDeformableConvolution", "deform_conv"]

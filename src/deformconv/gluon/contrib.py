@@ -1,0 +1,162 @@
+"""MXNet's two operators by their names and with their arguments, for code that calls them: one import changes.
+
+`DeformableConvolution` stands for `mxnet.nd.contrib.DeformableConvolution` and `mxnet.sym.contrib.DeformableConvolution`, and
+`ModulatedDeformableConvolution` for its namesakes. They take NDArrays and Symbols alike, and run
+`deformconv.gluon.deform_conv`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mxnet as mx
+from mxnet.symbol import Symbol
+
+from deformconv.errors import ShapeError
+from deformconv.gluon.functional import call
+from deformconv.ops.window import count, integers
+
+__all__ = ["DeformableConvolution", "ModulatedDeformableConvolution"]
+
+
+def DeformableConvolution(
+    data: Any,
+    offset: Any,
+    weight: Any = None,
+    bias: Any = None,
+    kernel: Any = None,
+    stride: Any = (),
+    dilate: Any = (),
+    pad: Any = (),
+    num_filter: int | None = None,
+    num_group: int = 1,
+    num_deformable_group: int = 1,
+    workspace: int = 1024,
+    no_bias: bool = False,
+    layout: str | None = None,
+    name: str | None = None,
+    *,
+    boundary: str = "inside",
+) -> Any:
+    """Deformable convolution v1 with the arguments of MXNet's operator.
+
+    Args:
+        data, offset, weight, bias: all NDArrays or all Symbols. For Symbols MXNet makes variables of the names `<name>_weight`
+            and `<name>_bias` where none is passed, and so does this.
+        kernel, num_filter: required; they must be those of `weight`.
+        stride, dilate, pad: one integer per axis; () is 1, 1 and 0.
+        num_group, num_deformable_group: deformconv's `groups` and `offset_groups`.
+        no_bias: True leaves `bias` out.
+        workspace, layout: of no effect; `layout` is MXNet's only one, the channels before the axes.
+        name: the Symbol's name.
+        boundary: "inside" is MXNet's rule for v1; "zeros" that for v2.
+
+    Returns:
+        The output, shape (N, num_filter, *O), of the kind that was passed.
+
+    Raises:
+        ShapeError, TypeError, ValueError: as `deformconv.gluon.deform_conv`, and for `kernel` and `num_filter`.
+
+    Example:
+        The thread's, with an offset of 18 channels in place of 27.
+
+        >>> import mxnet as mx
+        >>> from deformconv.gluon import contrib
+        >>> data, offset = mx.sym.var("data"), mx.sym.var("offset")
+        >>> symbol = contrib.DeformableConvolution(
+        ...     data, offset, kernel=(3, 3), pad=(1, 1), num_filter=3, no_bias=True, name="conv0"
+        ... )
+        >>> symbol.list_arguments()
+        ['data', 'offset', 'conv0_weight']
+        >>> symbol.infer_shape(data=(10, 3, 100, 100), offset=(10, 18, 100, 100))[1]
+        [(10, 3, 100, 100)]
+
+    Paper: arXiv 1703.06211, equation 2.
+    """
+    operands = {"data": data, "offset": offset, "weight": weight, "bias": bias}
+    groups = {"groups": num_group, "offset_groups": num_deformable_group, "boundary": boundary}
+    return _call(operands, kernel, stride, dilate, pad, num_filter, groups, no_bias, name, "deformableconvolution")
+
+
+def ModulatedDeformableConvolution(
+    data: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any = None,
+    bias: Any = None,
+    kernel: Any = None,
+    stride: Any = (),
+    dilate: Any = (),
+    pad: Any = (),
+    num_filter: int | None = None,
+    num_group: int = 1,
+    num_deformable_group: int = 1,
+    workspace: int = 1024,
+    no_bias: bool = False,
+    im2col_step: int = 64,
+    layout: str | None = None,
+    name: str | None = None,
+    *,
+    boundary: str = "zeros",
+) -> Any:
+    """Deformable convolution v2 with the arguments of MXNet's operator; see `DeformableConvolution`.
+
+    `im2col_step` has no effect: a batch may have any size. MXNet's own has no backward pass on the CPU, this has.
+
+    Example:
+        >>> import mxnet as mx
+        >>> from deformconv.gluon import contrib
+        >>> x, offset, mask = mx.nd.ones((10, 3, 100, 100)), mx.nd.zeros((10, 18, 100, 100)), mx.nd.ones((10, 9, 100, 100))
+        >>> weight = mx.nd.ones((3, 3, 3, 3))
+        >>> contrib.ModulatedDeformableConvolution(
+        ...     x, offset, mask, weight, kernel=(3, 3), pad=(1, 1), num_filter=3, no_bias=True
+        ... ).shape
+        (10, 3, 100, 100)
+
+    Paper: arXiv 1811.11168, equation 1.
+    """
+    operands = {"data": data, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    groups = {"groups": num_group, "offset_groups": num_deformable_group, "boundary": boundary}
+    return _call(operands, kernel, stride, dilate, pad, num_filter, groups, no_bias, name, "modulateddeformableconvolution")
+
+
+def _call(
+    operands: dict[str, Any],
+    kernel: Any,
+    stride: Any,
+    dilate: Any,
+    pad: Any,
+    num_filter: Any,
+    groups: dict[str, Any],
+    no_bias: bool,
+    name: str | None,
+    hint: str,
+) -> Any:
+    for key, value in (("kernel", kernel), ("num_filter", num_filter)):
+        if value is None:
+            raise TypeError(f"`{key}` is missing; expected it, as MXNet's operator does.")
+    D = len(kernel) if isinstance(kernel, (tuple, list)) and 1 <= len(kernel) <= 3 else 2
+    kernel, outputs = integers("kernel", kernel, D, 1), count("num_filter", num_filter)
+    if no_bias:
+        operands["bias"] = None
+    if isinstance(operands["data"], Symbol):
+        name = mx.name.NameManager.current.get(name, hint)
+        if operands["weight"] is None:
+            operands["weight"] = mx.sym.var(f"{name}_weight")
+        if operands["bias"] is None and not no_bias:
+            operands["bias"] = mx.sym.var(f"{name}_bias")
+    else:
+        if operands["bias"] is None and not no_bias:
+            raise TypeError("`bias` is missing; expected it, or no_bias=True.")
+        shape = getattr(operands["weight"], "shape", None)
+        if shape is not None and (shape[0], *shape[2:]) != (outputs, *kernel):
+            raise ShapeError(
+                f"`weight` has shape {tuple(shape)}; expected {(outputs, '*', *kernel)}, from num_filter={outputs} and "
+                f"kernel={kernel}.".replace("'*'", "C_in/num_group")
+            )
+    window = {
+        "stride": integers("stride", stride or 1, D, 1),
+        "padding": integers("pad", pad or 0, D, 0),
+        "dilation": integers("dilate", dilate or 1, D, 1),
+    }
+    return call(operands, window | groups, name=name, weight_shape=(outputs, 0, *kernel))

@@ -1,0 +1,197 @@
+"""The operator as MXNet's engine, autograd and symbols know it: the custom operator "deformconv".
+
+MXNet calls these methods from C++, some of them from threads of its own, and passes on no more of an exception than that there
+was one: it prints a traceback and raises an MXNetError without our text. So the text goes to stderr first.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from ast import literal_eval
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import mxnet as mx
+import numpy as np
+from mxnet.ndarray.ndarray import _DTYPE_MX_TO_NP
+
+from deformconv import dispatch
+from deformconv.errors import BackendError, ShapeError
+from deformconv.gluon.arrays import device, view, write
+from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Operand, conv_spec
+
+__all__ = ["OPERANDS", "OP_TYPE", "WINDOW", "check_device", "in_gluon_words"]
+
+OP_TYPE = "deformconv"
+# In the order in which MXNet passes them; the last two may be absent.
+OPERANDS = ("data", "offset", "weight", "bias", "mask")
+# What a symbol keeps, as text, in graphs that may be saved: these names and their meaning stay.
+WINDOW = ("stride", "padding", "dilation", "groups", "offset_groups", "boundary")
+OTHERS = ("operands", "backend", "weight_shape")
+
+
+def in_gluon_words(error: Exception) -> Exception:
+    """The same error, calling the first argument `data`, as MXNet does."""
+    return type(error)(re.sub(r"\binput(?=[`\[,])", "data", str(error)))
+
+
+def check_device(context: Any, name: str = "data") -> None:
+    """Raise unless the context's memory is one that the kernels reach."""
+    found = device(context)
+    if not found.startswith("cpu"):
+        raise BackendError(
+            f"`{name}` is on {found}; deformconv computes MXNet's arrays on the CPU: pass `{name}.as_in_context(mxnet.cpu())`, "
+            "or run the net in the context mxnet.cpu()."
+        )
+
+
+def _told(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Write an exception's text on stderr, since MXNet does not pass it on."""
+
+    @wraps(method)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return method(*arguments, **keywords)
+        except (ShapeError, BackendError, TypeError, ValueError) as error:
+            kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+            print(f"{kind}: {in_gluon_words(error)}", file=sys.stderr, flush=True)
+            raise
+
+    return call
+
+
+class _DeformConv(mx.operator.CustomOp):
+    """One call's computation: forward, and backward from the inputs alone."""
+
+    def __init__(self, spec: ConvSpec, backend: str | None, operands: Sequence[str]) -> None:
+        super().__init__()
+        self._spec, self._backend, self._operands = spec, backend, tuple(operands)
+
+    @_told
+    def forward(self, is_train: bool, req: list[str], in_data: list[Any], out_data: list[Any], aux: list[Any]) -> None:
+        if req[0] == "null":
+            return
+        arrays: dict[str, Any] = dict.fromkeys(OPERANDS)
+        arrays |= zip(self._operands, map(view, in_data), strict=True)
+        output = self._module(backward=False).deform_conv(self._spec, *arrays.values())
+        write(out_data[0], req[0], output)
+
+    @_told
+    def backward(
+        self,
+        req: list[str],
+        out_grad: list[Any],
+        in_data: list[Any],
+        out_data: list[Any],
+        in_grad: list[Any],
+        aux: list[Any],
+    ) -> None:
+        names = ["input" if name == "data" else name for name in self._operands]
+        wanted = [name for name, request in zip(names, req, strict=True) if request != "null"]
+        if not wanted:
+            return
+        arrays = {name: view(array) for name, array in zip(names, in_data, strict=True)}
+        gradients = self._module(backward=True).deform_conv_backward(
+            self._spec, view(out_grad[0]), arrays["input"], arrays["offset"], arrays["weight"], arrays.get("mask"), wanted
+        )
+        for name, request, array in zip(names, req, in_grad, strict=True):
+            if request != "null":
+                write(array, request, gradients[GRADIENTS.index(name)])
+
+    def _module(self, backward: bool) -> ModuleType:
+        return dispatch.choose(self._spec, "numpy", "cpu", backward, self._backend)
+
+
+class _Parameters(NamedTuple):
+    """What a symbol keeps as text, read."""
+
+    operands: tuple[str, ...]
+    backend: str | None
+    weight_shape: tuple[int, ...] | None
+    window: dict[str, Any]
+
+
+@lru_cache(maxsize=256)
+def _parameters(attributes: tuple[tuple[str, str], ...]) -> _Parameters:
+    values = dict(attributes)
+    # Beside ours come those of `mxnet.AttrScope`, all between double underscores.
+    names = {name for name in values if not name.startswith("__")}
+    if names != {*WINDOW, *OTHERS}:
+        raise TypeError(
+            f"the operator {OP_TYPE!r} has the attributes {', '.join(sorted(names)) or 'none'}; expected a symbol that "
+            "`deformconv.gluon.deform_conv` made, in this version."
+        )
+    read = {name: literal_eval(values[name]) for name in names}
+    return _Parameters(**{name: read[name] for name in OTHERS}, window={name: read[name] for name in WINDOW})
+
+
+@mx.operator.register(OP_TYPE)
+class _DeformConvProp(mx.operator.CustomOpProp):
+    """What MXNet asks before it computes: the arguments' names, shapes and types.
+
+    It declares no dependencies of its own for the backward pass, though bias and output are not needed there: MXNet keeps the
+    last declaration of any operator for all of them, and then fails on v1's backward pass after a forward pass of v2.
+    """
+
+    def __init__(self, **attributes: str) -> None:
+        super().__init__(need_top_grad=True)
+        # They are read later: an exception in a constructor ends the process, by a segmentation fault in MXNet.
+        self._attributes = tuple(attributes.items())
+
+    @property
+    def _operands(self) -> tuple[str, ...]:
+        return _parameters(self._attributes).operands
+
+    @_told
+    def list_arguments(self) -> list[str]:
+        return list(self._operands)
+
+    def list_outputs(self) -> list[str]:
+        return ["output"]
+
+    @_told
+    def infer_shape(self, in_shape: list[list[int]]) -> tuple[list[Any], list[Any], list[Any]]:
+        shapes = dict(zip(self._operands, map(list, in_shape), strict=True))
+        self._complete(shapes)
+        if all(shape and min(shape) > 0 for shape in shapes.values()):
+            output = list(self._spec(shapes, dict.fromkeys(shapes, "float32")).output_shape)
+        else:
+            output = [-1] * max(map(len, shapes.values()))  # MXNet asks again when it knows more
+        return list(shapes.values()), [output], []
+
+    @_told
+    def infer_type(self, in_type: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        known = next((dtype for dtype in in_type if dtype is not None), np.float32)
+        types = [known if dtype is None else dtype for dtype in in_type]
+        return types, [types[0]], []
+
+    @_told
+    def create_operator(self, ctx: Any, in_shapes: list[list[int]], in_dtypes: list[int]) -> _DeformConv:
+        shapes = dict(zip(self._operands, in_shapes, strict=True))
+        types = [np.dtype(_DTYPE_MX_TO_NP[number]).name for number in in_dtypes]
+        spec = self._spec(shapes, dict(zip(self._operands, types, strict=True)))
+        # Choosing here says why no backend can run before anything does.
+        check_device(ctx)
+        backend = _parameters(self._attributes).backend
+        dispatch.choose(spec, "numpy", "cpu", False, backend)
+        return _DeformConv(spec, backend, self._operands)
+
+    def _complete(self, shapes: dict[str, list[int]]) -> None:
+        """Fill in what the known shapes determine: MXNet infers a block's deferred parameters that way."""
+        data, weight = shapes["data"], shapes["weight"]
+        if not weight:
+            weight += _parameters(self._attributes).weight_shape or ()
+        if len(weight) > 1:
+            if weight[1] < 1 and len(data) > 1 and data[1] > 0:
+                weight[1] = data[1] // (_parameters(self._attributes).window["groups"] or 1)
+            if "bias" in shapes and not (shapes["bias"] and shapes["bias"][0] > 0) and weight[0] > 0:
+                shapes["bias"] = [weight[0]]
+
+    def _spec(self, shapes: dict[str, list[int]], types: dict[str, str]) -> ConvSpec:
+        operands: dict[str, Any] = {
+            "input" if name == "data" else name: Operand(tuple(shape), types[name]) for name, shape in shapes.items()
+        }
+        return conv_spec(**operands, **_parameters(self._attributes).window)
