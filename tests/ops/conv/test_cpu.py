@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.tolerances import TOLERANCE, assert_close, error
 import deformconv
 from deformconv.ops.conv import cpu, reference
 from deformconv.ops.conv.spec import GRADIENTS
-from deformconv.runtime import threads
+from deformconv.runtime import memory, threads
 
 # Sizes that leave a rest at every place where the work is cut: tiles, block rows, vectors, panels, blocks of channels.
 TAILS = [
@@ -161,20 +162,42 @@ def test_forward_makes_no_column_buffer(name: str) -> None:
     case, layouts = MEMORY[name]
     call = make(case, "float32")
     call = call.but(**{argument: layout(getattr(call, argument)) for argument, layout in layouts.items()})
-    output(call)  # compiled
+    result, peak = _peak(lambda: output(call))
+    # Copies are padded: each image of the input's by a row of zeros, the weight's to whole vectors of outputs.
+    outputs = case.out_channels // case.groups
+    weight = call.weight.nbytes * (1 if outputs == 1 else -(-outputs // 16) * 16 / outputs)
+    rows = 4 * case.in_channels * case.batch
+    assert peak <= result.nbytes + call.input.nbytes + rows + weight + 2 * 2**20
+
+
+def _peak(run: Callable[[], Any]) -> tuple[Any, int]:
+    """What a compiled call returns, and the most bytes that it held, on one thread that has kept nothing from before."""
+    run()
+    memory.release()
     threads._scratch.memory = np.empty(0, np.uint8)
     deformconv.set_num_threads(1)
     tracemalloc.start()
     try:
-        result = output(call)
-        peak = tracemalloc.get_traced_memory()[1]
+        return run(), tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # Copies are padded: the input's by a row of zeros, the weight's to whole vectors of outputs.
-    outputs = case.out_channels // case.groups
-    weight = call.weight.nbytes * (1 if outputs == 1 else -(-outputs // 16) * 16 / outputs)
-    row = 4 * case.in_channels
-    assert peak <= result.nbytes + call.input.nbytes + row + weight + 2 * 2**20
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_backward_grows_with_the_batch_by_what_must_exist(batch: int) -> None:
+    """Beside the gradients: copies of input, its gradient and the output's, sums for the weight, 2 MB a thread."""
+    case = Case("", (60, 60), (3, 3), padding=1, in_channels=128, out_channels=128, batch=batch)
+    call = make(case, "float32")
+    found, peak = _peak(lambda: gradients(call))
+    results = sum(gradient.nbytes for gradient in found)
+    # One image is cut in two parts, each with a gradient of the input; two blocks of channels each sum offsets and masks.
+    parts = 2 if batch == 1 else 1
+    own = call.input.nbytes * (1 + parts) + call.grad_output.nbytes + 2 * (call.offset.nbytes + call.mask.nbytes)
+    lanes = 8  # of sums, and the packed weight
+    rows = 4 * (case.in_channels * (1 + parts) * batch + case.out_channels * 16)
+    assert peak <= results + own + rows + (1 + lanes) * call.weight.nbytes + 2 * 2**20
+    columns = 9 * call.input.nbytes
+    assert peak - results <= columns
 
 
 def test_slices_of_one_array_are_read_in_place() -> None:
