@@ -8,13 +8,15 @@ import sys
 import types
 
 import pytest
-import torch
-import torchvision
-from tests.tolerances import assert_close
-from torch import nn
 
-from deformconv.convert import layers, replace_layers
-from deformconv.torch import DeformConv2d
+torch = pytest.importorskip("torch")
+
+import torchvision  # noqa: E402
+from tests.tolerances import assert_close  # noqa: E402
+from torch import nn  # noqa: E402
+
+from deformconv.convert import layers, replace_layers  # noqa: E402
+from deformconv.torch import DeformConv2d  # noqa: E402
 
 
 def test_doctests():

@@ -5,17 +5,19 @@ from __future__ import annotations
 import doctest
 
 import pytest
-import torch
-import torchvision
-from tests.ops.conv.cases import CASES
-from tests.tolerances import assert_close
-from tests.torch.tensors import call_of
-from torch import nn
-from torchvision.ops import deform_conv2d  # bound before anything is put under it
 
-from deformconv.convert import accelerate_torchvision
-from deformconv.convert import torchvision as convert
-from deformconv.ops.conv import cpu
+torch = pytest.importorskip("torch")
+
+import torchvision  # noqa: E402
+from tests.ops.conv.cases import CASES  # noqa: E402
+from tests.tolerances import assert_close  # noqa: E402
+from tests.torch.tensors import call_of  # noqa: E402
+from torch import nn  # noqa: E402
+from torchvision.ops import deform_conv2d  # noqa: E402  bound before anything is put under it
+
+from deformconv.convert import accelerate_torchvision  # noqa: E402
+from deformconv.convert import torchvision as convert  # noqa: E402
+from deformconv.ops.conv import cpu  # noqa: E402
 
 PARITY = [
     case
