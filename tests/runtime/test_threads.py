@@ -312,3 +312,127 @@ def test_a_call_of_long_items_is_left_to_workers() -> None:
     failing = Counted(40, fail_at=5)
     with pytest.raises(RuntimeError, match="item 5"):
         threads.run(failing, 40, threads=1, burst=0)
+
+
+INTERRUPTS = """
+import random, signal, sys, threading, time
+import numpy as np
+import deformconv
+from deformconv.runtime import threads
+running = 0
+class Counted(threads._Job):
+    __slots__ = ()
+    def run(self):
+        global running
+        running += 1
+        super().run()
+        running -= 1
+threads._Job = Counted
+deformconv.set_num_threads(4)
+rng = np.random.default_rng(0)
+x, weight = rng.standard_normal((1, 32, 24, 24), np.float32), rng.standard_normal((32, 32, 3, 3), np.float32)
+offset = rng.standard_normal((1, 18, 24, 24), np.float32)
+y = deformconv.deform_conv(x, offset, weight, padding=1)
+call = lambda: deformconv.deform_conv_backward(y, x, offset, weight, padding=1)
+expected = call()
+began = time.perf_counter()
+call()
+once = time.perf_counter() - began
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+chance, interrupted, end = random.Random(0), 0, time.monotonic() + 6
+while time.monotonic() < end:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, chance.random() * 1.2 * once + 1e-6)
+        found = call()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert np.array_equal(found.weight, expected.weight)
+    except KeyboardInterrupt:
+        interrupted += 1
+        assert running == 0, "a worker goes on"
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert np.array_equal(call().weight, expected.weight)
+print(interrupted > 20)
+"""
+
+
+@forks
+def test_ctrl_c_at_any_moment_leaves_no_worker_behind() -> None:
+    assert run_python(INTERRUPTS).strip() == "True"
+
+
+@forks
+def test_a_fork_after_ctrl_c_in_the_start_of_a_worker() -> None:
+    code = """
+import os, threading
+from deformconv.runtime import threads
+wait = threading.Event.wait
+def interrupted(self, *arguments):
+    threading.Event.wait = wait
+    wait(self, *arguments)
+    raise KeyboardInterrupt
+threading.Event.wait = interrupted
+work = lambda counter, limit: counter.__setitem__(0, 9)
+try:
+    threads.run(work, 2, threads=2, burst=1)
+except KeyboardInterrupt:
+    print("interrupted")
+threads.run(work, 2, threads=2, burst=1)
+child = os.fork()
+if child == 0:
+    os._exit(0)
+os.waitpid(child, 0)
+threads.run(work, 2, threads=2, burst=0)
+print("forked")
+"""
+    assert run_python(code).split() == ["interrupted", "forked"]
+
+
+def test_a_handler_that_raises_again_and_again_finds_no_worker_left() -> None:
+    code = """
+import signal, threading, time
+from deformconv.runtime import threads
+ended, began = threading.Event(), threading.Event()
+def work(counter, limit):
+    if threading.current_thread() is threading.main_thread():
+        began.wait()
+        counter[0] = 9
+        return
+    began.set()
+    time.sleep(0.6)
+    ended.set()
+class Late(Exception):
+    pass
+def raise_late(*arguments):
+    raise Late
+signal.signal(signal.SIGALRM, raise_late)
+signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+try:
+    threads.run(work, 4, threads=2, burst=1)
+except Late:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(ended.is_set())
+"""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("no timers that send signals")
+    assert run_python(code).strip() == "True"
+
+
+def test_where_no_thread_can_be_started_the_caller_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_workers", threads._Workers())
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    done = []
+
+    def work(counter: np.ndarray, limit: int) -> None:
+        for _ in range(limit):
+            done.append(counter[0])
+            counter[0] += 1
+
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", start)
+        threads.run(work, 3, threads=4, burst=1)
+        assert len(done) == 3
+        with pytest.raises(RuntimeError, match="start new thread"):
+            threads.run(work, 3, threads=4, burst=0)

@@ -87,30 +87,40 @@ def set_num_threads(n: int) -> None:
 
 
 class _Job:
-    """One worker's share of a call; whoever takes `claim` first, a worker or the caller who no longer needs it, has it."""
+    """One worker's share of a call; the first who takes it, a worker or the caller who no longer needs it, has it.
 
-    __slots__ = ("work", "counter", "items", "claim", "done", "error")
+    A signal's handler may raise between any two steps of the caller. So each step can be taken again.
+    """
+
+    __slots__ = ("work", "counter", "items", "taken", "ended", "done", "error")
 
     def __init__(self, work: Work, counter: np.ndarray, items: int) -> None:
         self.work, self.counter, self.items = work, counter, items
-        self.claim, self.done = threading.Lock(), threading.Lock()
+        self.taken: dict[None, str] = {}
+        self.ended, self.done = False, threading.Lock()
         self.done.acquire()
         self.error: BaseException | None = None
+
+    def take(self, who: str) -> bool:
+        """Whether the job is theirs, now or since before."""
+        return self.taken.setdefault(None, who) == who
 
     def run(self) -> None:
         try:
             self.work(self.counter, self.items)
         except BaseException as error:  # the caller raises it
             self.error = error
-            self.counter[:STOP + 1] = self.items, True
+            self.counter[: STOP + 1] = self.items, True
         finally:
+            self.ended = True
             self.done.release()
 
     def finish(self, wanted: bool = False) -> None:
         """Withdraw the job if no worker has begun it and it is not `wanted`, else wait for its end."""
-        if wanted or not self.claim.acquire(blocking=False):
-            self.done.acquire()
-            self.done.release()
+        if wanted or not self.take("caller"):
+            while not self.ended:
+                if self.done.acquire(timeout=0.1):  # in vain if a wait that a signal ended has it
+                    self.done.release()
 
 
 class _Workers:
@@ -119,30 +129,43 @@ class _Workers:
     def __init__(self) -> None:
         self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self.threads: list[threading.Thread] = []
-        self.lock = threading.RLock()  # a signal's handler may run a kernel while its thread is in `submit`
+        self.lock = threading.RLock()  # a signal's handler may run a kernel, or fork, while its thread is in `submit`
 
     def _loop(self, jobs: SimpleQueue[_Job | None]) -> None:
         while (job := jobs.get()) is not None:
-            if job.claim.acquire(blocking=False):
+            if job.take("worker"):
                 job.run()
             del job  # its arrays must not live until the next one comes
 
-    def submit(self, jobs: list[_Job]) -> None:
+    def submit(self, jobs: list[_Job], needed: bool) -> None:
+        """Queue jobs, and start workers for them; without any worker a caller may go on alone unless they are `needed`."""
         with self.lock:
-            while len(self.threads) < len(jobs):
-                thread = threading.Thread(target=self._loop, args=(self.jobs,), name="deformconv", daemon=True)
-                thread.start()
-                self.threads.append(thread)
             for job in jobs:
                 self.jobs.put(job)
+            while len(self.threads) < len(jobs):
+                thread = threading.Thread(target=self._loop, args=(self.jobs,), name="deformconv", daemon=True)
+                self.threads.append(thread)  # before it starts: `stop` must know of every worker that lives
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads are allowed
+                    self.threads.remove(thread)
+                    if needed and not self.threads:
+                        raise
+                    return
 
     def stop(self) -> None:
         """Let every worker finish what it has begun and end; `lock` is held by the caller."""
         for _ in self.threads:
             self.jobs.put(None)
         for thread in self.threads:
-            thread.join()
+            while thread.is_alive():
+                thread.join(0.1)
+                self.jobs.put(None)
         self.threads.clear()
+        left, self.jobs = self.jobs, SimpleQueue()
+        while not left.empty():
+            if (job := left.get()) is not None:
+                self.jobs.put(job)
 
 
 _workers = _Workers()
@@ -157,31 +180,31 @@ def run(work: Work, items: int, *, threads: int, burst: int) -> None:
     counter = np.zeros(4, np.int64)
     helpers = min(threads, items) - (1 if burst else 0)
     jobs = [_Job(work, counter, items) for _ in range(helpers)]
-    if jobs:
-        _workers.submit(jobs)
     try:
+        if jobs:
+            _workers.submit(jobs, needed=not burst)
         while burst and counter[NEXT] < items:
             work(counter, burst)
         for job in jobs:
             job.finish(wanted=not burst)
     except BaseException:
         # The workers still write into the call's arrays: end them before anybody frees those.
-        counter[: STOP + 1] = items, True
-        _finish_all(jobs)
+        _end(jobs, counter, items)
         raise
     for job in jobs:
         if job.error is not None:
             raise job.error
 
 
-def _finish_all(jobs: list[_Job]) -> None:
-    for job in jobs:
-        while True:
-            try:
+def _end(jobs: list[_Job], counter: np.ndarray, items: int) -> None:
+    while True:
+        try:
+            counter[: STOP + 1] = items, True
+            for job in jobs:
                 job.finish()
-                break
-            except KeyboardInterrupt:  # a second Ctrl-C: the first one is on its way already
-                continue
+            return
+        except BaseException:  # a second Ctrl-C, or what another signal's handler raises: the first one is on its way already
+            continue
 
 
 class _Scratch(threading.local):

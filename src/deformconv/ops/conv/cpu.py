@@ -148,6 +148,8 @@ def _plan_for(spec: ConvSpec, number: int) -> _Plan:
     while tile > kernels.FEW_ROWS and forward_scratch(tile)[1] * item > _TILE_BYTES:
         tile = _up(tile // 2, kernels.FEW_ROWS)
 
+    tiles = spec.batch * ceil(spec.positions / max(1, tile))
+    strands = max(1, min(number, tiles))
     blocks, share = x.blocks, channels // spec.offset_groups
     slots = max(_block(x, (g + 1) * share - 1) - _block(x, g * share) + 1 for g in range(spec.offset_groups))
     backward_tile = _even(spec.positions, _TILE, kernels.FEW_ROWS)
@@ -173,8 +175,8 @@ def _plan_for(spec: ConvSpec, number: int) -> _Plan:
         x_size=x_size,
         forward_weight_size=packed,
         forward_bytes=room(x_size, spec.dtype) + room(packed, spec.dtype),
-        forward_items=_up(spec.batch * ceil(spec.positions / tile), number),
-        strands=number,
+        forward_items=_up(tiles, strands),
+        strands=strands,
         chunk=chunk,
         tile=tile,
         taps_at_once=taps_at_once,
