@@ -24,7 +24,8 @@ def test_arrays_are_aligned_and_apart(size: int) -> None:
     with memory.arena(memory.room(size, "float32") + memory.room(size, "float64")) as arena:
         first, second = arena.empty(size, "float32"), arena.empty(size, "float64")
         assert first.shape == second.shape == (size,)
-        assert address(first) % memory.ALIGNMENT == address(second) % memory.ALIGNMENT == 0
+        if size:  # else there is no address
+            assert address(first) % memory.ALIGNMENT == address(second) % memory.ALIGNMENT == 0
         first[...], second[...] = 1, 2
         assert (first == 1).all()
 
