@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.tolerances import assert_close, error  # noqa: E402
+from torch.nn.utils import parametrize, prune  # noqa: E402
+from torch.nn.utils.parametrizations import weight_norm  # noqa: E402
 
 import deformconv  # noqa: E402
 from deformconv.convert import (  # noqa: E402
@@ -20,6 +22,7 @@ from deformconv.convert import (  # noqa: E402
     mxnet,
     mxnet_layers,
     read_params,
+    write_params,
 )
 from deformconv.torch import DeformConv1d, DeformConv2d  # noqa: E402
 
@@ -258,3 +261,106 @@ def test_a_layer_that_is_not_there():
     assert str(raised.value) == "`name` is '7'; expected one of the deformable layers in `params`: '1', '2'."
     with pytest.raises(ValueError, match="expected one of the deformable layers in `params`: none"):
         layer_from_mxnet({"0.weight": np.ones((3, 3, 3, 3))}, "0")
+
+
+@pytest.mark.parametrize("part", ["", "offset_conv"])
+def test_a_weight_normed_layer_is_loaded_through_its_parametrization(part):
+    old = read_params(DATA / "v2.params")
+    layer = DeformConv2d(4, 5, 3, padding=1)
+    if part:
+        torch.nn.init.normal_(layer.offset_conv.weight)
+    weight_norm(layer.get_submodule(part))
+    load_mxnet(layer, old)
+    assert_close(run(layer, "v2"), EXPECTED["v2.output"], "float32")
+    assert_close(layer.weight.detach().numpy(), old["deformable_conv_weight"], "float32")
+    assert_close(layer_to_mxnet(layer)["offset_weight"], old["offset_weight"], "float32")
+    layer.weight.square().sum().backward()
+    if not part:
+        assert layer.parametrizations.weight.original1.grad is not None
+
+
+def test_a_parametrization_that_cannot_hold_the_numbers():
+    old = read_params(DATA / "v2.params")
+    for make, kind in (
+        (torch.nn.utils.parametrizations.spectral_norm, "SpectralNorm"),  # divides what is assigned
+        (lambda layer: parametrize.register_parametrization(layer, "weight", NoInverse()), "NoInverse"),
+    ):
+        layer = DeformConv2d(4, 5, 3, padding=1)
+        make(layer)
+        before = [parameter.detach().clone() for parameter in layer.parameters()]
+        with pytest.raises(ValueError) as raised:
+            load_mxnet(layer, old)
+        assert str(raised.value) == (
+            f"`layer` has a parametrization of weight, {kind}, that cannot hold MXNet's numbers, and is left as it was. "
+            "Remove it first: torch.nn.utils.parametrize.remove_parametrizations."
+        )
+        assert all(map(torch.equal, layer.parameters(), before))
+
+
+class NoInverse(torch.nn.Module):
+    def forward(self, weight):
+        return weight.tanh()
+
+    def right_inverse(self, weight):
+        raise NotImplementedError
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_hooks_compute_is_refused():
+    layers = [DeformConv2d(4, 5, 3, padding=1) for _ in range(3)]
+    torch.nn.utils.weight_norm(layers[0])
+    prune.l1_unstructured(layers[1], "bias", amount=1)
+    prune.random_unstructured(layers[2].offset_conv, "weight", amount=0.5)
+    for layer, name in zip(layers, ("weight", "bias", "offset_conv.weight"), strict=True):
+        for call in (layer_to_mxnet, lambda layer: load_mxnet(layer, DATA / "v2.params")):
+            with pytest.raises(ValueError) as raised:
+                call(layer)
+            assert str(raised.value) == (
+                f"`layer` has a {name} that is computed from other parameters, as the older weight_norm, spectral_norm and "
+                "pruning do; expected a parameter. Make it one first: torch.nn.utils.remove_weight_norm, "
+                "remove_spectral_norm, or torch.nn.utils.prune.remove."
+            )
+    torch.nn.utils.remove_weight_norm(layers[0])
+    load_mxnet(layers[0], DATA / "v2.params")
+    assert_close(run(layers[0], "v2"), EXPECTED["v2.output"], "float32")
+
+
+def test_padding_that_mxnet_does_not_have():
+    for padding, text in (
+        ("same", "'same', which is 1 before and 2 after, 1 before and 2 after"),
+        (((1, 1), (0, 1)), "((1, 1), (0, 1)), which is 1 before and 1 after, 0 before and 1 after"),
+    ):
+        layer = DeformConv2d(4, 5, 4, padding=padding)
+        for call in (layer_to_mxnet, lambda layer: load_mxnet(layer, DATA / "v2.params")):
+            with pytest.raises(ValueError) as raised:
+                call(layer)
+            assert str(raised.value) == (
+                f"`layer` has padding={text}; MXNet's deformable layers pad by the same number on both sides of an axis."
+            )
+    assert layer_to_mxnet(DeformConv2d(4, 5, 3, padding="same"))
+
+
+def test_bfloat16_becomes_float32(tmp_path):
+    layer = layer_of("v2").bfloat16()
+    arrays = layer_to_mxnet(layer)
+    assert {array.dtype.name for array in arrays.values()} == {"float32"}
+    assert (arrays["offset_bias"] == layer.offset_conv.bias.detach().float().numpy()).all()
+    again = layer_from_mxnet(dict(zip(arrays, (layer.weight, layer.bias, *layer.offset_conv.parameters()), strict=True)))
+    assert again.weight.dtype == torch.float32 and torch.equal(again.weight, layer.weight.float())
+    write_params(tmp_path / "a.params", {"parameter": layer.weight, "half": layer.bias.half(), "whole": torch.arange(3)})
+    found = read_params(tmp_path / "a.params")
+    assert {name: array.dtype.name for name, array in found.items()} == {
+        "parameter": "float32", "half": "float16", "whole": "int64",
+    }  # fmt: skip
+    assert (found["parameter"] == arrays["deformable_conv_weight"]).all()
+
+
+def test_v1_with_groups_becomes_v2():
+    """What docs/gluon.md says to do, since a block's grouped predictor cannot."""
+    v1 = layer_of("v1_groups")
+    assert v1.groups == 2
+    v2 = DeformConv2d(v1.in_channels, v1.out_channels, v1.kernel_size, groups=2, bias=False, boundary="inside")
+    v2.weight = v1.weight
+    with torch.no_grad():
+        v2.offset_conv.weight[:18], v2.offset_conv.bias[:18] = v1.offset_conv.weight, v1.offset_conv.bias
+    assert_close(run(v2, "v1_groups"), EXPECTED["v1_groups.output"], "float32")

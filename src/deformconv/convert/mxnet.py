@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from deformconv.convert.params_file import read_params
+from deformconv.convert.params_file import as_array, read_params
 from deformconv.errors import ShapeError
 from deformconv.ops.conv.spec import BOUNDARIES
 from deformconv.ops.window import by, count
@@ -103,9 +103,10 @@ def layer_from_mxnet(
           (offset_conv): _OffsetConv2d(4, 27, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
         )
     """
-    import torch
+    from deformconv.torch import DeformConv2d  # which says what to install where PyTorch is missing
 
-    from deformconv.torch import DeformConv2d
+    # isort: split
+    import torch
 
     found = _layer(_read(params), name, count("groups", groups), modulated, None)
     outputs, inputs, *kernel = found.weight.shape
@@ -180,7 +181,7 @@ def layer_to_mxnet(
         boundary: the rule of the MXNet layer: None is MXNet's own, "inside" for v1 and "zeros" for v2. It must be the layer's.
 
     Returns:
-        The arrays by name, NumPy, of the layer's dtype.
+        The arrays by name, NumPy, of the layer's dtype; bfloat16, which NumPy has not, becomes float32.
 
     Raises:
         ValueError: MXNet's layer cannot compute what this one does.
@@ -210,10 +211,7 @@ def layer_to_mxnet(
 def _read(params: Params) -> dict[str, np.ndarray]:
     """The arrays by name, without the "arg:" that `export` and Module put before it."""
     arrays = params if isinstance(params, Mapping) else read_params(params)
-    return {
-        key.removeprefix("arg:"): value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)
-        for key, value in arrays.items()
-    }
+    return {key.removeprefix("arg:"): as_array(value) for key, value in arrays.items()}
 
 
 def _keys(arrays: dict[str, np.ndarray], name: str) -> dict[str, str]:
@@ -334,7 +332,28 @@ def _check_layer(layer: Any) -> Any:
         raise ValueError(f"`layer` bounds its offsets (max_offset={layer.max_offset:g}); MXNet's deformable layers do not.")
     if layer.padding_mode != "zeros":
         raise ValueError(f"`layer` has padding_mode={layer.padding_mode!r}; MXNet's deformable layers have 'zeros'.")
+    if any(before != after for before, after in layer._pairs):
+        amounts = ", ".join(f"{before} before and {after} after" for before, after in layer._pairs)
+        raise ValueError(
+            f"`layer` has padding={layer.padding!r}, which is {amounts}; MXNet's deformable layers pad by the same number "
+            "on both sides of an axis."
+        )
+    for part, module in (("", layer), ("offset_conv.", layer.offset_conv)):
+        for name in ("weight", "bias"):
+            _check_is_parameter(module, name, part)
     return layer.offset_conv
+
+
+def _check_is_parameter(module: Any, name: str, part: str) -> None:
+    """Refuse what a hook computes before each call: a stale copy to read, and lost if it is written to."""
+    from torch.nn.utils import parametrize
+
+    if name not in module._parameters and not parametrize.is_parametrized(module, name):
+        raise ValueError(
+            f"`layer` has a {part}{name} that is computed from other parameters, as the older weight_norm, spectral_norm and "
+            "pruning do; expected a parameter. Make it one first: torch.nn.utils.remove_weight_norm, remove_spectral_norm, "
+            "or torch.nn.utils.prune.remove."
+        )
 
 
 def _boundary(given: str | None, modulated: bool) -> str:
@@ -359,18 +378,47 @@ def _fill(layer: Any, found: _Arrays, weight_scale: float) -> None:
 
     weight = found.weight * found.weight.dtype.type(weight_scale)
     predictor = layer.offset_conv
+    before = [(parameter, parameter.detach().clone()) for parameter in layer.parameters()]
     with torch.no_grad():
-        for parameter, array in (
-            (layer.weight, weight),
-            (layer.bias, found.bias),
-            (predictor.weight, found.offset_weight),
-            (predictor.bias, found.offset_bias),
+        for part, module, name, array in (
+            ("weight", layer, "weight", weight),
+            ("bias", layer, "bias", found.bias),
+            ("offset_conv.weight", predictor, "weight", found.offset_weight),
+            ("offset_conv.bias", predictor, "bias", found.offset_bias),
         ):
-            if array is not None:
-                parameter.copy_(torch.from_numpy(np.ascontiguousarray(array)))
-            elif parameter is not None:
-                parameter.zero_()
+            try:
+                _assign(module, name, array, part)
+            except ValueError:
+                for parameter, value in before:
+                    parameter.copy_(value)
+                raise
+
+
+def _assign(module: Any, name: str, array: np.ndarray | None, part: str) -> None:
+    """Write numbers, or zeros for None; into what a parametrization computes the parameter from, if it has one."""
+    import torch
+    from torch.nn.utils import parametrize
+
+    old = getattr(module, name)
+    if old is None:
+        return
+    value = torch.zeros_like(old) if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(old, copy=True)
+    if not parametrize.is_parametrized(module, name):
+        old.copy_(value)
+        return
+    try:
+        setattr(module, name, value)
+        kept = torch.allclose(getattr(module, name), value, rtol=8 * torch.finfo(old.dtype).eps, atol=1e-7)
+        error: Exception | None = None
+    except (NotImplementedError, RuntimeError, ValueError) as raised:  # a parametrization without an inverse, or its own check
+        kept, error = False, raised
+    if not kept:
+        kinds = " and ".join(type(step).__name__.lstrip("_") for step in module.parametrizations[name])
+        raise ValueError(
+            f"`layer` has a parametrization of {part}, {kinds}, that cannot hold MXNet's numbers, and is left as it was. "
+            "Remove it first: torch.nn.utils.parametrize.remove_parametrizations."
+        ) from error
 
 
 def _numpy(parameter: Any) -> np.ndarray:
-    return parameter.detach().cpu().numpy().copy()
+    return as_array(parameter).copy()

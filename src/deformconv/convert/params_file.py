@@ -73,7 +73,8 @@ def write_params(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> Non
 
     Args:
         path: the file, which is replaced.
-        arrays: NumPy arrays by name, of a float, integer or bool type that MXNet has.
+        arrays: arrays by name, of a float, integer or bool type that MXNet has: NumPy's, or PyTorch's tensors and parameters,
+            of which bfloat16 becomes float32.
 
     Raises:
         ShapeError: an array has no axes or no elements, for which MXNet's files have no place.
@@ -82,7 +83,7 @@ def write_params(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> Non
     numbers = {name: number for number, name in TYPES.items()}
     parts = [struct.pack("<QQQ", LIST_MAGIC, 0, len(arrays))]
     for name, value in arrays.items():
-        array = np.asarray(value)
+        array = as_array(value)
         if array.ndim == 0 or array.size == 0 or array.ndim > MOST_AXES:
             raise ShapeError(f"{name!r} has shape {array.shape}; a .params file takes 1 to {MOST_AXES} axes of at least 1.")
         if array.dtype.name not in numbers:
@@ -95,6 +96,16 @@ def write_params(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> Non
         encoded = name.encode()
         parts += [struct.pack("<Q", len(encoded)), encoded]
     Path(path).write_bytes(b"".join(parts))
+
+
+def as_array(value: Any) -> np.ndarray:
+    """The numbers of NumPy's, MXNet's or PyTorch's array."""
+    if hasattr(value, "asnumpy"):
+        value = value.asnumpy()
+    elif hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    return np.asarray(value)
 
 
 class _Reader:
