@@ -165,6 +165,21 @@ except ModuleNotFoundError as error:
     assert run_python(code) == expected
 
 
+def test_conversions_without_torch_tell_how_to_get_it():
+    code = f"""{WITHOUT_FRAMEWORKS}
+import numpy as np
+from deformconv.convert import accelerate_torchvision, layer_from_mxnet, replace_layers
+arrays = {{"weight": np.ones((4, 3, 3, 3)), "offset_weight": np.ones((18, 3, 3, 3))}}
+for call in (lambda: replace_layers(None), lambda: layer_from_mxnet(arrays), accelerate_torchvision):
+    try:
+        call()
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    expected = "deformconv.torch needs PyTorch, which is not installed: pip install 'deformconv[torch]'"
+    assert run_python(code).splitlines() == [expected] * 3
+
+
 def test_the_gluon_room_without_mxnet_tells_how_to_get_it():
     code = f"""{WITHOUT_FRAMEWORKS}
 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import gc
 import sys
 import types
 
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch")
 import torchvision  # noqa: E402
 from tests.tolerances import assert_close  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
 
 from deformconv.convert import layers, replace_layers  # noqa: E402
 from deformconv.torch import DeformConv2d  # noqa: E402
@@ -176,3 +178,89 @@ def test_mmcv(name, monkeypatch):
     assert type(net[0]) is DeformConv2d
     assert net[0].weight is weight
     assert_close(net[0](*inputs).detach(), expected.detach(), "float64")
+
+
+def of_all_hooks(module, seen):
+    """Every kind of hook there is; the handles."""
+    register = [
+        module.register_forward_hook(lambda module, args, kwargs, output: seen.append("with_kwargs"), with_kwargs=True),
+        module.register_forward_hook(lambda *_: seen.append("always"), always_call=True),
+        module.register_forward_pre_hook(lambda module, args, kwargs: seen.append("pre"), with_kwargs=True),
+        module.register_full_backward_hook(lambda *_: seen.append("backward")),
+        module.register_full_backward_pre_hook(lambda *_: seen.append("backward_pre")),
+        module.register_state_dict_pre_hook(lambda *_: seen.append("state_dict_pre")),
+        module.register_state_dict_post_hook(lambda *_: seen.append("state_dict")),
+        module.register_load_state_dict_pre_hook(lambda module, *_: seen.append(("load_pre", type(module)))),
+        module.register_load_state_dict_post_hook(lambda module, _: seen.append(("load", type(module)))),
+    ]
+    return register
+
+
+def test_every_kind_of_hook_stays_and_its_handle_removes_it():
+    net, seen = nn.Sequential(torchvision.ops.DeformConv2d(2, 3, 1)), []
+    handles = of_all_hooks(net[0], seen)
+    replace_layers(net)
+    gc.collect()
+
+    def use():
+        net[0](torch.rand(1, 2, 3, 3, requires_grad=True), torch.zeros(1, 2, 3, 3)).sum().backward()
+        net.load_state_dict(net.state_dict())
+        found = set(seen)
+        seen.clear()
+        return found
+
+    assert use() == {
+        "with_kwargs", "always", "pre", "backward", "backward_pre", "state_dict_pre", "state_dict",
+        ("load_pre", DeformConv2d), ("load", DeformConv2d),
+    }  # fmt: skip
+    for handle in handles:
+        handle.remove()
+    assert use() == set()
+
+
+def test_the_predictors_hooks_stay(monkeypatch):
+    kind = type("DeformConv2dPack", (_Mmcv,), {"packed": True, "__module__": "mmcv.ops.deform_conv"})
+    monkeypatch.setitem(sys.modules, "mmcv.ops.deform_conv", types.ModuleType("mmcv.ops.deform_conv"))
+    net, seen = nn.Sequential(kind(4, 6, 3)), []
+    net[0].conv_offset.register_forward_hook(lambda *_: seen.append(1))
+    replace_layers(net)(torch.rand(1, 4, 5, 5))
+    assert seen == [1]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    ],
+    ids=["parametrized", "weight_norm", "spectral_norm", "pruned"],
+)
+def test_computed_weights_are_refused(change):
+    net = nn.Sequential(torchvision.ops.DeformConv2d(2, 3, 1), nn.Sequential(torchvision.ops.DeformConv2d(3, 4, 1)))
+    change(net[1][0])
+    before = list(net.modules())
+    rest = (
+        "has a weight that is computed from other parameters, by a parametrization, weight_norm, spectral_norm or pruning; "
+        "expected a parameter. Remove that first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+        "remove_spectral_norm, prune.remove) and apply it to the new layer."
+    )
+    for model, name in ((net, "layer '1.0' of `model`"), (net[1][0], "`model`")):
+        with pytest.raises(ValueError) as raised:
+            replace_layers(model)
+        assert str(raised.value) == f"{name} {rest}"
+    assert list(net.modules()) == before
+
+
+def test_a_computed_weight_of_a_predictor_is_refused(monkeypatch):
+    kind = type("DeformConv2dPack", (_Mmcv,), {"packed": True, "__module__": "mmcv.ops.deform_conv"})
+    monkeypatch.setitem(sys.modules, "mmcv.ops.deform_conv", types.ModuleType("mmcv.ops.deform_conv"))
+    net = nn.Sequential(kind(4, 6, 3))
+    nn.utils.parametrizations.weight_norm(net[0].conv_offset)
+    with pytest.raises(ValueError, match=r"layer '0' of `model` has a conv_offset\.weight that is computed"):
+        replace_layers(net)
+    # Plain layers beside it may have what they like.
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 1)), torchvision.ops.DeformConv2d(3, 4, 1))
+    assert type(replace_layers(net)[1]) is DeformConv2d

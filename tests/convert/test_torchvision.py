@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import sys
 
 import pytest
 
@@ -85,6 +86,16 @@ def test_several_at_once_and_undo_twice(counted):
     assert counted["deform_conv"] == 1
 
 
+def test_a_second_with_begins_it_again(counted):
+    acceleration = accelerate_torchvision()
+    for times in (1, 2):
+        with acceleration:
+            results(PARITY[0])
+        assert counted["deform_conv"] == times
+        results(PARITY[0])
+        assert counted["deform_conv"] == times
+
+
 class Doubled(torchvision.ops.DeformConv2d):
     """Code of somebody else."""
 
@@ -143,6 +154,13 @@ def test_double_backward_is_refused_as_by_torchvision():
         first = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
         with pytest.raises(RuntimeError, match="double backwards on deform_conv2d not supported"):
             first.sum().backward()
+
+
+def test_without_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    text = "accelerate_torchvision needs torchvision, which is not installed: pip install torchvision$"
+    with pytest.raises(ModuleNotFoundError, match=text):
+        accelerate_torchvision()
 
 
 class TestTorchvisionsExpectations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def replace_layers(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no nn.Module.
+        ValueError: a layer to replace has a parametrization or is pruned; the model is left as it was.
 
     Example:
         >>> import torch, torchvision
@@ -43,14 +45,20 @@ def replace_layers(model: nn.Module) -> nn.Module:
         >>> type(ours).__module__, torch.allclose(ours(x, offset), expected, atol=1e-4)
         ('deformconv.torch.modules', True)
     """
+    import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
+
+    # isort: split
     from torch import nn
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__module__}.{type(model).__qualname__}; expected a torch.nn.Module.")
+    for name, module in model.named_modules():
+        if _conversion(module) is not None:
+            _check_plain(name, module)
     replaced: dict[int, nn.Module] = {}
 
     def replacement(module: nn.Module) -> nn.Module | None:
-        convert = _CONVERSIONS.get((type(module).__module__, type(module).__qualname__))
+        convert = _conversion(module)
         if convert is not None and id(module) not in replaced:
             replaced[id(module)] = _like(module, convert(module))
         return replaced.get(id(module))
@@ -65,9 +73,37 @@ def replace_layers(model: nn.Module) -> nn.Module:
     return model
 
 
+def _conversion(module: nn.Module) -> Callable[[Any], Any] | None:
+    from torch.nn.utils import parametrize
+
+    # A parametrization makes a subclass of the module's class.
+    kind = type(module).__mro__[parametrize.is_parametrized(module)]
+    return _CONVERSIONS.get((kind.__module__, kind.__qualname__))
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    from torch import Tensor
+
+    for part in module.modules():
+        for key in ("weight", "bias"):
+            if key not in part._parameters and isinstance(getattr(part, key, None), Tensor):
+                path = next(path for path, inner in module.named_modules() if inner is part)
+                raise ValueError(
+                    f"{f'layer {name!r} of `model`' if name else '`model`'} has a {f'{path}.' if path else ''}{key} that is "
+                    "computed from other parameters, by a parametrization, weight_norm, spectral_norm or pruning; expected a "
+                    "parameter. Remove that first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+                    "remove_spectral_norm, prune.remove) and apply it to the new layer."
+                )
+
+
 def _like(theirs: nn.Module, ours: nn.Module) -> nn.Module:
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(ours, name).update(getattr(theirs, name))
+    """Ours in the mode of theirs and with its hooks: the very dicts, which the hooks' handles remove them from."""
+    for name, value in vars(theirs).items():
+        if "_hooks" in name or name == "_is_full_backward_hook":
+            setattr(ours, name, value)
+    for hook in theirs._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):  # it would be called with theirs, which is gone
+            hook.module = weakref.ref(ours)  # type: ignore[attr-defined]
     return ours.train(theirs.training)
 
 
@@ -95,6 +131,7 @@ def _layer(
     ours.weight, ours.bias = weight, bias
     if offset_conv is not None:
         ours.offset_conv.weight, ours.offset_conv.bias = offset_conv.weight, offset_conv.bias
+        _like(offset_conv, ours.offset_conv)
     result: nn.Module = ours
     return result
 

@@ -14,7 +14,21 @@ _library: Any = None
 
 
 class Acceleration:
-    """What `accelerate_torchvision` returns: `undo()` ends it, and so does leaving its `with` block."""
+    """What `accelerate_torchvision` returns: `undo()` ends it, and so does leaving its `with` block.
+
+    Another `with` begins it again.
+    """
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        global _library
+        with _lock:
+            if self not in _active:
+                if not _active:
+                    _library = _overridden()
+                _active.append(self)
 
     def undo(self) -> None:
         """Give torchvision its own kernels back, if no other acceleration goes on. Doing it twice does nothing."""
@@ -27,6 +41,7 @@ class Acceleration:
                     _library = None
 
     def __enter__(self) -> Acceleration:
+        self._begin()
         return self
 
     def __exit__(
@@ -47,7 +62,7 @@ def accelerate_torchvision() -> Acceleration:
         An Acceleration, with `undo()`, to be used as a context manager or not.
 
     Raises:
-        ModuleNotFoundError: torchvision is not installed.
+        ModuleNotFoundError: PyTorch or torchvision is not installed.
 
     Example:
         >>> import torch
@@ -60,15 +75,17 @@ def accelerate_torchvision() -> Acceleration:
         >>> torch.allclose(y, expected, atol=1e-4)
         True
     """
-    global _library
-    import torchvision  # noqa: F401  (it registers the operator)
+    import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
-    acceleration = Acceleration()
-    with _lock:
-        if not _active:
-            _library = _overridden()
-        _active.append(acceleration)
-    return acceleration
+    try:
+        import torchvision  # noqa: F401  (it registers the operator)
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
+        raise ModuleNotFoundError(
+            "accelerate_torchvision needs torchvision, which is not installed: pip install torchvision", name="torchvision"
+        ) from None
+    return Acceleration()
 
 
 def _overridden() -> Any:
