@@ -407,6 +407,14 @@ class TestErrors:
             with pytest.raises(TypeError, match="`weight` is float32 and `input` is float64"):
                 layer(torch.zeros(1, 4, 9, 9).double())
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+    @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+    def test_a_nested_input(self, layout):
+        x = torch.nested.nested_tensor([torch.rand(3, 8, 8), torch.rand(3, 8, 8)], layout=layout)
+        for call in (DeformConv2d(3, 4, 3), DeformConv2d(3, 4, 3).offsets_and_mask):
+            with pytest.raises(TypeError, match=r"`input` is a nested tensor; expected a dense one: `input.to_padded_tensor"):
+                call(x)
+
     def test_an_input_without_images(self):
         assert DeformConv2d(4, 3, 3)(torch.zeros(0, 4, 9, 9)).shape == (0, 3, 7, 7)
 

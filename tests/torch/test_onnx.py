@@ -7,7 +7,8 @@ import torch
 from tests.tolerances import assert_close
 from torch import nn
 
-from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d
+from deformconv.errors import BackendError
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -100,3 +101,29 @@ def test_an_input_without_a_batch():
     net, x, _ = net_of(2)
     exported = torch.onnx.export(net, (x[0],), dynamo=True, verbose=False)
     assert_close(run(exported.model_proto, x[0]), net(x[0]).detach(), "float32")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["layer", "function", "one image"])
+def test_the_older_exporter(kind, tmp_path):
+    x, offset, weight = torch.rand(1, 3, 8, 8), torch.zeros(1, 18, 6, 6), torch.rand(4, 3, 3, 3)
+    net, arguments = DeformConv2d(3, 4, 3), (x,)
+    if kind == "function":
+        net, arguments = Function(weight), (x, offset)
+    elif kind == "one image":
+        arguments = (x[0],)
+    with pytest.raises(BackendError) as raised:
+        torch.onnx.export(net, arguments, tmp_path / "net.onnx", dynamo=False)
+    assert str(raised.value) == (
+        "torch.onnx.export(..., dynamo=False) cannot export deformconv's operators; expected dynamo=True, with "
+        "opset_version=19 or newer."
+    )
+
+
+class Function(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x, offset):
+        return deform_conv2d(x, offset, self.weight)

@@ -123,6 +123,14 @@ def test_fx_records_one_call(net):
     assert sum(node.target is deform_conv2d for node in calls) == 2
 
 
+def test_fx_of_a_layer_by_itself():
+    """Its forward asks whether it was given offsets, which a tracer must be told: docs/pytorch.md says how."""
+    layer = DeformConv2d(3, 4, 3, padding=1)
+    x = torch.rand(2, 3, 6, 5)
+    traced = torch.fx.symbolic_trace(layer, concrete_args={"offset": None, "mask": None})
+    assert torch.equal(traced(x), layer(x))
+
+
 def test_functional_call(net):
     zeros = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     assert not torch.func.functional_call(net, zeros, (X,)).any()

@@ -1,8 +1,9 @@
 """A call on plain tensors: checked, given to a backend, and brought to the dtype and memory format that PyTorch expects.
 
 Both doors of the operator, eager functions and registered operators, end here, so that they give the same bits.
-Half precision is computed in float32 and rounded once, at the end. Memory formats follow convolution's rule: the
-output has the input's, and so have the gradients of input and weight.
+Half precision is computed in float32 and rounded once, at the end. The output and the input's gradient have the
+input's memory format, the weight's gradient has the weight's: a channels_last weight with a contiguous input gives a
+contiguous output, where nn.ConvNd gives a channels_last one.
 """
 
 from __future__ import annotations

@@ -21,8 +21,14 @@ _FIRST_OPSET = 19
 
 
 def is_exporting() -> bool:
-    """Whether `torch.onnx.export(..., dynamo=True)` traces this call."""
-    return torch.onnx.is_in_onnx_export()
+    """Whether `torch.onnx.export(..., dynamo=True)` traces this call. The older exporter, which knows no such nodes, raises."""
+    exporting = torch.onnx.is_in_onnx_export()
+    if exporting and torch._C._get_tracing_state() is not None:
+        raise BackendError(
+            "torch.onnx.export(..., dynamo=False) cannot export deformconv's operators; expected dynamo=True, with "
+            f"opset_version={_FIRST_OPSET} or newer."
+        )
+    return exporting
 
 
 def deform_conv(

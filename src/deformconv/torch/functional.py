@@ -366,17 +366,20 @@ def _special_call(
         differentiable = autograd.requires_grad(input, offset, weight, bias, mask)
         plan = compute.plan_of(rank, backend, differentiable, parameters, *operands)  # type: ignore[arg-type]
         return _plain_call(plan, differentiable, input, offset, weight, bias, mask)
+    exporting = export.is_exporting()  # first, since it raises where sizes are no numbers
     unbatched = compute.is_unbatched(rank, input.ndim, weight.ndim)
     if unbatched or input.ndim != weight.ndim or rank not in (None, weight.ndim - 2):
         _spec(rank, parameters, input, offset, weight, bias, mask)  # for its errors: the rest expects these axes
     if unbatched:
         input, offset, mask = input[None], offset[None], _with_batch(mask)
-    output = _traced_call(rank, backend, parameters, input, offset, weight, bias, mask)
+    output = _traced_call(exporting, rank, backend, parameters, input, offset, weight, bias, mask)
     return output[0] if unbatched else output
 
 
-def _traced_call(rank: int | None, backend: str | None, parameters: Parameters, *operands: Any) -> Tensor:
-    if export.is_exporting():
+def _traced_call(
+    exporting: bool, rank: int | None, backend: str | None, parameters: Parameters, *operands: Any
+) -> Tensor:
+    if exporting:
         return export.deform_conv(_spec(rank, parameters, *operands), *operands)
     # A compiler takes the registered operator, which finds out for itself.
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
@@ -434,8 +437,8 @@ def check_layer_input(
                 weight.shape, weight.dtype, weight.layout, weight.is_cpu or weight.device,
                 stride, padding, dilation, groups, rank,
             )  # fmt: skip
-        except TypeError:
-            pass  # a layout, say; whatever is wrong is found again
+        except (TypeError, RuntimeError):
+            pass  # a layout, say, or a nested tensor, which has no shape; whatever is wrong is found again
     _check_layer_input(
         input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, rank=rank
     )
