@@ -182,6 +182,22 @@ class TestErrors:
                 torch.compile(deform_conv2d, backend="eager")(*arguments, padding=padding)
 
 
+    @pytest.mark.parametrize("dynamic", [None, True])
+    def test_of_a_layers_input(self, dynamic):
+        layer = DeformConv2d(3, 4, 3, padding=1)
+        for x, text in (
+            (torch.rand(1, 5, 8, 8), r"`weight` has shape \(4, 3, 3, 3\).*expected C_in/groups = 5/1 = 5, for `input` \(1, 5"),
+            (torch.rand(5, 8, 8), r"expected C_in/groups = 5/1 = 5, for `input` .*one image without a batch axis"),
+            (torch.rand(1, 3, 0, 8), "`weight` has a kernel of size 3x3; along height it spans"),
+        ):
+            torch._dynamo.reset()
+            # With sizes that are symbols a compiler cannot put our sentence together, and says so.
+            with pytest.raises((TorchRuntimeError, Unsupported), match=None if dynamic else f"(?s){text}"):
+                torch.compile(layer, backend="eager", fullgraph=True, dynamic=dynamic)(x)
+            with pytest.raises(ShapeError, match=text):
+                torch.compile(layer, backend="eager", dynamic=dynamic)(x)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @of_nets
 def test_export_with_any_batch_and_size(net, x, larger, strict):

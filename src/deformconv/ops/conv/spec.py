@@ -336,8 +336,9 @@ def _groups(input: Operand, weight: Operand, given: int | None) -> int:
         if given is None:
             text += f"a divisor of C_in = {in_channels}, the channels of `input` {_shape(input)}."
         else:
+            quotient = in_channels / groups if in_channels % groups else in_channels // groups
             text += (
-                f"C_in/groups = {in_channels}/{groups} = {in_channels / groups:g}, for `input` "
+                f"C_in/groups = {in_channels}/{groups} = {quotient}, for `input` "  # no `:g`, which a compiler cannot trace
                 f"{_shape(input)} and groups={groups}."
             )
         if in_channels % group_channels == 0:
