@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from deformconv.runtime.memory import aligned
+
 # `work(counter, limit)` takes at most `limit` items and returns early when none is left. `counter` is int64: at NEXT the number
 # of the next item, taken atomically; at STOP 1 once the call has failed, for work whose items take long to look at. The others
 # are 0 at first and the work's own.
@@ -219,9 +221,7 @@ def scratch(size: int) -> np.ndarray:
     """At least `size` bytes of this thread's own memory, aligned to 64, uninitialised; valid until the next call."""
     memory = _scratch.memory
     if memory.size < size:
-        raw = np.empty(size + 64, np.uint8)
-        start = -raw.ctypes.data % 64
-        memory = raw[start : start + size]
+        memory = aligned(size)
         if size <= _KEPT:  # pages once touched are cheap to use again; a rare giant is not worth keeping
             _scratch.memory = memory
     return memory

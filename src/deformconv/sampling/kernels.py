@@ -100,7 +100,7 @@ def _place_samples(typing, offset, start, positions, size, shifts, inside, count
 
             one, zero = do.constant(1.0), do.zero
             rule = builder.icmp_signed("!=", spread(builder.zext(inside, INT)), whole.zero)
-            found = [(whole.zero, None, one)]  # corners so far: row, whether it counts, weight
+            found = [(whole.zero, None, None)]  # corners so far: row, whether it counts, weight
             for axis in range(axes):
                 value = do.load(offset, add(add(start, times(INT(axis), positions)), t))
                 near = builder.fcmp_ordered("<", _call(builder, "llvm.fabs", value), do.constant(REACH))  # no NaN is
@@ -124,7 +124,7 @@ def _place_samples(typing, offset, start, positions, size, shifts, inside, count
                     (
                         add(times(row, length), place),
                         counts if whether is None else builder.and_(whether, counts),
-                        times_float(builder, weight, factor, axis),
+                        factor if weight is None else builder.fmul(weight, factor),
                     )
                     for row, whether, weight in found
                     for place, counts, factor in pair
@@ -142,11 +142,6 @@ def _place_samples(typing, offset, start, positions, size, shifts, inside, count
         offset, number, number, size, types.UniTuple(number, len(size)), types.boolean, number, rows, weights, number
     )
     return signature, emit_with(names, emit)
-
-
-def times_float(builder, weight, factor, axis):
-    """The product of a corner's weights so far; on the first axis there is none."""
-    return factor if axis == 0 else builder.fmul(weight, factor)
 
 
 def _call(builder, name, value):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from deformconv.ops.conv.cpu_copies import (
     RUN,
     SUMS,
+    block_end,
     copy_in,
     copy_out,
     pack_backward,
@@ -131,7 +132,7 @@ def forward(
                 sums[place] = 0
         chunk_start = 0
         while chunk_start < channels:
-            chunk_end = min(chunk_start + chunk, chunk_start // chunk_span * chunk_span + chunk_span, channels)
+            chunk_end = block_end(chunk_start, channels, chunk_span, chunk)
             width = chunk_end - chunk_start
             for first_tap in range(0, taps, taps_at_once):
                 taps_now = min(taps_at_once, taps - first_tap)
@@ -242,7 +243,7 @@ def backward(
             return
         block, lane = item % blocks, item // blocks
         channel = block // blocks_a_span * x_span + block % blocks_a_span * x_width
-        end = min(channel + x_width, channel // x_span * x_span + x_span)
+        end = block_end(channel, channels, x_span, x_width)
         if d_x.size:
             for place in range(lane, images * parts, lanes):
                 start = ((place % parts * blocks + block) * images + place // parts) * image_size
