@@ -13,7 +13,7 @@ from deformconv.functional import deform_conv, deform_conv_backward, explain
 from deformconv.ops.conv.spec import Gradients
 
 if TYPE_CHECKING:
-    from deformconv.runtime.threads import get_num_threads, set_num_threads
+    from deformconv.runtime.processors import get_num_threads, set_num_threads
 
 __version__ = "0.1.0.dev0"
 
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _THREADS:
-        return getattr(import_module("deformconv.runtime.threads"), name)
+        return getattr(import_module("deformconv.runtime.processors"), name)
     if name in _FRAMEWORKS:
         return import_module(f"deformconv.{name}")
     raise AttributeError(f"module 'deformconv' has no attribute {name!r}")

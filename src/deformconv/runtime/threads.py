@@ -6,86 +6,28 @@ survive a fork (OpenMP). The caller works too: with one thread, or for a small c
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
-from deformconv.runtime.memory import aligned
+__all__ = ["BEGUN", "ENDED", "LEFT", "NEXT", "STOP", "Work", "counters", "importing", "run"]
 
-# `work(counter, limit)` takes at most `limit` items and returns early when none is left. `counter` is int64: at NEXT the number
-# of the next item, taken atomically; at STOP 1 once the call has failed, for work whose items take long to look at. The others
-# are 0 at first and the work's own.
-NEXT, STOP, BEGUN, ENDED = range(4)
-Work = Callable[[np.ndarray, int], Any]
-
-
-def _quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The processors' worth of time that the control group allows, if it sets a limit (version 2, then version 1)."""
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join((root / file).read_text() for file in files).split()
-            return float(quota) / float(period) if quota not in ("max", "-1") else None
-        except (OSError, ValueError):
-            continue
-    return None
+# `work(counter, limit, thread)` takes at most `limit` items and returns early when none is left. `thread` is another number for
+# each thread of the call, from 0 on. `counter` is int64: at NEXT the number of the next item, taken atomically; at STOP 1 once
+# the call has failed, for work whose items take long to look at; at LEFT the first item that a pause has left (`team.launch`).
+# BEGUN and ENDED are 0 at first and the work's own.
+NEXT, STOP, BEGUN, ENDED, LEFT = range(5)
+Work = Callable[[np.ndarray, int, int], Any]
 
 
-def available_processors() -> int:
-    """How many processors this process may use: its affinity and its control group's quota, at least 1."""
-    try:
-        processors = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        processors = os.cpu_count() or 1
-    quota = _quota()
-    return max(1, processors if quota is None else min(processors, int(quota + 0.5)))
-
-
-@functools.lru_cache(maxsize=1)
-def _default_threads(process: int) -> int:
-    chosen = os.environ.get("DEFORMCONV_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS", "")
-    if chosen.isdecimal() and int(chosen) > 0:
-        return int(chosen)
-    # One of many: a DataLoader's worker, or a pool's. They share the processors between them already.
-    if multiprocessing.current_process().daemon:
-        return 1
-    return available_processors()
-
-
-_chosen_threads: int | None = None
-
-
-def get_num_threads() -> int:
-    """How many threads a large call uses, the caller's among them."""
-    return _chosen_threads or _default_threads(os.getpid())
-
-
-def set_num_threads(n: int) -> None:
-    """Use `n` threads for large calls, the caller's among them; results do not depend on it.
-
-    Raises:
-        TypeError: if `n` is not an integer.
-        ValueError: if `n` is below 1.
-
-    Example:
-        >>> import deformconv
-        >>> deformconv.set_num_threads(2)
-        >>> deformconv.get_num_threads()
-        2
-    """
-    global _chosen_threads
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-        raise TypeError(f"`n` is {n!r}; the number of threads is an integer of at least 1")
-    if n < 1:
-        raise ValueError(f"`n` is {n}; the number of threads is an integer of at least 1")
-    _chosen_threads = int(n)
+def counters() -> np.ndarray:
+    """The counters of a call that begins."""
+    return np.zeros(5, np.int64)
 
 
 class _Job:
@@ -94,10 +36,10 @@ class _Job:
     A signal's handler may raise between any two steps of the caller. So each step can be taken again.
     """
 
-    __slots__ = ("work", "counter", "items", "taken", "ended", "done", "error")
+    __slots__ = ("work", "counter", "items", "thread", "taken", "ended", "done", "error")
 
-    def __init__(self, work: Work, counter: np.ndarray, items: int) -> None:
-        self.work, self.counter, self.items = work, counter, items
+    def __init__(self, work: Work, counter: np.ndarray, items: int, thread: int) -> None:
+        self.work, self.counter, self.items, self.thread = work, counter, items, thread
         self.taken: dict[None, str] = {}
         self.ended, self.done = False, threading.Lock()
         self.done.acquire()
@@ -109,7 +51,7 @@ class _Job:
 
     def run(self) -> None:
         try:
-            self.work(self.counter, self.items)
+            self.work(self.counter, self.items, self.thread)
         except BaseException as error:  # the caller raises it
             self.error = error
             self.counter[: STOP + 1] = self.items, True
@@ -179,14 +121,14 @@ def run(work: Work, items: int, *, threads: int, burst: int) -> None:
     The caller takes `burst` items at a time: between two bursts Python can handle a signal, so Ctrl-C is heard. With a
     `burst` of 0, where a single item takes long, the caller leaves all of them to workers and only listens.
     """
-    counter = np.zeros(4, np.int64)
-    helpers = min(threads, items) - (1 if burst else 0)
-    jobs = [_Job(work, counter, items) for _ in range(helpers)]
+    counter = counters()
+    first = 1 if burst else 0  # the caller is thread 0, where it works
+    jobs = [_Job(work, counter, items, thread) for thread in range(first, min(threads, items))]
     try:
         if jobs:
             _workers.submit(jobs, needed=not burst)
         while burst and counter[NEXT] < items:
-            work(counter, burst)
+            work(counter, burst, 0)
         for job in jobs:
             job.finish(wanted=not burst)
     except BaseException:
@@ -207,24 +149,6 @@ def _end(jobs: list[_Job], counter: np.ndarray, items: int) -> None:
             return
         except BaseException:  # a second Ctrl-C, or what another signal's handler raises: the first one is on its way already
             continue
-
-
-class _Scratch(threading.local):
-    memory = np.empty(0, np.uint8)
-
-
-_scratch = _Scratch()
-_KEPT = 8 << 20
-
-
-def scratch(size: int) -> np.ndarray:
-    """At least `size` bytes of this thread's own memory, aligned to 64, uninitialised; valid until the next call."""
-    memory = _scratch.memory
-    if memory.size < size:
-        memory = aligned(size)
-        if size <= _KEPT:  # pages once touched are cheap to use again; a rare giant is not worth keeping
-            _scratch.memory = memory
-    return memory
 
 
 # Held while the kernels' modules are imported, Numba among them.

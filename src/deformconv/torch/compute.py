@@ -22,6 +22,7 @@ from deformconv import dispatch
 from deformconv.errors import ShapeError
 from deformconv.ops.conv import portable
 from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
+from deformconv.runtime import openmp
 
 __all__ = [
     "Parameters",
@@ -38,6 +39,9 @@ __all__ = [
     "spec_of",
     "without_autocast",
 ]
+
+# PyTorch's number of threads is that of its OpenMP team, where it has been built with OpenMP.
+openmp.lend("torch", openmp.Library("PyTorch", torch._C.__file__, torch.get_num_threads))
 
 HALF = (torch.float16, torch.bfloat16)
 _DTYPES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
@@ -190,11 +194,12 @@ def forward(
                 weight.numpy(force=True),
                 None if bias is None else bias.numpy(force=True),
                 None if mask is None else mask.numpy(force=True),
+                library="torch",
             )
         )
     else:
         arrays = (_array(inner, tensor) for tensor in (input, offset, weight, bias, mask))
-        output = torch.from_numpy(module.deform_conv(inner, *arrays))
+        output = torch.from_numpy(module.deform_conv(inner, *arrays, library="torch"))
     if inner is not spec:
         output = output.to(input.dtype)
     return output if output.is_contiguous(memory_format=form) else output.contiguous(memory_format=form)
@@ -222,7 +227,7 @@ def backward(
         else:
             arrays = [_array(inner, tensor) for tensor in tensors]
         with np.errstate(invalid="ignore", over="ignore"):  # infinities and NaN are data here
-            found = module.deform_conv_backward(inner, *arrays, wanted)
+            found = module.deform_conv_backward(inner, *arrays, wanted, library="torch")
         gradients = Gradients(*[None if array is None else torch.from_numpy(array) for array in found])
     if inner is not spec:
         like = (input, offset, weight, input, input if mask is None else mask)

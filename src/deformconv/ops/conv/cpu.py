@@ -18,7 +18,8 @@ import numpy as np
 
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
 from deformconv.runtime import threads
-from deformconv.runtime.memory import aligned, arena, room
+from deformconv.runtime.openmp import Runtime, Team, team_for
+from deformconv.runtime.memory import ALIGNMENT, Arena, aligned, arena, room
 
 __all__ = ["deform_conv", "deform_conv_backward", "reasons_against", "warmup"]
 
@@ -112,12 +113,8 @@ class _Plan(NamedTuple):
     backward_scratch: tuple[int, int]
 
 
-def _plan(spec: ConvSpec) -> _Plan:
-    return _plan_for(spec, threads.get_num_threads())
-
-
 @lru_cache(maxsize=256)
-def _plan_for(spec: ConvSpec, number: int) -> _Plan:
+def _plan(spec: ConvSpec, number: int) -> _Plan:
     """The plan for so many threads. It matters to the forward pass alone, where no sum depends on how positions are cut."""
     kernels = _kernels()
     item = np.dtype(spec.dtype).itemsize
@@ -218,31 +215,45 @@ def _even(positions: int, tile: int, rows: int) -> int:
     return max(rows, min(_up(tile, rows), _up(ceil(positions / max(1, ceil(positions / tile))), rows)))
 
 
-def deform_conv(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> np.ndarray:
-    """The output (N, C_out, *O) for arrays that `spec` describes; in memory its channels come last if the input's do."""
+def deform_conv(
+    spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, library: str = "numpy"
+) -> np.ndarray:
+    """The output (N, C_out, *O) for arrays that `spec` describes; in memory its channels come last if the input's do.
+
+    `library` is where the arrays came from: its threads, if it lends them, do the work.
+    """
     input, input_last = _flat_channels(input)
     output, flat_output = _empty_channels(spec.output_shape, spec.dtype, input_last)
     if output.size == 0:
         return output
-    plan = _plan(spec)
+    team = team_for(library)
+    plan = _plan(spec, team.threads)
+    work = _Work.of(_kernels().forward, spec, plan.forward_items, plan.multiplications, team, plan.scratch)
     weight, weight_last = _flat_channels(weight)
     offset, mask, image_offset, image_mask = _places(spec, offset, mask)
     bias = _empty(spec) if bias is None else _flat(bias)
-    with arena(plan.forward_bytes) as memory:
+    with arena(plan.forward_bytes + work.scratch_bytes) as memory:
         arguments = (
             spec.input_size, plan.geometry, spec.boundary == "inside", spec.batch,
             input, input_last, memory.empty(plan.x_size, spec.dtype), plan.x.span, plan.x.width,
             offset, mask, image_offset, image_mask,
             weight, weight_last, memory.empty(plan.forward_weight_size, spec.dtype), bias, flat_output, input_last,
             spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
-            plan.chunk, plan.tile, plan.taps_at_once, plan.strands, _empty(spec),
+            plan.chunk, plan.tile, plan.taps_at_once, plan.strands, _empty(spec), *work.scratch(memory),
         )  # fmt: skip
-        _run(_kernels().forward, arguments, plan.forward_items, plan.multiplications, plan.scratch, spec.dtype)
+        work.run(arguments)
     return output
 
 
 def deform_conv_backward(
-    spec: ConvSpec, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any, wanted: Collection[str]
+    spec: ConvSpec,
+    grad_output: Any,
+    input: Any,
+    offset: Any,
+    weight: Any,
+    mask: Any,
+    wanted: Collection[str],
+    library: str = "numpy",
 ) -> Gradients:
     """The wanted gradients; None for the others. That of the input has its channels last in memory if the input does."""
     input, input_last = _flat_channels(input)
@@ -264,7 +275,10 @@ def deform_conv_backward(
             results["bias"][...] = grad_output.reshape(spec.batch, spec.out_channels, -1).sum(axis=(0, 2))
         return Gradients(**results)
 
-    plan, kernels = _plan(spec), _kernels()
+    team, kernels = team_for(library), _kernels()
+    plan = _plan(spec, team.threads)
+    items = plan.x.blocks * plan.lanes if results.keys() != {"bias"} else 1
+    work = _Work.of(kernels.backward, spec, items, 2 * plan.multiplications, team, plan.backward_scratch)
     flat = {name: results[name].reshape(-1) if name in results else _empty(spec) for name in GRADIENTS[1:]}
     grad_output, output_last = _flat_channels(grad_output)
     weight, weight_last = _flat_channels(weight)
@@ -279,7 +293,7 @@ def deform_conv_backward(
         "offset": plan.slots * flat["offset"].size if plan.slots > 1 else 0,
         "mask": plan.slots * flat["mask"].size if plan.slots > 1 else 0,
     }
-    with arena(sum(room(size, spec.dtype) for size in sizes.values())) as memory:
+    with arena(sum(room(size, spec.dtype) for size in sizes.values()) + work.scratch_bytes) as memory:
         own = {name: memory.empty(size, spec.dtype) for name, size in sizes.items()}
         own["d_output"][-kernels.FEW_ROWS * spec.out_channels :] = 0
         places = {name: own[name] if plan.slots > 1 else flat[name] for name in ("offset", "mask")}
@@ -292,9 +306,9 @@ def deform_conv_backward(
             own["d_x"], places["offset"], places["mask"], own["sums"], flat["bias"],
             spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
             plan.parts, plan.lanes, plan.sums_row, plan.backward_tile, plan.backward_taps, _empty(spec),
+            *work.scratch(memory),
         )  # fmt: skip
-        items = plan.x.blocks * plan.lanes if results.keys() != {"bias"} else 1
-        _run(kernels.backward, arguments, items, 2 * plan.multiplications, plan.backward_scratch, spec.dtype)
+        work.run(arguments)
         sums = [_empty(spec)] * 4 if plan.slots == 1 else [own["offset"], flat["offset"], own["mask"], flat["mask"]]
         moves = (
             own["d_x"], plan.x.span, plan.x.width, plan.x.pitch, plan.parts, d_input, input_last, spec.in_channels, spec.batch,
@@ -306,7 +320,7 @@ def deform_conv_backward(
         items += spec.batch * ceil(spec.pixels / kernels.RUN) if "input" in results else 0
         items += ceil(sums[1].size / kernels.SUMS) + ceil(sums[3].size / kernels.SUMS)
         moved = own["d_x"].size + own["sums"].size + sums[0].size + sums[2].size
-        _run(kernels.collect, moves, items, moved * _COPY)
+        _Work.of(kernels.collect, spec, items, moved * _COPY, team).run(moves)
     return Gradients(**results)
 
 
@@ -315,33 +329,54 @@ def _multiplications(spec: ConvSpec) -> int:
     return spec.batch * spec.positions * spec.taps * spec.in_channels * (spec.out_channels // spec.groups + 4 * 2**spec.rank)
 
 
-def _run(
-    kernel: Any,
-    arguments: tuple[Any, ...],
-    items: int,
-    multiplications: int,
-    sizes: tuple[int, int] | None = None,
-    dtype: str = "",
-) -> None:
-    """Share the items of a kernel out; `sizes` are the int32 numbers and the reals that every thread needs for itself."""
-    nanoseconds = multiplications * _NANOSECONDS
+class _Work(NamedTuple):
+    """Items of a kernel's work, and the threads that they are shared out to."""
 
-    def work(counter: np.ndarray, limit: int) -> None:
-        if sizes is None:
-            kernel(counter, limit, *arguments)
-        else:
-            kernel(counter, limit, *arguments, *_scratch(*sizes, dtype))
+    kernel: Any
+    kind: tuple[Any, ...]  # of its arguments: kernels are compiled for each
+    items: int
+    threads: int
+    burst: int  # items that the caller takes before it listens for Ctrl-C
+    runtime: Runtime | None
+    sizes: tuple[int, int]  # the reals and the int32 numbers that every thread needs for itself
 
-    shared = threads.get_num_threads() if nanoseconds > _SHARED_FROM else 1
-    burst = int(_BURST * items / max(nanoseconds, 1))
-    threads.run(work, items, threads=shared, burst=burst)
+    @classmethod
+    def of(
+        cls, kernel: Any, spec: ConvSpec, items: int, multiplications: int, team: Team, scratch: tuple[int, int] = (0, 0)
+    ) -> _Work:
+        nanoseconds = multiplications * _NANOSECONDS
+        number = max(1, min(team.threads, items)) if nanoseconds > _SHARED_FROM else 1
+        burst = int(_BURST * items / max(nanoseconds, 1))
+        integers, reals = scratch
+        line = ALIGNMENT // np.dtype(spec.dtype).itemsize
+        sizes = _up(reals, line), _up(integers, ALIGNMENT // 4)
+        return cls(kernel, (spec.dtype, spec.rank), items, number, burst, team.runtime, sizes)
 
+    @property
+    def scratch_bytes(self) -> int:
+        reals, integers = self.sizes
+        return self.threads * (room(reals, self.kind[0]) + room(integers, np.int32))
 
-def _scratch(integers: int, reals: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """This thread's memory for a kernel: reals and int32 numbers."""
-    end = reals * np.dtype(dtype).itemsize
-    memory = threads.scratch(end + integers * 4)
-    return memory[:end].view(dtype), memory[end : end + integers * 4].view(np.int32)
+    def scratch(self, memory: Arena) -> tuple[np.ndarray, np.ndarray]:
+        """Every thread's scratch memory: a row of reals and a row of int32 numbers."""
+        reals, integers = self.sizes
+        return (
+            memory.empty(self.threads * reals, self.kind[0]).reshape(self.threads, reals),
+            memory.empty(self.threads * integers, np.int32).reshape(self.threads, integers),
+        )
+
+    def run(self, arguments: tuple[Any, ...]) -> None:
+        if self.runtime is not None and self.threads > 1 and self.burst:
+            _kernels().run_on_team(
+                self.kernel, arguments, self.kind, self.items,
+                threads=self.threads, burst=self.burst, runtime=self.runtime,
+            )  # fmt: skip
+            return
+
+        def work(counter: np.ndarray, limit: int, thread: int) -> None:
+            self.kernel(counter, limit, thread, *arguments)
+
+        threads.run(work, self.items, threads=self.threads, burst=self.burst)
 
 
 @cache

@@ -22,6 +22,7 @@ from deformconv.ops.conv.cpu_copies import (
     write_output,
 )
 from deformconv.runtime.cache import device, kernel
+from deformconv.runtime.launch import run_on_team
 from deformconv.runtime.product import FEW_ROWS, VECTORS, multiply
 from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
 from deformconv.runtime.vectors import VECTOR_BYTES, fetch_add, round_up, wait_for
@@ -37,7 +38,7 @@ from deformconv.sampling.kernels import (
     table_sizes,
 )
 
-__all__ = ["FEW_ROWS", "RUN", "SUMS", "VECTOR_BYTES", "backward", "collect", "forward", "table_sizes"]
+__all__ = ["FEW_ROWS", "RUN", "SUMS", "VECTOR_BYTES", "backward", "collect", "forward", "run_on_team", "table_sizes"]
 
 
 @device
@@ -73,9 +74,9 @@ def _store_products(total, a, b):
 
 @kernel
 def forward(
-    counter, limit, size, geometry, inside, images, input, input_last, x, x_span, x_width,
+    counter, limit, thread, size, geometry, inside, images, input, input_last, x, x_span, x_width,
     offset, mask, image_offset, image_mask, weight, weight_last, packed, bias, output, output_last,
-    outputs, groups, offset_groups, channels, chunk, tile, taps_at_once, strands, empty, reals, integers,
+    outputs, groups, offset_groups, channels, chunk, tile, taps_at_once, strands, empty, all_reals, all_integers,
 ):  # fmt: skip
     """One item is one tile of one image, after everybody together has copied the input and packed the weight.
 
@@ -86,7 +87,7 @@ def forward(
     P) beginning `image_offset` and `image_mask` numbers after the one before it, mask empty for v1; weight (C_out, C / groups,
     K), its channels last if `weight_last`, and `packed` room for it; bias (C_out,) or empty; output (N, C_out, P), its channels
     first or last. `chunk` channels, of one weight group or several whole ones, and `taps_at_once` taps are sampled and
-    multiplied at once.
+    multiplied at once. `all_reals` and `all_integers` have a row of scratch memory for each thread; `thread` is this one's.
     """
     axes, corners = len(size), 1 << len(size)
     taps, positions, pitch = product(geometry, KERNEL), product(geometry, OUTPUT), product(geometry, INPUT) + 1
@@ -96,6 +97,7 @@ def forward(
     group_row = 1 if depthwise else round_up(group_outputs, lanes)
     sum_row, blocks_a_span = groups * group_row, (x_span + x_width - 1) // x_width
     chunk_span = max(group_channels, chunk)
+    reals, integers = all_reals[thread], all_integers[thread]
     rows, weights = integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile]
     sums = reals[round_up(weights.size, lanes) :]
     column = sums[round_up(tile * sum_row, lanes) :]
@@ -183,9 +185,9 @@ def forward(
 
 @kernel
 def backward(
-    counter, limit, size, geometry, inside, images, grad_output, output_last, d_output, input, input_last, x, x_span, x_width,
-    offset, mask, image_offset, image_mask, weight, weight_last, packed, d_x, d_offset, d_mask, d_weight, d_bias,
-    outputs, groups, offset_groups, channels, parts, lanes, d_weight_row, tile, taps_at_once, empty, reals, integers,
+    counter, limit, thread, size, geometry, inside, images, grad_output, output_last, d_output, input, input_last, x, x_span,
+    x_width, offset, mask, image_offset, image_mask, weight, weight_last, packed, d_x, d_offset, d_mask, d_weight, d_bias,
+    outputs, groups, offset_groups, channels, parts, lanes, d_weight_row, tile, taps_at_once, empty, all_reals, all_integers,
 ):  # fmt: skip
     """One item is a block of channels in every `lanes`-th part of an image: no two items write to the same place.
 
@@ -209,6 +211,7 @@ def backward(
     part_size = round_up((positions + parts - 1) // parts, tile)
     image_size = pitch * x_width
 
+    reals, integers = all_reals[thread], all_integers[thread]
     rows, weights = integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile]
     column_row = round_up(x_width, vector) + vector
     column = reals[round_up(weights.size, vector) :]
@@ -358,7 +361,7 @@ def _add_weight(
 
 @kernel
 def collect(
-    counter, limit, d_x, x_span, x_width, pitch, parts, d_input, input_last, channels, images,
+    counter, limit, thread, d_x, x_span, x_width, pitch, parts, d_input, input_last, channels, images,
     sums, lanes, rows, row, groups, group_outputs, group_channels, taps, d_weight,
     offset_slots, d_offset, mask_slots, d_mask, empty,
 ):  # fmt: skip

@@ -1,0 +1,150 @@
+"""Run a kernel on every thread of an OpenMP team: machine code calls machine code, so no thread of the team takes the GIL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.callconv import excinfo_ptr_t
+from numba.extending import intrinsic
+
+from deformconv.runtime.cache import kernel
+from deformconv.runtime.openmp import Runtime
+from deformconv.runtime.threads import LEFT, NEXT, STOP, counters
+from deformconv.runtime.vectors import INT, data_and_type, element
+
+__all__ = ["run_on_team"]
+
+_BYTES = ir.IntType(8).as_pointer()
+_NUMBER = ir.IntType(32)
+_NONE_LEFT = 1 << 62  # more than any number of items
+
+
+_addresses: dict[tuple[Any, ...], int] = {}
+
+
+def run_on_team(
+    compiled: Any,
+    arguments: tuple[Any, ...],
+    kind: tuple[Any, ...],
+    items: int,
+    *,
+    threads: int,
+    burst: int,
+    runtime: Runtime,
+) -> None:
+    """`threads.run` on a team: do `items` items of a kernel's work, and raise whatever any thread raised.
+
+    `compiled` is the kernel, called with (counter, limit, thread) and `arguments`, whose types `kind` stands for. The caller
+    takes `burst` items at a time: in between Python can handle a signal.
+    """
+    counter = counters()
+    address = _addresses.get((compiled, *kind))
+    if address is None:
+        address = _addresses[compiled, *kind] = _address_of(compiled, (counter, burst, 0, *arguments))
+    while counter[NEXT] < items:
+        launch(runtime.parallel, runtime.thread_number, threads, address, counter, burst, 0, *arguments)
+        counter[NEXT] = counter[LEFT]
+
+
+def _address_of(compiled: Any, arguments: tuple[Any, ...]) -> int:
+    """Where the machine code of a kernel for arguments of these types lies; it is compiled, or loaded, if need be."""
+    signature = tuple(map(numba.typeof, arguments))
+    compiled.compile(signature)
+    found = compiled.overloads[signature]
+    return int(found.library.get_pointer_to_function(found.fndesc.llvm_func_name))
+
+
+@kernel
+def launch(parallel, thread_number, threads, function, *arguments):
+    """Call the kernel at the address `function` on a team of up to `threads` threads, and wait for all of them.
+
+    `parallel` and `thread_number` are the addresses of GOMP_parallel and omp_get_thread_num. The kernel's first three arguments
+    are (counter, limit, thread). The caller, who is thread 0, takes `limit` items at the most. When it has done, no other thread
+    takes another one, and `counter[LEFT]` is the number of the first item that nobody has taken. What a thread raises ends the
+    others' work too, and is raised here.
+    """
+    _launch(parallel, thread_number, threads, function, arguments)
+
+
+@intrinsic
+def _launch(typing, parallel, thread_number, threads, function, arguments):
+    def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        parallel, thread_number, threads, function, packed = given
+        task = _Task(context, signature.args[4].types)
+        place = task.store(builder, [*cgutils.unpack_tuple(builder, packed), function, thread_number])
+        body = _member(task, builder.module)
+        kind = ir.FunctionType(ir.VoidType(), [body.type, _BYTES, _NUMBER, _NUMBER])
+        begin = builder.inttoptr(parallel, kind.as_pointer())
+        builder.call(begin, [body, builder.bitcast(place, _BYTES), builder.trunc(threads, _NUMBER), _NUMBER(0)])
+        status = context.call_conv._get_return_status(builder, *task.outcome(builder, place))
+        with builder.if_then(status.is_error, likely=False):
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(parallel, thread_number, threads, function, arguments), emit
+
+
+class _Task:
+    """What the team's threads are handed: the kernel's arguments, two addresses, and room for what one of them raised."""
+
+    def __init__(self, context: Any, kinds: Any) -> None:
+        self.context, self.kinds = context, kinds
+
+    def store(self, builder: Any, values: list[Any]) -> Any:
+        self.count = len(values)
+        kind = ir.LiteralStructType([*(value.type for value in values), _NUMBER, excinfo_ptr_t])
+        place = cgutils.alloca_once(builder, kind)
+        for number, value in enumerate([*values, _NUMBER(0), ir.Constant(excinfo_ptr_t, None)]):
+            builder.store(value, self._field(builder, place, number))
+        self.type = place.type
+        return place
+
+    def load(self, builder: Any, place: Any) -> list[Any]:
+        return [builder.load(self._field(builder, place, number)) for number in range(self.count)]
+
+    def outcome(self, builder: Any, place: Any) -> list[Any]:
+        """The status, and what describes the exception if it is one."""
+        return [builder.load(self._field(builder, place, self.count + number)) for number in range(2)]
+
+    def fail(self, builder: Any, place: Any, status: Any) -> None:
+        """Note an exception, if it is the first."""
+        code = self._field(builder, place, self.count)
+        found = builder.cmpxchg(code, _NUMBER(0), status.code, "acq_rel", "acquire")
+        with builder.if_then(builder.extract_value(found, 1)):
+            builder.store(status.excinfoptr, self._field(builder, place, self.count + 1))
+
+    def _field(self, builder: Any, place: Any, number: int) -> Any:
+        return cgutils.gep_inbounds(builder, place, 0, number)
+
+
+def _member(task: _Task, module: Any) -> Any:
+    """The function that every thread of the team calls."""
+    context = task.context
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_BYTES]), module.get_unique_name("member"))
+    function.linkage = "internal"
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    place = builder.bitcast(function.args[0], task.type)
+    *values, kernel, thread_number = task.load(builder, place)
+    asks = ir.FunctionType(_NUMBER, []).as_pointer()
+    thread = builder.sext(builder.call(builder.inttoptr(thread_number, asks), []), INT)
+    first = builder.icmp_signed("==", thread, INT(0))
+    counter, limit, _, *others = values
+    limit = builder.select(first, limit, INT(_NONE_LEFT))
+    kind = context.call_conv.get_function_type(types.none, task.kinds)
+    status, _ = context.call_conv.call_function(
+        builder, builder.inttoptr(kernel, kind.as_pointer()), types.none, task.kinds, [counter, limit, thread, *others]
+    )
+    counters, _ = data_and_type(context, builder, task.kinds[0], counter)
+    with builder.if_then(status.is_error, likely=False):
+        task.fail(builder, place, status)
+        builder.store(INT(1), element(builder, counters, INT(STOP)))
+    with builder.if_then(builder.or_(first, status.is_error)):
+        left = builder.atomic_rmw("xchg", element(builder, counters, INT(NEXT)), INT(_NONE_LEFT), "acq_rel")
+        with builder.if_then(first):
+            builder.store(left, element(builder, counters, INT(LEFT)))
+    builder.ret_void()
+    return function

@@ -1,0 +1,198 @@
+"""Whose threads do a call's work: those of the library that its arrays came from, if it has an OpenMP team, or our own.
+
+A library that shares its operations out with OpenMP keeps a team of threads, and after each operation they spin for some
+milliseconds, in case the next one comes soon. Threads of our own would have to share the processors with them. So a call whose
+arrays came from such a library does its work on that team, which is awake and has nothing else to do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deformconv.errors import BackendError
+from deformconv.runtime.processors import chosen_threads, get_num_threads
+
+__all__ = ["Library", "Runtime", "Team", "lend", "team_for"]
+
+
+class Runtime:
+    """An OpenMP runtime: the addresses of what a team takes, and where they were found.
+
+    `GOMP_parallel` is libgomp's own entry, and LLVM's and Intel's runtimes have it too.
+    """
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._functions = functions  # keeps the library loaded
+        self.parallel = _address(functions.GOMP_parallel)
+        self.thread_number = _address(functions.omp_get_thread_num)
+        self.file = _file_of(self.parallel)
+        # libgomp waits in a forked child for threads that only its parent has. LLVM's and Intel's runtimes begin anew.
+        self.survives_fork = hasattr(functions, "__kmpc_fork_call")
+
+    @property
+    def name(self) -> str:
+        """The name of its file, "libgomp.so.1" say."""
+        return self.file.name
+
+    def set_num_threads(self, n: int) -> None:
+        self._functions.omp_set_num_threads(n)
+
+
+class Library:
+    """A library that lends its OpenMP team, PyTorch say.
+
+    Args:
+        name: the library's name, for texts.
+        file: a shared library of it; the OpenMP runtime is found among what that one depends on.
+        get_num_threads: the number of threads that its operations use in this thread.
+    """
+
+    def __init__(self, name: str, file: str | None, get_num_threads: Callable[[], int]) -> None:
+        self.name, self.get_num_threads = name, get_num_threads
+        self._file = file
+
+    @cached_property
+    def found(self) -> Runtime | str:
+        """The OpenMP runtime that the library calls, or why there is none."""
+        if os.name != "posix":
+            return f"{self.name}'s threads are used where its OpenMP runtime has GOMP_parallel, and on {os.name} none has"
+        for functions in _loaded(self._file):
+            if not all(hasattr(functions, name) for name in _NEEDED):
+                continue
+            runtime = Runtime(functions)
+            if self._calls(runtime):
+                return runtime
+        return f"{self.name} has loaded no OpenMP runtime with GOMP_parallel"
+
+    def _calls(self, runtime: Runtime) -> bool:
+        """Whether this is the runtime that the library asks for its number of threads: there may be others in the process."""
+        number = self.get_num_threads()
+        runtime.set_num_threads(number + 1)  # of this thread alone
+        try:
+            return self.get_num_threads() == number + 1
+        finally:
+            runtime.set_num_threads(number)
+
+
+_NEEDED = ("GOMP_parallel", "omp_get_thread_num", "omp_set_num_threads")
+
+
+def _loaded(file: str | None) -> Iterator[ctypes.CDLL]:
+    """What the process finds names in: first everywhere, as a runtime that is preloaded comes first, then from a file on."""
+    yield ctypes.CDLL(None)
+    if file is not None:
+        yield ctypes.CDLL(file)  # it is loaded already: this finds it, and names in what it depends on
+
+
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None  # a symbol that was found is somewhere
+    return address
+
+
+class _Found(ctypes.Structure):
+    """`Dl_info` of <dlfcn.h>."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _file_of(address: int) -> Path:
+    """The shared library that an address lies in."""
+    found = _Found()
+    ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(found))
+    return Path(os.fsdecode(found.file or b"unknown"))
+
+
+class Team(NamedTuple):
+    """Who does a call's work: at most `threads` threads, the caller's among them."""
+
+    threads: int
+    runtime: Runtime | None  # None for threads of our own
+    library: str  # whose OpenMP threads they are
+    reason: str  # why they are our own
+
+    @property
+    def kind(self) -> str:
+        return "own" if self.runtime is None else "openmp"
+
+    def __str__(self) -> str:
+        if self.runtime is None:
+            return f"{self.threads} of its own, since {self.reason}" if self.reason else f"{self.threads} of its own"
+        return f"{self.threads} of {self.library}'s OpenMP team ({self.runtime.name})"
+
+
+_VARIABLE = "DEFORMCONV_THREADS"
+_KINDS = ("auto", "own", "openmp")
+
+_lenders: dict[str, Library] = {}
+
+
+def lend(library: str, lender: Library) -> None:
+    """Let calls on arrays of `library` ("torch") work on that library's team."""
+    _lenders[library] = lender
+
+
+def team_for(library: str) -> Team:
+    """The threads for a call on arrays of a library.
+
+    A team never has more threads than the library itself uses, so that it has no thread that the library would not have
+    started. Where more were asked for, by `set_num_threads` or DEFORMCONV_NUM_THREADS, they are our own.
+
+    Raises:
+        ValueError: DEFORMCONV_THREADS is none of auto, own and openmp.
+        BackendError: it is openmp, and there is no team.
+    """
+    lender = _lenders.get(library)
+    if lender is None:
+        return _own(get_num_threads())
+    return _team_of(lender, lender.get_num_threads(), chosen_threads(), get_num_threads())
+
+
+@lru_cache(maxsize=64)
+def _own(threads: int) -> Team:
+    return Team(threads, None, "", "")
+
+
+@lru_cache(maxsize=64)
+def _team_of(lender: Library, theirs: int, chosen: int | None, ours: int) -> Team:
+    kind = os.environ.get(_VARIABLE) or "auto"
+    if kind not in _KINDS:
+        raise ValueError(f"{_VARIABLE} is {kind!r}; expected one of {', '.join(_KINDS)}.")
+    threads = chosen or min(theirs, ours)
+    found = lender.found
+    if kind == "own":
+        reason = f"{_VARIABLE}=own"
+    elif isinstance(found, str):
+        reason = found
+    elif lender in _inherited and not found.survives_fork:
+        reason = f"{found.name} does not survive a fork, and this process was forked from one that had loaded {lender.name}"
+    elif threads > theirs:
+        reason = f"{lender.name} uses {theirs}"
+    else:
+        return Team(threads, found, lender.name, "")
+    if kind == "openmp":
+        raise BackendError(f"{_VARIABLE} is 'openmp', but {reason}. Leave it unset, or set it to 'auto', for threads of our own.")
+    return Team(threads, None, lender.name, reason)
+
+
+# Those that were lent before this process was forked.
+_inherited: set[Library] = set()
+
+
+def _after_fork() -> None:
+    _inherited.update(_lenders.values())
+    _team_of.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
