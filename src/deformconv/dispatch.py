@@ -1,7 +1,8 @@
 """Which backend runs a call, and why the others did not.
 
-Every backend is a module of that name in the operator's folder. It answers for itself, by `reasons_against`;
-no exception of a backend is ever taken as an answer: that would hide a kernel's fault behind a slower result.
+Every backend is a module of that name in the operator's folder. It answers for itself, by `reasons_against`, and says by
+`how` in which way it would compute a call. No exception of a backend is ever taken as an answer: that would hide a
+kernel's fault behind a slower result.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def explain(spec: Any, library: str, device: str, requested: str | None = None) 
         verdicts = list(_verdicts(spec, library, device, backward, requested))
         runs = next((name for name, line in verdicts if not line), "no backend can run it")
         lines.append(f"{_direction(backward)}: {runs}")
-        lines += [f"  {line}" for _, line in verdicts if line]
+        for name, line in verdicts:
+            lines += [f"  {line}"] if line else [f"  {name}: {how}" for how in load(spec, name).how(spec, library)]
     return "\n".join(lines)
 
 

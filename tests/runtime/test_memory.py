@@ -64,7 +64,14 @@ def test_two_calls_at_once_have_memory_of_their_own() -> None:
         with memory.arena(1000) as inner:
             inner.empty(250, "float32")[...] = 3
         assert (first == 1).all()
-    assert len(memory._kept) == 1
+    assert len(memory._kept) == 2  # as many as there were calls at once
+
+
+def test_no_more_is_kept_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "KEPT", 2500)
+    with memory.arena(1000), memory.arena(1000), memory.arena(1000):
+        pass
+    assert [kept.size for kept in memory._kept] == [1000, 1000]
 
 
 def _fill(value: int) -> None:

@@ -9,20 +9,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import deformconv
-from deformconv.runtime import threads
+from deformconv.runtime import processors, threads
 
 
 @pytest.fixture(autouse=True)
 def threads_afterwards() -> Iterator[None]:
-    chosen = threads._chosen_threads
+    chosen = processors._chosen_threads
     yield
-    threads._chosen_threads = chosen
+    processors._chosen_threads = chosen
 
 
 class Counted:
@@ -33,8 +34,9 @@ class Counted:
         self.lock = threading.Lock()
         self.items, self.fail_at = items, fail_at
         self.workers: set[int] = set()
+        self.numbers: set[tuple[int, int]] = set()
 
-    def __call__(self, counter: np.ndarray, limit: int) -> None:
+    def __call__(self, counter: np.ndarray, limit: int, thread: int) -> None:
         for _ in range(limit):
             with self.lock:
                 item = int(counter[0])
@@ -46,6 +48,7 @@ class Counted:
             time.sleep(0.0005)
             self.done.append(item)
             self.workers.add(threading.get_ident())
+            self.numbers.add((threading.get_ident(), thread))
 
 
 @pytest.mark.parametrize(("items", "number", "burst"), [(0, 2, 1), (1, 4, 1), (7, 2, 3), (200, 4, 5), (50, 1, 7)])
@@ -54,6 +57,9 @@ def test_every_item_is_done_once(items: int, number: int, burst: int) -> None:
     threads.run(work, items, threads=number, burst=burst)
     assert sorted(work.done) == list(range(items))
     assert len(work.workers) <= number
+    # Each thread has a number of its own, for its scratch memory.
+    assert len(work.numbers) == len(work.workers) == len({thread for _, thread in work.numbers})
+    assert all(0 <= thread < number for _, thread in work.numbers)
 
 
 def test_workers_take_part() -> None:
@@ -116,14 +122,14 @@ def test_quota_of_the_control_group(tmp_path: Path, files: dict[str, str], quota
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    assert threads._quota(tmp_path) == quota
+    assert processors._quota(tmp_path) == quota
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(None, 6), (2.0, 2), (1.4, 1), (0.2, 1), (64.0, 6)])
 def test_available_processors(monkeypatch: pytest.MonkeyPatch, quota: float | None, expected: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
-    monkeypatch.setattr(threads, "_quota", lambda: quota)
-    assert threads.available_processors() == expected
+    monkeypatch.setattr(processors, "_quota", lambda: quota)
+    assert processors.available_processors() == expected
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -167,6 +173,7 @@ def same_in_child():
     os.waitpid(child, 0)
     return answer.decode()
 """
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 
 
@@ -254,8 +261,8 @@ def ask(daemon):
     answer = queue.get()
     child.join()
     return answer
-from deformconv.runtime import threads
-threads.available_processors = lambda: 4
+from deformconv.runtime import processors
+processors.available_processors = lambda: 4
 found = [deformconv.get_num_threads(), ask(True), ask(False)]
 deformconv.set_num_threads(3)
 print(found, ask(True))
@@ -266,10 +273,12 @@ print(found, ask(True))
 @pytest.mark.skipif(sys.platform != "linux", reason="signals and clocks differ")
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_ctrl_c_reaches_the_caller_soon(direction: str, number: int) -> None:
+@pytest.mark.parametrize("library", ["numpy", pytest.param("torch", marks=needs_torch)])
+def test_ctrl_c_reaches_the_caller_soon(library: str, direction: str, number: int) -> None:
     code = """
 import signal
 import time
+import LIBRARY
 import numpy as np
 import deformconv
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -277,6 +286,8 @@ deformconv.set_num_threads(NUMBER)
 def call(size):
     x, weight = np.ones((1, 64, size, size), np.float32), np.ones((64, 64, 3, 3), np.float32)
     offset = np.zeros((1, 18, size, size), np.float32)
+    if "LIBRARY" == "torch":
+        x, weight, offset = map(torch.from_numpy, (x, weight, offset))
     if "DIRECTION" == "forward":
         return deformconv.deform_conv(x, offset, weight, padding=1)
     return deformconv.deform_conv_backward(x, x, offset, weight, padding=1).weight
@@ -288,7 +299,7 @@ try:
 except KeyboardInterrupt:
     heard = time.monotonic()
     print(heard, np.array_equal(call(32), expected), flush=True)
-""".replace("NUMBER", str(number)).replace("DIRECTION", direction)
+""".replace("NUMBER", str(number)).replace("DIRECTION", direction).replace("LIBRARY", library)
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
@@ -371,7 +382,7 @@ def interrupted(self, *arguments):
     wait(self, *arguments)
     raise KeyboardInterrupt
 threading.Event.wait = interrupted
-work = lambda counter, limit: counter.__setitem__(0, 9)
+work = lambda counter, limit, thread: counter.__setitem__(0, 9)
 try:
     threads.run(work, 2, threads=2, burst=1)
 except KeyboardInterrupt:
@@ -392,7 +403,7 @@ def test_a_handler_that_raises_again_and_again_finds_no_worker_left() -> None:
 import signal, threading, time
 from deformconv.runtime import threads
 ended, began = threading.Event(), threading.Event()
-def work(counter, limit):
+def work(counter, limit, thread):
     if threading.current_thread() is threading.main_thread():
         began.wait()
         counter[0] = 9
@@ -425,7 +436,7 @@ def test_where_no_thread_can_be_started_the_caller_works_alone(monkeypatch: pyte
 
     done = []
 
-    def work(counter: np.ndarray, limit: int) -> None:
+    def work(counter: np.ndarray, limit: int, thread: int) -> None:
         for _ in range(limit):
             done.append(counter[0])
             counter[0] += 1

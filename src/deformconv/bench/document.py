@@ -21,13 +21,13 @@ VECTORS = ("sse4.2", "avx", "amx", "fma", "f16c", "neon", "sve", "dotprod", "vsx
 
 def machine() -> dict[str, Any]:
     """What the figures depend on apart from the code."""
-    from deformconv.runtime import threads, vectors
+    from deformconv.runtime import processors, vectors
 
     features = [name for name in sorted(vectors.host_features()) if name.startswith(VECTORS)]
     return {
         "processor": processor(),
         "vector features": features,
-        "cores": threads.available_processors(),
+        "cores": processors.available_processors(),
         "cores present": os.cpu_count(),
         "memory": f"{_memory()} GiB",
         "system": f"{platform.system()}, {platform.machine()}",

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from deformconv.runtime.threads import available_processors
+from deformconv.runtime.processors import available_processors
 
 SHAPE, CHANNELS = (2, 64, 56, 56), 64  # N, C, H, W and C_out
 KINDS = ("mxnet v1", "deformconv v1", "deformconv v2")

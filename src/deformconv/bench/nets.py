@@ -94,6 +94,10 @@ class _NetPeer(Peer):
         """The layer in the place of a plain convolution, with its weights."""
 
     def prepare(self, case: Any) -> None:
+        # glibc gives memory back to the system, and takes it again page by page, until a process has freed a large piece once.
+        # Whether it did decides about a third of a small net's time, in one process so and in the next one otherwise.
+        del_ = self.torch.empty(30 << 20, dtype=self.torch.uint8)
+        del del_
         self.torch.manual_seed(0)
         net = _block(case.blocks) if case.blocks else _resnet(case.depth)
         predictors = self.torch.Generator().manual_seed(1)
@@ -101,7 +105,8 @@ class _NetPeer(Peer):
             setattr(place, name, self._replaced(conv, predictors))
         generator = self.torch.Generator().manual_seed(2)
         x = self.torch.randn(case.batch, case.blocks or 3, *case.size, generator=generator)
-        self.net, self.x = self._as_wanted(net), self._as_wanted(x)
+        # A block stands inside of a net, where its input has a gradient.
+        self.net, self.x = self._as_wanted(net), self._as_wanted(x).requires_grad_(case.blocks > 0)
         shape = self.net(self.x).shape
         self.grad_output = self._as_wanted(self.torch.randn(shape, generator=generator))
         # The smallest of steps: it takes as long as any, and the net stays what it is.
@@ -131,6 +136,7 @@ class _NetPeer(Peer):
 
     def train(self) -> Any:
         self.optimizer.zero_grad()
+        self.x.grad = None
         output = self.net(self.x)
         output.backward(self.grad_output)
         self.optimizer.step()

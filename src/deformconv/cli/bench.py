@@ -130,7 +130,7 @@ def _plan(options: Options) -> tuple[Plan, list[str]]:
         if name in absent:
             raise click.ClickException(f"{name} cannot be measured: {', '.join(absent[name])} not installed here. {INSTALL}")
     libraries = [name for name in PEERS if name not in absent and (not wanted or name in wanted or name == "deformconv")]
-    from deformconv.runtime.threads import available_processors
+    from deformconv.runtime.processors import available_processors
 
     pace = QUICK_PACE if options.quick else FULL
     pace = Pace(options.blocks or pace.blocks, options.seconds or pace.seconds)

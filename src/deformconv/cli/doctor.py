@@ -84,7 +84,8 @@ def _versions() -> Lines:
 
 
 def _processor() -> Lines:
-    from deformconv.runtime import threads
+    from deformconv.runtime import processors
+    from deformconv.runtime.openmp import team_for
 
     yield "name", _processor_name()
     if find_spec("numba") is not None:
@@ -100,14 +101,19 @@ def _processor() -> Lines:
             " ".join(name for name in EXTENSIONS if name in features) or "none that kernels use",
         )
         yield "register block", f"{block.rows} rows x {block.vectors} vectors of {vectors.VECTOR_BYTES} bytes"
-    usable, present = threads.available_processors(), os.cpu_count()
+    usable, present = processors.available_processors(), os.cpu_count()
     yield "processors", f"{usable} usable of {present} present (affinity and control-group quota)"
-    yield "threads", f"{threads.get_num_threads()}{_thread_variables()}"
+    yield "threads", f"{processors.get_num_threads()}{_thread_variables()}"
+    yield "for NumPy", str(team_for("numpy"))
+    if find_spec("torch") is not None:
+        import deformconv.torch  # noqa: F401  # PyTorch lends its threads
+
+        yield "for PyTorch", str(team_for("torch"))
 
 
 def _thread_variables() -> str:
-    given = {name: os.environ.get(name) for name in ("DEFORMCONV_NUM_THREADS", "OMP_NUM_THREADS")}
-    return "".join(f", {name}={value}" for name, value in given.items() if value)
+    names = ("DEFORMCONV_NUM_THREADS", "DEFORMCONV_THREADS", "OMP_NUM_THREADS")
+    return "".join(f", {name}={value}" for name in names if (value := os.environ.get(name)))
 
 
 def _processor_name() -> str:

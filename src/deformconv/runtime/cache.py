@@ -48,7 +48,10 @@ def _load_numba_without_scipy() -> None:
 _load_numba_without_scipy()
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_SOURCES = ("runtime/cache.py", "runtime/vectors.py", "runtime/product.py", "sampling/kernels.py", "ops/*/cpu*.py")
+_SOURCES = (
+    "runtime/cache.py", "runtime/launch.py", "runtime/product.py", "runtime/threads.py", "runtime/vectors.py",
+    "sampling/kernels.py", "ops/*/cpu*.py",
+)  # fmt: skip
 # Not "nnan" or "ninf": a kernel must see NaN and infinity. Not "arcp" or "afn": results would depend on the host.
 FAST_MATH = {"contract", "reassoc", "nsz"}
 
@@ -170,17 +173,18 @@ class DiskCache(_Cache):
         """Nothing to forget: a file's name says all that it depends on."""
 
 
-_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH, "no_cfunc_wrapper": True}
+# How every kernel is compiled.
+OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH, "no_cfunc_wrapper": True}
 
 
 def device(function: Callable[..., Any]) -> Any:
     """Compile a function that kernels call."""
-    return numba.njit(no_cpython_wrapper=True, **_OPTIONS)(function)
+    return numba.njit(no_cpython_wrapper=True, **OPTIONS)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that Python calls, once per machine; it runs without the GIL."""
-    dispatcher = numba.njit(**_OPTIONS)(function)
+    dispatcher = numba.njit(**OPTIONS)(function)
     dispatcher._cache = DiskCache(function)
     return dispatcher
 

@@ -16,7 +16,7 @@ from deformconv.runtime.openmp import Runtime
 from deformconv.runtime.threads import LEFT, NEXT, STOP, counters
 from deformconv.runtime.vectors import INT, data_and_type, element
 
-__all__ = ["run_on_team"]
+__all__ = ["compile_for_teams", "run_on_team"]
 
 _BYTES = ir.IntType(8).as_pointer()
 _NUMBER = ir.IntType(32)
@@ -44,9 +44,9 @@ def run_on_team(
     counter = counters()
     address = _addresses.get((compiled, *kind))
     if address is None:
-        address = _addresses[compiled, *kind] = _address_of(compiled, (counter, burst, 0, *arguments))
+        address = _addresses[(compiled, *kind)] = _address_of(compiled, (counter, burst, 0, *arguments))
     while counter[NEXT] < items:
-        launch(runtime.parallel, runtime.thread_number, threads, address, counter, burst, 0, *arguments)
+        _launch(runtime.parallel, runtime.thread_number, threads, address, (counter, burst, 0, *arguments))
         counter[NEXT] = counter[LEFT]
 
 
@@ -58,20 +58,26 @@ def _address_of(compiled: Any, arguments: tuple[Any, ...]) -> int:
     return int(found.library.get_pointer_to_function(found.fndesc.llvm_func_name))
 
 
+def compile_for_teams(compiled: Any) -> None:
+    """Compile, or load, what it takes to run a kernel on a team, for all types of arguments that the kernel is compiled for."""
+    for signature in compiled.signatures:
+        _launch.compile((*(types.int64,) * 4, types.BaseTuple.from_types(signature)))
+
+
 @kernel
-def launch(parallel, thread_number, threads, function, *arguments):
+def _launch(parallel, thread_number, threads, function, arguments):
     """Call the kernel at the address `function` on a team of up to `threads` threads, and wait for all of them.
 
-    `parallel` and `thread_number` are the addresses of GOMP_parallel and omp_get_thread_num. The kernel's first three arguments
-    are (counter, limit, thread). The caller, who is thread 0, takes `limit` items at the most. When it has done, no other thread
-    takes another one, and `counter[LEFT]` is the number of the first item that nobody has taken. What a thread raises ends the
-    others' work too, and is raised here.
+    `parallel` and `thread_number` are the addresses of GOMP_parallel and omp_get_thread_num. The first three `arguments` of the
+    kernel are (counter, limit, thread). The caller, who is thread 0, takes `limit` items at the most. When it has done, no
+    other thread takes another one, and `counter[LEFT]` is the number of the first item that nobody has taken. What a thread
+    raises ends the others' work too, and is raised here.
     """
-    _launch(parallel, thread_number, threads, function, arguments)
+    _call_on_team(parallel, thread_number, threads, function, arguments)
 
 
 @intrinsic
-def _launch(typing, parallel, thread_number, threads, function, arguments):
+def _call_on_team(typing, parallel, thread_number, threads, function, arguments):
     def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         parallel, thread_number, threads, function, packed = given
         task = _Task(context, signature.args[4].types)

@@ -16,7 +16,7 @@ import numpy as np
 __all__ = ["ALIGNMENT", "Arena", "aligned", "arena", "release"]
 
 ALIGNMENT = 64  # bytes: a vector that crosses a cache line is loaded twice
-KEPT = 256 << 20  # what is larger than this is not kept for the next call
+KEPT = 256 << 20  # bytes that are kept for the next calls, all pieces together
 
 _kept: list[np.ndarray] = []
 
@@ -68,5 +68,6 @@ def arena(size: int) -> Iterator[Arena]:
     try:
         yield Arena(memory)
     finally:
-        if memory.size <= KEPT and not _kept:
+        # As many pieces as there were calls at once, in a server with several threads say.
+        if memory.size + sum(piece.size for piece in tuple(_kept)) <= KEPT:
             _kept.append(memory)

@@ -126,9 +126,10 @@ class Team(NamedTuple):
         return "own" if self.runtime is None else "openmp"
 
     def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         if self.runtime is None:
-            return f"{self.threads} of its own, since {self.reason}" if self.reason else f"{self.threads} of its own"
-        return f"{self.threads} of {self.library}'s OpenMP team ({self.runtime.name})"
+            return f"{threads} of its own, since {self.reason}" if self.reason else f"{threads} of its own"
+        return f"{threads} of {self.library}'s OpenMP team ({self.runtime.name})"
 
 
 _VARIABLE = "DEFORMCONV_THREADS"
@@ -181,7 +182,7 @@ def _team_of(lender: Library, theirs: int, chosen: int | None, ours: int) -> Tea
     else:
         return Team(threads, found, lender.name, "")
     if kind == "openmp":
-        raise BackendError(f"{_VARIABLE} is 'openmp', but {reason}. Leave it unset, or set it to 'auto', for threads of our own.")
+        raise BackendError(f"{_VARIABLE} is 'openmp', but {reason}. Leave it unset, or set it to 'auto', for own threads.")
     return Team(threads, None, lender.name, reason)
 
 

@@ -19,7 +19,7 @@ __all__ = ["BEGUN", "ENDED", "LEFT", "NEXT", "STOP", "Work", "counters", "import
 
 # `work(counter, limit, thread)` takes at most `limit` items and returns early when none is left. `thread` is another number for
 # each thread of the call, from 0 on. `counter` is int64: at NEXT the number of the next item, taken atomically; at STOP 1 once
-# the call has failed, for work whose items take long to look at; at LEFT the first item that a pause has left (`team.launch`).
+# the call has failed, for work whose items take long to look at; at LEFT the first item that a pause has left (`launch`).
 # BEGUN and ENDED are 0 at first and the work's own.
 NEXT, STOP, BEGUN, ENDED, LEFT = range(5)
 Work = Callable[[np.ndarray, int, int], Any]

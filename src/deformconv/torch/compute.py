@@ -270,10 +270,6 @@ def explain(spec: ConvSpec, device: str, backend: str | None) -> str:
     """What `deformconv.explain` says of a call on tensors."""
     inner = inner_spec(spec)
     text = dispatch.explain(inner, "torch", device, backend)
-    parts = sum(1 for _ in portable.chunks(inner))
-    how = "at once" if parts == 1 else f"in {parts} parts, one after the other, so that memory stays bounded"
-    for line in ("forward: portable\n", "backward: portable\n"):
-        text = text.replace(line, f"{line}  portable: PyTorch's own operations compute the call {how}\n")
     if inner is not spec:
         text = text.replace("; float32,", f"; {spec.dtype} computed in float32,", 1)
     return text

@@ -9,6 +9,7 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.tolerances import TOLERANCE, assert_close, error
 import deformconv
 from deformconv.ops.conv import cpu, reference
 from deformconv.ops.conv.spec import GRADIENTS
-from deformconv.runtime import memory, threads
+from deformconv.runtime import memory, processors
 
 # Sizes that leave a rest at every place where the work is cut: tiles, block rows, vectors, panels, blocks of channels.
 TAILS = [
@@ -69,25 +70,32 @@ def gradients(call: Call) -> tuple[np.ndarray, ...]:
 
 @pytest.fixture(autouse=True)
 def threads_afterwards() -> Iterator[None]:
-    chosen = threads._chosen_threads
+    chosen = processors._chosen_threads
     yield
-    threads._chosen_threads = chosen
+    processors._chosen_threads = chosen
 
 
 class TestCpu(ConvSuite):
     backend = cpu
 
     @pytest.fixture(autouse=True)
-    def dirty_scratch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Scratch memory full of NaN: a kernel that reads what it has not written gives itself away."""
-        clean = threads.scratch
+    def dirty_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Scratch memory, copies and results full of NaN: a kernel that reads what it has not written gives itself away."""
+        arena, results = cpu.arena, cpu._aligned_empty
 
-        def scratch(size: int) -> np.ndarray:
-            memory = clean(size)
-            memory[:] = 255
-            return memory
+        @contextmanager
+        def dirty_arena(size: int) -> Iterator[Any]:
+            with arena(size) as memory:
+                memory._memory[:] = 255
+                yield memory
 
-        monkeypatch.setattr(threads, "scratch", scratch)
+        def dirty_results(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+            array = results(shape, dtype)
+            array.fill(np.nan)
+            return array
+
+        monkeypatch.setattr(cpu, "arena", dirty_arena)
+        monkeypatch.setattr(cpu, "_aligned_empty", dirty_results)
 
     @by_tail
     def test_tails(self, case: Case) -> None:
@@ -174,7 +182,6 @@ def _peak(run: Callable[[], Any]) -> tuple[Any, int]:
     """What a compiled call returns, and the most bytes that it held, on one thread that has kept nothing from before."""
     run()
     memory.release()
-    threads._scratch.memory = np.empty(0, np.uint8)
     deformconv.set_num_threads(1)
     tracemalloc.start()
     try:
@@ -223,17 +230,18 @@ def test_positions_beyond_32_bits_are_left_to_another_backend() -> None:
 def test_an_error_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
     deformconv.set_num_threads(3)
-    clean, here = threads.scratch, threading.get_ident()
+    kernels, here = cpu._kernels(), threading.get_ident()
+    forward = kernels.forward
 
-    def scratch(size: int) -> np.ndarray:
+    def failing(*arguments: Any) -> None:
         if threading.get_ident() != here:
-            raise MemoryError("no scratch for a worker")
-        return clean(size)
+            raise MemoryError("none for a worker")
+        forward(*arguments)
 
     call = make(Case("large", (64, 64), (3, 3), padding=1, in_channels=32, out_channels=32), "float32")
     with monkeypatch.context() as broken:
-        broken.setattr(threads, "scratch", scratch)
-        with pytest.raises(MemoryError, match="no scratch for a worker"):
+        broken.setattr(kernels, "forward", failing)
+        with pytest.raises(MemoryError, match="none for a worker"):
             for _ in range(50):  # a worker that came too late for one call has its chance in the next
                 output(call)
     assert np.isfinite(output(call)).all()

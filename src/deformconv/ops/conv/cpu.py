@@ -18,10 +18,10 @@ import numpy as np
 
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
 from deformconv.runtime import threads
-from deformconv.runtime.openmp import Runtime, Team, team_for
 from deformconv.runtime.memory import ALIGNMENT, Arena, aligned, arena, room
+from deformconv.runtime.openmp import Runtime, Team, team_for
 
-__all__ = ["deform_conv", "deform_conv_backward", "reasons_against", "warmup"]
+__all__ = ["deform_conv", "deform_conv_backward", "how", "reasons_against", "warmup"]
 
 DTYPES = ("float32", "float64")
 _PIXELS, _REACH = 2**31 - 1, 2**29  # `sampling.kernels` counts in int32; see REACH there
@@ -63,6 +63,13 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
                 f"axis {axis} spans {reach} pixels with padding, window and stride, and its positions are 32-bit numbers"
             )
     return reasons
+
+
+def how(spec: ConvSpec, library: str) -> list[str]:
+    """What there is to say of how a call is computed, as sentences."""
+    if not _is_shared(_multiplications(spec)):
+        return ["the caller's thread computes it alone, since it is small"]
+    return [f"work is shared out to {team_for(library)}"]
 
 
 @cache
@@ -329,6 +336,11 @@ def _multiplications(spec: ConvSpec) -> int:
     return spec.batch * spec.positions * spec.taps * spec.in_channels * (spec.out_channels // spec.groups + 4 * 2**spec.rank)
 
 
+def _is_shared(multiplications: int) -> bool:
+    """Whether it is more work than sharing it out costs."""
+    return multiplications * _NANOSECONDS > _SHARED_FROM
+
+
 class _Work(NamedTuple):
     """Items of a kernel's work, and the threads that they are shared out to."""
 
@@ -344,9 +356,8 @@ class _Work(NamedTuple):
     def of(
         cls, kernel: Any, spec: ConvSpec, items: int, multiplications: int, team: Team, scratch: tuple[int, int] = (0, 0)
     ) -> _Work:
-        nanoseconds = multiplications * _NANOSECONDS
-        number = max(1, min(team.threads, items)) if nanoseconds > _SHARED_FROM else 1
-        burst = int(_BURST * items / max(nanoseconds, 1))
+        number = max(1, min(team.threads, items)) if _is_shared(multiplications) else 1
+        burst = int(_BURST * items / max(multiplications * _NANOSECONDS, 1))
         integers, reals = scratch
         line = ALIGNMENT // np.dtype(spec.dtype).itemsize
         sizes = _up(reals, line), _up(integers, ALIGNMENT // 4)
@@ -460,7 +471,7 @@ def warmup(
 
     `notify` is called with a line before each of them.
     """
-    _kernels()
+    kernels = _kernels()
     from deformconv.runtime.cache import notice
 
     told, notice.announce = notice.announce, None
@@ -476,5 +487,7 @@ def warmup(
                 spec = conv_spec(x_, offset_, weight_, mask=mask_)
                 y = deform_conv(spec, x, offset, weight, None, mask)
                 deform_conv_backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
+            for kernel in (kernels.forward, kernels.backward, kernels.collect):
+                kernels.compile_for_teams(kernel)
     finally:
         notice.announce = told

@@ -22,7 +22,7 @@ from deformconv.ops.conv.cpu_copies import (
     write_output,
 )
 from deformconv.runtime.cache import device, kernel
-from deformconv.runtime.launch import run_on_team
+from deformconv.runtime.launch import compile_for_teams, run_on_team
 from deformconv.runtime.product import FEW_ROWS, VECTORS, multiply
 from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
 from deformconv.runtime.vectors import VECTOR_BYTES, fetch_add, round_up, wait_for
@@ -38,7 +38,10 @@ from deformconv.sampling.kernels import (
     table_sizes,
 )
 
-__all__ = ["FEW_ROWS", "RUN", "SUMS", "VECTOR_BYTES", "backward", "collect", "forward", "run_on_team", "table_sizes"]
+__all__ = [
+    "FEW_ROWS", "RUN", "SUMS", "VECTOR_BYTES", "backward", "collect", "compile_for_teams", "forward", "run_on_team",
+    "table_sizes",
+]  # fmt: skip
 
 
 @device

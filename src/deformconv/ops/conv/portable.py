@@ -18,7 +18,7 @@ from deformconv.errors import BackendError
 from deformconv.ops.conv.spec import ConvSpec, Gradients
 from deformconv.sampling import gather
 
-__all__ = ["deform_conv", "deform_conv_backward", "reasons_against"]
+__all__ = ["deform_conv", "deform_conv_backward", "how", "reasons_against"]
 
 Array = Any
 
@@ -37,6 +37,15 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
     if backward and library != "torch":
         return [f"deform_conv_backward is for torch; differentiate deform_conv with {library} itself."]
     return []
+
+
+def how(spec: ConvSpec, library: str) -> list[str]:
+    """What there is to say of how a call is computed, as sentences."""
+    if library != "torch":
+        return []
+    parts = sum(1 for _ in chunks(spec))
+    how = "at once" if parts == 1 else f"in {parts} parts, one after the other, so that memory stays bounded"
+    return [f"PyTorch's own operations compute the call {how}"]
 
 
 def deform_conv(

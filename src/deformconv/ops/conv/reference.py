@@ -18,7 +18,7 @@ import numpy as np
 from deformconv.ops.conv.spec import ConvSpec, Gradients
 from deformconv.sampling import rule
 
-__all__ = ["deform_conv", "deform_conv_backward", "reasons_against"]
+__all__ = ["deform_conv", "deform_conv_backward", "how", "reasons_against"]
 
 Array = np.ndarray[Any, Any]
 
@@ -31,6 +31,11 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
     if device != "cpu":
         reasons.append(f"it runs on the CPU, not on {device}.")
     return reasons
+
+
+def how(spec: ConvSpec, library: str) -> list[str]:
+    """What there is to say of how a call is computed, as sentences."""
+    return []
 
 
 # Infinities are data here: 0 * inf is NaN by definition, and nothing to warn of.
