@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deformconv.bench.cases import named
-from deformconv.bench.measure import TOLERANCE, Entry, Failure, Pace, compare, differences, tolerance
+from deformconv.bench.cases import TOLERANCE, named
+from deformconv.bench.measure import Entry, Failure, Pace, compare, differences
 
 CASE = named("primes")
 PACE = Pace(blocks=3, seconds=1e-2)
@@ -119,5 +119,5 @@ def test_medians_and_quartiles_are_of_blocks():
 
 
 def test_wide_images_are_given_what_rounding_takes():
-    assert tolerance(named("primes")) == TOLERANCE
-    assert tolerance(named("signal-1d")) == 4096 / 2**23
+    assert named("primes").tolerance == TOLERANCE
+    assert named("signal-1d").tolerance == 4096 / 2**23

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -122,12 +123,18 @@ class TestScaling:
 class TestMemory:
     @linux
     def test_the_peak_is_seen_though_it_is_freed(self):
-        def call():
-            np.ones(2**23)  # 64 MiB
-            np.ones(2**22)
-
-        memory.peak(call)
-        assert 0.95 * 2**26 < memory.peak(call) < 1.3 * 2**26
+        # In a process of its own, as in a benchmark: libraries may tell the allocator to keep what is freed.
+        code = """
+import numpy as np
+from deformconv.bench import memory
+def call():
+    np.ones(2**23)  # 64 MiB
+    np.ones(2**22)
+memory.peak(call)
+print(memory.peak(call))
+"""
+        peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        assert 0.95 * 2**26 < peak < 1.3 * 2**26
 
     def test_without_proc_it_says_what_is_missing(self, monkeypatch, tmp_path):
         monkeypatch.setattr(memory, "PROCESS", tmp_path / "none")

@@ -9,7 +9,9 @@ import numpy as np
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 from deformconv.ops.window import by
 
-__all__ = ["CASES", "QUICK", "Case", "case_of", "make", "named"]
+__all__ = ["CASES", "QUICK", "TOLERANCE", "Case", "case_of", "make", "named"]
+
+TOLERANCE = 1e-4  # of float32 against float64
 
 
 class Case(NamedTuple):
@@ -39,6 +41,14 @@ class Case(NamedTuple):
         """The shape as it is written in papers: N x C x H x W -> C_out."""
         sizes = "x".join(map(str, (self.batch, self.in_channels, *self.size)))
         return f"{sizes} -> {self.out_channels}"
+
+    @property
+    def tolerance(self) -> float:
+        """How far a right library may be from the truth.
+
+        Those that add positions in float32 round them to size * 2**-23 pixels.
+        """
+        return max(TOLERANCE, max(self.size) * 2.0**-23)
 
     @property
     def details(self) -> str:

@@ -18,11 +18,11 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 
 from deformconv.bench.cases import Case
-from deformconv.bench.peers import PEERS, Truth
+from deformconv.bench.nets import NET_PEERS
+from deformconv.bench.peers import PEERS, Peer, Truth
 
-__all__ = ["Entry", "Failure", "Pace", "Process", "Progress", "compare", "differences", "processes", "speed", "tolerance"]
+__all__ = ["Entry", "Failure", "Pace", "Process", "Progress", "compare", "differences", "peer_of", "processes", "speed"]
 
-TOLERANCE = 1e-4  # of float32 against float64
 MOST_CALLS = 1000  # in a block
 
 
@@ -86,11 +86,17 @@ def processes(libraries: Sequence[str], threads: int) -> Iterator[list[Process]]
         yield [stack.enter_context(closing(Process(library, threads))) for library in libraries]
 
 
+def peer_of(name: str) -> type[Peer]:
+    """The library of that name, or its layers in nets."""
+    found: dict[str, type[Peer]] = {**PEERS, **NET_PEERS, Truth.name: Truth}
+    return found[name]
+
+
 class Entry(NamedTuple):
-    """A process that has a case to run."""
+    """A process that has a case to run: a layer, or a net."""
 
     process: Any
-    case: Case
+    case: Any
 
 
 def speed(
@@ -111,10 +117,10 @@ def speed(
 
 def compare(entries: Mapping[str, Entry], direction: str, truth: Any, pace: Pace) -> dict[str, dict[str, Any]]:
     """Check every entry that can run this, and time those that are right, in alternating blocks."""
-    expected: dict[Case, dict[str, Any]] = {}
+    expected: dict[Any, dict[str, Any]] = {}
     results = {}
     for label, (process, case) in entries.items():
-        peer = PEERS[process.library]
+        peer = peer_of(process.library)
         if reason := peer.reason_against(case, direction):
             results[label] = {"reason": reason}
             continue
@@ -131,9 +137,9 @@ def compare(entries: Mapping[str, Entry], direction: str, truth: Any, pace: Pace
     return results
 
 
-def _checked(process: Any, case: Case, direction: str, expected: dict[str, Any] | None) -> dict[str, Any]:
+def _checked(process: Any, case: Any, direction: str, expected: dict[str, Any] | None) -> dict[str, Any]:
     """The error of what it computes; why it may not be timed, if it may not."""
-    peer = PEERS[process.library]
+    peer = peer_of(process.library)
     try:
         found = _results(process, case, direction)
     except Failure as failure:
@@ -142,7 +148,7 @@ def _checked(process: Any, case: Case, direction: str, expected: dict[str, Any] 
         return {}
     errors = differences(found, expected)
     worst = max(errors, key=lambda name: errors[name])
-    if not errors[worst] <= tolerance(case):
+    if not errors[worst] <= case.tolerance:
         return {"reason": f"differs by {errors[worst]:.1e} in {worst}"}
     return {"error": errors[worst], **({"as 2-D": True} if peer.embeds(case) else {})}
 
@@ -160,12 +166,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, fl
     return errors
 
 
-def tolerance(case: Case) -> float:
-    """How far a right library may be from the truth: those that add positions in float32 round them to size * 2**-23 pixels."""
-    return max(TOLERANCE, max(case.size) * 2.0**-23)
-
-
-def _results(process: Any, case: Case, direction: str) -> dict[str, Any]:
+def _results(process: Any, case: Any, direction: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.npz"
         process.ask("prepare", case=case._asdict())

@@ -1,7 +1,7 @@
 """Whole nets: what a deformable layer costs where people use it, between other layers of PyTorch.
 
-A net is built once with deformable layers and once with plain convolutions in their places. A library's layer is a predictor (a
-plain convolution) and the library's operator; the weights are the same in all of them.
+A net is built once with plain convolutions and once with each library's deformable layers in their places: a predictor, which
+is a plain convolution, and the library's operator. The weights are the same in all of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from deformconv.bench.cases import named
-from deformconv.bench.peers import Arrays, Peer
+from deformconv.bench.peers import DIRECTIONS, Arrays, Peer
 
-__all__ = ["NETS", "NET_PEERS", "QUICK_NETS", "Net", "net_named"]
+__all__ = ["NETS", "NET_PEERS", "QUICK_NETS", "Net", "net_of"]
+
+FORWARD, TRAINING = DIRECTIONS
 
 
 class Net(NamedTuple):
@@ -23,33 +25,38 @@ class Net(NamedTuple):
 
     name: str
     batch: int
-    size: tuple[int, int]
-    blocks: int = 0  # channels of a net of two layers, each with BatchNorm and ReLU; 0 for a ResNet
-    depth: int = 0  # of a ResNet: 18 or 50
+    size: tuple[int, ...]
+    channels: int = 3  # of the images
+    depth: int = 0  # of a ResNet, 18 or 50; 0 for a block
 
     @property
     def shape(self) -> str:
-        return "x".join(map(str, (self.batch, self.blocks or 3, *self.size)))
+        return "x".join(map(str, (self.batch, self.channels, *self.size)))
 
     @property
     def what(self) -> str:
         """The net in words."""
-        if self.blocks:
-            return f"2 x (layer {self.blocks} -> {self.blocks}, BatchNorm, ReLU)"
-        return f"ResNet-{self.depth}, {DEFORMABLE[self.depth][1]} deformable layers"
+        if not self.depth:
+            return f"2 x (layer {self.channels} -> {self.channels}, BatchNorm, ReLU)"
+        return f"ResNet-{self.depth}, {STAGES[self.depth][1]} deformable layers"
 
     @property
     def tolerance(self) -> float:
-        """How far float32 may be from float64: BatchNorm and many layers add up what rounding does to each."""
-        return 1e-3 if self.blocks else 2e-2
+        """How far a right library may be from the truth, both in float64."""
+        return 1e-6
+
+    @property
+    def checked(self) -> Net:
+        """The net on small images, for which it is compared with the truth."""
+        return self._replace(batch=2, size=(96, 128) if self.depth else (12, 15))
 
 
-# Where the DCNv2 paper has deformable layers: the 3x3 convolutions of conv5 in a small net, of conv3 to conv5 in a large one.
-DEFORMABLE = {18: (("layer4",), 4), 50: (("layer2", "layer3", "layer4"), 13)}
+# Where the papers have deformable layers: the 3x3 convolutions of conv5, and of conv3 to conv5; and how many that are.
+STAGES = {18: (("layer4",), 4), 50: (("layer2", "layer3", "layer4"), 13)}
 
 NETS = (
     *(
-        Net(f"block-{case.name}", case.batch, case.size, blocks=case.in_channels)  # type: ignore[arg-type]
+        Net(f"block-{case.name}", case.batch, case.size, case.in_channels)
         for case in map(named, ("c64-56", "c128-28", "c256-56", "c512-14", "c256-100"))
     ),
     Net("resnet18-224", 8, (224, 224), depth=18),
@@ -60,21 +67,24 @@ NETS = (
 QUICK_NETS = ("block-c64-56", "block-c128-28")
 
 
-def net_named(name: str) -> Net:
-    return next(net for net in NETS if net.name == name)
-
-
 def net_of(fields: dict[str, Any]) -> Net:
     """A net from its fields as JSON keeps them."""
     return Net(**{**fields, "size": tuple(fields["size"])})
 
 
-class _NetPeer(Peer):
+class _Made(NamedTuple):
+    """A net, and what it is run on."""
+
+    net: Any
+    x: Any
+    grad_output: Any
+    optimizer: Any
+
+
+class NetPeer(Peer):
     """One library's layers in the nets."""
 
     packages: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
-    read = staticmethod(net_of)
-
     def __init__(self, threads: int) -> None:
         import torch
 
@@ -89,67 +99,76 @@ class _NetPeer(Peer):
     def embeds(cls, case: Any) -> bool:
         return False
 
+    @staticmethod
+    def read(fields: dict[str, Any]) -> Net:
+        return net_of(fields)
+
     @abstractmethod
     def layer(self, conv: Any) -> Any:
         """The layer in the place of a plain convolution, with its weights."""
 
     def prepare(self, case: Any) -> None:
-        # glibc gives memory back to the system, and takes it again page by page, until a process has freed a large piece once.
-        # Whether it did decides about a third of a small net's time, in one process so and in the next one otherwise.
-        del_ = self.torch.empty(30 << 20, dtype=self.torch.uint8)
-        del del_
-        self.torch.manual_seed(0)
-        net = _block(case.blocks) if case.blocks else _resnet(case.depth)
-        predictors = self.torch.Generator().manual_seed(1)
-        for place, name, conv in _places(net):
-            setattr(place, name, self._replaced(conv, predictors))
-        generator = self.torch.Generator().manual_seed(2)
-        x = self.torch.randn(case.batch, case.blocks or 3, *case.size, generator=generator)
-        # A block stands inside of a net, where its input has a gradient.
-        self.net, self.x = self._as_wanted(net), self._as_wanted(x).requires_grad_(case.blocks > 0)
-        shape = self.net(self.x).shape
-        self.grad_output = self._as_wanted(self.torch.randn(shape, generator=generator))
-        # The smallest of steps: it takes as long as any, and the net stays what it is.
-        self.optimizer = self.torch.optim.SGD(self.net.parameters(), lr=1e-12, momentum=0.9)
+        self.case = case
+        self.made: Any = None
 
-    def _as_wanted(self, what: Any) -> Any:
-        return what
+    def make(self, case: Net, dtype: Any) -> _Made:
+        """The net with layers of this library; the same weights in every library and process."""
+        torch = self.torch
+        # glibc gives memory back to the system after every operation, and takes it anew page by page, until a process has
+        # freed a large piece once. Which of two equal processes did was a third of a small net's time.
+        torch.empty(30 << 20, dtype=torch.uint8)
+        torch.manual_seed(0)
+        net = _resnet(case.depth) if case.depth else _block(case.channels)
+        predictors = torch.Generator().manual_seed(1)
+        for place, name, conv in _places(net, case.depth):
+            setattr(place, name, self._replaced(conv, predictors))
+        net = net.to(dtype)
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(case.batch, case.channels, *case.size, generator=generator).to(dtype)
+        shape = (net.fc.out_features,) if case.depth else x.shape[1:]
+        grad_output = torch.randn(case.batch, *shape, generator=generator).to(dtype)
+        # The smallest of steps: it takes as long as any other, and the net stays what it is.
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-12, momentum=0.9)
+        # A block stands inside of a net, where its input has a gradient; a ResNet's input is an image.
+        return _Made(net, x.requires_grad_(not case.depth), grad_output, optimizer)
 
     def _replaced(self, conv: Any, generator: Any) -> Any:
         layer = self.layer(conv)
         predictor = getattr(layer, "offset_conv", None)
-        if predictor is not None:  # offsets of about a pixel, as a trained net has
-            fan_in = predictor.weight[0].numel()
-            weight = self.torch.randn(predictor.weight.shape, generator=generator) / fan_in**0.5
+        if predictor is not None:  # offsets of about a pixel, as a trained net has them
+            weight = self.torch.randn(predictor.weight.shape, generator=generator)
+            weight /= predictor.weight[0].numel() ** 0.5
             predictor.load_state_dict({"weight": weight, "bias": self.torch.zeros(len(weight))})
         return layer
 
     def context(self, direction: str) -> AbstractContextManager[Any]:
-        self.net.train(direction != "forward")
-        return self.torch.inference_mode() if direction == "forward" else nullcontext()
+        if self.made is None:
+            self.made = self.make(self.case, self.torch.float32)
+        self.made.net.train(direction == TRAINING)
+        return nullcontext() if direction == TRAINING else self.torch.inference_mode()
 
     def call_of(self, direction: str) -> Callable[[], Any]:
-        return self.forward if direction == "forward" else self.train
-
-    def forward(self) -> Any:
-        return self.net(self.x)
-
-    def train(self) -> Any:
-        self.optimizer.zero_grad()
-        self.x.grad = None
-        output = self.net(self.x)
-        output.backward(self.grad_output)
-        self.optimizer.step()
-        return output
+        return partial(_step, *self.made) if direction == TRAINING else partial(self.made.net, self.made.x)
 
     def results(self, direction: str) -> Arrays:
-        with self.context(direction):
-            found: Arrays = {"output": self.call_of(direction)().detach().numpy()}
-        if direction != "forward":
-            parameters = {name: p for name, p in self.net.named_parameters() if p.grad is not None}
-            for name in [*parameters][:: max(1, len(parameters) // 8)]:  # of some layers, the first one among them
-                found[name] = parameters[name].grad.numpy()
-        return found
+        """The output, and after a step of training the gradients, of the small net in float64."""
+        made = self.make(self.case.checked, self.torch.float64)
+        made.net.train(direction == TRAINING)
+        if direction != TRAINING:
+            with self.torch.inference_mode():
+                return {"output": made.net(made.x).numpy()}
+        found: Arrays = {"output": _step(*made).detach().numpy()}
+        return found | {name: parameter.grad.numpy() for name, parameter in made.net.named_parameters()}
+
+
+def _step(net: Any, x: Any, grad_output: Any, optimizer: Any) -> Any:
+    """A step of training."""
+    optimizer.zero_grad()
+    x.grad = None
+    output = net(x)
+    output.backward(grad_output)
+    optimizer.step()
+    return output
 
 
 def _block(channels: int) -> Any:
@@ -167,11 +186,9 @@ def _resnet(depth: int) -> Any:
     return getattr(models, f"resnet{depth}")()
 
 
-def _places(net: Any) -> list[tuple[Any, str, Any]]:
+def _places(net: Any, depth: int) -> list[tuple[Any, str, Any]]:
     """The convolutions that deformable layers replace: the module and the attribute that hold each, and itself."""
-    parts = [net] if not hasattr(net, "layer4") else [
-        getattr(net, stage) for stage in DEFORMABLE[18 if len(net.layer3) == 2 else 50][0]
-    ]  # fmt: skip
+    parts = [getattr(net, stage) for stage in STAGES[depth][0]] if depth else [net]
     return [
         (place, name, child)
         for part in parts
@@ -181,78 +198,55 @@ def _places(net: Any) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def _pack(operator: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A layer as users of such an operator write it: a plain convolution predicts offsets and mask."""
+def _pack(operator: Callable[..., Any], conv: Any) -> Any:
+    """A layer as users of an operator write it: a plain convolution predicts offsets and mask."""
     import torch
     from torch import nn
 
     class Pack(nn.Module):
-        def __init__(self, conv: Any) -> None:
+        def __init__(self) -> None:
             super().__init__()
-            self.weight, self.stride, self.padding, self.dilation = conv.weight, conv.stride, conv.padding, conv.dilation
-            self.offset_conv = nn.Conv2d(conv.in_channels, 27, 3, conv.stride, conv.padding, conv.dilation)
+            self.weight, self.window = conv.weight, (conv.stride, conv.padding, conv.dilation)
+            self.offset_conv = nn.Conv2d(conv.in_channels, 27, 3, *self.window)
 
         def forward(self, input: Any) -> Any:
             offset, mask = self.offset_conv(input).split((18, 9), 1)
-            mask = 2 * torch.sigmoid(mask)
-            return operator(input, offset, self.weight, None, self.stride, self.padding, self.dilation, mask)
+            return operator(input, offset, self.weight, None, *self.window, 2 * torch.sigmoid(mask))
 
-    return Pack
+    return Pack()
 
 
-class DeformconvNet(_NetPeer):
+class DeformconvNet(NetPeer):
     name, title = "deformconv-net", "deformconv"
-
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads)
-        import deformconv
-
-        deformconv.set_num_threads(threads)
 
     def layer(self, conv: Any) -> Any:
         from deformconv.torch import DeformConv2d
 
-        layer = DeformConv2d(
-            conv.in_channels, conv.out_channels, 3, conv.stride, conv.padding, conv.dilation, bias=False
-        )
+        layer = DeformConv2d(conv.in_channels, conv.out_channels, 3, conv.stride, conv.padding, conv.dilation, bias=False)
         layer.load_state_dict(conv.state_dict(), strict=False)
         return layer
 
 
-class TruthNet(_NetPeer):
-    """What the results are compared with: array operations in float64."""
-
-    name, title = "truth-net", "truth"
-
-    def layer(self, conv: Any) -> Any:
-        from deformconv.torch import deform_conv2d
-
-        return _pack(partial(deform_conv2d, backend="portable"))(conv)
-
-    def _as_wanted(self, what: Any) -> Any:
-        return what.double()
-
-
-class TorchvisionNet(_NetPeer):
+class TorchvisionNet(NetPeer):
     name, title = "torchvision-net", "torchvision"
 
     def layer(self, conv: Any) -> Any:
         from torchvision.ops import deform_conv2d
 
-        return _pack(deform_conv2d)(conv)
+        return _pack(deform_conv2d, conv)
 
 
-class KorniaNet(_NetPeer):
+class KorniaNet(NetPeer):
     name, title = "kornia-net", "kornia"
     packages = ("torch", "torchvision", "kornia")
 
     def layer(self, conv: Any) -> Any:
         from kornia.feature.aliked.deform_conv2d import deform_conv2d
 
-        return _pack(deform_conv2d)(conv)
+        return _pack(deform_conv2d, conv)
 
 
-class DenseNet(_NetPeer):
+class DenseNet(NetPeer):
     """The net as it was, of plain convolutions."""
 
     name, title = "dense-net", "plain net"
@@ -262,6 +256,17 @@ class DenseNet(_NetPeer):
         return conv
 
 
-NET_PEERS: dict[str, type[_NetPeer]] = {
+class TruthNet(NetPeer):
+    """What the results are compared with: array operations."""
+
+    name, title = "truth-net", "truth"
+
+    def layer(self, conv: Any) -> Any:
+        from deformconv.torch import deform_conv2d
+
+        return _pack(partial(deform_conv2d, backend="portable"), conv)
+
+
+NET_PEERS: dict[str, type[NetPeer]] = {
     peer.name: peer for peer in (DeformconvNet, TorchvisionNet, KorniaNet, DenseNet, TruthNet)
 }

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deformconv.bench.cases import Case, make
+from deformconv.bench.cases import Case, case_of, make
 
 __all__ = ["DIRECTIONS", "PEERS", "RECORDED", "Peer", "Truth", "embedded", "missing"]
 
@@ -66,19 +66,24 @@ class Peer(ABC):
         """Import the library and tell it its number of threads."""
 
     @classmethod
-    def reason_against(cls, case: Case, direction: str) -> str | None:
+    def reason_against(cls, case: Any, direction: str) -> str | None:
         """Why it cannot run this, if it cannot."""
         if direction != "forward" and not cls.trains:
             return cls.no_gradients
         return None if case.rank in cls.ranks else f"has no {case.rank}-D"
 
     @classmethod
-    def embeds(cls, case: Case) -> bool:
+    def embeds(cls, case: Any) -> bool:
         """Whether it runs this 1-D case as a 2-D one of height 1."""
         return case.rank == 1 and cls.deforms and issubclass(cls, _Planar)
 
+    @staticmethod
+    def read(fields: dict[str, Any]) -> Any:
+        """A case from its fields as JSON keeps them."""
+        return case_of(fields)
+
     @abstractmethod
-    def prepare(self, case: Case) -> None:
+    def prepare(self, case: Any) -> None:
         """Make the case's arrays and whatever is made once."""
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What else is worth measuring: kinds of offsets, small calls, scaling, memory, the first call.
+"""What else is worth measuring: whole nets, kinds of offsets, small calls, scaling, memory, the first call.
 
 Every report measures rows, which JSON keeps, and makes Markdown of rows alone.
 """
@@ -6,19 +6,24 @@ Every report measures rows, which JSON keeps, and makes Markdown of rows alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from deformconv.bench import startup
 from deformconv.bench.cases import Case, case_of, make, named
-from deformconv.bench.figures import Row, digits, layer, markdown
+from deformconv.bench.figures import OURS, Row, digits, layer, markdown, ratio
 from deformconv.bench.measure import Entry, Failure, Pace, Progress, compare, processes
+from deformconv.bench.nets import NET_PEERS, NETS, Net, TruthNet, net_of
 from deformconv.bench.peers import DIRECTIONS, PEERS, RECORDED, Truth
 
-__all__ = ["REPORTS", "Plan", "Report", "slope"]
+__all__ = ["REPORTS", "NetMean", "Plan", "Report", "net_means", "slope"]
 
 Rows = list[dict[str, Any]]
 MEGABYTE = 2**20
@@ -33,6 +38,7 @@ class Plan(NamedTuple):
     threads: int
     pace: Pace
     quick: bool = False
+    nets: Sequence[Net] = NETS
 
 
 class Report(NamedTuple):
@@ -41,6 +47,94 @@ class Report(NamedTuple):
     title: str
     measure: Callable[[Plan, Progress], Rows]
     write: Callable[[Sequence[Row]], str]
+
+
+# Whole nets
+
+
+def nets(plan: Plan, progress: Progress) -> Rows:
+    """Nets with each library's deformable layers, beside the same nets of plain convolutions."""
+    peers = [peer for name, peer in NET_PEERS.items() if name.removesuffix("-net") in plan.libraries]
+    busy = [] if plan.quick else [net for net in plan.nets if max(net.size) <= LARGEST_BUSY]
+    rows = []
+    progress.begin((len(plan.nets) + len(busy)) * len(plan.directions))
+    with processes([TruthNet.name, *(peer.name for peer in peers)], plan.threads) as (truth, *others):
+        for net, direction in product(plan.nets, plan.directions):
+            progress.step(f"{net.name}, {direction}")
+            rows.append(_net_row(net, direction, "idle", compare(_entries(others, net), direction, truth, plan.pace)))
+        others = [process for process in others if process.library in ("deformconv-net", "dense-net")]
+        with _busy() if busy else nullcontext():
+            for net, direction in product(busy, plan.directions):
+                progress.step(f"{net.name}, {direction}, beside a busy process")
+                rows.append(_net_row(net, direction, "busy", compare(_entries(others, net), direction, truth, plan.pace)))
+    return rows
+
+
+LARGEST_BUSY = 224  # pixels a side: with larger images a plain net's threads wait for one another for minutes
+
+
+def _entries(others: Sequence[Any], net: Net) -> dict[str, Entry]:
+    return {process.library.removesuffix("-net"): Entry(process, net) for process in others}
+
+
+def _net_row(net: Net, direction: str, machine: str, results: dict[str, Any]) -> dict[str, Any]:
+    return {"net": net._asdict(), "direction": direction, "machine": machine, "results": results}
+
+
+@contextmanager
+def _busy() -> Iterator[None]:
+    """Another process computes on one processor meanwhile."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+class NetMean(NamedTuple):
+    """How many times a net of plain convolutions takes: the geometric mean over nets, and the most."""
+
+    direction: str
+    machine: str
+    mean: float
+    most: tuple[float, str]
+    nets: int
+
+
+def net_means(rows: Sequence[Row]) -> list[NetMean]:
+    found = []
+    for machine, direction in product(("idle", "busy"), DIRECTIONS):
+        chosen = [row for row in rows if (row["machine"], row["direction"]) == (machine, direction)]
+        values = [(ratio(row, OURS, ("dense",)), row["net"]["name"]) for row in chosen]
+        ratios = [(value, name) for value, name in values if value is not None]
+        if ratios:
+            mean = geometric_mean(value for value, _ in ratios)
+            found.append(NetMean(direction, machine, mean, max(ratios), len(ratios)))
+    return found
+
+
+def write_nets(rows: Sequence[Row]) -> str:
+    parts = []
+    for machine, title in (("idle", ""), ("busy", "Beside a process that keeps one processor busy")):
+        chosen = [row for row in rows if row["machine"] == machine]
+        if not chosen:
+            continue
+        names = [name for name in PEERS if any(name in row["results"] for row in chosen)]
+        lines = []
+        for row in chosen:
+            net = net_of(row["net"])
+            ratios = [digits(ratio(row, *pair)) for pair in ((OURS, ("dense",)), (("torchvision",), OURS))]
+            lines.append([net.name, net.what, net.shape, row["direction"], *(_cell(row, name) for name in names), *ratios])
+        titles = ["plain net" if name == "dense" else PEERS[name].title for name in names]
+        head = ["net", "what", "images", "direction", *titles, "ours / plain", "torchvision / ours"]
+        parts += [title, markdown(head, lines, 4)]
+    means = [
+        [found.direction, found.machine, digits(found.mean), f"{digits(found.most[0])} ({found.most[1]})", str(found.nets)]
+        for found in net_means(rows)
+    ]
+    means_head = ["direction", "the machine else", "ours / plain, geometric mean", "most", "nets"]
+    return "\n\n".join(part for part in [*parts, markdown(means_head, means, 2) if means else ""] if part)
 
 
 # Offsets of three kinds
@@ -258,6 +352,7 @@ def start(plan: Plan, progress: Progress) -> Rows:
 
 
 REPORTS = {
+    "net": Report("Whole nets, milliseconds", nets, write_nets),
     "offsets": Report("Offsets of three kinds", offsets, write_offsets),
     "small": Report("Small calls, all five tensors", small, write_small),
     "scaling": Report("Scaling", scaling, write_scaling),

@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 
 from deformconv.bench import memory
-from deformconv.bench.cases import case_of
-from deformconv.bench.peers import PEERS, Truth
+from deformconv.bench.measure import peer_of
 
 
 class Worker:
     """What this process can be asked."""
 
     def __init__(self, library: str, threads: int) -> None:
-        self.peer = (Truth if library == Truth.name else PEERS[library])(threads)
+        self.peer = peer_of(library)(threads)
 
     def prepare(self, case: dict[str, Any]) -> None:
         """Make the case's arrays."""
-        self.peer.prepare(case_of(case))
+        self.peer.prepare(self.peer.read(case))
 
     def results(self, direction: str, file: str) -> None:
         """Save the output and, of a backward call, every gradient."""

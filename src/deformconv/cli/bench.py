@@ -15,6 +15,7 @@ import click
 from deformconv.bench import chart, document, figures
 from deformconv.bench.cases import CASES, QUICK, Case
 from deformconv.bench.measure import Pace, Progress, speed
+from deformconv.bench.nets import NETS, QUICK_NETS
 from deformconv.bench.peers import DIRECTIONS, PEERS, missing
 from deformconv.bench.reports import REPORTS, Plan
 from deformconv.studies.files import whole_file
@@ -121,8 +122,10 @@ def _chosen(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
 
 def _plan(options: Options) -> tuple[Plan, list[str]]:
     """What to measure, and the titles of the libraries that are not installed."""
-    names = _chosen("case", options.cases, [case.name for case in CASES]) or (QUICK if options.quick else ())
-    cases: list[Case] = [case for case in CASES if not names or case.name in names]
+    known = [case.name for case in CASES] + [net.name for net in NETS]
+    names = _chosen("case", options.cases, known) or ((*QUICK, *QUICK_NETS) if options.quick else known)
+    cases: list[Case] = [case for case in CASES if case.name in names]
+    nets = [net for net in NETS if net.name in names]
     wanted = _chosen("library", options.libraries, tuple(PEERS))
     directions = _chosen("direction", options.directions, DIRECTIONS) or DIRECTIONS
     absent = {name: packages for name, peer in PEERS.items() if (packages := missing(peer.packages))}
@@ -134,11 +137,13 @@ def _plan(options: Options) -> tuple[Plan, list[str]]:
 
     pace = QUICK_PACE if options.quick else FULL
     pace = Pace(options.blocks or pace.blocks, options.seconds or pace.seconds)
-    plan = Plan(cases, libraries, directions, options.threads or available_processors(), pace, options.quick)
+    plan = Plan(cases, libraries, directions, options.threads or available_processors(), pace, options.quick, nets)
     return plan, [] if wanted else [PEERS[name].title for name in absent]
 
 
 def _measure(name: str, plan: Plan, bar: Bar) -> list[dict[str, Any]]:
+    if not (plan.nets if name == "net" else plan.cases):
+        raise click.UsageError(f"the report {name} measures {'nets' if name == 'net' else 'layers'}, and --case names none")
     if name == "speed":
         return speed(plan.cases, plan.libraries, plan.directions, plan.threads, plan.pace, bar)
     return REPORTS[name].measure(plan, bar)

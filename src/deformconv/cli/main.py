@@ -158,6 +158,8 @@ def bench(**options: Any) -> int:
     REPORT is one or more of
       speed     beside ONNX Runtime, OpenVINO, torchvision, kornia and a
                 plain convolution, whichever are installed (the default)
+      net       whole nets, beside those of plain convolutions,
+                torchvision's and kornia's layers; also on a busy machine
       offsets   with offsets of three kinds
       small     what a call costs when there is little to compute
       scaling   time against work, and with 1 and 2 threads
