@@ -223,13 +223,14 @@ class _DeformConvNd(nn.Module):
             )
         if self._predictor_input_padding:
             input = F.pad(input, self._predictor_input_padding)
-        raw = self.offset_conv(input)
-        masks = self._masks
-        axis = -1 - self.rank  # the channels, with and without a batch
-        offset = raw.narrow(axis, 0, masks * self.rank) if self.modulated else raw
+        offset, raw_mask = self.offset_conv(input), None
+        if self.modulated:
+            # Views that the kernels read in place, split along the channels, with and without a batch. Two slices would be
+            # the same views, but backward each of them fills an array of all channels, and these are added.
+            offset, raw_mask = offset.split((self._masks * self.rank, self._masks), -1 - self.rank)
         if self.max_offset is not None:
             offset = self.max_offset * torch.tanh(offset / self.max_offset)
-        return offset, self.mask_scale * torch.sigmoid(raw.narrow(axis, masks * self.rank, masks)) if self.modulated else None
+        return offset, None if raw_mask is None else self.mask_scale * torch.sigmoid(raw_mask)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
