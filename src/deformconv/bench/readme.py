@@ -13,7 +13,7 @@ from typing import Any
 from deformconv.bench import chart, document, figures
 from deformconv.bench.cases import case_of
 from deformconv.bench.peers import DIRECTIONS
-from deformconv.bench.reports import REPORTS
+from deformconv.bench.reports import REPORTS, net_means
 
 __all__ = ["RESULTS", "everything", "replaced", "section"]
 
@@ -31,14 +31,34 @@ def section(found: Document) -> str:
 
 {_where(found)} Every library in a process of its own, alternating blocks of calls, medians, after a check that the results agree. `make bench` measures it on your machine, and `deformconv bench` without this repository.
 
-{_means(speed["rows"])}
+{_nets(found)}{_means(speed["rows"])}
 
 Milliseconds:
 
 {_table(speed["rows"])}
 
-{_footnotes(speed["rows"])}The cases by name, kornia, spreads, small calls, scaling, memory and the first call are in [{TABLES}]({TABLES}), the raw figures in [{RESULTS}]({RESULTS}).
+{_footnotes(speed["rows"])}The cases by name, whole nets, kornia, spreads, small calls, scaling, memory and the first call are in [{TABLES}]({TABLES}), the raw figures in [{RESULTS}]({RESULTS}).
 """  # noqa: E501
+
+
+def _nets(found: Document) -> str:
+    """What a net costs, in a sentence for each direction."""
+    if "net" not in found:
+        return ""
+    directions = {DIRECTIONS[0]: "forward", DIRECTIONS[1]: "in a step of training"}
+    sentences = []
+    for mean in net_means(found["net"]["rows"]):
+        if mean.machine == "idle":
+            most, name = mean.most
+            sentences.append(
+                f"**{figures.digits(mean.mean)} times** {directions[mean.direction]} (at most {figures.digits(most)}, {name})"
+            )
+    count = len({row["net"]["name"] for row in found["net"]["rows"]})
+    return (
+        f"**A net with deformable layers takes as long as the same net of plain convolutions** {' and '.join(sentences)}: "
+        f"geometric means over {count} nets, predictors included ([which nets]({TABLES}#whole-nets-milliseconds)). "
+        "The operator alone:\n\n"
+    )
 
 
 def _where(found: Document) -> str:
