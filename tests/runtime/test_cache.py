@@ -46,7 +46,8 @@ def call(root: Path | None = None, prefix: list[str] | None = None, **environmen
     """Run CALL in a new process, with the copy of the package in `root` if one is given."""
     path = {"PYTHONPATH": str(root)} if root else {}
     command = [*(prefix or []), sys.executable, "-c", CALL]
-    ran = subprocess.run(command, env=SURROUNDINGS | path | environment, capture_output=True, text=True, timeout=600, check=False)
+    environment = SURROUNDINGS | path | environment
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stderr
     found: dict[str, object] = json.loads(ran.stdout)
     assert found["sum"] == pytest.approx(147)
