@@ -1,8 +1,11 @@
 # Each of these works as the first command in a fresh clone; they need make and Python 3.10 or newer.
 #   make demo    build .venv with what the demo needs, run the demo     (DEMO="--fast" hands it options)
 #   make demo-gluon    build .venv-gluon, train the demo's net in MXNet Gluon   (DEMO="--fast")
-#   make test    build .venv for development, check style and types, run every test; then test-gluon
+#   make test    test-torch, then test-gluon; a part that fails does not stop the next, and all fails at the end
+#   make test-torch    build .venv for development, check style and types, run every test but MXNet's
 #   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
+#   make test-other-kernels    what could differ on another processor, with PyTorch's, MKL's, oneDNN's and OpenBLAS's
+#                kernels for an older one (KERNELS="NAME=value ..." sets other variables)
 #   make lint    style and types alone
 #   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
 #                (with options only measure and print: BENCH="--quick", BENCH="--help" for the others)
@@ -19,7 +22,14 @@ GLUON_PY := $(GLUON_VENV)/bin/python
 GLUON_TESTS := tests/gluon tests/convert tests/ops tests/runtime tests/sampling \
 	tests/test_dispatch.py tests/test_functional.py tests/test_package.py tests/test_readme.py
 
-.PHONY: help demo demo-gluon test test-torch test-gluon lint bench bench-gluon clean
+# The libraries' plainest kernels, on one thread: sums go in another order than on any processor of today.
+# MKL_CBWR is not among them: every value of it makes MKL's bits the same for any strides, which they are not without it.
+KERNELS ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott \
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+OTHER_KERNELS_TESTS := tests/torch tests/convert tests/ops/conv/test_portable.py tests/ops/conv/test_portable_torch.py \
+	tests/ops/conv/test_reference.py tests/test_functional.py tests/test_examples.py tests/test_readme.py tests/studies
+
+.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-other-kernels lint bench bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -29,10 +39,23 @@ demo: $(VENV)/installed-demo
 demo-gluon: $(GLUON_VENV)/installed-dev-gluon
 	$(GLUON_PY) -m deformconv.cli demo-gluon $(DEMO)
 
-test: test-torch test-gluon
+# Every part, also after one that failed.
+define parts
+	+@failed=; for part in $(1); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+	test -z "$$failed" || { echo "make $@: failed:$$failed" >&2; exit 1; }
+endef
 
-test-torch: lint
+test:
+	$(call parts,test-torch test-gluon)
+
+test-torch:
+	$(call parts,lint run-torch)
+
+run-torch: $(VENV)/installed-dev
 	$(PY) -m pytest
+
+test-other-kernels: $(VENV)/installed-dev
+	env $(KERNELS) $(PY) -m pytest $(OTHER_KERNELS_TESTS)
 
 test-gluon: $(GLUON_VENV)/installed-dev-gluon
 	$(GLUON_PY) -m pytest $(GLUON_TESTS)

@@ -98,7 +98,9 @@ def test_old_files_load_and_ours_load_there(ours, theirs, configuration, tmp_pat
     new.save_parameters(str(tmp_path / "new.params"))
     back = theirs(**configuration)
     back.load_parameters(str(tmp_path / "new.params"))
-    assert (back(data()).asnumpy() == expected).all()
+    for kept, first in zip(back.collect_params().values(), old.collect_params().values(), strict=True):
+        assert (kept.data().asnumpy() == first.data().asnumpy()).all(), first.name
+    assert_close(back(data()).asnumpy(), expected, "float32")
 
 
 @both
@@ -177,8 +179,10 @@ def test_hybridized_it_gives_the_same_numbers(block, configuration):
             with mx.autograd.record():
                 y = net(x)
             y.backward()
-        results.append(b"".join(a.asnumpy().tobytes() for a in [y, x.grad, *(p.grad() for p in net.collect_params().values())]))
-    assert len(set(results)) == 1
+        results.append([a.asnumpy() for a in (y, x.grad, *(p.grad() for p in net.collect_params().values()))])
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            assert_close(found, expected, "float32")
 
 
 @either
@@ -200,7 +204,7 @@ def test_export_and_import(block, tmp_path):
     expected = net(data()).asnumpy()
     net.export(str(tmp_path / "net"), epoch=3)
     loaded = gluon.SymbolBlock.imports(str(tmp_path / "net-symbol.json"), ["data"], str(tmp_path / "net-0003.params"))
-    assert (loaded(data()).asnumpy() == expected).all()
+    assert_close(loaded(data()).asnumpy(), expected, "float32")
     x = data()
     x.attach_grad()
     with mx.autograd.record():
@@ -260,7 +264,7 @@ def test_between_convolutions_of_onednn(block, options):
     if options is not None:
         net.hybridize(**options)
     x.attach_grad()
-    seen = set()
+    first = None
     for _ in range(60):
         with mx.autograd.record():
             y = net(x)
@@ -268,8 +272,10 @@ def test_between_convolutions_of_onednn(block, options):
         results = [y, x.grad, *(parameter.grad() for parameter in net.collect_params().values())]
         for _ in range(3):
             mx.nd.random.normal(shape=(4, 16, 20, 20))  # which takes what is free
-        seen.add(b"".join(result.asnumpy().tobytes() for result in results))
-    assert len(seen) == 1
+        results = [result.asnumpy() for result in results]
+        first = first or results
+        for found, expected in zip(results, first, strict=True):
+            assert_close(found, expected, "float32")
 
 
 def test_a_weight_that_a_convolution_of_onednn_shares():
@@ -348,8 +354,9 @@ def test_the_boundary_can_be_chosen(block):
         offset, mask = net.offsets_and_mask(x)
         weight, bias = net.deformable_conv_weight.data(), net.deformable_conv_bias.data()
         expected = deform_conv(x, offset, weight, bias, padding=1, mask=mask, boundary=boundary or own)
-        assert (results[boundary] == expected.asnumpy()).all()
-    assert (results[None] == results[own]).all() and (results[None] != results[other]).any()
+        assert_close(results[boundary], expected.asnumpy(), "float32")
+    assert_close(results[None], results[own], "float32")
+    assert error(results[None], results[other]) > 1e-3
 
 
 @either

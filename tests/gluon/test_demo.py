@@ -47,7 +47,10 @@ def test_it_learns(kind):
 
 def test_training_is_reproducible_and_its_seed_matters():
     runs = [[loss for _, loss in gluon_demo.train("v2", noise(), TINY, seed)] for seed in (5, 5, 6)]
-    assert runs[0] == runs[1] != runs[2] and len(runs[0]) == 3
+    assert len(runs[0]) == 3
+    # MXNet's products promise no bits, not even for the same call twice.
+    assert runs[0] == pytest.approx(runs[1], rel=1e-3)
+    assert runs[0] != pytest.approx(runs[2], rel=1e-2)
 
 
 def test_the_nets_are_those_of_the_pytorch_demo():

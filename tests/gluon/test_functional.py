@@ -555,6 +555,32 @@ print(net[0].offset_weight.grad().shape)
     assert done.stdout == "(27, 2, 3, 3)\n", done
 
 
+def test_a_program_may_end_before_its_gradients_are_computed():
+    """MXNet stops its threads for operators in Python at exit, and aborts if it needs another one afterwards."""
+    code = """
+import warnings; warnings.simplefilter("ignore")
+import time
+import mxnet as mx
+from deformconv.gluon import deform_conv
+from deformconv.ops.conv import cpu
+backward = cpu.deform_conv_backward
+def slow(*arguments):
+    time.sleep(0.1)
+    print("computed", flush=True)
+    return backward(*arguments)
+cpu.deform_conv_backward = slow
+x, offset, weight = mx.nd.ones((1, 2, 6, 6)), mx.nd.zeros((1, 18, 6, 6)), mx.nd.ones((2, 2, 3, 3))
+x.attach_grad()
+with mx.autograd.record():
+    y = x
+    for _ in range(3):
+        y = deform_conv(y, offset, weight, padding=1)
+y.backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "computed\n" * 3), done
+
+
 def test_nan_and_far_offsets_do_not_crash():
     x, weight = mx.nd.ones((1, 2, 6, 6)), mx.nd.ones((1, 2, 3, 3))
     offset = np.zeros((1, 18, 6, 6), np.float32)

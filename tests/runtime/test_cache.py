@@ -38,13 +38,16 @@ print(json.dumps({
 }))
 """
 KERNELS = {"forward"}
+# A folder that whoever runs the tests has chosen is not the one that they are about.
+SURROUNDINGS = {name: value for name, value in os.environ.items() if name != "DEFORMCONV_CACHE_DIR"}
 
 
 def call(root: Path | None = None, prefix: list[str] | None = None, **environment: str) -> dict[str, object]:
     """Run CALL in a new process, with the copy of the package in `root` if one is given."""
     path = {"PYTHONPATH": str(root)} if root else {}
     command = [*(prefix or []), sys.executable, "-c", CALL]
-    ran = subprocess.run(command, env=os.environ | path | environment, capture_output=True, text=True, timeout=600, check=False)
+    environment = SURROUNDINGS | path | environment
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stderr
     found: dict[str, object] = json.loads(ran.stdout)
     assert found["sum"] == pytest.approx(147)
@@ -125,7 +128,7 @@ def test_a_filled_folder_is_read_beside_one_that_can_be_written(copy: Path, tmp_
         assert entry == folder  # nothing else is left behind
     ran = CALL.replace("compiled = []", "compiled = []\nwrite = cache._can_write\ncache._can_write = "
                        "lambda folder: 'copy' not in str(folder) and write(folder)")  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(copy), "XDG_CACHE_HOME": str(tmp_path / "home")}
+    environment = SURROUNDINGS | {"PYTHONPATH": str(copy), "XDG_CACHE_HOME": str(tmp_path / "home")}
     output = subprocess.run([sys.executable, "-c", ran], env=environment, capture_output=True, text=True, check=True).stdout
     other = json.loads(output)
     assert other["compiled"] == []

@@ -57,8 +57,10 @@ def test_training_is_reproducible_and_its_seed_matters():
     *_, again = training.train(noise(), canvases, TINY, 5)
     *_, other = training.train(noise(), canvases, TINY, 6)
     assert [run.kind for run in runs] == list(KINDS)
-    assert [run.losses for run in runs] == [run.losses for run in again]
-    assert [run.losses for run in runs] != [run.losses for run in other]
+    # PyTorch's products promise no bits, not even for the same call twice.
+    for run, same, another in zip(runs, again, other, strict=True):
+        assert run.losses == pytest.approx(same.losses, rel=1e-3)
+        assert run.losses != pytest.approx(another.losses, rel=1e-2)
     for run in runs:
         assert len(run.losses) == len(run.seconds) == 3
         assert sorted(run.accuracies) == [2, 3] and run.accuracy == run.accuracies[3]

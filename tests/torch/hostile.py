@@ -146,8 +146,11 @@ def beyond_int32():
                 leaves = [t.requires_grad_() for t in leaves]
                 y = deform_conv2d(*leaves[:3], padding=1, mask=leaves[3], backend=backend)
                 results.append([y.detach(), *torch.autograd.grad(y, leaves, grad_output)])
-            for ours, theirs in zip(*results, strict=True):
-                assert torch.equal(ours, theirs)
+            for near, distant in zip(*results, strict=True):
+                if backend == "cpu":
+                    assert torch.equal(near, distant)
+                else:  # PyTorch's product may sum in another order where strides differ
+                    assert_close(distant, near, "float32")
 
 
 def more_pixels():

@@ -116,7 +116,10 @@ def test_strides_do_not_matter(name, backend, form):
         y = function(**given, **keywords, backend=backend)
         results.append([y.detach(), *torch.autograd.grad(y, list(given.values()), grad_output)])
     for ours, expected in zip(*results, strict=True):
-        assert torch.equal(ours, expected)
+        if backend == "cpu":
+            assert torch.equal(ours, expected)
+        else:  # PyTorch's product may sum in another order
+            assert_close(ours, expected, "float64")
 
 
 class TestWithoutABatch:
@@ -149,7 +152,7 @@ class TestWithoutABatch:
         y = layer(x)
         assert y.shape == layer(x[None])[0].shape
         assert_close(y.detach(), layer(x[None])[0].detach(), "float32")
-        assert torch.equal(layer(x, *layer.offsets_and_mask(x)), y)
+        assert_close(layer(x, *layer.offsets_and_mask(x)).detach(), y.detach(), "float32")
 
     @pytest.mark.parametrize("layer", [DeformConv1d, DeformConv3d])
     def test_layers_of_other_ranks(self, layer):
@@ -187,7 +190,8 @@ def test_parametrizations(parametrization):
     x = torch.rand(2, 4, 6, 5)
     y = layer(x)
     offset, mask = layer.offsets_and_mask(x)
-    assert torch.equal(y, deform_conv2d(x, offset, layer.weight, layer.bias, padding=1, mask=mask))
+    expected = deform_conv2d(x, offset, layer.weight, layer.bias, padding=1, mask=mask)
+    assert_close(y.detach(), expected.detach(), "float32")
     y.sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
     nn.utils.parametrize.remove_parametrizations(layer, "weight")

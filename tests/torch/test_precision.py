@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from tests.ops.conv.cases import CASES
@@ -157,8 +159,10 @@ class TestAutocast:
 
     def test_of_another_device_does_nothing(self):
         function, arrays, keywords, _ = call_of(dtype="float32")
-        with pytest.warns(UserWarning, match="CUDA is not available"), torch.autocast("cuda", dtype=torch.float16):
-            y = function(**arrays, **keywords)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, where there is no such device
+            with torch.autocast("cuda", dtype=torch.float16):
+                y = function(**arrays, **keywords)
         assert y.dtype == torch.float32
 
     @halves
@@ -175,7 +179,11 @@ class TestAutocast:
         expected = second()
         with torch.autocast("cpu", dtype=half):
             found = second()
-        assert all(map(torch.equal, found, expected))
+        if backend == "cpu":
+            assert all(map(torch.equal, found[:2], expected[:2]))  # the last is PyTorch's derivative of a derivative
+        for ours, wanted in zip(found, expected, strict=True):
+            assert ours.dtype == torch.float64
+            assert_close(ours.detach(), wanted.detach(), "float64")
 
     @pytest.mark.parametrize("layer", [DeformConv1d, DeformConv2d, DeformConv3d])
     @halves
@@ -195,8 +203,8 @@ class TestAutocast:
                 assert_close(y.float().detach(), expected.detach(), "bfloat16")
             found = net.offsets_and_mask(x)
         assert set(seen) == {torch.float32}
-        assert torch.equal(found[0], offset)
-        assert torch.equal(found[1], mask)
+        for ours, wanted in zip(found, (offset, mask), strict=True):
+            assert_close(ours.detach(), wanted.detach(), "float32")
         y.float().sum().backward()
         assert all(p.grad.dtype == torch.float32 for p in net.parameters())
 
@@ -208,7 +216,9 @@ class TestAutocast:
         x = torch.rand(2, 4, 7, 6)
         compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(compiled(x), net(x))
+            found, expected = compiled(x), net(x)
+        assert found.dtype == torch.bfloat16
+        assert_close(found.detach().float(), expected.detach().float(), "bfloat16")
         torch._dynamo.reset()
 
 
@@ -246,5 +256,5 @@ def test_a_grad_scaler_trains_and_skips_what_overflows():
         losses.append(loss.item())
         scales.append(scaler.get_scale())
     assert scales[0] == 2.0**39  # the first gradients overflowed and were left out
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1])
     assert losses[-1] < losses[0] / 3

@@ -118,7 +118,7 @@ X = torch.rand(2, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manu
 
 def test_fx_records_one_call(net):
     traced = torch.fx.symbolic_trace(net)
-    assert torch.equal(traced(X), net(X))
+    assert_close(traced(X).detach(), net(X).detach(), "float64")
     calls = [node for node in traced.graph.nodes if node.op == "call_function"]
     assert sum(node.target is deform_conv2d for node in calls) == 2
 

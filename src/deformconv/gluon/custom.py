@@ -6,16 +6,19 @@ was one: it prints a traceback and raises an MXNetError without our text. So the
 
 from __future__ import annotations
 
+import atexit
 import re
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache, wraps
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import mxnet as mx
 import numpy as np
+from mxnet.base import MXNetError
 from mxnet.ndarray.ndarray import _DTYPE_MX_TO_NP
 
 from deformconv import dispatch
@@ -31,6 +34,13 @@ OPERANDS = ("data", "offset", "weight", "bias", "mask")
 # What a symbol keeps, as text, in graphs that may be saved: these names and their meaning stay.
 WINDOW = ("stride", "padding", "dilation", "groups", "offset_groups", "boundary")
 OTHERS = ("operands", "backend", "weight_shape")
+
+
+@atexit.register
+def _finish() -> None:
+    """Wait for what is under way: MXNet aborts a process that ends while an operator in Python is yet to run."""
+    with suppress(MXNetError):
+        mx.nd.waitall()
 
 
 def in_gluon_words(error: Exception) -> Exception:
