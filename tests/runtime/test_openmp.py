@@ -275,6 +275,69 @@ def test_results_are_the_same_for_any_number_of_threads_of_either_kind(case: Any
             np.testing.assert_array_equal(one, two)
 
 
+def test_a_team_that_comes_late_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callers wait for a thread that has no processor; threads of our own do the work for a while."""
+    now = [100.0]
+    monkeypatch.setattr(openmp.time, "monotonic", lambda: now[0])
+    team = Runtime(ctypes.CDLL(torch._C.__file__))
+    for _ in range(100):  # an accident now and then is none of it
+        team.note(5e-3, 1e-3)
+        assert not team.is_resting
+        for _ in range(4):
+            team.note(1e-4, 1e-3)
+    team.note(2.9e-3, 1e-3)  # within two items and what is allowed
+    team.note(5e-3, 1e-3)
+    assert not team.is_resting
+    team.note(5e-3, 1e-3)
+    assert team.is_resting
+    now[0] += openmp.REST / 2
+    assert team.is_resting
+    now[0] += openmp.REST
+    assert not team.is_resting
+    team.note(5e-3, 1e-3)  # it is tried again, and is late again
+    assert team.is_resting
+
+
+def test_while_a_team_rests_own_threads_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, kernels = tensors(), cpu._kernels()
+    torch.set_num_threads(2)
+    deformconv.set_num_threads(2)
+    on_team, ran = kernels.run_on_team, []
+    monkeypatch.setattr(kernels, "run_on_team", lambda *a, **k: [ran.append(1), on_team(*a, **k)])
+    monkeypatch.setattr(runtime(), "_resting_until", 0.0)
+    expected = both(*arguments)
+    assert ran
+    ran.clear()
+    monkeypatch.setattr(runtime(), "_resting_until", float("inf"))
+    assert all(map(torch.equal, both(*arguments), expected))
+    assert not ran
+
+
+def test_how_long_the_caller_waited_is_measured() -> None:
+    heard: list[tuple[float, float]] = []
+
+    class Listening(Runtime):
+        def note(self, waited: float, item: float) -> None:
+            heard.append((waited, item))
+
+    team = Listening(ctypes.CDLL(torch._C.__file__))
+    run_on_team(dawdle, (2, 0.05), (), 2, threads=2, burst=2, runtime=team)
+    ((waited, item),) = heard
+    assert 0.04 < waited < 5  # the caller has ended at once, the other thread after 50 ms
+    assert 0 <= item < waited
+
+
+@kernel
+def dawdle(counter, limit, thread, team, seconds):
+    """One item each; all but the caller compute for about so many seconds."""
+    fetch_add(counter, NEXT)
+    fetch_add(counter, BEGUN)
+    wait_for(counter, BEGUN, team)
+    steps = int(seconds * 2e9) if thread else 0
+    for _ in range(steps):
+        fetch_add(counter, STOP)
+
+
 def tensors(size: int = 40) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 16, size, size), (2, 18, size, size), (16, 16, 3, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numba
@@ -20,6 +21,7 @@ __all__ = ["compile_for_teams", "run_on_team"]
 
 _BYTES = ir.IntType(8).as_pointer()
 _NUMBER = ir.IntType(32)
+_SECONDS = ir.DoubleType()
 _NONE_LEFT = 1 << 62  # more than any number of items
 
 
@@ -45,9 +47,15 @@ def run_on_team(
     address = _addresses.get((compiled, *kind))
     if address is None:
         address = _addresses[(compiled, *kind)] = _address_of(compiled, (counter, burst, 0, *arguments))
-    while counter[NEXT] < items:
-        _launch(runtime.parallel, runtime.thread_number, threads, address, (counter, burst, 0, *arguments))
-        counter[NEXT] = counter[LEFT]
+    first = 0
+    while first < items:
+        began = time.perf_counter()
+        waited = _launch(
+            runtime.parallel, runtime.thread_number, runtime.clock, threads, address, (counter, burst, 0, *arguments)
+        )  # fmt: skip
+        left = min(int(counter[LEFT]), items)
+        runtime.note(waited, (time.perf_counter() - began - waited) * threads / (left - first))
+        counter[NEXT] = first = left
 
 
 def _address_of(compiled: Any, arguments: tuple[Any, ...]) -> int:
@@ -61,50 +69,60 @@ def _address_of(compiled: Any, arguments: tuple[Any, ...]) -> int:
 def compile_for_teams(compiled: Any) -> None:
     """Compile, or load, what it takes to run a kernel on a team, for all types of arguments that the kernel is compiled for."""
     for signature in compiled.signatures:
-        _launch.compile((*(types.int64,) * 4, types.BaseTuple.from_types(signature)))
+        _launch.compile((*(types.int64,) * 5, types.BaseTuple.from_types(signature)))
 
 
 @kernel
-def _launch(parallel, thread_number, threads, function, arguments):
-    """Call the kernel at the address `function` on a team of up to `threads` threads, and wait for all of them.
+def _launch(parallel, thread_number, clock, threads, function, arguments):
+    """Call the kernel at the address `function` on a team of up to `threads` threads, and return the seconds of waiting.
 
-    `parallel` and `thread_number` are the addresses of GOMP_parallel and omp_get_thread_num. The first three `arguments` of the
-    kernel are (counter, limit, thread). The caller, who is thread 0, takes `limit` items at the most. When it has done, no
-    other thread takes another one, and `counter[LEFT]` is the number of the first item that nobody has taken. What a thread
-    raises ends the others' work too, and is raised here.
+    `parallel`, `thread_number` and `clock` are the addresses of GOMP_parallel, omp_get_thread_num and omp_get_wtime. The
+    first three `arguments` of the kernel are (counter, limit, thread). The caller, who is thread 0, takes `limit` items at the
+    most. When it has done, no other thread takes another one, and `counter[LEFT]` is the number of the first item that nobody
+    has taken. The caller waits from its own last item to the others'. What a thread raises ends the others' work too, and is
+    raised here.
     """
-    _call_on_team(parallel, thread_number, threads, function, arguments)
+    return _call_on_team(parallel, thread_number, clock, threads, function, arguments)
 
 
 @intrinsic
-def _call_on_team(typing, parallel, thread_number, threads, function, arguments):
+def _call_on_team(typing, parallel, thread_number, clock, threads, function, arguments):
     def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        parallel, thread_number, threads, function, packed = given
-        task = _Task(context, signature.args[4].types)
-        place = task.store(builder, [*cgutils.unpack_tuple(builder, packed), function, thread_number])
+        parallel, thread_number, clock, threads, function, packed = given
+        task = _Task(context, signature.args[5].types)
+        place = task.store(builder, [*cgutils.unpack_tuple(builder, packed), function, thread_number, clock])
         body = _member(task, builder.module)
         kind = ir.FunctionType(ir.VoidType(), [body.type, _BYTES, _NUMBER, _NUMBER])
         begin = builder.inttoptr(parallel, kind.as_pointer())
         builder.call(begin, [body, builder.bitcast(place, _BYTES), builder.trunc(threads, _NUMBER), _NUMBER(0)])
-        status = context.call_conv._get_return_status(builder, *task.outcome(builder, place))
+        code, excinfo, ended = task.outcome(builder, place)
+        status = context.call_conv._get_return_status(builder, code, excinfo)
         with builder.if_then(status.is_error, likely=False):
             context.call_conv.return_status_propagate(builder, status)
-        return context.get_dummy_value()
+        return builder.fsub(_now(builder, clock), ended)
 
-    return types.void(parallel, thread_number, threads, function, arguments), emit
+    return types.float64(parallel, thread_number, clock, threads, function, arguments), emit
+
+
+def _now(builder: Any, clock: Any) -> Any:
+    """The seconds that the function at an address returns."""
+    return builder.call(builder.inttoptr(clock, ir.FunctionType(_SECONDS, []).as_pointer()), [])
 
 
 class _Task:
-    """What the team's threads are handed: the kernel's arguments, two addresses, and room for what one of them raised."""
+    """What the team's threads are handed: the kernel's arguments, three addresses, and room for what they leave behind.
+
+    That is the status and the exception of a thread that raised one, and when the caller had no work left.
+    """
 
     def __init__(self, context: Any, kinds: Any) -> None:
         self.context, self.kinds = context, kinds
 
     def store(self, builder: Any, values: list[Any]) -> Any:
         self.count = len(values)
-        kind = ir.LiteralStructType([*(value.type for value in values), _NUMBER, excinfo_ptr_t])
+        kind = ir.LiteralStructType([*(value.type for value in values), _NUMBER, excinfo_ptr_t, _SECONDS])
         place = cgutils.alloca_once(builder, kind)
-        for number, value in enumerate([*values, _NUMBER(0), ir.Constant(excinfo_ptr_t, None)]):
+        for number, value in enumerate([*values, _NUMBER(0), ir.Constant(excinfo_ptr_t, None), _SECONDS(0)]):
             builder.store(value, self._field(builder, place, number))
         self.type = place.type
         return place
@@ -113,8 +131,12 @@ class _Task:
         return [builder.load(self._field(builder, place, number)) for number in range(self.count)]
 
     def outcome(self, builder: Any, place: Any) -> list[Any]:
-        """The status, and what describes the exception if it is one."""
-        return [builder.load(self._field(builder, place, self.count + number)) for number in range(2)]
+        """The status, what describes the exception if it is one, and when the caller had ended."""
+        return [builder.load(self._field(builder, place, self.count + number)) for number in range(3)]
+
+    def end(self, builder: Any, place: Any, seconds: Any) -> None:
+        """Note when the caller has ended."""
+        builder.store(seconds, self._field(builder, place, self.count + 2))
 
     def fail(self, builder: Any, place: Any, status: Any) -> None:
         """Note an exception, if it is the first."""
@@ -134,7 +156,7 @@ def _member(task: _Task, module: Any) -> Any:
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     place = builder.bitcast(function.args[0], task.type)
-    *values, kernel, thread_number = task.load(builder, place)
+    *values, kernel, thread_number, clock = task.load(builder, place)
     asks = ir.FunctionType(_NUMBER, []).as_pointer()
     thread = builder.sext(builder.call(builder.inttoptr(thread_number, asks), []), INT)
     first = builder.icmp_signed("==", thread, INT(0))
@@ -152,5 +174,6 @@ def _member(task: _Task, module: Any) -> Any:
         left = builder.atomic_rmw("xchg", element(builder, counters, INT(NEXT)), INT(_NONE_LEFT), "acq_rel")
         with builder.if_then(first):
             builder.store(left, element(builder, counters, INT(LEFT)))
+            task.end(builder, place, _now(builder, clock))
     builder.ret_void()
     return function

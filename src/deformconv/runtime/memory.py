@@ -44,10 +44,11 @@ class Arena:
     def __init__(self, memory: np.ndarray) -> None:
         self._memory, self._used = memory, 0
 
-    def empty(self, size: int, dtype: Any) -> np.ndarray:
-        """An aligned array of `size` numbers."""
+    def empty(self, shape: int | tuple[int, int], dtype: Any) -> np.ndarray:
+        """An aligned array."""
+        size = shape if isinstance(shape, int) else shape[0] * shape[1]
         first, self._used = self._used, self._used + room(size, dtype)
-        return np.ndarray(size, dtype, self._memory, first)
+        return np.ndarray(shape, dtype, self._memory, first)
 
 
 def room(size: int, dtype: Any) -> int:
@@ -69,5 +70,5 @@ def arena(size: int) -> Iterator[Arena]:
         yield Arena(memory)
     finally:
         # As many pieces as there were calls at once, in a server with several threads say.
-        if memory.size + sum(piece.size for piece in tuple(_kept)) <= KEPT:
+        if memory.size + (sum(piece.size for piece in tuple(_kept)) if _kept else 0) <= KEPT:
             _kept.append(memory)

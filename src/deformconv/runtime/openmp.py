@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from deformconv.errors import BackendError
 from deformconv.runtime.processors import chosen_threads, get_num_threads
 
 __all__ = ["Library", "Runtime", "Team", "lend", "team_for"]
+
+LATE = 1e-3  # seconds beyond an item's own length: on an idle machine a team's threads end within microseconds of one another
+REST = 0.25  # seconds for which threads of our own do the work then
 
 
 class Runtime:
@@ -30,9 +34,11 @@ class Runtime:
         self._functions = functions  # keeps the library loaded
         self.parallel = _address(functions.GOMP_parallel)
         self.thread_number = _address(functions.omp_get_thread_num)
+        self.clock = _address(functions.omp_get_wtime)
         self.file = _file_of(self.parallel)
         # libgomp waits in a forked child for threads that only its parent has. LLVM's and Intel's runtimes begin anew.
         self.survives_fork = hasattr(functions, "__kmpc_fork_call")
+        self._late, self._resting_until = 0.0, 0.0
 
     @property
     def name(self) -> str:
@@ -41,6 +47,24 @@ class Runtime:
 
     def set_num_threads(self, n: int) -> None:
         self._functions.omp_set_num_threads(n)
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether its teams have kept callers waiting lately, since other programs or threads have the processors.
+
+        A team ends its work together: it waits for a thread that has no processor, where threads of our own go on without it.
+        """
+        return self._resting_until > 0 and time.monotonic() < self._resting_until
+
+    def note(self, waited: float, item: float) -> None:
+        """Hear how long a caller who had no work left has waited for its team, and how long an item takes, in seconds."""
+        if waited <= LATE + 2 * item:
+            self._late = max(0.0, self._late - 0.25)
+            return
+        self._late += 1
+        if self._late >= 2:  # not for one accident
+            self._late = 1.0
+            self._resting_until = time.monotonic() + REST
 
 
 class Library:
@@ -79,7 +103,7 @@ class Library:
             runtime.set_num_threads(number)
 
 
-_NEEDED = ("GOMP_parallel", "omp_get_thread_num", "omp_set_num_threads")
+_NEEDED = ("GOMP_parallel", "omp_get_thread_num", "omp_get_wtime", "omp_set_num_threads")
 
 
 def _loaded(file: str | None) -> Iterator[ctypes.CDLL]:

@@ -19,7 +19,7 @@ import numpy as np
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
 from deformconv.runtime import threads
 from deformconv.runtime.memory import ALIGNMENT, Arena, aligned, arena, room
-from deformconv.runtime.openmp import Runtime, Team, team_for
+from deformconv.runtime.openmp import Runtime, team_for
 
 __all__ = ["deform_conv", "deform_conv_backward", "how", "reasons_against", "warmup"]
 
@@ -97,17 +97,15 @@ class _Plan(NamedTuple):
     """How a call is cut, in both directions."""
 
     geometry: np.ndarray
-    multiplications: int
     x: Layout
     x_size: int
     forward_weight_size: int
     forward_bytes: int
-    forward_items: int
+    forward: _Share
     strands: int
     chunk: int
     tile: int
     taps_at_once: int
-    scratch: tuple[int, int]
     backward_weight_size: int
     slots: int
     parts: int
@@ -117,7 +115,7 @@ class _Plan(NamedTuple):
     sums_row: int
     backward_tile: int
     backward_taps: int
-    backward_scratch: tuple[int, int]
+    backward: _Share
 
 
 @lru_cache(maxsize=256)
@@ -174,17 +172,15 @@ def _plan(spec: ConvSpec, number: int) -> _Plan:
     sums_rows, sums_row = (1, 1) if depthwise else (_up(group_outputs, kernels.FEW_ROWS), _up(group_channels, vector))
     return _Plan(
         geometry=np.array(geometry, np.int64),
-        multiplications=_multiplications(spec),
         x=x,
         x_size=x_size,
         forward_weight_size=packed,
         forward_bytes=room(x_size, spec.dtype) + room(packed, spec.dtype),
-        forward_items=_up(tiles, strands),
+        forward=_share(spec, number, _up(tiles, strands), _multiplications(spec), forward_scratch(tile)),
         strands=strands,
         chunk=chunk,
         tile=tile,
         taps_at_once=taps_at_once,
-        scratch=forward_scratch(tile),
         backward_weight_size=taps * (channels if depthwise else outputs * _up(group_channels, vector)),
         slots=slots,
         parts=parts,
@@ -194,7 +190,9 @@ def _plan(spec: ConvSpec, number: int) -> _Plan:
         sums_row=sums_row,
         backward_tile=backward_tile,
         backward_taps=min(taps, backward_taps),
-        backward_scratch=(integers, _up(reals, vector) + 2 * column),
+        backward=_share(
+            spec, number, x.blocks * lanes, 2 * _multiplications(spec), (integers, _up(reals, vector) + 2 * column)
+        ),
     )
 
 
@@ -235,20 +233,19 @@ def deform_conv(
         return output
     team = team_for(library)
     plan = _plan(spec, team.threads)
-    work = _Work.of(_kernels().forward, spec, plan.forward_items, plan.multiplications, team, plan.scratch)
     weight, weight_last = _flat_channels(weight)
     offset, mask, image_offset, image_mask = _places(spec, offset, mask)
     bias = _empty(spec) if bias is None else _flat(bias)
-    with arena(plan.forward_bytes + work.scratch_bytes) as memory:
+    with arena(plan.forward_bytes + plan.forward.bytes) as memory:
         arguments = (
             spec.input_size, plan.geometry, spec.boundary == "inside", spec.batch,
             input, input_last, memory.empty(plan.x_size, spec.dtype), plan.x.span, plan.x.width,
             offset, mask, image_offset, image_mask,
             weight, weight_last, memory.empty(plan.forward_weight_size, spec.dtype), bias, flat_output, input_last,
             spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
-            plan.chunk, plan.tile, plan.taps_at_once, plan.strands, _empty(spec), *work.scratch(memory),
+            plan.chunk, plan.tile, plan.taps_at_once, plan.strands, _empty(spec), *plan.forward.scratch(memory, spec.dtype),
         )  # fmt: skip
-        work.run(arguments)
+        _run(_kernels().forward, arguments, plan.forward, team.runtime, spec)
     return output
 
 
@@ -284,8 +281,6 @@ def deform_conv_backward(
 
     team, kernels = team_for(library), _kernels()
     plan = _plan(spec, team.threads)
-    items = plan.x.blocks * plan.lanes if results.keys() != {"bias"} else 1
-    work = _Work.of(kernels.backward, spec, items, 2 * plan.multiplications, team, plan.backward_scratch)
     flat = {name: results[name].reshape(-1) if name in results else _empty(spec) for name in GRADIENTS[1:]}
     grad_output, output_last = _flat_channels(grad_output)
     weight, weight_last = _flat_channels(weight)
@@ -300,7 +295,7 @@ def deform_conv_backward(
         "offset": plan.slots * flat["offset"].size if plan.slots > 1 else 0,
         "mask": plan.slots * flat["mask"].size if plan.slots > 1 else 0,
     }
-    with arena(sum(room(size, spec.dtype) for size in sizes.values()) + work.scratch_bytes) as memory:
+    with arena(sum(room(size, spec.dtype) for size in sizes.values()) + plan.backward.bytes) as memory:
         own = {name: memory.empty(size, spec.dtype) for name, size in sizes.items()}
         own["d_output"][-kernels.FEW_ROWS * spec.out_channels :] = 0
         places = {name: own[name] if plan.slots > 1 else flat[name] for name in ("offset", "mask")}
@@ -313,9 +308,10 @@ def deform_conv_backward(
             own["d_x"], places["offset"], places["mask"], own["sums"], flat["bias"],
             spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
             plan.parts, plan.lanes, plan.sums_row, plan.backward_tile, plan.backward_taps, _empty(spec),
-            *work.scratch(memory),
+            *plan.backward.scratch(memory, spec.dtype),
         )  # fmt: skip
-        work.run(arguments)
+        share = plan.backward if results.keys() != {"bias"} else plan.backward._replace(items=1)
+        _run(kernels.backward, arguments, share, team.runtime, spec)
         sums = [_empty(spec)] * 4 if plan.slots == 1 else [own["offset"], flat["offset"], own["mask"], flat["mask"]]
         moves = (
             own["d_x"], plan.x.span, plan.x.width, plan.x.pitch, plan.parts, d_input, input_last, spec.in_channels, spec.batch,
@@ -327,7 +323,7 @@ def deform_conv_backward(
         items += spec.batch * ceil(spec.pixels / kernels.RUN) if "input" in results else 0
         items += ceil(sums[1].size / kernels.SUMS) + ceil(sums[3].size / kernels.SUMS)
         moved = own["d_x"].size + own["sums"].size + sums[0].size + sums[2].size
-        _Work.of(kernels.collect, spec, items, moved * _COPY, team).run(moves)
+        _run(kernels.collect, moves, _share(spec, team.threads, items, moved * _COPY), team.runtime, spec)
     return Gradients(**results)
 
 
@@ -341,53 +337,42 @@ def _is_shared(multiplications: int) -> bool:
     return multiplications * _NANOSECONDS > _SHARED_FROM
 
 
-class _Work(NamedTuple):
-    """Items of a kernel's work, and the threads that they are shared out to."""
+class _Share(NamedTuple):
+    """How the items of a kernel's work are shared out."""
 
-    kernel: Any
-    kind: tuple[Any, ...]  # of its arguments: kernels are compiled for each
     items: int
     threads: int
     burst: int  # items that the caller takes before it listens for Ctrl-C
-    runtime: Runtime | None
-    sizes: tuple[int, int]  # the reals and the int32 numbers that every thread needs for itself
+    reals: int = 0  # that every thread needs for itself
+    integers: int = 0  # int32 numbers, likewise
+    bytes: int = 0  # of all threads' scratch memory
 
-    @classmethod
-    def of(
-        cls, kernel: Any, spec: ConvSpec, items: int, multiplications: int, team: Team, scratch: tuple[int, int] = (0, 0)
-    ) -> _Work:
-        number = max(1, min(team.threads, items)) if _is_shared(multiplications) else 1
-        burst = int(_BURST * items / max(multiplications * _NANOSECONDS, 1))
-        integers, reals = scratch
-        line = ALIGNMENT // np.dtype(spec.dtype).itemsize
-        sizes = _up(reals, line), _up(integers, ALIGNMENT // 4)
-        return cls(kernel, (spec.dtype, spec.rank), items, number, burst, team.runtime, sizes)
-
-    @property
-    def scratch_bytes(self) -> int:
-        reals, integers = self.sizes
-        return self.threads * (room(reals, self.kind[0]) + room(integers, np.int32))
-
-    def scratch(self, memory: Arena) -> tuple[np.ndarray, np.ndarray]:
+    def scratch(self, memory: Arena, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         """Every thread's scratch memory: a row of reals and a row of int32 numbers."""
-        reals, integers = self.sizes
-        return (
-            memory.empty(self.threads * reals, self.kind[0]).reshape(self.threads, reals),
-            memory.empty(self.threads * integers, np.int32).reshape(self.threads, integers),
-        )
+        return memory.empty((self.threads, self.reals), dtype), memory.empty((self.threads, self.integers), "int32")
 
-    def run(self, arguments: tuple[Any, ...]) -> None:
-        if self.runtime is not None and self.threads > 1 and self.burst:
-            _kernels().run_on_team(
-                self.kernel, arguments, self.kind, self.items,
-                threads=self.threads, burst=self.burst, runtime=self.runtime,
-            )  # fmt: skip
-            return
 
-        def work(counter: np.ndarray, limit: int, thread: int) -> None:
-            self.kernel(counter, limit, thread, *arguments)
+def _share(spec: ConvSpec, threads: int, items: int, multiplications: int, scratch: tuple[int, int] = (0, 0)) -> _Share:
+    threads = max(1, min(threads, items)) if _is_shared(multiplications) else 1
+    burst = int(_BURST * items / max(multiplications * _NANOSECONDS, 1))
+    integers, reals = (_up(number, ALIGNMENT) for number in scratch)  # a thread's row begins at a cache line
+    bytes = room(threads * reals, spec.dtype) + room(threads * integers, "int32")
+    return _Share(items, threads, burst, reals, integers, bytes)
 
-        threads.run(work, self.items, threads=self.threads, burst=self.burst)
+
+def _run(kernel: Any, arguments: tuple[Any, ...], share: _Share, runtime: Runtime | None, spec: ConvSpec) -> None:
+    """Do a kernel's work, on an OpenMP team or on threads of our own."""
+    if runtime is not None and share.threads > 1 and share.burst and not runtime.is_resting:
+        kind = (spec.dtype, spec.rank)  # kernels are compiled for each
+        _kernels().run_on_team(
+            kernel, arguments, kind, share.items, threads=share.threads, burst=share.burst, runtime=runtime
+        )  # fmt: skip
+        return
+
+    def work(counter: np.ndarray, limit: int, thread: int) -> None:
+        kernel(counter, limit, thread, *arguments)
+
+    threads.run(work, share.items, threads=share.threads, burst=share.burst)
 
 
 @cache
