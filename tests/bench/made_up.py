@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deformconv.bench.cases import CASES, Case
+from deformconv.bench.nets import Net
 from deformconv.bench.peers import DIRECTIONS, PEERS
 
 # Milliseconds: every ratio of the goals is a power of two.
@@ -43,6 +44,24 @@ def rows() -> list[dict[str, Any]]:
                     one["results"][name]["as 2-D"] = True
             found.append(one)
     return found
+
+
+BLOCK = Net("tiny", 2, (9, 8), 4)
+RESNET = Net("small", 1, (64, 64), depth=18)
+
+
+def net_rows() -> list[dict[str, Any]]:
+    """Two nets on an idle machine, one on a busy one."""
+
+    def one(net: Net, machine: str, **milliseconds: float) -> dict[str, Any]:
+        results = {name: result(time) for name, time in milliseconds.items()}
+        return {"net": net._asdict(), "direction": "forward", "machine": machine, "results": results}
+
+    return [
+        one(BLOCK, "idle", deformconv=4.0, torchvision=64.0, dense=2.0),
+        one(RESNET, "idle", deformconv=8.0, torchvision=64.0, dense=1.0),
+        one(BLOCK, "busy", deformconv=4.0, dense=16.0),
+    ]
 
 
 def section(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class TestReadme:
         assert readme.everything(found) == (ROOT / readme.TABLES).read_text(encoding="utf-8")
         assert (ROOT / readme.CHART).exists()
         # Of everything, and not of what was in a hurry.
-        assert {"speed", "offsets", "small", "scaling", "memory", "startup"} <= set(found)
+        assert {"speed", "net", "offsets", "small", "scaling", "memory", "startup"} <= set(found)
         assert {row["layer"]["name"] for row in found["speed"]["rows"]} == {case.name for case in CASES}
 
     def test_its_table_says_what_was_measured(self):
@@ -72,6 +72,16 @@ class TestReadme:
         assert cells["2x64x56x56 -> 64"] == ["4.00", "8.00", "64.0", "2.00", "10.0", "320", "20.0"]
         assert cells["4x64x4096 -> 64, kernel 9"][1] == "128*" and r"\* as 2-D of height 1" in text
         assert cells["1x32x16x28x28 -> 32, kernel 3x3x3"][1:3] == ["-", "-"]
+
+    def test_what_a_net_costs_comes_first(self):
+        found = made_up.document()
+        assert "A net with" not in readme.section(found)  # it is not said where it was not measured
+        found["net"] = made_up.section(made_up.net_rows())
+        text = readme.section(found)
+        said = text.index("takes as long as the same net of plain convolutions** **4.00 times** forward (at most 8.00, small)")
+        assert said < text.index("faster than the faster of ONNX Runtime")
+        assert "over 2 nets" in text
+        assert "## Whole nets, milliseconds" in readme.everything(found)
 
     def test_only_its_section_is_replaced(self):
         text = f"before\n{readme.BEGIN}old\n{readme.END}after\n"

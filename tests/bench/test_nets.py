@@ -17,8 +17,7 @@ from deformconv.bench.reports import REPORTS, Plan, net_means
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
-BLOCK = Net("tiny", 2, (9, 8), 4)
-RESNET = Net("small", 1, (64, 64), depth=18)
+BLOCK, RESNET = made_up.BLOCK, made_up.RESNET
 
 
 def layers(peer: str, net: Net) -> Any:
@@ -131,31 +130,19 @@ def test_measured():
     assert "| tiny" in REPORTS["net"].write(rows)
 
 
-def rows() -> list[dict[str, Any]]:
-    def row(net: Net, machine: str, **times: float) -> dict[str, Any]:
-        results = {name: made_up.result(time) for name, time in times.items()}
-        return {"net": net._asdict(), "direction": "forward", "machine": machine, "results": results}
-
-    return [
-        row(BLOCK, "idle", deformconv=4.0, torchvision=64.0, dense=2.0),
-        row(RESNET, "idle", deformconv=8.0, torchvision=64.0, dense=1.0),
-        row(BLOCK, "busy", deformconv=4.0, dense=16.0),
-    ]
-
-
 def test_means():
-    idle, busy = net_means(rows())
+    idle, busy = net_means(made_up.net_rows())
     assert (idle.direction, idle.machine, idle.nets) == ("forward", "idle", 2)
     assert idle.mean == pytest.approx(4.0)
     assert idle.most == (8.0, "small")
     assert (busy.machine, busy.mean) == ("busy", 0.25)
-    missing = rows()[0]
+    missing = made_up.net_rows()[0]
     missing["results"]["dense"] = {"reason": "failed: it cannot"}
     assert net_means([missing]) == []
 
 
 def test_written():
-    text = REPORTS["net"].write(rows())
+    text = REPORTS["net"].write(made_up.net_rows())
     first = next(line for line in text.splitlines() if line.startswith("| tiny"))
     assert [cell.strip() for cell in first.split("|")[5:-1]] == ["4.00", "64.0", "2.00", "2.00", "16.0"]
     assert "Beside a process that keeps one processor busy" in text
