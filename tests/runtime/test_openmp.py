@@ -285,7 +285,7 @@ def test_a_team_that_comes_late_rests(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not team.is_resting
         for _ in range(4):
             team.note(1e-4, 1e-3)
-    team.note(2.9e-3, 1e-3)  # within two items and what is allowed
+    team.note(1.9e-3, 1e-3)  # within an item and what is allowed
     team.note(5e-3, 1e-3)
     assert not team.is_resting
     team.note(5e-3, 1e-3)

@@ -148,6 +148,17 @@ def test_offsets_are_read_group_by_group_then_tap_by_tap_then_dy_before_dx():
     assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"modulated": False}, {"max_offset": 3.0}], ids=str)
+def test_what_a_layer_predicts_may_be_changed_in_place(arguments):
+    layer, x = DeformConv2d(4, 6, 3, padding=1, **arguments), image(2).float()
+    offset, mask = layer.offsets_and_mask(x)
+    offset.clamp_(-2, 2)
+    if mask is not None:
+        mask.mul_(0.5)
+    layer(x, offset, mask).sum().backward()
+    assert layer.offset_conv.weight.grad.abs().sum() > 0
+
+
 def test_passed_offsets_and_masks_are_used_as_they_are():
     layer = moved(DeformConv2d(4, 3, 3, padding=1, dtype=torch.float64, max_offset=0.1))
     x = image(2)

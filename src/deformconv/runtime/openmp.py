@@ -21,7 +21,7 @@ from deformconv.runtime.processors import chosen_threads, get_num_threads
 __all__ = ["Library", "Runtime", "Team", "lend", "team_for"]
 
 LATE = 1e-3  # seconds beyond an item's own length: on an idle machine a team's threads end within microseconds of one another
-REST = 0.25  # seconds for which threads of our own do the work then
+REST = 1.0  # seconds for which threads of our own do the work then
 
 
 class Runtime:
@@ -58,7 +58,7 @@ class Runtime:
 
     def note(self, waited: float, item: float) -> None:
         """Hear how long a caller who had no work left has waited for its team, and how long an item takes, in seconds."""
-        if waited <= LATE + 2 * item:
+        if waited <= LATE + item:
             self._late = max(0.0, self._late - 0.25)
             return
         self._late += 1

@@ -203,7 +203,9 @@ class _DeformConvNd(nn.Module):
         `layer(input, *layer.offsets_and_mask(input))` is `layer(input)`.
         """
         self._check_input(input, self.weight)
-        return self._predict(self._padded(input))
+        offset, mask = self._predict(self._padded(input))
+        # PyTorch lets nobody change one of the views that a split has made.
+        return offset if mask is None or self.max_offset is not None else offset.clone(), mask
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
         """Say in the operator's words what the predictor or F.pad would say in theirs."""
