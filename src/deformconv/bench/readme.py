@@ -55,8 +55,8 @@ def _nets(found: Document) -> str:
             )
     count = len({row["net"]["name"] for row in found["net"]["rows"]})
     return (
-        f"**A net with deformable layers takes as long as the same net of plain convolutions** {' and '.join(sentences)}: "
-        f"geometric means over {count} nets, predictors included ([which nets]({TABLES}#whole-nets-milliseconds)). "
+        f"**A whole net** with deformable layers, predictors included, takes {' and '.join(sentences)} the time of the same "
+        f"net of plain convolutions; geometric means over {count} nets ([which ones]({TABLES}#whole-nets-milliseconds)). "
         "The operator alone:\n\n"
     )
 
