@@ -41,9 +41,9 @@ def counted(monkeypatch):
     for name in calls:
         function = getattr(cpu, name)
 
-        def counting(*arguments, name=name, function=function):
+        def counting(*arguments, name=name, function=function, **keywords):
             calls[name] += 1
-            return function(*arguments)
+            return function(*arguments, **keywords)
 
         monkeypatch.setattr(cpu, name, counting)
     return calls

@@ -91,9 +91,9 @@ SUBSETS = [
 def test_only_needed_gradients_are_computed(needed, monkeypatch):
     asked, real = [], cpu.deform_conv_backward
 
-    def spy(spec, grad_output, input, offset, weight, mask, wanted):
+    def spy(spec, grad_output, input, offset, weight, mask, wanted, library):
         asked.append(tuple(wanted))
-        return real(spec, grad_output, input, offset, weight, mask, wanted)
+        return real(spec, grad_output, input, offset, weight, mask, wanted, library)
 
     call, tensors, grad_output = function_of(SMALL[2])
     whole = torch.autograd.grad(call(*tensors), tensors, grad_output)
@@ -217,7 +217,7 @@ def test_one_backward_over_graphs_of_several_threads():
 
 
 def test_an_error_in_backward_reaches_the_caller(monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **keywords):
         raise MemoryError("no room for d_input")
 
     call, tensors, _ = function_of(SMALL[2])

@@ -38,9 +38,9 @@ def counted(monkeypatch):
     forward, backward = cpu.deform_conv, cpu.deform_conv_backward
 
     def count(name, function):
-        def counting(*arguments):
+        def counting(*arguments, **keywords):
             calls[name] += 1
-            return function(*arguments)
+            return function(*arguments, **keywords)
 
         return counting
 

@@ -222,8 +222,8 @@ def test_whatever_strides_a_kernel_returns(last, monkeypatch):
         return [y.detach(), *torch.autograd.grad(y, list(tensors.values()), grad_output)]
 
     expected = results()
-    monkeypatch.setattr(cpu, "deform_conv", lambda *a: turned(forward(*a)))
-    monkeypatch.setattr(cpu, "deform_conv_backward", lambda *a: Gradients(*map(turned, backward(*a))))
+    monkeypatch.setattr(cpu, "deform_conv", lambda *a, **k: turned(forward(*a, **k)))
+    monkeypatch.setattr(cpu, "deform_conv_backward", lambda *a, **k: Gradients(*map(turned, backward(*a, **k))))
     for found, wanted in zip(results(), expected, strict=True):
         assert torch.equal(found, wanted)
         assert found.stride() == wanted.stride()

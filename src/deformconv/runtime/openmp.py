@@ -37,13 +37,17 @@ class Runtime:
         self.clock = _address(functions.omp_get_wtime)
         self.file = _file_of(self.parallel)
         # libgomp waits in a forked child for threads that only its parent has. LLVM's and Intel's runtimes begin anew.
-        self.survives_fork = hasattr(functions, "__kmpc_fork_call")
+        other = getattr(functions, "__kmpc_fork_call", None)  # of one of those, but perhaps not of this one
+        self.survives_fork = other is not None and _file_of(_address(other)) == self.file
         self._late, self._resting_until = 0.0, 0.0
 
     @property
     def name(self) -> str:
         """The name of its file, "libgomp.so.1" say."""
         return self.file.name
+
+    def get_num_threads(self) -> int:
+        return int(self._functions.omp_get_max_threads())
 
     def set_num_threads(self, n: int) -> None:
         self._functions.omp_set_num_threads(n)
@@ -95,15 +99,15 @@ class Library:
 
     def _calls(self, runtime: Runtime) -> bool:
         """Whether this is the runtime that the library asks for its number of threads: there may be others in the process."""
-        number = self.get_num_threads()
+        before, number = runtime.get_num_threads(), self.get_num_threads()
         runtime.set_num_threads(number + 1)  # of this thread alone
         try:
             return self.get_num_threads() == number + 1
         finally:
-            runtime.set_num_threads(number)
+            runtime.set_num_threads(before)
 
 
-_NEEDED = ("GOMP_parallel", "omp_get_thread_num", "omp_get_wtime", "omp_set_num_threads")
+_NEEDED = ("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num", "omp_get_wtime", "omp_set_num_threads")
 
 
 def _loaded(file: str | None) -> Iterator[ctypes.CDLL]:

@@ -38,7 +38,7 @@ _SUM_BYTES = 4 << 20
 _NANOSECONDS = 0.03
 _COPY = 20  # a number moved, in multiply-adds
 _SHARED_FROM = 100_000
-_BURST = 60_000_000  # of which a fast processor takes a third
+_BURST = 60_000_000  # nanoseconds by this estimate; a fast processor needs a third of it
 
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
