@@ -32,6 +32,7 @@ def backends(monkeypatch):
 
         module = types.ModuleType(name)
         module.reasons_against = reasons_against
+        module.how = lambda spec, library: []
         return module
 
     monkeypatch.setattr(dispatch, "load", load)

@@ -63,8 +63,9 @@ def explain(spec: Any, library: str, device: str, requested: str | None = None) 
         verdicts = list(_verdicts(spec, library, device, backward, requested))
         runs = next((name for name, line in verdicts if not line), "no backend can run it")
         lines.append(f"{_direction(backward)}: {runs}")
-        for name, line in verdicts:
-            lines += [f"  {line}"] if line else [f"  {name}: {how}" for how in load(spec, name).how(spec, library)]
+        for name in [name for name, line in verdicts if not line]:  # the one that runs it, if any does
+            lines += [f"  {name}: {how}" for how in load(spec, name).how(spec, library)]
+        lines += [f"  {line}" for _, line in verdicts if line]
     return "\n".join(lines)
 
 
