@@ -61,10 +61,10 @@ def explain(spec: Any, library: str, device: str, requested: str | None = None) 
     lines = [_call(spec, library, device)]
     for backward in (False, True):
         verdicts = list(_verdicts(spec, library, device, backward, requested))
-        runs = next((name for name, line in verdicts if not line), "no backend can run it")
-        lines.append(f"{_direction(backward)}: {runs}")
-        for name in [name for name, line in verdicts if not line]:  # the one that runs it, if any does
-            lines += [f"  {name}: {how}" for how in load(spec, name).how(spec, library)]
+        runs = next((name for name, line in verdicts if not line), None)
+        lines.append(f"{_direction(backward)}: {runs or 'no backend can run it'}")
+        if runs is not None:
+            lines += [f"  {runs}: {how}" for how in load(spec, runs).how(spec, library)]
         lines += [f"  {line}" for _, line in verdicts if line]
     return "\n".join(lines)
 

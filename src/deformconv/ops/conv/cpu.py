@@ -356,8 +356,8 @@ def _share(spec: ConvSpec, threads: int, items: int, multiplications: int, scrat
     threads = max(1, min(threads, items)) if _is_shared(multiplications) else 1
     burst = int(_BURST * items / max(multiplications * _NANOSECONDS, 1))
     integers, reals = (_up(number, ALIGNMENT) for number in scratch)  # a thread's row begins at a cache line
-    bytes = room(threads * reals, spec.dtype) + room(threads * integers, "int32")
-    return _Share(items, threads, burst, reals, integers, bytes)
+    size = room(threads * reals, spec.dtype) + room(threads * integers, "int32")
+    return _Share(items, threads, burst, reals, integers, size)
 
 
 def _run(kernel: Any, arguments: tuple[Any, ...], share: _Share, runtime: Runtime | None, spec: ConvSpec) -> None:
