@@ -5,8 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from deformconv.bench.cases import CASES, Case
+from deformconv.bench.measure import Progress
 from deformconv.bench.nets import Net
 from deformconv.bench.peers import DIRECTIONS, PEERS
+
+
+class Counting(Progress):
+    """Hears which steps are announced, and which are taken."""
+
+    def __init__(self) -> None:
+        self.expected = 0
+        self.steps: list[str] = []
+
+    def begin(self, steps: int) -> None:
+        self.expected = steps
+
+    def step(self, what: str) -> None:
+        self.steps.append(what)
+
 
 # Milliseconds: every ratio of the goals is a power of two.
 FORWARD = {"deformconv": 4.0, "onnxruntime": 16.0, "openvino": 8.0, "torchvision": 64.0, "kornia": 128.0, "dense": 2.0}

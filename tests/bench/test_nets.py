@@ -9,7 +9,7 @@ import pytest
 from tests.bench import made_up
 
 from deformconv.bench import reports
-from deformconv.bench.measure import Pace, Progress, differences, peer_of
+from deformconv.bench.measure import Pace, differences, peer_of
 from deformconv.bench.nets import NET_PEERS, NETS, QUICK_NETS, STAGES, Net, TruthNet, net_of
 from deformconv.bench.peers import DIRECTIONS
 from deformconv.bench.reports import REPORTS, Plan, net_means
@@ -104,22 +104,11 @@ def test_libraries_are_found_by_name():
         peer_of("nobody")
 
 
-class Steps(Progress):
-    def __init__(self):
-        self.expected, self.done = 0, []
-
-    def begin(self, steps):
-        self.expected = steps
-
-    def step(self, what):
-        self.done.append(what)
-
-
 def test_measured():
-    progress = Steps()
+    progress = made_up.Counting()
     plan = Plan([], ["deformconv", "torchvision", "dense"], DIRECTIONS, 2, Pace(1, 1e-3), nets=[BLOCK])
     rows = REPORTS["net"].measure(plan, progress)
-    assert len(progress.done) == progress.expected == 4
+    assert len(progress.steps) == progress.expected == 4
     assert [(row["machine"], row["direction"]) for row in rows] == [
         ("idle", "forward"), ("idle", "forward+backward"), ("busy", "forward"), ("busy", "forward+backward"),
     ]  # fmt: skip

@@ -11,24 +11,13 @@ from tests.bench import made_up
 
 from deformconv.bench import memory, reports, startup
 from deformconv.bench.cases import Case, named
-from deformconv.bench.measure import Pace, Progress
+from deformconv.bench.measure import Pace
 from deformconv.bench.peers import DIRECTIONS, RECORDED
 from deformconv.bench.reports import REPORTS, Plan, slope
 
 PRIMES = named("primes")
 TINY = Case("tiny", 1, 4, 4, (9, 8))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-
-
-class Counting(Progress):
-    def __init__(self):
-        self.expected, self.steps = 0, []
-
-    def begin(self, steps):
-        self.expected = steps
-
-    def step(self, what):
-        self.steps.append(what)
 
 
 def plan(**changes):
@@ -38,7 +27,7 @@ def plan(**changes):
 
 def measured(name, **changes):
     pytest.importorskip("torchvision")
-    progress = Counting()
+    progress = made_up.Counting()
     rows = REPORTS[name].measure(plan(**changes), progress)
     assert len(progress.steps) == progress.expected
     return rows

@@ -44,8 +44,8 @@ def how(spec: ConvSpec, library: str) -> list[str]:
     if library != "torch":
         return []
     parts = sum(1 for _ in chunks(spec))
-    how = "at once" if parts == 1 else f"in {parts} parts, one after the other, so that memory stays bounded"
-    return [f"PyTorch's own operations compute the call {how}"]
+    way = "at once" if parts == 1 else f"in {parts} parts, one after the other, so that memory stays bounded"
+    return [f"PyTorch's own operations compute the call {way}"]
 
 
 def deform_conv(
