@@ -17,6 +17,9 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 pytest.importorskip("torch", reason="PyTorch is the library that lends its team")
 import torch
@@ -244,6 +247,32 @@ def test_every_item_is_done_once(threads: int, burst: int) -> None:
     assert (done == 1).all()
     assert by.sum() == items
     assert by[:threads].all() and not by[threads:].any()
+
+
+@intrinsic
+def count_of(typing, array):
+    """The address at which an array's references are counted; 0 if they are not."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        found = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.ptrtoint(found.meminfo, ir.IntType(64))
+
+    return types.int64(array), emit
+
+
+@kernel
+def count(counter, limit, thread, items, found):
+    if fetch_add(counter, NEXT) < items:
+        found[thread] = count_of(found)
+
+
+def test_a_team_s_threads_count_no_references_in_one_place() -> None:
+    """Kernels slice their arrays within loops; counters that threads share would be the slowest part of those."""
+    found = np.full(1, -1)
+    run_on_team(count, (1, found), (), 1, threads=1, burst=1, runtime=runtime())
+    assert found[0] == 0
+    count(np.zeros(5, np.int64), 1, 0, 1, found)
+    assert found[0] != 0  # Python's call has them counted
 
 
 @pytest.mark.parametrize("guilty", [0, 1, 2])
