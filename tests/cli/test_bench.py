@@ -84,6 +84,7 @@ def test_missing_libraries_are_named_with_how_to_get_them(measures, absent, caps
     ("gone", "arguments", "message"),
     [
         ("onnx", ["--library", "onnxruntime"], "onnxruntime cannot be measured: onnx not installed here"),
+        ("torchvision", ["net"], "the report net cannot be measured: torchvision not installed here"),
         ("torch", [], "deformconv cannot be measured: torch not installed here"),
     ],
 )

@@ -34,7 +34,7 @@ from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.runtime import openmp, processors
 from deformconv.runtime.cache import OPTIONS
 from deformconv.runtime.launch import run_on_team
-from deformconv.runtime.openmp import Library, Runtime, team_for
+from deformconv.runtime.openmp import Library, Runtime, Team, team_for
 from deformconv.runtime.threads import BEGUN, NEXT, STOP
 from deformconv.runtime.vectors import fetch_add, wait_for
 from deformconv.torch import deform_conv2d
@@ -45,15 +45,21 @@ pytestmark = pytest.mark.skipif(
 LENDER = openmp._lenders["torch"]
 
 
+def choose_anew() -> None:
+    """Teams are chosen as if no call had been made yet."""
+    for remembered in (openmp._team_of, openmp._own, openmp._kind):
+        remembered.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Teams are chosen anew in each test, and numbers of threads are put back."""
     chosen, theirs = processors._chosen_threads, torch.get_num_threads()
     monkeypatch.delenv("DEFORMCONV_THREADS", raising=False)
     monkeypatch.setattr(processors, "_chosen_threads", None)
-    openmp._team_of.cache_clear()
+    choose_anew()
     yield
-    openmp._team_of.cache_clear()
+    choose_anew()
     processors._chosen_threads = chosen
     torch.set_num_threads(theirs)
 
@@ -62,6 +68,11 @@ def runtime() -> Runtime:
     found = LENDER.found
     assert isinstance(found, Runtime)
     return found
+
+
+def team_of(started: int) -> Team:
+    """A team of so many threads."""
+    return Team(started, runtime(), started=started)
 
 
 # Finding it
@@ -161,7 +172,7 @@ def test_pytorch_s_number_is_ours_for_its_tensors(monkeypatch: pytest.MonkeyPatc
     assert team_for("numpy").threads == 8
     monkeypatch.setattr(processors, "available_processors", lambda: 2)  # a control group's quota, which PyTorch does not know
     processors._from_environment.cache_clear()
-    openmp._team_of.cache_clear()
+    choose_anew()
     assert team_for("torch").threads == 2
     processors._from_environment.cache_clear()
 
@@ -174,12 +185,13 @@ def test_numpy_has_threads_of_our_own() -> None:
 def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, kind in {"own": "own", "openmp": "openmp", "auto": "openmp", "": "openmp"}.items():
         monkeypatch.setenv("DEFORMCONV_THREADS", value)
-        openmp._team_of.cache_clear()
+        choose_anew()
         assert team_for("torch").kind == kind
     monkeypatch.setenv("DEFORMCONV_THREADS", "gpu")
-    openmp._team_of.cache_clear()
-    with pytest.raises(ValueError, match="DEFORMCONV_THREADS is 'gpu'; expected one of auto, own, openmp"):
-        team_for("torch")
+    choose_anew()
+    for library in ("torch", "numpy"):
+        with pytest.raises(ValueError, match="DEFORMCONV_THREADS is 'gpu'; expected one of auto, own, openmp"):
+            team_for(library)
 
 
 def test_openmp_alone_and_no_team_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,10 +255,28 @@ def fail(counter, limit, thread, items, team, guilty):
 def test_every_item_is_done_once(threads: int, burst: int) -> None:
     items = 300
     done, by = np.zeros(items, np.int64), np.zeros(8, np.int64)
-    run_on_team(note, (items, threads, done, by), (), items, threads=threads, burst=burst, runtime=runtime())
+    run_on_team(note, (items, threads, done, by), (), items, threads=threads, burst=burst, team=team_of(threads))
     assert (done == 1).all()
     assert by.sum() == items
     assert by[:threads].all() and not by[threads:].any()
+
+
+def threads_of_this_process() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+def test_fewer_workers_than_a_team_has_end_none_of_its_threads() -> None:
+    """A runtime ends the threads that a smaller team leaves over; to start them anew would be in every small call's time."""
+    by = np.zeros(4, np.int64)
+    run_on_team(note, (100, 4, np.zeros(100, np.int64), by), (), 100, threads=4, burst=100, team=team_of(4))
+    before = threads_of_this_process()
+    for threads in (2, 3, 2):
+        by[:] = 0
+        done = np.zeros(100, np.int64)
+        run_on_team(note, (100, threads, done, by), (), 100, threads=threads, burst=100, team=team_of(4))
+        assert (done == 1).all()
+        assert by[:threads].all() and not by[threads:].any()
+    assert threads_of_this_process() == before
 
 
 @intrinsic
@@ -269,7 +299,7 @@ def count(counter, limit, thread, items, found):
 def test_a_team_s_threads_count_no_references_in_one_place() -> None:
     """Kernels slice their arrays within loops; counters that threads share would be the slowest part of those."""
     found = np.full(1, -1)
-    run_on_team(count, (1, found), (), 1, threads=1, burst=1, runtime=runtime())
+    run_on_team(count, (1, found), (), 1, threads=1, burst=1, team=team_of(1))
     assert found[0] == 0
     count(np.zeros(5, np.int64), 1, 0, 1, found)
     assert found[0] != 0  # Python's call has them counted
@@ -280,7 +310,7 @@ def test_an_error_of_any_thread_reaches_the_caller(guilty: int) -> None:
     items = 1 << 40  # the others would be at it for hours
     for burst in (100, items):
         with pytest.raises(ValueError, match="an item that cannot be done"):
-            run_on_team(fail, (items, 3, guilty), (), items, threads=3, burst=burst, runtime=runtime())
+            run_on_team(fail, (items, 3, guilty), (), items, threads=3, burst=burst, team=team_of(3))
     test_every_item_is_done_once(2, 7)
 
 
@@ -293,7 +323,7 @@ def test_results_are_the_same_for_any_number_of_threads_of_either_kind(case: Any
     torch.set_num_threads(4)
     for library, number in (("numpy", 1), ("torch", 1), ("torch", 2), ("numpy", 2), ("torch", 3), ("torch", 4), ("torch", 2)):
         deformconv.set_num_threads(number)
-        openmp._team_of.cache_clear()
+        choose_anew()
         assert team_for(library).kind == ("openmp" if library == "torch" else "own")
         found = cpu.deform_conv_backward(
             c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS, library=library
@@ -350,7 +380,7 @@ def test_how_long_the_caller_waited_is_measured() -> None:
             heard.append((waited, item))
 
     team = Listening(ctypes.CDLL(torch._C.__file__))
-    run_on_team(dawdle, (2, 0.05), (), 2, threads=2, burst=2, runtime=team)
+    run_on_team(dawdle, (2, 0.05), (), 2, threads=2, burst=2, team=Team(2, team, started=2))
     ((waited, item),) = heard
     assert 0.04 < waited < 5  # the caller has ended at once, the other thread after 50 ms
     assert 0 <= item < waited
@@ -551,6 +581,44 @@ def test_a_child_where_openmp_alone_is_allowed_says_why_not() -> None:
     )
     said = run_python(code, DEFORMCONV_THREADS="openmp")
     assert re.search(r"libgomp\S* does not survive a fork, and this process was forked from one that had loaded PyTorch", said)
+
+
+@forks
+def test_a_child_of_multiprocessing_that_loads_us_only_then() -> None:
+    """PyTorch may have had a team in its parent, and nobody was there to see it."""
+    code = (
+        "import multiprocessing, sys, torch\n"
+        "multiprocessing.set_start_method('fork')\n"
+        "torch.set_num_threads(2)\n"
+        "tensors = torch.ones(2, 64, 56, 56), torch.zeros(2, 18, 54, 54), torch.ones(64, 64, 3, 3)\n"
+        "def child():\n"
+        "    from deformconv.torch import deform_conv2d\n"
+        "    from deformconv.runtime.openmp import team_for\n"
+        "    deform_conv2d(*tensors)\n"
+        "    print(multiprocessing.get_start_method(), team_for('torch').kind, flush=True)\n"
+        "assert not any(name.startswith('deformconv') for name in sys.modules)\n"
+        "for context in (multiprocessing, multiprocessing.get_context('fork')):\n"
+        "    process = context.Process(target=child)\n"
+        "    process.start()\n"
+        "    process.join(60)\n"
+        "    print(process.exitcode)\n"
+    )
+    assert run_python(code).split() == ["fork", "own", "0"] * 2
+
+
+def test_a_binding_of_threads_is_no_bound_of_the_team() -> None:
+    """OMP_PROC_BIND keeps the thread that calls us on one processor, and each of the team's others on another."""
+    code = (
+        "import os, torch\n"
+        "torch.ones(1000, 1000).exp()\n"
+        "import deformconv.torch\n"
+        "from deformconv.runtime.openmp import team_for\n"
+        "print(len(os.sched_getaffinity(0)), torch.get_num_threads() == team_for('torch').threads, team_for('numpy').threads)"
+    )
+    if processors.available_processors() == 1:
+        pytest.skip("there is one processor")
+    unset = {"DEFORMCONV_NUM_THREADS": "", "OMP_NUM_THREADS": ""}
+    assert run_python(code, OMP_PROC_BIND="true", **unset).split() == ["1", "True", "1"]
 
 
 @forks

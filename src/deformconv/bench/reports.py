@@ -21,7 +21,7 @@ from deformconv.bench.cases import Case, case_of, make, named
 from deformconv.bench.figures import OURS, Row, digits, layer, markdown, ratio
 from deformconv.bench.measure import Entry, Failure, Pace, Progress, compare, processes
 from deformconv.bench.nets import NET_PEERS, NETS, Net, TruthNet, net_of
-from deformconv.bench.peers import DIRECTIONS, PEERS, RECORDED, Truth
+from deformconv.bench.peers import DIRECTIONS, PEERS, RECORDED, Truth, missing
 
 __all__ = ["REPORTS", "NetMean", "Plan", "Report", "net_means", "slope"]
 
@@ -55,6 +55,7 @@ class Report(NamedTuple):
 def nets(plan: Plan, progress: Progress) -> Rows:
     """Nets with each library's deformable layers, beside the same nets of plain convolutions."""
     peers = [peer for name, peer in NET_PEERS.items() if name.removesuffix("-net") in plan.libraries]
+    peers = [peer for peer in peers if not missing(peer.packages)]
     busy = [] if plan.quick else [net for net in plan.nets if max(net.size) <= LARGEST_BUSY]
     rows = []
     progress.begin((len(plan.nets) + len(busy)) * len(plan.directions))

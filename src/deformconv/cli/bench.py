@@ -15,7 +15,7 @@ import click
 from deformconv.bench import chart, document, figures
 from deformconv.bench.cases import CASES, QUICK, Case
 from deformconv.bench.measure import Pace, Progress, speed
-from deformconv.bench.nets import NETS, QUICK_NETS
+from deformconv.bench.nets import NETS, QUICK_NETS, DeformconvNet
 from deformconv.bench.peers import DIRECTIONS, PEERS, missing
 from deformconv.bench.reports import REPORTS, Plan
 from deformconv.studies.files import whole_file
@@ -88,6 +88,8 @@ def run(options: Options) -> int:
         _draw(options.plot, found)
         return 0
     plan, absent = _plan(options)
+    if "net" in reports and (needed := missing(DeformconvNet.packages)):
+        raise click.ClickException(f"the report net cannot be measured: {', '.join(needed)} not installed here. {INSTALL}")
     found = document.machine()
     earlier = _earlier(options.json, found, reports)
     wrong = False

@@ -13,7 +13,7 @@ from numba.core.callconv import excinfo_ptr_t
 from numba.extending import intrinsic
 
 from deformconv.runtime.cache import kernel
-from deformconv.runtime.openmp import Runtime
+from deformconv.runtime.openmp import Team
 from deformconv.runtime.threads import LEFT, NEXT, STOP, counters
 from deformconv.runtime.vectors import INT, data_and_type, element
 
@@ -36,13 +36,17 @@ def run_on_team(
     *,
     threads: int,
     burst: int,
-    runtime: Runtime,
+    team: Team,
 ) -> None:
     """`threads.run` on a team: do `items` items of a kernel's work, and raise whatever any thread raised.
 
     `compiled` is the kernel, called with (counter, limit, thread) and `arguments`, whose types `kind` stands for. The caller
-    takes `burst` items at a time: in between Python can handle a signal.
+    takes `burst` items at a time: in between Python can handle a signal. The whole team starts, though only `threads` of it
+    work, as PyTorch's operations do it: a runtime ends threads that a smaller team has no use for, and starts them anew.
     """
+    runtime = team.runtime
+    assert runtime is not None  # threads of our own do not come here
+    addresses = runtime.parallel, runtime.thread_number, runtime.clock
     counter = counters()
     address = _addresses.get((compiled, *kind))
     if address is None:
@@ -50,9 +54,7 @@ def run_on_team(
     first = 0
     while first < items:
         began = time.perf_counter()
-        waited = _launch(
-            runtime.parallel, runtime.thread_number, runtime.clock, threads, address, (counter, burst, 0, *arguments)
-        )  # fmt: skip
+        waited = _launch(*addresses, team.started, threads, address, (counter, burst, 0, *arguments))
         left = min(int(counter[LEFT]), items)
         runtime.note(waited, (time.perf_counter() - began - waited) * threads / (left - first))
         counter[NEXT] = first = left
@@ -69,41 +71,41 @@ def _address_of(compiled: Any, arguments: tuple[Any, ...]) -> int:
 def compile_for_teams(compiled: Any) -> None:
     """Compile, or load, what it takes to run a kernel on a team, for all types of arguments that the kernel is compiled for."""
     for signature in compiled.signatures:
-        _launch.compile((*(types.int64,) * 5, types.BaseTuple.from_types(signature)))
+        _launch.compile((*(types.int64,) * 6, types.BaseTuple.from_types(signature)))
 
 
 @kernel
-def _launch(parallel, thread_number, clock, threads, function, arguments):
-    """Call the kernel at the address `function` on a team of up to `threads` threads, and return the seconds of waiting.
+def _launch(parallel, thread_number, clock, started, threads, function, arguments):
+    """Call the kernel at the address `function` on a team, and return the seconds that the caller has waited for it.
 
-    `parallel`, `thread_number` and `clock` are the addresses of GOMP_parallel, omp_get_thread_num and omp_get_wtime. The
-    first three `arguments` of the kernel are (counter, limit, thread). The caller, who is thread 0, takes `limit` items at the
-    most. When it has done, no other thread takes another one, and `counter[LEFT]` is the number of the first item that nobody
-    has taken. The caller waits from its own last item to the others'. What a thread raises ends the others' work too, and is
-    raised here.
+    The team has up to `started` threads, of which the first `threads` work. `parallel`, `thread_number` and `clock` are the
+    addresses of GOMP_parallel, omp_get_thread_num and omp_get_wtime. The first three `arguments` of the kernel are (counter,
+    limit, thread). The caller, who is thread 0, takes `limit` items at the most. When it has done, no other thread takes
+    another one, and `counter[LEFT]` is the number of the first item that nobody has taken. The caller waits from its own last
+    item to the others'. What a thread raises ends the others' work too, and is raised here.
     """
-    return _call_on_team(parallel, thread_number, clock, threads, function, arguments)
+    return _call_on_team(parallel, thread_number, clock, started, threads, function, arguments)
 
 
 @intrinsic
-def _call_on_team(typing, parallel, thread_number, clock, threads, function, arguments):
+def _call_on_team(typing, parallel, thread_number, clock, started, threads, function, arguments):
     def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        parallel, thread_number, clock, threads, function, packed = given
-        kinds = signature.args[5].types
+        parallel, thread_number, clock, started, threads, function, packed = given
+        kinds = signature.args[6].types
         task = _Task(context, kinds)
         values = [_unowned(context, builder, *pair) for pair in zip(kinds, cgutils.unpack_tuple(builder, packed), strict=True)]
-        place = task.store(builder, [*values, function, thread_number, clock])
+        place = task.store(builder, [*values, threads, function, thread_number, clock])
         body = _member(task, builder.module)
         kind = ir.FunctionType(ir.VoidType(), [body.type, _BYTES, _NUMBER, _NUMBER])
         begin = builder.inttoptr(parallel, kind.as_pointer())
-        builder.call(begin, [body, builder.bitcast(place, _BYTES), builder.trunc(threads, _NUMBER), _NUMBER(0)])
+        builder.call(begin, [body, builder.bitcast(place, _BYTES), builder.trunc(started, _NUMBER), _NUMBER(0)])
         code, excinfo, ended = task.outcome(builder, place)
         status = context.call_conv._get_return_status(builder, code, excinfo)
         with builder.if_then(status.is_error, likely=False):
             context.call_conv.return_status_propagate(builder, status)
         return builder.fsub(_now(builder, clock), ended)
 
-    return types.float64(parallel, thread_number, clock, threads, function, arguments), emit
+    return types.float64(parallel, thread_number, clock, started, threads, function, arguments), emit
 
 
 def _unowned(context: Any, builder: Any, kind: Any, value: Any) -> Any:
@@ -125,9 +127,10 @@ def _now(builder: Any, clock: Any) -> Any:
 
 
 class _Task:
-    """What the team's threads are handed: the kernel's arguments, three addresses, and room for what they leave behind.
+    """What the team's threads are handed: the kernel's arguments, how many threads work, and three addresses.
 
-    That is the status and the exception of a thread that raised one, and when the caller had no work left.
+    And room for what they leave behind: the status and the exception of a thread that raised one, and when the caller had
+    no work left.
     """
 
     def __init__(self, context: Any, kinds: Any) -> None:
@@ -171,9 +174,11 @@ def _member(task: _Task, module: Any) -> Any:
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     place = builder.bitcast(function.args[0], task.type)
-    *values, kernel, thread_number, clock = task.load(builder, place)
+    *values, threads, kernel, thread_number, clock = task.load(builder, place)
     asks = ir.FunctionType(_NUMBER, []).as_pointer()
     thread = builder.sext(builder.call(builder.inttoptr(thread_number, asks), []), INT)
+    with builder.if_then(builder.icmp_signed(">=", thread, threads)):
+        builder.ret_void()
     first = builder.icmp_signed("==", thread, INT(0))
     counter, limit, _, *others = values
     limit = builder.select(first, limit, INT(_NONE_LEFT))

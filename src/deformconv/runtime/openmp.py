@@ -8,6 +8,7 @@ arrays came from such a library does its work on that team, which is awake and h
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deformconv.errors import BackendError
-from deformconv.runtime.processors import chosen_threads, get_num_threads
+from deformconv.runtime.processors import binds_threads, chosen_threads, get_num_threads, most_threads
 
 __all__ = ["Library", "Runtime", "Team", "lend", "team_for"]
 
@@ -145,9 +146,10 @@ class Team(NamedTuple):
     """Who does a call's work: at most `threads` threads, the caller's among them."""
 
     threads: int
-    runtime: Runtime | None  # None for threads of our own
-    library: str  # whose OpenMP threads they are
-    reason: str  # why they are our own
+    runtime: Runtime | None = None  # None for threads of our own
+    library: str = ""  # whose OpenMP threads they are
+    reason: str = ""  # why they are our own
+    started: int = 1  # how many of them the library's operations start
 
     @property
     def kind(self) -> str:
@@ -169,6 +171,19 @@ _lenders: dict[str, Library] = {}
 def lend(library: str, lender: Library) -> None:
     """Let calls on arrays of `library` ("torch") work on that library's team."""
     _lenders[library] = lender
+    if _is_forked():  # perhaps from a process that had a team, though not from us
+        _inherited.add(lender)
+
+
+def _is_forked() -> bool:
+    """Whether this process was forked by multiprocessing."""
+    fork = getattr(multiprocessing.context, "ForkProcess", None)  # not on Windows
+    if fork is None or multiprocessing.parent_process() is None:
+        return False
+    process = multiprocessing.current_process()
+    return isinstance(process, fork) or (
+        type(process) is multiprocessing.Process and multiprocessing.get_start_method() == "fork"
+    )
 
 
 def team_for(library: str) -> Team:
@@ -187,17 +202,25 @@ def team_for(library: str) -> Team:
     return _team_of(lender, lender.get_num_threads(), chosen_threads(), get_num_threads())
 
 
+@lru_cache(maxsize=1)
+def _kind() -> str:
+    """What DEFORMCONV_THREADS asks for. It is read once, at the first call: to read it takes longer than to choose a team."""
+    kind = os.environ.get(_VARIABLE) or "auto"
+    if kind not in _KINDS:
+        raise ValueError(f"{_VARIABLE} is {kind!r}; expected one of {', '.join(_KINDS)}.")
+    return kind
+
+
 @lru_cache(maxsize=64)
 def _own(threads: int) -> Team:
-    return Team(threads, None, "", "")
+    _kind()  # a wrong name is an error here too
+    return Team(threads)
 
 
 @lru_cache(maxsize=64)
 def _team_of(lender: Library, theirs: int, chosen: int | None, ours: int) -> Team:
-    kind = os.environ.get(_VARIABLE) or "auto"
-    if kind not in _KINDS:
-        raise ValueError(f"{_VARIABLE} is {kind!r}; expected one of {', '.join(_KINDS)}.")
-    threads = chosen or min(theirs, ours)
+    kind = _kind()
+    threads = chosen or min(theirs, most_threads() if binds_threads() else ours)
     found = lender.found
     if kind == "own":
         reason = f"{_VARIABLE}=own"
@@ -208,10 +231,10 @@ def _team_of(lender: Library, theirs: int, chosen: int | None, ours: int) -> Tea
     elif threads > theirs:
         reason = f"{lender.name} uses {theirs}"
     else:
-        return Team(threads, found, lender.name, "")
+        return Team(threads, found, lender.name, started=theirs)
     if kind == "openmp":
         raise BackendError(f"{_VARIABLE} is 'openmp', but {reason}. Leave it unset, or set it to 'auto', for own threads.")
-    return Team(threads, None, lender.name, reason)
+    return Team(chosen or min(theirs, ours), library=lender.name, reason=reason)
 
 
 # Those that were lent before this process was forked.

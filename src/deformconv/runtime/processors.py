@@ -6,10 +6,18 @@ import functools
 import multiprocessing
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["available_processors", "chosen_threads", "get_num_threads", "set_num_threads"]
+__all__ = [
+    "available_processors",
+    "binds_threads",
+    "chosen_threads",
+    "get_num_threads",
+    "most_threads",
+    "set_num_threads",
+]
 
 
 def _quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
@@ -29,17 +37,40 @@ def available_processors() -> int:
         processors = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
         processors = os.cpu_count() or 1
+    return _allowed(processors)
+
+
+def _allowed(processors: int) -> int:
+    """A number of processors, or the control group's quota if that is less; at least 1."""
     quota = _quota()
     return max(1, processors if quota is None else min(processors, int(quota + 0.5)))
 
 
+def binds_threads() -> bool:
+    """Whether an OpenMP runtime has been told to keep each thread on a processor of its own.
+
+    Then the affinity of the thread that calls us says nothing about how many processors its team has.
+    """
+    binding = os.environ.get("OMP_PROC_BIND", "false").lower() not in ("", "false")
+    return binding or any(os.environ.get(name) for name in ("GOMP_CPU_AFFINITY", "KMP_AFFINITY"))
+
+
+class _Numbers(NamedTuple):
+    """Numbers of threads."""
+
+    asked: int | None  # by DEFORMCONV_NUM_THREADS
+    default: int
+    most: int  # the default where the affinity of this thread does not count
+
+
 @functools.lru_cache(maxsize=1)
-def _from_environment(process: int) -> tuple[int | None, int]:
-    """The number of threads that DEFORMCONV_NUM_THREADS asks this process for, and the number where nobody asks."""
+def _from_environment(process: int) -> _Numbers:
     asked, openmp = (_number(os.environ.get(name, "")) for name in ("DEFORMCONV_NUM_THREADS", "OMP_NUM_THREADS"))
-    # A daemon is one of many: a DataLoader's worker, or a pool's. They share the processors between them already.
-    alone = not multiprocessing.current_process().daemon
-    return asked, asked or openmp or (available_processors() if alone else 1)
+    given = asked or openmp
+    if given is None and multiprocessing.current_process().daemon:
+        # A daemon is one of many: a DataLoader's worker, or a pool's. They share the processors between them already.
+        given = 1
+    return _Numbers(asked, given or available_processors(), given or _allowed(os.cpu_count() or 1))
 
 
 def _number(value: str) -> int | None:
@@ -51,12 +82,17 @@ _chosen_threads: int | None = None
 
 def chosen_threads() -> int | None:
     """The number of threads that was asked for, by `set_num_threads` or DEFORMCONV_NUM_THREADS; None if none was."""
-    return _chosen_threads or _from_environment(os.getpid())[0]
+    return _chosen_threads or _from_environment(os.getpid()).asked
 
 
 def get_num_threads() -> int:
     """How many threads a large call uses, the caller's among them."""
-    return _chosen_threads or _from_environment(os.getpid())[1]
+    return _chosen_threads or _from_environment(os.getpid()).default
+
+
+def most_threads() -> int:
+    """As `get_num_threads`, for a team that found out what processors there are before its threads were bound to them."""
+    return _chosen_threads or _from_environment(os.getpid()).most
 
 
 def set_num_threads(n: int) -> None:

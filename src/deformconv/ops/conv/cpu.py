@@ -19,7 +19,7 @@ import numpy as np
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
 from deformconv.runtime import threads
 from deformconv.runtime.memory import ALIGNMENT, Arena, aligned, arena, room
-from deformconv.runtime.openmp import Runtime, team_for
+from deformconv.runtime.openmp import Team, team_for
 
 __all__ = ["deform_conv", "deform_conv_backward", "how", "reasons_against", "warmup"]
 
@@ -245,7 +245,7 @@ def deform_conv(
             spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
             plan.chunk, plan.tile, plan.taps_at_once, plan.strands, _empty(spec), *plan.forward.scratch(memory, spec.dtype),
         )  # fmt: skip
-        _run(_kernels().forward, arguments, plan.forward, team.runtime, spec)
+        _run(_kernels().forward, arguments, plan.forward, team, spec)
     return output
 
 
@@ -311,7 +311,7 @@ def deform_conv_backward(
             *plan.backward.scratch(memory, spec.dtype),
         )  # fmt: skip
         share = plan.backward if results.keys() != {"bias"} else plan.backward._replace(items=1)
-        _run(kernels.backward, arguments, share, team.runtime, spec)
+        _run(kernels.backward, arguments, share, team, spec)
         sums = [_empty(spec)] * 4 if plan.slots == 1 else [own["offset"], flat["offset"], own["mask"], flat["mask"]]
         moves = (
             own["d_x"], plan.x.span, plan.x.width, plan.x.pitch, plan.parts, d_input, input_last, spec.in_channels, spec.batch,
@@ -323,7 +323,7 @@ def deform_conv_backward(
         items += spec.batch * ceil(spec.pixels / kernels.RUN) if "input" in results else 0
         items += ceil(sums[1].size / kernels.SUMS) + ceil(sums[3].size / kernels.SUMS)
         moved = own["d_x"].size + own["sums"].size + sums[0].size + sums[2].size
-        _run(kernels.collect, moves, _share(spec, team.threads, items, moved * _COPY), team.runtime, spec)
+        _run(kernels.collect, moves, _share(spec, team.threads, items, moved * _COPY), team, spec)
     return Gradients(**results)
 
 
@@ -360,12 +360,12 @@ def _share(spec: ConvSpec, threads: int, items: int, multiplications: int, scrat
     return _Share(items, threads, burst, reals, integers, size)
 
 
-def _run(kernel: Any, arguments: tuple[Any, ...], share: _Share, runtime: Runtime | None, spec: ConvSpec) -> None:
+def _run(kernel: Any, arguments: tuple[Any, ...], share: _Share, team: Team, spec: ConvSpec) -> None:
     """Do a kernel's work, on an OpenMP team or on threads of our own."""
-    if runtime is not None and share.threads > 1 and share.burst and not runtime.is_resting:
+    if team.runtime is not None and share.threads > 1 and share.burst and not team.runtime.is_resting:
         kind = (spec.dtype, spec.rank)  # kernels are compiled for each
         _kernels().run_on_team(
-            kernel, arguments, kind, share.items, threads=share.threads, burst=share.burst, runtime=runtime
+            kernel, arguments, kind, share.items, threads=share.threads, burst=share.burst, team=team
         )  # fmt: skip
         return
 
