@@ -62,6 +62,7 @@ test-gluon: $(GLUON_VENV)/installed-dev-gluon
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 bench: $(VENV)/installed-dev

@@ -118,8 +118,7 @@ def test_a_choice_is_made_once(backends):
 def test_explain(backends):
     backends.reasons["cpu"] = ["too warm"]
     assert dispatch.explain(SPEC, "torch", "cuda:0").splitlines() == [
-        "input (2, 4, 8, 8), offset (2, 18, 8, 8), weight (6, 4, 3, 3), mask (2, 9, 8, 8); "
-        "float32, torch on cuda:0",
+        "input (2, 4, 8, 8), offset (2, 18, 8, 8), weight (6, 4, 3, 3), mask (2, 9, 8, 8); float32, torch on cuda:0",
         "forward: portable",
         "  cpu: too warm",
         '  reference: can run it, but only when asked for by backend="reference"',

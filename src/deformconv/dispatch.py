@@ -75,9 +75,7 @@ def load(spec: Any, name: str) -> ModuleType:
     return import_module(f"{operator}.{name}")
 
 
-def _verdicts(
-    spec: Any, library: str, device: str, backward: bool, requested: str | None
-) -> Iterator[tuple[str, str]]:
+def _verdicts(spec: Any, library: str, device: str, backward: bool, requested: str | None) -> Iterator[tuple[str, str]]:
     """Yield each backend's name and why it does not run the call; that of the one that does is empty."""
     chosen = ""
     for name, by_name_only in BACKENDS:

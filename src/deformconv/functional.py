@@ -254,8 +254,7 @@ def _any_torch(operands: dict[str, Any]) -> bool:
 
 def _arrays(operands: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: None if value is None and name in ("bias", "mask") else _array(name, value)
-        for name, value in operands.items()
+        name: None if value is None and name in ("bias", "mask") else _array(name, value) for name, value in operands.items()
     }
 
 

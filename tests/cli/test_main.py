@@ -16,9 +16,7 @@ ESCAPE = "\x1b"
 def run(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, after some lines of Python."""
     code = f"import sys\n{prelude}\nfrom deformconv.cli.main import main\nsys.exit(main({list(arguments)!r}))"
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +52,7 @@ def test_a_wrong_call_is_explained_and_ends_with_2(arguments, message, capsys):
 
 
 def test_the_module_runs_as_the_command_does():
-    result = subprocess.run(
-        [sys.executable, "-m", "deformconv.cli", "--version"], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-m", "deformconv.cli", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"deformconv {__version__}\n"
 
 
@@ -70,9 +66,7 @@ def test_an_interrupt_ends_with_130_and_a_short_message(monkeypatch, capsys):
 
 
 def test_the_demo_says_in_one_sentence_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(
-        command_line, "find_spec", lambda name: None if name in ("torch", "rich") else object()
-    )
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None if name in ("torch", "rich") else object())
     assert main(["demo"]) == 1
     assert capsys.readouterr().err == (
         "Error: the demo needs torch, rich, not installed here: pip install 'deformconv[demo]'\n"
@@ -166,9 +160,7 @@ class TestDoctor:
     def test_nan_is_a_wrong_result(self):
         import numpy as np
 
-        assert doctor._verdict({"a": np.array([np.nan, 1])}, {"a": np.ones(2)}).startswith(
-            "FAILED: error nan in a"
-        )
+        assert doctor._verdict({"a": np.array([np.nan, 1])}, {"a": np.ones(2)}).startswith("FAILED: error nan in a")
 
     def test_a_section_that_breaks_does_not_hide_the_others(self, monkeypatch, capsys):
         def broken():

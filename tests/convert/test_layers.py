@@ -149,9 +149,7 @@ class _Mmcv(nn.Module):
         elif self.packed:
             offset = self.conv_offset(x)
         bias = self.bias if self.modulated else None
-        return torchvision.ops.deform_conv2d(
-            x, offset, self.weight, bias, self.stride, self.padding, self.dilation, mask
-        )
+        return torchvision.ops.deform_conv2d(x, offset, self.weight, bias, self.stride, self.padding, self.dilation, mask)
 
 
 MMCV = {

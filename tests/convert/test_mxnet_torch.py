@@ -64,9 +64,7 @@ def test_a_block_gives_mxnets_outputs(name):
 @pytest.mark.parametrize("name", ["v1", "v2", "v2_groups", "v2_window"])
 def test_the_other_boundary_would_differ(name):
     own = layer_of(name)
-    other = layer_from_mxnet(
-        DATA / f"{name}.params", **BLOCKS[name], boundary="inside" if own.boundary == "zeros" else "zeros"
-    )
+    other = layer_from_mxnet(DATA / f"{name}.params", **BLOCKS[name], boundary="inside" if own.boundary == "zeros" else "zeros")
     assert error(run(other, name), EXPECTED[f"{name}.output"]) > 1e-3
 
 

@@ -275,7 +275,8 @@ print(found, ask(True))
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("library", ["numpy", pytest.param("torch", marks=needs_torch)])
 def test_ctrl_c_reaches_the_caller_soon(library: str, direction: str, number: int) -> None:
-    code = """
+    code = (
+        """
 import signal
 import time
 import LIBRARY
@@ -299,7 +300,10 @@ try:
 except KeyboardInterrupt:
     heard = time.monotonic()
     print(heard, np.array_equal(call(32), expected), flush=True)
-""".replace("NUMBER", str(number)).replace("DIRECTION", direction).replace("LIBRARY", library)
+""".replace("NUMBER", str(number))
+        .replace("DIRECTION", direction)
+        .replace("LIBRARY", library)
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"

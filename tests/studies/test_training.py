@@ -26,9 +26,7 @@ def test_the_nets_have_equal_budgets():
 
 def test_only_the_middle_layers_differ_in_kind():
     kinds = {
-        kind: [
-            layer.modulated for layer in DigitNet(kind).modules() if isinstance(layer, training.DeformConv2d)
-        ]
+        kind: [layer.modulated for layer in DigitNet(kind).modules() if isinstance(layer, training.DeformConv2d)]
         for kind in KINDS
     }
     assert kinds == {"plain": [], "v1": [False, False], "v2": [True, True]}

@@ -223,7 +223,6 @@ class TestErrors:
             with pytest.raises(ShapeError, match=text):  # a graph may break: PyTorch runs the rest eagerly
                 torch.compile(deform_conv2d, backend="eager")(*arguments, padding=padding)
 
-
     @pytest.mark.parametrize("dynamic", [None, True])
     def test_of_a_layers_input(self, dynamic):
         layer = DeformConv2d(3, 4, 3, padding=1)

@@ -69,7 +69,6 @@ class Case(NamedTuple):
         return ", ".join(words)
 
 
-
 def _versions(case: Case) -> tuple[Case, Case]:
     return case._replace(name=f"{case.name}-v1", masked=False), case._replace(name=f"{case.name}-v2")
 

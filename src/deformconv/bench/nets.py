@@ -85,6 +85,7 @@ class NetPeer(Peer):
     """One library's layers in the nets."""
 
     packages: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
+
     def __init__(self, threads: int) -> None:
         import torch
 

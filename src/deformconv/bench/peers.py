@@ -359,6 +359,4 @@ class OpenVino(_Inference):
         self.request.infer()
 
 
-PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (Deformconv, OnnxRuntime, OpenVino, Torchvision, Kornia, Dense)
-}
+PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Deformconv, OnnxRuntime, OpenVino, Torchvision, Kornia, Dense)}

@@ -183,9 +183,7 @@ def _tiny_call() -> tuple[ConvSpec, dict[str, Any]]:
     return conv_spec(x, offset, weight, bias, mask, **WINDOW), arrays
 
 
-def _values(
-    backend: str, arrays: dict[str, Any], grad_output: Any, backward: bool | None = None
-) -> dict[str, Any]:
+def _values(backend: str, arrays: dict[str, Any], grad_output: Any, backward: bool | None = None) -> dict[str, Any]:
     """The output, or the gradients, or both, by name."""
     values: dict[str, Any] = {}
     if backward is not True:
@@ -201,9 +199,7 @@ def _torch_values(arrays: dict[str, Any], grad_output: Any) -> dict[str, Any]:
 
     from deformconv.torch import deform_conv2d
 
-    tensors: dict[str, Any] = {
-        name: torch.from_numpy(array.copy()).requires_grad_() for name, array in arrays.items()
-    }
+    tensors: dict[str, Any] = {name: torch.from_numpy(array.copy()).requires_grad_() for name, array in arrays.items()}
     output = deform_conv2d(**tensors, **WINDOW)
     output.backward(torch.from_numpy(grad_output))
     gradients = {name: tensor.grad.numpy() for name, tensor in tensors.items()}
@@ -213,8 +209,7 @@ def _torch_values(arrays: dict[str, Any], grad_output: Any) -> dict[str, Any]:
 def _verdict(found: dict[str, Any], expected: dict[str, Any]) -> str:
     """The largest error of several tensors, each max|a - b| / max|b|."""
     errors = {
-        name: float(np.max(np.abs(value - expected[name])) / np.max(np.abs(expected[name])))
-        for name, value in found.items()
+        name: float(np.max(np.abs(value - expected[name])) / np.max(np.abs(expected[name]))) for name, value in found.items()
     }
     worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     if errors[worst] <= TOLERANCE:

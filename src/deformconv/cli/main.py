@@ -32,9 +32,7 @@ def deformconv() -> None:
 
 @deformconv.command()
 @click.option("--fast", is_flag=True, help="A few training steps only: under 30 seconds, for a first look.")
-@click.option(
-    "--seeds", type=click.IntRange(1), help="Train every net this many times.  [default: 2, fast: 1]"
-)
+@click.option("--seeds", type=click.IntRange(1), help="Train every net this many times.  [default: 2, fast: 1]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The first of the seeds.")
 @click.option(
     "--output",
@@ -57,9 +55,7 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
     """
     missing = [name for name in ("torch", "matplotlib", "mlxtend", "rich") if find_spec(name) is None]
     if missing:
-        raise click.ClickException(
-            f"the demo needs {', '.join(missing)}, not installed here: pip install 'deformconv[demo]'"
-        )
+        raise click.ClickException(f"the demo needs {', '.join(missing)}, not installed here: pip install 'deformconv[demo]'")
     try:
         output.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
     except OSError as error:
@@ -144,9 +140,7 @@ def doctor() -> int:
 @click.option(
     "--json", "json", type=click.Path(dir_okay=False, path_type=Path), help="Write the results to a file, or add them to it."
 )
-@click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speed (.png, .svg or .pdf)."
-)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speed (.png, .svg or .pdf).")
 @click.option(
     "--from", "source", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Measure nothing: print and draw what a file of --json has.",

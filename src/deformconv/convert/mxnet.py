@@ -229,9 +229,7 @@ def _keys(arrays: dict[str, np.ndarray], name: str) -> dict[str, str]:
     return {}
 
 
-def _layer(
-    arrays: dict[str, np.ndarray], name: str, groups: int, modulated: bool | None, offset_groups: int | None
-) -> _Arrays:
+def _layer(arrays: dict[str, np.ndarray], name: str, groups: int, modulated: bool | None, offset_groups: int | None) -> _Arrays:
     """Find a layer's arrays and check that they fit each other."""
     keys = _keys(arrays, name)
     if not keys:

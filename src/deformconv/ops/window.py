@@ -77,10 +77,7 @@ def paddings(padding: Any, D: int) -> str | tuple[tuple[int, int], ...]:
     paired = [isinstance(part, (tuple, list)) or getattr(part, "ndim", 0) == 1 for part in parts]
     if any(paired):
         if not all(paired) or len(parts) != D or any(len(part) != 2 for part in parts):
-            raise ShapeError(
-                f"`padding` is {padding!r}; a {D}-D call takes {n_of(D, 'pair')}, one per axis: "
-                f"{_pair_form(D)}."
-            )
+            raise ShapeError(f"`padding` is {padding!r}; a {D}-D call takes {n_of(D, 'pair')}, one per axis: {_pair_form(D)}.")
         pairs = tuple((_integer("padding", a, padding), _integer("padding", b, padding)) for a, b in parts)
         if min(map(min, pairs)) < 0:
             raise ShapeError(f"`padding` is {padding!r}; expected at least 0 on every side.")

@@ -76,9 +76,7 @@ def draw_sampling_points(
         axes.scatter(window[:, 1], window[:, 0], s=size / 4, color="0.45", marker="+", linewidths=0.6)
         axes.scatter(middle[1], middle[0], s=size, color="black", marker="x", linewidths=1.4, zorder=4)
     looks = {"cmap": "viridis", "vmin": 0, "vmax": mask_limit, "edgecolors": "black", "linewidths": 0.5}
-    drawn = axes.scatter(
-        chosen[:, 1], chosen[:, 0], s=size * np.abs(amount), c=amount, zorder=3, **{**looks, **style}
-    )
+    drawn = axes.scatter(chosen[:, 1], chosen[:, 0], s=size * np.abs(amount), c=amount, zorder=3, **{**looks, **style})
     height, width = image.shape[:2]
     right, bottom = width - 0.5, height - 0.5
     if margin:

@@ -79,9 +79,7 @@ def _register_block(rows: int, vectors: int) -> Any:
             _, _, *totals = for_each(builder, INT(0), runs, 1, [b_start, *sums], next_run)
             # What C held is added last: a sum over many calls then loses no more than a sum of their results. And where C is
             # overwritten it is never read: it may be fresh, unwritten memory.
-            places = [
-                add(add(c_start, multiply(INT(r), c_row)), INT(v * lanes)) for r in range(rows) for v in range(vectors)
-            ]
+            places = [add(add(c_start, multiply(INT(r), c_row)), INT(v * lanes)) for r in range(rows) for v in range(vectors)]
             with builder.if_else(accumulate) as (adding, overwriting):
                 with adding:
                     for place, total in zip(places, totals, strict=True):
@@ -137,6 +135,4 @@ def multiply(
                     a, a_block, a_row, a_step, a_jump, run, runs, b, b_panel, b_step, c, into, c_row, accumulate
                 )
             else:
-                _multiply_few_wide(
-                    a, a_block, a_row, a_step, a_jump, run, runs, b, b_panel, b_step, c, into, c_row, accumulate
-                )
+                _multiply_few_wide(a, a_block, a_row, a_step, a_jump, run, runs, b, b_panel, b_step, c, into, c_row, accumulate)

@@ -201,9 +201,7 @@ def add_lanes(builder: Any, values: list[Any]) -> list[Any]:
             value = builder.fadd(value, turned)
             step *= 2
         totals.append(value)
-    return [
-        builder.extract_element(totals[i % len(totals)], _lane(_place(i // len(totals), folded))) for i in range(count)
-    ]
+    return [builder.extract_element(totals[i % len(totals)], _lane(_place(i // len(totals), folded))) for i in range(count)]
 
 
 def _place(number: int, count: int) -> int:

@@ -76,8 +76,7 @@ def corners(base: Sequence[int], offset: Sequence[float], size: Sequence[int], b
             pixel=tuple(pixel for pixel, _, _ in ends),
             weight=math.prod(weight for _, weight, _ in ends),
             d_weight=tuple(
-                math.prod(end[2] if other == axis else end[1] for other, end in enumerate(ends))
-                for axis in range(len(ends))
+                math.prod(end[2] if other == axis else end[1] for other, end in enumerate(ends)) for axis in range(len(ends))
             ),
         )
         for ends in product(*per_axis)

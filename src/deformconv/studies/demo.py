@@ -100,10 +100,7 @@ def classic_example(console: Console, repeats: int) -> bool:
     v1, v2 = deform_conv2d(x, zero, weight, padding=1), deform_conv2d(x, zero, weight, padding=1, mask=one)
     results = {"v1 with zero offsets": v1, "v2 with zero offsets and masks 1": v2}
     return all(
-        [
-            _check(console, f"{name} is a plain convolution", _difference(result, plain))
-            for name, result in results.items()
-        ]
+        [_check(console, f"{name} is a plain convolution", _difference(result, plain)) for name, result in results.items()]
     )
 
 
@@ -139,18 +136,14 @@ def _milliseconds(call: Callable[..., Tensor], arguments: list[Tensor], repeats:
     return medians[0], medians[1]
 
 
-def compare_nets(
-    console: Console, training: Digits, held_out: Digits, schedule: Schedule, seeds: Sequence[int]
-) -> list[Run]:
+def compare_nets(console: Console, training: Digits, held_out: Digits, schedule: Schedule, seeds: Sequence[int]) -> list[Run]:
     """Train one net of each kind for every seed, with progress, and print what came out."""
     _title(console, 2, "Three nets of equal budget on handwritten digits, scaled, turned and moved")
     # The held-out canvases are one and the same for all seeds.
     canvases = digits.scatter(held_out, np.random.default_rng(0))
     console.print(f"  {len(training.labels)} digits to train on, {len(canvases.labels)} others held out\n")
     kinds = "".join(f"{kind:>7}" for kind in KINDS)
-    console.print(
-        f"  seed  step    training loss         held-out accuracy\n  {'':10}{kinds}  {kinds}", style="bold"
-    )
+    console.print(f"  seed  step    training loss         held-out accuracy\n  {'':10}{kinds}  {kinds}", style="bold")
     columns = (
         TextColumn(" "),
         BarColumn(20),
@@ -208,10 +201,7 @@ def draw(console: Console, output: Path, runs: Sequence[Run], net: DigitNet, hel
     from deformconv.studies.pictures import looks, training_curves
 
     _title(console, 3, "Pictures")
-    figures = {
-        f"sampling-points-{name.replace(' ', '-')}.png": looks(net, held_out, block)
-        for block, name in LAYERS.items()
-    }
+    figures = {f"sampling-points-{name.replace(' ', '-')}.png": looks(net, held_out, block) for block, name in LAYERS.items()}
     figures["training.png"] = training_curves(runs)
     for name, figure in figures.items():
         with whole_file(output / name) as part:

@@ -104,9 +104,7 @@ def placements(
     drawn_rotation = random.uniform(-rotation, rotation, count)
     reach = 12 * drawn_scale * (np.abs(np.cos(drawn_rotation)) + np.abs(np.sin(drawn_rotation)))
     room = np.maximum(canvas / 2 - reach, 0)
-    return Placement(
-        drawn_scale, drawn_rotation, random.uniform(-1, 1, count) * room, random.uniform(-1, 1, count) * room
-    )
+    return Placement(drawn_scale, drawn_rotation, random.uniform(-1, 1, count) * room, random.uniform(-1, 1, count) * room)
 
 
 def place(images: Floats, placement: Placement, canvas: int = CANVAS) -> Images:
@@ -166,6 +164,4 @@ def _bilinear(images: Floats, y: Images, x: Images) -> Images:
 
 def scatter(digits: Digits, random: np.random.Generator, canvas: int = CANVAS) -> Digits:
     """Every scan once, each at a new random placement."""
-    return Digits(
-        place(digits.images, placements(len(digits.labels), random, canvas=canvas), canvas), digits.labels
-    )
+    return Digits(place(digits.images, placements(len(digits.labels), random, canvas=canvas), canvas), digits.labels)

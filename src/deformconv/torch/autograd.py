@@ -139,9 +139,7 @@ class BackwardFunction(torch.autograd.Function):
         return found, (0,) * len(found)
 
 
-def backward(
-    spec: ConvSpec, backend: str | None, operands: Sequence[Any], wanted: Collection[str]
-) -> Gradients:
+def backward(spec: ConvSpec, backend: str | None, operands: Sequence[Any], wanted: Collection[str]) -> Gradients:
     """The gradients for tensors of any kind: grad_output, input, offset, weight and mask."""
     if forward_ad._current_level >= 0 or requires_grad(*operands) or torch._C._are_functorch_transforms_active():
         return _backward(spec, backend, operands, wanted)
@@ -151,9 +149,7 @@ def backward(
     return compute.backward(plan, *(*operands, wanted))
 
 
-def _backward(
-    spec: ConvSpec, backend: str | None, operands: Sequence[Any], wanted: Collection[str]
-) -> Gradients:
+def _backward(spec: ConvSpec, backend: str | None, operands: Sequence[Any], wanted: Collection[str]) -> Gradients:
     """The gradients, which can be differentiated in turn."""
     mapped = _is_mapped(operands[0])
     if mapped and _map_level() == 1 and forward_ad._current_level < 0:

@@ -174,9 +174,7 @@ def device_of(tensor: Any) -> str:
     return "cpu" if tensor.is_cpu else str(tensor.device)
 
 
-def forward(
-    plan: Plan, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def forward(plan: Plan, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     """The output, for plain tensors with a batch axis; without a graph."""
     spec, inner, module = plan[:3]
     # A contiguous tensor of several channels and pixels has channels 2 pixels or more apart: the check is for speed.

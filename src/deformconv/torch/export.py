@@ -56,9 +56,7 @@ def deform_conv(
     return result.to(dtype) if dtype in HALF else result
 
 
-def _as_2d(
-    spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def _as_2d(spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     spec = replace(
         spec,
         rank=2,
@@ -78,9 +76,7 @@ def _as_2d(
 
 def _check(spec: ConvSpec, opset: int | None) -> None:
     if spec.boundary != "zeros":
-        raise BackendError(
-            f'boundary="{spec.boundary}" cannot be exported: ONNX\'s DeformConv knows boundary="zeros" only.'
-        )
+        raise BackendError(f'boundary="{spec.boundary}" cannot be exported: ONNX\'s DeformConv knows boundary="zeros" only.')
     if opset is not None and opset < _FIRST_OPSET:
         raise BackendError(
             f"This export is for ONNX opset {opset}, which has no DeformConv; expected "

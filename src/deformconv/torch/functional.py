@@ -376,9 +376,7 @@ def _special_call(
     return output[0] if unbatched else output
 
 
-def _traced_call(
-    exporting: bool, rank: int | None, backend: str | None, parameters: Parameters, *operands: Any
-) -> Tensor:
+def _traced_call(exporting: bool, rank: int | None, backend: str | None, parameters: Parameters, *operands: Any) -> Tensor:
     if exporting:
         return export.deform_conv(_spec(rank, parameters, *operands), *operands)
     # A compiler takes the registered operator, which finds out for itself.
@@ -419,9 +417,7 @@ def _with_batch(tensor: Any) -> Any:
     return None if tensor is None else tensor[None]
 
 
-def check_layer_input(
-    input: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, rank: int
-) -> None:
+def check_layer_input(input: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, rank: int) -> None:
     """Raise what the operator would for these two, before a layer predicts its offsets."""
     special = (
         type(input) not in autograd.PLAIN
@@ -439,9 +435,7 @@ def check_layer_input(
             )  # fmt: skip
         except (TypeError, RuntimeError):
             pass  # a layout, say, or a nested tensor, which has no shape; whatever is wrong is found again
-    _check_layer_input(
-        input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, rank=rank
-    )
+    _check_layer_input(input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, rank=rank)
 
 
 @lru_cache(maxsize=1024)

@@ -41,9 +41,7 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, p
     For tracers that record calls of functions, torch.fx for one, it is one, so that its dtypes are looked at later.
     """
     if has_torch_function((input, weight)):
-        result: Tensor = handle_torch_function(
-            _convolve, (input, weight), input, weight, bias, stride, padding, dilation
-        )
+        result: Tensor = handle_torch_function(_convolve, (input, weight), input, weight, bias, stride, padding, dilation)
         return result
     convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
     if weight.dtype in HALF or input.dtype in HALF or is_autocast(input.device.type):

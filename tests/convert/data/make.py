@@ -1,6 +1,6 @@
 """Write the .params files and outputs of this folder with MXNet 1.9.1: MXNet's own blocks, operators and numbers.
 
-    .venv-gluon/bin/python tests/convert/data/make.py
+.venv-gluon/bin/python tests/convert/data/make.py
 """
 
 from __future__ import annotations

@@ -66,9 +66,7 @@ def in_float64(call: Call, run: Callable[..., Any]) -> Any:
 
 def reference_backward(call: Call) -> Gradients:
     c = call
-    return reference.deform_conv_backward(
-        c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS
-    )
+    return reference.deform_conv_backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS)
 
 
 def named(call: Call) -> dict[str, Array | None]:
@@ -192,9 +190,7 @@ class ForwardSuite:
         garbage = {n: getattr(call, n).copy() for n in ("input", "offset", "mask")}
         for array in garbage.values():
             array[[0, 2]] = np.nan
-        alone = call_of(
-            call.input[1:2], call.offset[1:2], call.weight, call.bias, call.mask[1:2], padding=SMALL.padding
-        )
+        alone = call_of(call.input[1:2], call.offset[1:2], call.weight, call.bias, call.mask[1:2], padding=SMALL.padding)
         among_garbage = self.output(call.but(**garbage))[1:2]
         np.testing.assert_array_equal(among_garbage, self.output(call)[1:2])
         assert_close(self.output(alone), among_garbage, "float64")
@@ -229,9 +225,7 @@ class ForwardSuite:
             ("inside", 100, 0, 0),
         ],
     )
-    def test_position(
-        self, boundary: str, position: float, value: float, derivative: float, rank: int, padding: int
-    ) -> None:
+    def test_position(self, boundary: str, position: float, value: float, derivative: float, rank: int, padding: int) -> None:
         call = pinned([1.0, 10.0, 100.0], position, rank, padding, boundary)
         assert self.output(call).ravel()[0] == value
         self.check_position_derivative(call, derivative)
@@ -269,9 +263,7 @@ class ForwardSuite:
     @by_dtype
     def test_nan_reaches_the_outputs_that_read_it(self, dtype: str, boundary: str) -> None:
         """Groups (2) of channels (6) 0-2, 3-5; offset groups (3) of channels 0-1, 2-3, 4-5."""
-        case = Case(
-            "", (4, 5), (2, 3), in_channels=6, groups=2, offset_groups=3, padding=1, boundary=boundary
-        )
+        case = Case("", (4, 5), (2, 3), in_channels=6, groups=2, offset_groups=3, padding=1, boundary=boundary)
         for group, outputs in ((0, [0, 1, 2]), (1, [0, 1, 2, 3, 4, 5]), (2, [3, 4, 5])):
             call = make(case, dtype)
             clean = self.output(call)
@@ -362,9 +354,7 @@ class ConvSuite(ForwardSuite):
     @by_dtype
     def test_nan_reaches_the_gradients_that_used_it(self, dtype: str, boundary: str) -> None:
         """Groups (2) of channels (6) 0-2, 3-5; offset groups (3) of channels 0-1, 2-3, 4-5."""
-        case = Case(
-            "", (4, 5), (2, 3), in_channels=6, groups=2, offset_groups=3, padding=1, boundary=boundary
-        )
+        case = Case("", (4, 5), (2, 3), in_channels=6, groups=2, offset_groups=3, padding=1, boundary=boundary)
         call = make(case, dtype)
         offset, without = call.offset.copy(), call.mask.copy()
         offset[1, 12 + 5, 2, 3] = np.nan  # offset group 1, tap 2

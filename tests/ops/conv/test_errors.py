@@ -20,15 +20,11 @@ GOOD = {"input": (2, 4, 8, 9), "offset": (2, 18, 8, 9), "weight": (6, 4, 3, 3)}
 NAMES = ("input", "offset", "weight", "bias", "mask")
 
 
-def call(
-    *, dtypes: dict[str, str] | None = None, devices: dict[str, str] | None = None, **arguments: Any
-) -> spec.ConvSpec:
+def call(*, dtypes: dict[str, str] | None = None, devices: dict[str, str] | None = None, **arguments: Any) -> spec.ConvSpec:
     """A 2-D call with padding 1 that is right, but for what is given."""
     arguments = {"padding": 1, **GOOD, **arguments}
     operands = {
-        name: Operand(
-            arguments.pop(name), (dtypes or {}).get(name, "float32"), (devices or {}).get(name, "cpu")
-        )
+        name: Operand(arguments.pop(name), (dtypes or {}).get(name, "float32"), (devices or {}).get(name, "cpu"))
         for name in NAMES
         if name in arguments
     }
@@ -263,8 +259,7 @@ def test_text_of_grad_output() -> None:
     with pytest.raises(ShapeError) as raised:
         grad_output((2, 6, 6, 7))
     assert str(raised.value) == (
-        "`grad_output` has shape (2, 6, 6, 7); expected the output's, (2, 6, 8, 9): (N, C_out, height, "
-        "width)."
+        "`grad_output` has shape (2, 6, 6, 7); expected the output's, (2, 6, 8, 9): (N, C_out, height, width)."
     )
     with pytest.raises(TypeError) as type_raised:
         grad_output((2, 6, 8, 9), "float64")

@@ -23,12 +23,8 @@ class TestOnNumPy(ForwardSuite):
 
     def test_backward_raises(self) -> None:
         c = make(SMALL)
-        with pytest.raises(
-            BackendError, match="cannot run deform_conv_backward: NumPy has no automatic derivative"
-        ):
-            portable.deform_conv_backward(
-                c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS
-            )
+        with pytest.raises(BackendError, match="cannot run deform_conv_backward: NumPy has no automatic derivative"):
+            portable.deform_conv_backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS)
 
 
 @pytest.mark.parametrize(

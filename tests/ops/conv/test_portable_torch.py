@@ -45,9 +45,7 @@ class TestOnTorch(ConvSuite):
         rounded = [tensor.detach().double().numpy() for tensor in (*arrays, grad_output)]
         call = call.but(**dict(zip(named(call), rounded, strict=True)))
         assert_close(output.detach().double(), in_float64(call, reference.deform_conv), dtype)
-        for name, gradient, expected in zip(
-            GRADIENTS, gradients, in_float64(call, reference_backward), strict=True
-        ):
+        for name, gradient, expected in zip(GRADIENTS, gradients, in_float64(call, reference_backward), strict=True):
             assert_close(gradient.double(), expected, dtype, name)
 
     def test_autograd_is_deform_conv_backward(self) -> None:
@@ -100,9 +98,7 @@ class TestOnTorch(ConvSuite):
         call = make(SMALL)
         arrays = [tensor.detach() for tensor in self.tensors(call)]
         tangents = [torch.from_numpy(array) for array in make(SMALL, seed=1).arrays]
-        _, tangent = torch.func.jvp(
-            lambda *a: portable.deform_conv(call.spec, *a), tuple(arrays), tuple(tangents)
-        )
+        _, tangent = torch.func.jvp(lambda *a: portable.deform_conv(call.spec, *a), tuple(arrays), tuple(tangents))
         cotangents = self.gradients(call)
         expected = sum(float((t.numpy() * c).sum()) for t, c in zip(tangents, cotangents, strict=True))
         assert_close((tangent.numpy() * call.grad_output).sum(), expected, "float64")

@@ -35,9 +35,7 @@ def directions(call: Call, name: str) -> Iterator[Array]:
     for axis in range(call.spec.rank):
         for _ in range(3):
             direction = np.zeros(array.shape)
-            direction[:, axis :: call.spec.rank] = random.uniform(0, 1, array.shape)[
-                :, axis :: call.spec.rank
-            ]
+            direction[:, axis :: call.spec.rank] = random.uniform(0, 1, array.shape)[:, axis :: call.spec.rank]
             yield direction
 
 
@@ -67,9 +65,7 @@ class TestReference(ConvSuite):
             for direction in () if array is None else directions(call, name):
                 step = 0.05 * direction
                 ahead, behind = (total(call.but(**{name: array + s})) for s in (step, -step))
-                assert (ahead - behind) / 2 == pytest.approx(
-                    (gradients[name] * step).sum(), rel=1e-9, abs=1e-11
-                )
+                assert (ahead - behind) / 2 == pytest.approx((gradients[name] * step).sum(), rel=1e-9, abs=1e-11)
 
     @by_boundary
     def test_kinks_have_the_derivative_on_their_right(self, boundary: str) -> None:

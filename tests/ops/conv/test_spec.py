@@ -21,9 +21,7 @@ def spec_of(
     dtype: str = "float32",
     **parameters: Any,
 ) -> ConvSpec:
-    operands = [
-        None if shape is None else Operand(shape, dtype) for shape in (input, offset, weight, None, mask)
-    ]
+    operands = [None if shape is None else Operand(shape, dtype) for shape in (input, offset, weight, None, mask)]
     return conv_spec(*operands, **parameters)
 
 
@@ -139,9 +137,7 @@ def test_same_padding_keeps_the_size(axes: list[tuple[int, int, int]]) -> None:
 def test_forms_of_a_parameter(parameters: dict[str, Any], same: dict[str, Any]) -> None:
     spec = spec_of(**parameters)
     assert spec == spec_of(**same)
-    assert all(
-        type(number) is int for number in (*spec.stride, *spec.dilation, *spec.padding[0], spec.groups)
-    )
+    assert all(type(number) is int for number in (*spec.stride, *spec.dilation, *spec.padding[0], spec.groups))
 
 
 def test_one_integer_of_padding_for_one_axis() -> None:

@@ -48,9 +48,7 @@ def how(spec: ConvSpec, library: str) -> list[str]:
     return [f"PyTorch's own operations compute the call {way}"]
 
 
-def deform_conv(
-    spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None
-) -> Array:
+def deform_conv(spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None) -> Array:
     """The output (N, C_out, *O), by the library's own operations."""
     if is_numpy_array(input):
         # Infinities are data here: 0 * inf is NaN by definition, and nothing to warn of.
@@ -178,17 +176,14 @@ def chunks(spec: ConvSpec) -> Iterator[tuple[slice, slice, ConvSpec]]:
             yield slice(image, image + batch), slice(start, start + count), part
 
 
-def _deform_conv(
-    spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None
-) -> Array:
+def _deform_conv(spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None) -> Array:
     xp = array_namespace(input)
     N, C, K, P, D = spec.batch, spec.in_channels, spec.taps, spec.positions, spec.rank
     groups, G = spec.groups, spec.offset_groups
     dtype = input.dtype
     if spec.dtype in HALF:
         input, offset, weight, bias, mask = (
-            None if array is None else xp.astype(array, xp.float32)
-            for array in (input, offset, weight, bias, mask)
+            None if array is None else xp.astype(array, xp.float32) for array in (input, offset, weight, bias, mask)
         )
 
     pixels = xp.reshape(input, (N * G, C // G, *spec.input_size))

@@ -40,9 +40,7 @@ def how(spec: ConvSpec, library: str) -> list[str]:
 
 # Infinities are data here: 0 * inf is NaN by definition, and nothing to warn of.
 @np.errstate(invalid="ignore", over="ignore")
-def deform_conv(
-    spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None
-) -> Array:
+def deform_conv(spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None) -> Array:
     """The output (N, C_out, *O)."""
     samples, _ = _sample(spec, input, offset)
     columns = samples * _mask_per_channel(spec, mask)
@@ -102,9 +100,7 @@ def deform_conv_backward(
     )
 
 
-def _positions(
-    spec: ConvSpec, offset: Array
-) -> Iterator[tuple[int, slice, int, int, tuple[int, ...], list[float]]]:
+def _positions(spec: ConvSpec, offset: Array) -> Iterator[tuple[int, slice, int, int, tuple[int, ...], list[float]]]:
     """Every sampling position: image, channels of its offset group, tap, output position, base, offset."""
     N, G, K, D = spec.batch, spec.offset_groups, spec.taps, spec.rank
     offset = offset.astype(np.float64).reshape(N, G, K, D, spec.positions)
@@ -140,9 +136,7 @@ def _mask_per_channel(spec: ConvSpec, mask: Array | None) -> Array:
 
 def _grouped(spec: ConvSpec, columns: Array) -> Array:
     """(N, C_in, K, P) as (N, groups, C_in/groups, K, P)."""
-    return columns.reshape(
-        spec.batch, spec.groups, spec.in_channels // spec.groups, spec.taps, spec.positions
-    )
+    return columns.reshape(spec.batch, spec.groups, spec.in_channels // spec.groups, spec.taps, spec.positions)
 
 
 def _grouped_weight(spec: ConvSpec, weight: Array) -> Array:

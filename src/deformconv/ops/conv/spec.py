@@ -281,10 +281,7 @@ def _rank(input: Operand, weight: Operand, rank: int | None) -> int:
         taker = f"deform_conv{rank}d"
     given = len(input.shape)
     if given != rank + 2:
-        text = (
-            f"`input` has {n_of(given, 'axis')}, shape {_shape(input)}; {taker} takes {rank + 2}: "
-            f"(N, C_in, {axes(rank)})."
-        )
+        text = f"`input` has {n_of(given, 'axis')}, shape {_shape(input)}; {taker} takes {rank + 2}: (N, C_in, {axes(rank)})."
         if given == rank + 1:
             text += " For one image without a batch axis pass `input[None]`."
         if named and 3 <= given <= 5:
@@ -303,10 +300,7 @@ def _check_dtypes_and_devices(input: Operand, **others: Operand | None) -> None:
         if operand is None:
             continue
         if operand.dtype not in DTYPES:
-            raise TypeError(
-                f"`{name}` is {operand.dtype}; expected floating point: one of "
-                f"{', '.join(DTYPES)}. Cast it first."
-            )
+            raise TypeError(f"`{name}` is {operand.dtype}; expected floating point: one of {', '.join(DTYPES)}. Cast it first.")
         if operand.dtype != input.dtype:
             text = (
                 f"`{name}` is {operand.dtype} and `input` is {input.dtype}; expected one dtype for all "
@@ -317,8 +311,7 @@ def _check_dtypes_and_devices(input: Operand, **others: Operand | None) -> None:
             raise TypeError(text)
         if operand.device != input.device:
             raise ValueError(
-                f"`{name}` is on {operand.device} and `input` is on {input.device}; expected one device for "
-                "all arrays."
+                f"`{name}` is on {operand.device} and `input` is on {input.device}; expected one device for all arrays."
             )
 
 
@@ -327,9 +320,7 @@ def _groups(input: Operand, weight: Operand, given: int | None) -> int:
     if in_channels < 1:
         raise ShapeError(f"`input` has shape {_shape(input)}, no channels; expected at least 1 (axis 1).")
     if min(out_channels, group_channels) < 1:
-        raise ShapeError(
-            f"`weight` has shape {_shape(weight)}; expected (C_out, C_in/groups, *kernel), each at least 1."
-        )
+        raise ShapeError(f"`weight` has shape {_shape(weight)}; expected (C_out, C_in/groups, *kernel), each at least 1.")
     groups = given or in_channels // group_channels
     if groups * group_channels != in_channels:
         text = f"`weight` has shape {_shape(weight)}, so C_in/groups = {group_channels} (axis 1); expected "
@@ -354,10 +345,7 @@ def _groups(input: Operand, weight: Operand, given: int | None) -> int:
             )
         raise ShapeError(text)
     if out_channels % groups:
-        text = (
-            f"`weight` has shape {_shape(weight)}, so C_out = {out_channels} (axis 0); expected "
-            "a multiple of "
-        )
+        text = f"`weight` has shape {_shape(weight)}, so C_out = {out_channels} (axis 0); expected a multiple of "
         if given is None:
             text += f"groups = C_in / (C_in/groups) = {in_channels}/{group_channels} = {groups}."
             text += channels_last("input") if input.shape[-1] == group_channels else ""
@@ -394,9 +382,7 @@ def _output_size(
                 "least 1. "
                 "Only a batch may be empty."
             )
-        output_size.append(
-            positions_along(size, kernel_size[axis], stride[axis], (before, after), dilation[axis])
-        )
+        output_size.append(positions_along(size, kernel_size[axis], stride[axis], (before, after), dilation[axis]))
     return tuple(output_size)
 
 
@@ -437,18 +423,13 @@ def _raise_offset_channels(
     if given is not None:
         text += f", so offset_groups={given} takes {given * each}."
     elif whole:
-        text += (
-            f", so these are {n_of(channels // each, 'offset group')}; expected a divisor of C_in = "
-            f"{in_channels}."
-        )
+        text += f", so these are {n_of(channels // each, 'offset group')}; expected a divisor of C_in = {in_channels}."
     else:
         text += "."
     packed, rest = divmod(channels, (D + 1) * K)  # offset groups, were offsets and masks in one array
     if packed and not rest and packed == (given or packed) and in_channels % packed == 0:
         masks = packed * K
-        text += (
-            f" {channels} = {packed * each} offsets + {masks} masks: for v2 pass the last {masks} as `mask`."
-        )
+        text += f" {channels} = {packed * each} offsets + {masks} masks: for v2 pass the last {masks} as `mask`."
     elif mask is not None and len(mask.shape) == D + 2 and mask.shape[1] == channels * D:
         text += f" `mask` has {n_of(mask.shape[1], 'channel')}: the two are exchanged."
     elif tuple(offset.shape[1:-1]) == output_size and offset.shape[-1] % each == 0:
@@ -476,10 +457,7 @@ def _check_mask_channels(spec: ConvSpec, mask: Operand) -> None:
     elif tuple(mask.shape[1:]) == (*spec.output_size, masks):
         text += channels_last("mask")
     elif channels and channels % spec.taps == 0:
-        text += (
-            f" {channels} masks are {n_of(channels // spec.taps, 'offset group')}: `mask` and `offset` "
-            "disagree."
-        )
+        text += f" {channels} masks are {n_of(channels // spec.taps, 'offset group')}: `mask` and `offset` disagree."
     raise ShapeError(text)
 
 
