@@ -121,13 +121,13 @@ def test_the_kernel_reads_the_tensors_memory(monkeypatch):
     from deformconv.ops.conv import cpu
 
     function, arrays, keywords, _ = call_of()
-    seen, real = [], cpu.deform_conv
+    seen, real = [], cpu.forward
 
     def spy(spec, *operands, library):
         seen.extend(operands)
         return real(spec, *operands, library=library)
 
-    monkeypatch.setattr(cpu, "deform_conv", spy)
+    monkeypatch.setattr(cpu, "forward", spy)
     function(**arrays, **keywords)
     assert [array.ctypes.data for array in seen] == [arrays[name].data_ptr() for name in ARRAYS]
 
@@ -171,7 +171,7 @@ def test_without_gradients_no_graph_is_made(context, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("Function.apply costs time and is not needed")
 
-    monkeypatch.setattr(functional.autograd.DeformConvFunction, "apply", refuse)
+    monkeypatch.setattr(functional.DEFORM_CONV.function, "apply", refuse)
     with context():
         y = function(**arrays, **keywords)
     assert not y.requires_grad

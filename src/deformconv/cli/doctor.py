@@ -16,6 +16,7 @@ import numpy as np
 
 import deformconv
 from deformconv import dispatch
+from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 
 __all__ = ["run"]
@@ -151,10 +152,13 @@ def _backends() -> Lines:
         if find_spec(library) is None:
             yield library, "not installed"
             continue
-        for line in dispatch.explain(spec, library, "cpu").splitlines()[1:]:
-            backend = line.startswith(" ")
-            direction, _, chosen = line.partition(": ")
-            yield ("", line.strip()) if backend else (f"{library} {direction}", chosen)
+        for backward in (False, True):
+            verdicts = dispatch.verdicts(DEFORM_CONV, spec, library, "cpu", backward)
+            runs = [verdict for verdict in verdicts if verdict.runs]
+            yield f"{library} {'backward' if backward else 'forward'}", runs[0].backend if runs else "no backend can run it"
+            for verdict in sorted(verdicts, key=lambda verdict: not verdict.runs):
+                if verdict.sentences:
+                    yield "", str(verdict)
 
 
 def _self_test() -> Lines:
@@ -164,7 +168,7 @@ def _self_test() -> Lines:
     for backend in ("cpu", "portable"):
         for backward in (False, True):
             direction = "backward" if backward else "forward"
-            if dispatch.load(spec, backend).reasons_against(spec, "numpy", "cpu", backward):
+            if dispatch.load(DEFORM_CONV, backend).reasons_against(spec, "numpy", "cpu", backward):
                 continue
             found = _values(backend, arrays, grad_output, backward)
             yield f"{backend} {direction}", _verdict(found, expected)

@@ -15,8 +15,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from deformconv.errors import ShapeError
 from deformconv.ops.conv.spec import BOUNDARIES
 from deformconv.ops.window import count, integers, paddings, same_padding
-from deformconv.torch.compute import HALF, is_autocast, without_autocast
+from deformconv.torch import modes
 from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch.tensors import HALF
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -44,9 +45,9 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, p
         result: Tensor = handle_torch_function(_convolve, (input, weight), input, weight, bias, stride, padding, dilation)
         return result
     convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
-    if weight.dtype in HALF or input.dtype in HALF or is_autocast(input.device.type):
+    if weight.dtype in HALF or input.dtype in HALF or modes.autocast(input.device.type):
         whole = (t if t is None or t.dtype not in HALF else t.float() for t in (input, weight, bias))
-        with without_autocast(input.device.type):
+        with modes.without_autocast(input.device.type):
             result = convolution(*whole, stride, padding, dilation)
     else:
         result = convolution(input, weight, bias, stride, padding, dilation)

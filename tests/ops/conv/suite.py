@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ def _read_only(array: Array) -> Array:
 
 @cache
 def expected_output(case: Case, dtype: str) -> Array:
-    return in_float64(make(case, dtype), reference.deform_conv)
+    return in_float64(make(case, dtype), reference.forward)
 
 
 @cache
@@ -59,14 +58,14 @@ def expected_gradients(case: Case, dtype: str) -> Gradients:
 def in_float64(call: Call, run: Callable[..., Any]) -> Any:
     """The reference's result on the same numbers."""
     call = call.but(**{n: None if a is None else a.astype(np.float64) for n, a in named(call).items()})
-    if run is reference.deform_conv:
+    if run is reference.forward:
         return run(call.spec, *call.arrays)
     return run(call)
 
 
 def reference_backward(call: Call) -> Gradients:
     c = call
-    return reference.deform_conv_backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS)
+    return reference.backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS)
 
 
 def named(call: Call) -> dict[str, Array | None]:
@@ -95,7 +94,7 @@ def plain_convolution(call: Call) -> Array:
 class ForwardSuite:
     """The output, and all that must be true of it."""
 
-    backend: ModuleType
+    backend: Any
 
     def array(self, array: Array) -> Any:
         """A NumPy array as the backend takes it."""
@@ -107,7 +106,7 @@ class ForwardSuite:
 
     def output(self, call: Call) -> Array:
         arrays = [None if array is None else self.array(array) for array in call.arrays]
-        return self.numpy(self.backend.deform_conv(call.spec, *arrays))
+        return self.numpy(self.backend.forward(call.spec, *arrays))
 
     @by_dtype
     @by_name
@@ -120,7 +119,7 @@ class ForwardSuite:
     @given(st.data())
     def test_output_of_any_configuration(self, data: st.DataObject) -> None:
         case = data.draw(configurations())
-        assert_close(self.output(make(case)), in_float64(make(case), reference.deform_conv), "float64")
+        assert_close(self.output(make(case)), in_float64(make(case), reference.forward), "float64")
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_layout_in_memory_does_not_matter(self, layout: str) -> None:
@@ -299,7 +298,7 @@ class ForwardSuite:
     @by_dtype
     def test_odd_numbers_everywhere_match_the_reference(self, dtype: str, boundary: str) -> None:
         call = odd(make(SMALL.but(boundary=boundary, batch=5), dtype))
-        assert_close(self.output(call), in_float64(call, reference.deform_conv), dtype)
+        assert_close(self.output(call), in_float64(call, reference.forward), dtype)
 
 
 class ConvSuite(ForwardSuite):
@@ -308,7 +307,7 @@ class ConvSuite(ForwardSuite):
     def gradients(self, call: Call, wanted: Collection[str] = GRADIENTS) -> Gradients:
         names = ("grad_output", "input", "offset", "weight", "mask")
         arrays = [None if a is None else self.array(a) for a in (getattr(call, name) for name in names)]
-        gradients = self.backend.deform_conv_backward(call.spec, *arrays, wanted)
+        gradients = self.backend.backward(call.spec, *arrays, wanted)
         return Gradients(*(None if gradient is None else self.numpy(gradient) for gradient in gradients))
 
     def assert_gradients(self, call: Call, expected: Gradients, dtype: str) -> None:
