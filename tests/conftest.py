@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 # pytest's importlib mode leaves sys.path alone, and tests import the suites and tables that they share.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-pytest.register_assert_rewrite("tests.tolerances", "tests.ops.conv.suite")
+pytest.register_assert_rewrite("tests.tolerances", "tests.ops.conv.suite", "tests.frontends.suite")
 
 # The same examples in every run, on machines of any speed; a suite's tests are inherited by several backends.
 settings.register_profile(

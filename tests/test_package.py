@@ -21,6 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A room may import from itself and from those further in.
 DEPTH = {
     "errors": 0,
+    "accuracy": 0,
     "runtime": 1,
     "sampling": 2,
     "ops": 3,
@@ -40,7 +41,7 @@ DEPTH = {
 # The root's functions hand tensors on to the torch room, when they are given some.
 EXCEPTIONS = {("functional", "torch")}
 # The rooms that nobody needs a framework or an extra for.
-PLAIN = ("errors", "runtime", "sampling", "ops", "dispatch", "numpy", "functional", "convert", "cli")
+PLAIN = ("errors", "accuracy", "runtime", "sampling", "ops", "dispatch", "numpy", "functional", "convert", "cli")
 # But for these modules, which the others of their room load inside of functions.
 OF_A_FRAMEWORK = {"deformconv.convert.kornia", "deformconv.convert.torchvision_kernels"}
 

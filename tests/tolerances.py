@@ -1,4 +1,4 @@
-"""How far two results may be apart: the one table, by dtype."""
+"""What it means that two results agree: the package's table of tolerances, and where numbers must not be finite."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ from typing import Any
 
 import numpy as np
 
-# The error of an array is max|actual - expected| / max|expected|. Half precision is computed in float32, so
-# that its error is one rounding of the result.
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
+from deformconv.accuracy import TOLERANCE, error
 
-
-def error(actual: Any, expected: Any) -> float:
-    """max|actual - expected| / max|expected|; where `expected` is 0 everywhere, max|actual|."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    if expected.size == 0:
-        return 0.0
-    return float(np.abs(actual - expected).max() / (np.abs(expected).max() or 1.0))
+__all__ = ["TOLERANCE", "assert_close", "error"]
 
 
 def assert_close(actual: Any, expected: Any, dtype: str, what: str = "result") -> None:

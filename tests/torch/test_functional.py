@@ -2,30 +2,69 @@
 
 from __future__ import annotations
 
-import doctest
 import inspect
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from tests.ops.conv.cases import CASES
-from tests.tolerances import TOLERANCE, assert_close
+from tests.frontends.suite import OperatorSuite
+from tests.ops.conv.cases import ARGUMENTS, CASES
+from tests.tolerances import assert_close
 from tests.torch.tensors import FUNCTIONS, call_of
+from tests.torch.tensors import tensors as tensors_of
 
 import deformconv
 from deformconv import BackendError, ShapeError
 from deformconv.ops.window import paddings, same_padding
 from deformconv.torch import deform_conv1d, deform_conv2d, deform_conv3d, functional
 
-ARRAYS = ("input", "offset", "weight", "bias", "mask")
+LAYOUTS = {
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
+    "every other element": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "negative bit": lambda t: torch.complex(t, -t).conj().imag,
+    "a parameter": torch.nn.Parameter,
+    "an offset in storage": lambda t: torch.cat([t.flatten()[:3], t.flatten()])[3:].view(t.shape),
+}
+MISTAKES = {
+    "list": (torch.Tensor.tolist, "`{name}` is a list; expected a PyTorch tensor, as .* are. Pass `torch.as_tensor"),
+    "NumPy array": (torch.Tensor.numpy, "`{name}` is a numpy.ndarray; expected .* are. Pass `torch.from_numpy"),
+    "sparse": (lambda t: t.to_sparse(), r"`{name}` has the layout torch.sparse_coo; .*`{name}.to_dense\(\)`"),
+    "integers": (lambda t: t.int(), "`{name}` is int32; expected floating point"),
+    "complex": (lambda t: t + 0j, "`{name}` is complex128; expected floating point"),
+    "another dtype": (lambda t: t.float(), "is float32.*is float64|is float64.*is float32"),
+}
 
 
-def test_doctests():
-    result = doctest.testmod(functional)
-    assert result.failed == 0
-    assert result.attempted > 10
+class TestOperator(OperatorSuite):
+    module = functional
+    kind = torch.Tensor
+    expected = "a PyTorch tensor, as "
+    backends = ("cpu", "portable")
+    half_gradients = True
+    layouts = LAYOUTS
+    mistakes = MISTAKES
+
+    def array(self, array):
+        return torch.from_numpy(array.copy())
+
+    def numpy(self, array):
+        return array.detach().resolve_neg().numpy()
+
+    def function(self, rank):
+        return FUNCTIONS[rank]
+
+    def backward(self, rank, arrays, grad_output, **parameters):
+        leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in arrays.items()}
+        self.forward(rank, leaves, **parameters).backward(grad_output.detach())
+        return {name: None if t is None else t.grad for name, t in leaves.items()}
+
+    def convolution(self, call):
+        spec, tensors = call.spec, tensors_of(call)
+        window = spec.stride, [before for before, _ in spec.padding], spec.dilation, spec.groups
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[spec.rank - 1]
+        return convolution(tensors["input"], tensors["weight"], tensors["bias"], *window).numpy()
 
 
 def test_torchvisions_signature_comes_first():
@@ -76,7 +115,7 @@ def test_parity_with_torchvision(case, dtype):
     assert y.dtype == getattr(torch, dtype)
     y.backward(grad_output)
     assert_close(y.detach(), expected.detach(), dtype)
-    for name in ARRAYS:
+    for name in ARGUMENTS:
         if ours[name] is not None:
             assert_close(ours[name].grad, theirs[name].grad, dtype, name)
 
@@ -113,8 +152,6 @@ def test_backends_by_name():
     assert "DeformConvFunction" in type(function(**arrays, **keywords, backend="portable").grad_fn).__name__
     with pytest.raises(BackendError, match="reference: it takes NumPy arrays"):
         function(**arrays, **keywords, backend="reference")
-    with pytest.raises(ValueError, match="`backend` is 'fast'"):
-        function(**arrays, **keywords, backend="fast")
 
 
 def test_the_kernel_reads_the_tensors_memory(monkeypatch):
@@ -129,31 +166,7 @@ def test_the_kernel_reads_the_tensors_memory(monkeypatch):
 
     monkeypatch.setattr(cpu, "forward", spy)
     function(**arrays, **keywords)
-    assert [array.ctypes.data for array in seen] == [arrays[name].data_ptr() for name in ARRAYS]
-
-
-MEMORY = {
-    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
-    "every other element": lambda t: t.repeat_interleave(2, -1)[..., ::2],
-    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "negative bit": lambda t: torch.complex(t, -t).conj().imag,
-    "a parameter": torch.nn.Parameter,
-    "an offset in storage": lambda t: torch.cat([t.flatten()[:3], t.flatten()])[3:].view(t.shape),
-}
-
-
-@pytest.mark.parametrize("form", MEMORY)
-def test_any_memory_gives_the_same_result(form):
-    function, arrays, keywords, grad_output = call_of(requires_grad=True)
-    expected = function(**arrays, **keywords)
-    expected.backward(grad_output)
-    for name in ARRAYS:
-        _, odd, _, _ = call_of()
-        odd[name] = MEMORY[form](odd[name]).detach().requires_grad_()
-        y = function(**odd, **keywords)
-        y.backward(MEMORY[form](grad_output).detach())
-        assert torch.equal(y, expected)
-        assert_close(odd[name].grad, arrays[name].grad, "float64", name)
+    assert [array.ctypes.data for array in seen] == [arrays[name].data_ptr() for name in ARGUMENTS]
 
 
 def test_expanded_tensors():
@@ -185,47 +198,6 @@ def test_tensors_made_under_inference_mode():
         function, arrays, keywords, _ = call_of()
         inside = function(**arrays, **keywords)
     assert torch.equal(function(**arrays, **keywords), inside)
-
-
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_zero_offsets_give_the_plain_convolution(rank):
-    torch.manual_seed(0)
-    convolution = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    x = torch.randn(2, 4, *(6, 5, 7)[:rank], dtype=torch.float64)
-    weight, bias = torch.randn(6, 2, *(3, 2, 3)[:rank], dtype=torch.float64), torch.randn(6).double()
-    expected = convolution(x, weight, bias, padding=1, stride=2, groups=2)
-    taps = weight[0, 0].numel()
-    offset = torch.zeros(2, rank * taps, *expected.shape[2:], dtype=torch.float64)
-    y = FUNCTIONS[rank](x, offset, weight, bias, padding=1, stride=2, groups=2)
-    assert_close(y, expected, "float64")
-
-
-def test_eight_threads_at_once_give_what_one_gives():
-    cases = [case for case in CASES if case.batch == 2][:8]
-
-    def both(case):
-        function, arrays, keywords, grad_output = call_of(case, "float32", requires_grad=True)
-        y = function(**arrays, **keywords)
-        y.backward(grad_output)
-        return [y.detach(), *(t.grad for t in arrays.values() if t is not None)]
-
-    expected = [both(case) for case in cases]
-    found: dict[int, list] = {}
-    barrier = threading.Barrier(8)
-
-    def work(number):
-        barrier.wait()
-        for _ in range(5):
-            found[number] = both(cases[number])
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(8):
-        for ours, serial in zip(found[number], expected[number], strict=True):
-            assert torch.equal(ours, serial)
 
 
 class Images(torch.utils.data.Dataset):
@@ -264,29 +236,6 @@ class TestErrors:
             with pytest.raises(ShapeError, match=rf"`input` has 4 axes.*{name} takes.*for deform_conv2d"):
                 other(**arrays, **keywords)
 
-    def test_packed_offsets_are_told_from_masks(self):
-        x, weight = torch.rand(1, 3, 8, 8), torch.rand(4, 3, 3, 3)
-        with pytest.raises(ShapeError, match=r"27 = 18 offsets \+ 9 masks: for v2 pass the last 9 as `mask`"):
-            deform_conv2d(x, torch.zeros(1, 27, 8, 8), weight, padding=1)
-
-    @pytest.mark.parametrize("name", ARRAYS)
-    @pytest.mark.parametrize(
-        ("spoil", "text"),
-        [
-            (torch.Tensor.tolist, "`{}` is a list; expected a PyTorch tensor, as .* are. Pass `torch.as_tensor"),
-            (torch.Tensor.numpy, "`{}` is a numpy.ndarray; expected .* are. Pass `torch.from_numpy"),
-            (lambda t: t.to_sparse(), r"`{}` has the layout torch.sparse_coo; .*`{}.to_dense\(\)`"),
-            (lambda t: t.int(), "`{}` is int32; expected floating point"),
-            (lambda t: t + 0j, "`{}` is complex128; expected floating point"),
-            (lambda t: t.float(), "is float32.*is float64|is float64.*is float32"),
-        ],
-    )
-    def test_what_is_no_dense_tensor_of_the_dtype(self, name, spoil, text):
-        function, arrays, keywords, _ = call_of()
-        arrays[name] = spoil(arrays[name])
-        with pytest.raises(TypeError, match=text.replace("{}", name)):
-            function(**arrays, **keywords)
-
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
     def test_nested_tensors(self):
         _, arrays, keywords, _ = call_of()
@@ -301,43 +250,8 @@ class TestErrors:
             function(**arrays | {"offset": arrays["offset"].float()}, **keywords)
         assert raised.value.__context__ is None or raised.value.__suppress_context__
 
-    @pytest.mark.parametrize("name", ["input", "offset", "weight"])
-    def test_none(self, name):
-        function, arrays, keywords, _ = call_of()
-        with pytest.raises(TypeError, match=f"`{name}` is None; expected a PyTorch tensor, as "):
-            function(**arrays | {name: None}, **keywords)
-
     def test_arrays_only(self):
         function, arrays, keywords, _ = call_of()
         arrays = {name: t.numpy() for name, t in arrays.items()}
         with pytest.raises(TypeError, match=r"`input` is a numpy.ndarray; expected a PyTorch tensor. Pass"):
             function(**arrays, **keywords)
-
-
-def test_nan_and_infinity_in_offsets():
-    """One output position is touched, forward and backward, and the process survives."""
-    for bad in (float("nan"), float("inf"), 1e30):
-        x = torch.rand(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
-        offset = torch.zeros(1, 18, 6, 6, dtype=torch.float64)
-        offset[0, :2, 2, 3] = bad
-        offset.requires_grad_()
-        weight = torch.rand(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-        y = deform_conv2d(x, offset, weight, padding=1)
-        touched = torch.zeros(6, 6, dtype=torch.bool)
-        touched[2, 3] = bad != bad
-        assert torch.equal(y[0].isnan(), touched.expand(3, 6, 6))
-        y.sum().backward()
-        assert x.grad.isfinite().all()
-        assert torch.equal(offset.grad[0, 0].isnan(), touched)
-        assert not offset.grad[0, 2:].isnan().any()
-
-
-def test_keywords_reach_the_operator():
-    """Groups are verified, not inferred, when they are given."""
-    function, arrays, keyword, _ = call_of()
-    with pytest.raises(ShapeError, match="groups=2"):
-        function(**arrays, **keyword | {"groups": 2})
-    with pytest.raises(ShapeError, match="offset_groups=2"):
-        function(**arrays, **keyword | {"offset_groups": 2})
-    inside = function(**arrays, **keyword | {"boundary": "inside"})
-    assert (inside - function(**arrays, **keyword)).abs().max() > TOLERANCE["float64"]

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from tests.ops.conv.cases import CASES
-from tests.tolerances import TOLERANCE, assert_close
+from tests.tolerances import TOLERANCE, assert_close, error
 from tests.torch.tensors import PLAIN, call_of
 from torch import nn
 
@@ -132,8 +132,7 @@ def test_second_derivatives(half):
 
     found, expected = second(coarse), second(whole)
     assert found.dtype == half
-    error = (found.float() - expected).abs().max() / expected.abs().max()
-    assert error < 10 * TOLERANCE[str(half).removeprefix("torch.")]
+    assert error(found.float(), expected) < 10 * TOLERANCE[str(half).removeprefix("torch.")]
 
 
 class TestAutocast:

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from deformconv.accuracy import error
+from deformconv.bench.cases import TOLERANCE
 from deformconv.runtime.processors import available_processors
 
 SHAPE, CHANNELS = (2, 64, 56, 56), 64  # N, C, H, W and C_out
 KINDS = ("mxnet v1", "deformconv v1", "deformconv v2")
-TOLERANCE = 1e-4  # float32, max|a - b| / max|b|; sums over 6272 positions in two orders
 
 
 def _block(kind: str) -> Any:
@@ -112,9 +113,11 @@ def _agree(processes: dict[str, _Process]) -> None:
             with np.load(file) as arrays:
                 found[kind] = dict(arrays)
     for name, expected in found["mxnet v1"].items():
-        error = float(np.abs(found["deformconv v1"][name] - expected).max() / np.abs(expected).max())
-        if not error <= TOLERANCE:
-            raise RuntimeError(f"v1 differs from MXNet's in {name}: error {error:.0e}, at most {TOLERANCE:.0e} is rounding.")
+        difference = error(found["deformconv v1"][name], expected)
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"v1 differs from MXNet's in {name}: error {difference:.0e}, at most {TOLERANCE:.0e} is rounding."
+            )
 
 
 def _machine() -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
+from deformconv.accuracy import error
 from deformconv.bench.cases import Case
 from deformconv.bench.nets import NET_PEERS
 from deformconv.bench.peers import PEERS, Peer, Truth
@@ -154,15 +155,15 @@ def _checked(process: Any, case: Any, direction: str, expected: dict[str, Any] |
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """The error of each result, max|a - b| / max|b|; one that is absent, misshapen or NaN is infinitely wrong."""
+    """The error of each result; one that is absent, misshapen or NaN is infinitely wrong."""
     errors = {}
     for name, right in expected.items():
         actual = found.get(name)
         if actual is None or actual.shape != right.shape:
             errors[name] = float("inf")
         else:
-            error = abs(actual - right).max() / (abs(right).max() or 1.0)
-            errors[name] = float("inf") if np.isnan(error) else float(error)
+            difference = error(actual, right)
+            errors[name] = float("inf") if np.isnan(difference) else difference
     return errors
 
 

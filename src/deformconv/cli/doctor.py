@@ -16,6 +16,7 @@ import numpy as np
 
 import deformconv
 from deformconv import dispatch
+from deformconv.accuracy import TOLERANCE, error
 from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 
@@ -24,7 +25,6 @@ __all__ = ["run"]
 PACKAGES = ("numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "mxnet", "matplotlib", "rich")
 # Those of the host's vector extensions that decide how fast kernels are.
 EXTENSIONS = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")
-TOLERANCE = 1e-5  # float32 against the float64 reference
 
 WINDOW: dict[str, Any] = {"stride": (1, 2), "padding": ((0, 0), (1, 1))}
 
@@ -211,11 +211,10 @@ def _torch_values(arrays: dict[str, Any], grad_output: Any) -> dict[str, Any]:
 
 
 def _verdict(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """The largest error of several tensors, each max|a - b| / max|b|."""
-    errors = {
-        name: float(np.max(np.abs(value - expected[name])) / np.max(np.abs(expected[name]))) for name, value in found.items()
-    }
+    """The largest error of several arrays; all are float32."""
+    errors = {name: error(value, expected[name]) for name, value in found.items()}
     worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
-    if errors[worst] <= TOLERANCE:
+    limit = TOLERANCE["float32"]
+    if errors[worst] <= limit:
         return f"ok, error {errors[worst]:.0e}"
-    return f"FAILED: error {errors[worst]:.1e} in {worst}; {TOLERANCE:.0e} is the most that rounding explains"
+    return f"FAILED: error {errors[worst]:.1e} in {worst}; {limit:.0e} is the most that rounding explains"

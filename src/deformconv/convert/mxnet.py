@@ -15,6 +15,7 @@ import numpy as np
 
 from deformconv.convert.params_file import as_array, read_params
 from deformconv.errors import ShapeError
+from deformconv.ops.conv.layer import layer_padding
 from deformconv.ops.conv.spec import BOUNDARIES
 from deformconv.ops.window import by, count
 
@@ -330,8 +331,9 @@ def _check_layer(layer: Any) -> Any:
         raise ValueError(f"`layer` bounds its offsets (max_offset={layer.max_offset:g}); MXNet's deformable layers do not.")
     if layer.padding_mode != "zeros":
         raise ValueError(f"`layer` has padding_mode={layer.padding_mode!r}; MXNet's deformable layers have 'zeros'.")
-    if any(before != after for before, after in layer._pairs):
-        amounts = ", ".join(f"{before} before and {after} after" for before, after in layer._pairs)
+    padding = layer_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
+    if not padding.symmetric:
+        amounts = ", ".join(f"{before} before and {after} after" for before, after in padding.pairs)
         raise ValueError(
             f"`layer` has padding={layer.padding!r}, which is {amounts}; MXNet's deformable layers pad by the same number "
             "on both sides of an axis."

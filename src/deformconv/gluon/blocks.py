@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import gcd, prod
+from math import gcd
 from typing import Any, ClassVar
 
 import mxnet as mx
@@ -15,6 +15,7 @@ from deformconv.errors import ShapeError
 from deformconv.gluon.arrays import operand
 from deformconv.gluon.custom import in_gluon_words
 from deformconv.gluon.functional import check_array, deform_conv
+from deformconv.ops.conv.layer import MASK_SCALE, Predicted, activated, check_divides, predicted
 from deformconv.ops.conv.spec import BOUNDARIES, Operand, check_input
 from deformconv.ops.window import count, integers
 
@@ -30,10 +31,9 @@ class _Deformable:
     offset_weight: Any
     offset_bias: Any
     deformable_conv_weight: Any
-    offset_split_index: int
 
     version_boundary: ClassVar[str]
-    predicted: ClassVar[int]
+    modulated: ClassVar[bool]
 
     def __init__(
         self,
@@ -66,7 +66,8 @@ class _Deformable:
         if layout != "NCHW":
             raise ValueError(f"`layout` is {layout!r}; expected 'NCHW', the only one that MXNet's own operator runs as well.")
         kernel_size = integers("kernel_size", kernel_size, 2, 1)
-        _check_groups(channels, in_channels, groups, num_deformable_group, self.predicted * prod(kernel_size))
+        _check_groups(channels, in_channels, groups, num_deformable_group, predicted(kernel_size, 1, self.modulated))
+        self._predicted = predicted(kernel_size, num_deformable_group, self.modulated)
         super().__init__(
             channels,
             kernel_size,
@@ -178,7 +179,7 @@ class DeformableConvolution(_Deformable, cnn.DeformableConvolution):
     """
 
     version_boundary = "inside"
-    predicted = 2  # numbers for every tap
+    modulated = False
 
     def _predict(self, F: Any, x: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
         return self._raw(F, x, weight, bias), None
@@ -210,29 +211,28 @@ class ModulatedDeformableConvolution(_Deformable, cnn.ModulatedDeformableConvolu
     """
 
     version_boundary = "zeros"
-    predicted = 3
+    modulated = True
 
     def _predict(self, F: Any, x: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
         raw = self._raw(F, x, weight, bias)
-        offset = F.slice_axis(raw, axis=1, begin=0, end=self.offset_split_index)
-        mask = F.slice_axis(raw, axis=1, begin=self.offset_split_index, end=None)
-        return offset, 2 * F.sigmoid(mask)
+        offset = F.slice_axis(raw, axis=1, begin=0, end=self._predicted.offsets)
+        mask = F.slice_axis(raw, axis=1, begin=self._predicted.offsets, end=None)
+        return activated(offset, mask, MASK_SCALE, None, F.tanh, F.sigmoid)
 
 
-def _check_groups(channels: Any, in_channels: Any, groups: Any, offset_groups: Any, predicted: int) -> None:
-    """Check what MXNet would check in its own words, or not at all; `predicted` is for one offset group."""
+def _check_groups(channels: Any, in_channels: Any, groups: Any, offset_groups: Any, one_group: Predicted) -> None:
+    """Check what MXNet would check in its own words, or not at all; `one_group` is what is predicted for one offset group."""
     groups, offset_groups = count("groups", groups), count("num_deformable_group", offset_groups)
     numbers = {"channels": count("channels", channels)}
     if in_channels:
         numbers["in_channels"] = count("in_channels", in_channels)
-        if in_channels % offset_groups:
-            raise ShapeError(f"`num_deformable_group` is {offset_groups}; expected a divisor of in_channels = {in_channels}.")
+        check_divides("num_deformable_group", offset_groups, "in_channels", in_channels)
     for name, number in numbers.items():
-        if number % groups:
-            raise ShapeError(f"`groups` is {groups}; expected a divisor of {name} = {number}.")
-    if predicted * offset_groups % groups:
+        check_divides("groups", groups, name, number)
+    each = one_group.channels
+    if each * offset_groups % groups:
         raise ShapeError(
             f"`groups` is {groups}; in MXNet's block the predictor has as many groups, so it must divide its channels, "
-            f"num_deformable_group x {predicted} = {offset_groups * predicted}: expected num_deformable_group to be a multiple "
-            f"of {groups // gcd(groups, predicted)}."
+            f"num_deformable_group x {each} = {offset_groups * each}: expected num_deformable_group to be a multiple "
+            f"of {groups // gcd(groups, each)}."
         )

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from deformconv.accuracy import TOLERANCE, error
 from deformconv.ops.conv import cpu
 from deformconv.runtime import cache
 from deformconv.studies import digits
@@ -28,7 +29,6 @@ __all__ = ["run"]
 
 FULL = Schedule(steps=400, evaluations=5)
 FAST = Schedule(steps=30, evaluations=2)
-TOLERANCE = 1e-5  # float32, max|a - b| / max|b|
 LAYERS = {2: "stride 2", 4: "stride 4"}  # the nets' deformable layers, by block
 
 
@@ -63,11 +63,11 @@ def _title(console: Console, number: int, title: str) -> None:
     console.print(f"\n[bold]{number}. {title}[/]")
 
 
-def _check(console: Console, statement: str, error: float, limit: float = TOLERANCE) -> bool:
+def _check(console: Console, statement: str, difference: float, limit: float = TOLERANCE["float32"]) -> bool:
     """Say whether a difference is within its limit, and return it. A NaN is not."""
-    holds = error <= limit
+    holds = difference <= limit
     verdict = "[green]ok    [/]" if holds else "[bold red]FAILED[/]"
-    found = f"{error:.0e}" + ("" if holds else f", at most {limit:.0e} is rounding")
+    found = f"{difference:.0e}" + ("" if holds else f", at most {limit:.0e} is rounding")
     console.print(f"  {verdict}  {statement} (error {found})")
     return holds
 
@@ -99,17 +99,11 @@ def classic_example(console: Console, repeats: int) -> bool:
     zero, one = torch.zeros_like(offset), torch.ones_like(mask)
     v1, v2 = deform_conv2d(x, zero, weight, padding=1), deform_conv2d(x, zero, weight, padding=1, mask=one)
     results = {"v1 with zero offsets": v1, "v2 with zero offsets and masks 1": v2}
-    return all(
-        [_check(console, f"{name} is a plain convolution", _difference(result, plain)) for name, result in results.items()]
-    )
+    return all([_check(console, f"{name} is a plain convolution", error(result, plain)) for name, result in results.items()])
 
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _milliseconds(call: Callable[..., Tensor], arguments: list[Tensor], repeats: int) -> tuple[float, float]:
@@ -223,5 +217,5 @@ def keep(console: Console, output: Path, net: DigitNet, held_out: Digits) -> boo
     return _check(
         console,
         "the loaded net gives the same scores",
-        _difference(scores(again, canvases), scores(net, canvases)),
+        error(scores(again, canvases), scores(net, canvases)),
     )

@@ -15,6 +15,7 @@ from mxnet.gluon.contrib import cnn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deformconv.accuracy import TOLERANCE, error
 from deformconv.gluon import DeformableConvolution, ModulatedDeformableConvolution
 from deformconv.ops.conv import cpu
 from deformconv.runtime import cache
@@ -26,7 +27,6 @@ __all__ = ["BLOCKS", "accuracy", "digit_net", "run", "train"]
 
 FULL = Schedule(steps=400, evaluations=5)
 FAST = Schedule(steps=30, evaluations=2)
-TOLERANCE = 1e-5  # float32, max|a - b| / max|b|
 BLOCKS: dict[str, tuple[Any, Any]] = {  # ours and MXNet's
     "v1": (DeformableConvolution, cnn.DeformableConvolution),
     "v2": (ModulatedDeformableConvolution, cnn.ModulatedDeformableConvolution),
@@ -62,10 +62,10 @@ def check_block(console: Console, kind: str, seed: int) -> bool:
     for source, target in zip(old.collect_params().values(), new.collect_params().values(), strict=True):
         target.set_data(source.data())
     expected, found = old(x).asnumpy(), new(x).asnumpy()
-    error = float(np.abs(found - expected).max() / np.abs(expected).max())
-    holds = error <= TOLERANCE
+    difference = error(found, expected)
+    holds = difference <= TOLERANCE["float32"]
     verdict = "[green]ok    [/]" if holds else "[bold red]FAILED[/]"
-    console.print(f"  {verdict}  {kind}: {ours.__name__} gives MXNet's outputs (error {error:.0e})")
+    console.print(f"  {verdict}  {kind}: {ours.__name__} gives MXNet's outputs (error {difference:.0e})")
     return holds
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from deformconv.errors import ShapeError
-from deformconv.ops.conv.spec import BOUNDARIES
-from deformconv.ops.window import count, integers, paddings, same_padding
+from deformconv.ops.conv.layer import (
+    MASK_SCALE,
+    LayerPadding,
+    Predicted,
+    activated,
+    check_passed,
+    check_predictor,
+    checked_layer,
+    describe,
+    predicted,
+    uniform_bound,
+)
 from deformconv.torch import modes
 from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.tensors import HALF
@@ -92,37 +100,24 @@ class _DeformConvNd(nn.Module):
         modulated: bool = True,
         offset_groups: int | None = 1,
         predict_offsets: bool = True,
-        mask_scale: float = 2.0,
+        mask_scale: float = MASK_SCALE,
         max_offset: float | None = None,
         boundary: str = "zeros",
     ) -> None:
         super().__init__()
-        D = self.rank
-        self.in_channels = count("in_channels", in_channels)
-        self.out_channels = count("out_channels", out_channels)
-        self.kernel_size = integers("kernel_size", kernel_size, D, 1)
-        self.stride = integers("stride", stride, D, 1)
-        self.dilation = integers("dilation", dilation, D, 1)
-        self.groups = count("groups", groups)
-        if offset_groups is None and predict_offsets:
-            raise ValueError("`offset_groups` is None; expected a number, since this layer predicts offsets for so many.")
-        self.offset_groups = None if offset_groups is None else count("offset_groups", offset_groups)
-        _check_divides("groups", self.groups, "in_channels", self.in_channels)
-        _check_divides("groups", self.groups, "out_channels", self.out_channels)
-        _check_divides("offset_groups", self.offset_groups or 1, "in_channels", self.in_channels)
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"`padding_mode` is {padding_mode!r}; expected one of {', '.join(PADDING_MODES)}.")
-        if boundary not in BOUNDARIES:
-            raise ValueError(f"`boundary` is {boundary!r}; expected one of {', '.join(BOUNDARIES)}.")
-        self.padding_mode = padding_mode
-        self.boundary = boundary
-        self.modulated = modulated
-        self.mask_scale = _positive("mask_scale", mask_scale)
-        self.max_offset = None if max_offset is None else _positive("max_offset", max_offset)
-        self._set_padding(padding)
+        layer = checked_layer(
+            self.rank, in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            offset_groups=offset_groups, predict_offsets=predict_offsets, mask_scale=mask_scale, max_offset=max_offset,
+            boundary=boundary, padding_mode=padding_mode, padding_modes=PADDING_MODES,
+        )  # fmt: skip
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.groups, self.offset_groups = layer.groups, layer.offset_groups
+        self.mask_scale, self.max_offset = layer.mask_scale, layer.max_offset
+        self.padding_mode, self.modulated, self.boundary = padding_mode, modulated, boundary
+        self._set_padding(layer.padding)
 
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(layer.weight_shape, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype))
         else:
@@ -130,31 +125,22 @@ class _DeformConvNd(nn.Module):
         self.offset_conv = self._predictor() if predict_offsets else None
         self.reset_parameters()
 
-    def _set_padding(self, padding: Any) -> None:
+    def _set_padding(self, padding: LayerPadding) -> None:
         """Keep the padding as given, and as the operator, the predictor and F.pad take it."""
-        pairs = paddings(padding, self.rank)
-        if isinstance(pairs, str):
-            self.padding: Any = pairs
-            same = pairs == "same"
-            pairs = same_padding(self.kernel_size, self.stride, self.dilation) if same else ((0, 0),) * self.rank
-            symmetric = all(before == after for before, after in pairs)
-        else:
-            symmetric = all(before == after for before, after in pairs)
-            self.padding = tuple(before for before, _ in pairs) if symmetric else pairs
-        self._pairs = pairs
-        amounts = [amount for pair in reversed(pairs) for amount in pair]
+        self.padding, self._pairs, symmetric = padding.shown, padding.pairs, padding.symmetric
+        amounts = [amount for pair in reversed(self._pairs) for amount in pair]
         zeros = self.padding_mode == "zeros"
-        self._operator_padding = (0,) * self.rank if not zeros else self.padding if symmetric else pairs
+        self._operator_padding = (0,) * self.rank if not zeros else self.padding if symmetric else self._pairs
         # In another mode the input is padded first, for the operator and the predictor alike; zeros that
         # nn.ConvNd cannot add itself, different amounts on two sides, for the predictor alone.
         self._input_padding = [] if zeros else amounts
         self._predictor_input_padding = amounts if zeros and not symmetric else []
-        self._predictor_padding = tuple(before for before, _ in pairs) if zeros and symmetric else 0
+        self._predictor_padding = tuple(before for before, _ in self._pairs) if zeros and symmetric else 0
 
     def _predictor(self) -> _OffsetConvNd:
         return self._offset_convolution(
             self.in_channels,
-            self._masks * (self.rank + self.modulated),
+            self._predicted.channels,
             self.kernel_size,
             self.stride,
             self._predictor_padding,
@@ -164,28 +150,21 @@ class _DeformConvNd(nn.Module):
         )
 
     @property
-    def _masks(self) -> int:
-        """How many masks are predicted at a position; and so many times the rank offsets."""
-        return (self.offset_groups or 1) * math.prod(self.kernel_size)
+    def _predicted(self) -> Predicted:
+        return predicted(self.kernel_size, self.offset_groups or 1, self.modulated)
 
     def reset_parameters(self) -> None:
         """Initialise `weight` and `bias` as nn.ConvNd does, and the predictor with zeros."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
-            bound = 1 / math.sqrt(self.weight[0].numel())
+            bound = uniform_bound(self.weight.shape)
             nn.init.uniform_(self.bias, -bound, bound)
         if self.offset_conv is not None:
             self.offset_conv.reset_parameters()
 
     def forward(self, input: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Convolve with predicted offsets and masks, or with exactly those passed: without mask, v1."""
-        if offset is None and mask is not None:
-            raise TypeError("`mask` was passed without `offset`; expected both, or neither to predict them.")
-        if mask is not None and not self.modulated:
-            raise ValueError(
-                "`mask` was passed to a layer without modulation (v1); expected `offset` alone. For v2 build "
-                "the layer with modulated=True."
-            )
+        check_passed(offset, mask, self.modulated)
         weight = self.weight  # once, since a parametrization computes it at every access
         self._check_input(input, weight)
         input = self._padded(input)
@@ -217,39 +196,18 @@ class _DeformConvNd(nn.Module):
         return F.pad(input, self._input_padding, self.padding_mode) if self._input_padding else input
 
     def _predict(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.offset_conv is None:
-            raise TypeError(
-                "`offset` is missing and this layer predicts none (predict_offsets=False); expected "
-                "layer(input, offset) or layer(input, offset, mask)."
-            )
+        predictor = check_predictor(self.offset_conv)
         if self._predictor_input_padding:
             input = F.pad(input, self._predictor_input_padding)
-        offset, raw_mask = self.offset_conv(input), None
+        offset, mask = predictor(input), None
         if self.modulated:
             # Views that the kernels read in place, split along the channels, with and without a batch. Two slices would be
             # the same views, but backward each of them fills an array of all channels, and these are added.
-            offset, raw_mask = offset.split((self._masks * self.rank, self._masks), -1 - self.rank)
-        if self.max_offset is not None:
-            offset = self.max_offset * torch.tanh(offset / self.max_offset)
-        return offset, None if raw_mask is None else self.mask_scale * torch.sigmoid(raw_mask)
+            offset, mask = offset.split(tuple(self._predicted), -1 - self.rank)
+        return activated(offset, mask, self.mask_scale, self.max_offset, torch.tanh, torch.sigmoid)
 
     def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
-        parts.append(f"stride={self.stride}")
-        shown = {
-            "padding": (0,) * self.rank,
-            "dilation": (1,) * self.rank,
-            "groups": 1,
-            "padding_mode": "zeros",
-            "modulated": True,
-            "offset_groups": 1,
-            "mask_scale": 2.0,
-            "max_offset": None,
-            "boundary": "zeros",
-        }
-        parts += [f"{name}={value!r}" for name in shown if (value := getattr(self, name)) != shown[name]]
-        parts += ["bias=False"] * (self.bias is None) + ["predict_offsets=False"] * (self.offset_conv is None)
-        return ", ".join(parts)
+        return describe(self, biased=self.bias is not None, predicts=self.offset_conv is not None)
 
 
 class DeformConv2d(_DeformConvNd):
@@ -364,15 +322,3 @@ def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) 
         {"params": [p for p in trained if id(p) in predictors], "lr": lr * offset_lr_scale},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _check_divides(name: str, divisor: int, of: str, number: int) -> None:
-    if number % divisor:
-        raise ShapeError(f"`{name}` is {divisor}; expected a divisor of {of} = {number}.")
-
-
-def _positive(name: str, value: Any) -> float:
-    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"`{name}` is {value!r}; expected a number above 0.")
-    return number

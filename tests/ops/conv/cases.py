@@ -1,4 +1,9 @@
-"""The named configurations of deformable convolution that every backend is tried on, and arrays for them."""
+"""The named configurations of deformable convolution that every backend is tried on, and arrays for them.
+
+`CASES` are configurations in which mistakes hide: sides padded differently, no images, a boundary of "inside". `PROBLEMS` are
+the layers that benchmarks measure, made small. Those stay in a table of their own, `deformconv.bench.cases`, in the form that
+result files keep and without what only some of the compared libraries can run.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from deformconv.bench import cases as bench
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 
 Array = np.ndarray[Any, Any]
@@ -78,6 +84,30 @@ CASES = [
          dilation=(1, 1, 2), groups=2, offset_groups=2),
     Case("3-D, inside", (3, 4, 3), (2, 2, 2), padding=1, batch=1, masked=False, boundary="inside"),
 ]  # fmt: skip
+
+
+def shrunk(case: bench.Case) -> bench.Case:
+    """A layer of the same kind, small enough for the reference: fewer pixels, images and channels, as many tails."""
+    small = case._replace(batch=min(case.batch, 3), size=tuple(min(length, 13 - 2 * i) for i, length in enumerate(case.size)))
+    channels = min(case.in_channels, 48)
+    if case.groups == case.in_channels:
+        return small._replace(in_channels=channels, out_channels=channels, groups=channels)
+    if case.groups > 1:
+        return small._replace(in_channels=64, out_channels=64, groups=4)
+    return small._replace(in_channels=channels, out_channels=min(case.out_channels, 56))
+
+
+def _problems() -> list[Case]:
+    """The kinds of layers, each under the name of the first of its kind: layers that differ in size alone shrink to one."""
+    kinds: dict[tuple[Any, ...], Case] = {}
+    for case in map(shrunk, bench.CASES):
+        fields = case._asdict()
+        del fields["sigma"]
+        kinds.setdefault(case[1:], Case(**fields))
+    return list(kinds.values())
+
+
+PROBLEMS = _problems()
 
 
 @dataclass
