@@ -217,7 +217,7 @@ def test_explain_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
 # Running on it
 
 
-# As `cache.kernel` compiles, but not kept on disk, where machine code is named after the package's sources alone.
+# As `cache.kernel` compiles, but not kept on disk: each edit of a test would leave machine code behind.
 kernel = numba.njit(**OPTIONS)
 
 

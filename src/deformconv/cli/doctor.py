@@ -139,11 +139,13 @@ def _cache() -> Lines:
             "folder",
             ("none can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR to one that can"),
         )
-        return
-    yield "folder", str(folder)
-    yield "writable", "yes" if os.access(folder, os.W_OK) else "no"
-    kernels = len(cache.cached_files())
-    yield "kernels in it", str(kernels) if kernels else "none yet: `deformconv warmup` compiles them"
+    else:
+        yield "folder", str(folder)
+        yield "writable", "yes" if os.access(folder, os.W_OK) else "no"
+        kernels = len(cache.cached_files())
+        yield "kernels in it", str(kernels) if kernels else "none yet: `deformconv warmup` compiles them"
+    for file in cache.damaged_files():
+        yield "damaged", f"{file}: its kernel is compiled again when it is needed"
 
 
 def _backends() -> Lines:
