@@ -11,9 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import deformconv
 
+ROOT = Path(__file__).parents[1]
 SOURCE = Path(deformconv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -254,6 +257,29 @@ def test_all_lists_what_is_there(module):
     missing = [name for name in names if not hasattr(sys.modules[module], name)]
     assert not missing
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("file", "extras"), [("constraints.txt", ("dev", "demo")), ("constraints-gluon.txt", ("dev-gluon",))])
+def test_what_make_installs_is_pinned(file, extras):
+    """Every dependency that pyproject.toml names: a new version cannot change what the suite sees from one day to the next."""
+    tomllib = pytest.importorskip("tomllib", reason="pyproject.toml is read with Python 3.11's library")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, filter(None, lines))}
+
+    def asked(names):
+        for name in names:
+            for requirement in map(Requirement, project["optional-dependencies"][name]):
+                if requirement.name == "deformconv":
+                    yield from asked(requirement.extras)
+                else:
+                    yield requirement
+
+    for requirement in (*map(Requirement, project["dependencies"]), *asked(extras)):
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{file} does not pin {requirement.name}"
+        (exactly,) = pin.specifier
+        assert exactly.operator == "==" and exactly.version in requirement.specifier, f"{pin} is not {requirement}"
 
 
 def test_is_typed():
