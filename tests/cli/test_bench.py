@@ -225,6 +225,17 @@ def test_it_runs(tmp_path):
 def test_help(capsys):
     assert main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("--quick", "--case", "--library", "--direction", "--threads", "--json", "--plot", "--from", "memory"):
+    for word in (
+        "--quick",
+        "--base",
+        "--case",
+        "--library",
+        "--direction",
+        "--threads",
+        "--json",
+        "--plot",
+        "--from",
+        "memory",
+    ):
         assert word in text
     assert max(map(len, text.splitlines())) <= 80
