@@ -12,9 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import deformconv
 
+ROOT = Path(__file__).parents[1]
 SOURCE = Path(deformconv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -270,6 +273,34 @@ def test_all_lists_what_is_there(module):
     missing = [name for name in names if not hasattr(sys.modules[module], name)]
     assert not missing
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+@pytest.mark.parametrize(("file", "extras"), [("constraints.txt", ("dev", "demo")), ("constraints-gluon.txt", ("dev-gluon",))])
+def test_what_make_installs_is_pinned(file, extras, python):
+    """Every dependency that pyproject.toml names: a new version cannot change what the suite sees from one day to the next."""
+    tomllib = pytest.importorskip("tomllib", reason="pyproject.toml is read with Python 3.11's library")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def meant(lines):
+        found = map(Requirement, filter(None, (line.partition("#")[0].strip() for line in lines)))
+        return [one for one in found if one.marker is None or one.marker.evaluate({"python_version": python})]
+
+    def asked(names):
+        for requirement in (one for name in names for one in meant(project["optional-dependencies"][name])):
+            if requirement.name == "deformconv":
+                yield from asked(requirement.extras)
+            else:
+                yield requirement
+
+    pinned = meant((ROOT / file).read_text().splitlines())
+    pins = {canonicalize_name(pin.name): pin for pin in pinned}
+    assert len(pins) == len(pinned)
+    for requirement in (*meant(project["dependencies"]), *asked(extras)):
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{file} does not pin {requirement.name}"
+        (exactly,) = pin.specifier
+        assert exactly.operator == "==" and exactly.version in requirement.specifier, f"{pin} is not {requirement}"
 
 
 def test_is_typed():
