@@ -113,8 +113,8 @@ def deform_conv_backward(
 ) -> Gradients:
     """Return the gradients of `deform_conv`: `grad_output` times the derivative by each argument.
 
-    The arguments after `grad_output` are those of `deform_conv`, which see. At a kink of the interpolation
-    (an integer position) the derivative is the one to the right.
+    The arguments after `grad_output` are those of `deform_conv` and are explained there. At a kink of the
+    interpolation (an integer position) the derivative is the one to the right.
 
     Args:
         grad_output: the loss's derivative by the output, shape (N, C_out, *O), of the arguments' dtype.
@@ -172,7 +172,7 @@ def explain(
     """Say which backend runs a call of `deform_conv`, and each other one's reason not to, without running it.
 
     Args:
-        input, offset, ...: the arguments of `deform_conv`, which see.
+        input, offset, ...: the arguments of `deform_conv`, explained there.
 
     Returns:
         A text of a few lines, for `print`.

@@ -35,7 +35,7 @@ class Failure(RuntimeError):
 
 
 class Pace(NamedTuple):
-    """How long to measure: so many blocks of each library, each of about so many seconds."""
+    """How long to measure: the number of blocks of each library, and about how many seconds a block takes."""
 
     blocks: int
     seconds: float

@@ -122,7 +122,7 @@ def deform_conv1d(
     boundary: str = "zeros",
     backend: str | None = None,
 ) -> Tensor:
-    """`deform_conv2d`, which see, for signals: input (N, C_in, W), offset (N, offset_groups*K, W_out).
+    """`deform_conv2d` for signals: input (N, C_in, W), offset (N, offset_groups*K, W_out). All arguments are explained there.
 
     Example:
         >>> import torch
@@ -152,7 +152,7 @@ def deform_conv3d(
     boundary: str = "zeros",
     backend: str | None = None,
 ) -> Tensor:
-    """`deform_conv2d`, which see, for volumes: input (N, C_in, D, H, W), offsets depth, height, width a tap.
+    """`deform_conv2d` for volumes: input (N, C_in, D, H, W); a tap's offsets are for depth, height, width. The rest is there.
 
     Example:
         >>> import torch

@@ -261,7 +261,7 @@ class DeformConv2d(_DeformConvNd):
 
 
 class DeformConv1d(_DeformConvNd):
-    """`DeformConv2d`, which see, where nn.Conv1d stood: input (N, C_in, W).
+    """Where nn.Conv1d stood: input (N, C_in, W). The arguments are explained in `DeformConv2d`.
 
     Example:
         >>> import torch
@@ -276,7 +276,7 @@ class DeformConv1d(_DeformConvNd):
 
 
 class DeformConv3d(_DeformConvNd):
-    """`DeformConv2d`, which see, where nn.Conv3d stood: input (N, C_in, D, H, W).
+    """Where nn.Conv3d stood: input (N, C_in, D, H, W). The arguments are explained in `DeformConv2d`.
 
     Example:
         >>> import torch
