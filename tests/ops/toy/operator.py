@@ -65,7 +65,7 @@ SCALE = Operator(
         Argument("bias", optional=True, in_backward=False, by_image=False),
     ),
     parameters=(Parameter("power", "int", 1),),
-    backends=(Line("numbers"), Line("portable")),
+    backends=(Line("numbers"), Line("portable"), Line("native", by_name_only=True)),
     gradients=Gradients,
     check=check,
     pack=lambda spec: (spec.power,),

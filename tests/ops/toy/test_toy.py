@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.ops.toy import numbers
+from tests.ops.toy import native, numbers
 from tests.ops.toy.operator import SCALE
 
 from deformconv import BackendError, ShapeError
@@ -83,6 +83,26 @@ def test_the_memory_of_tensors_is_the_backend_s() -> None:
     assert numbers.asked == ["torch", "torch"]
 
 
+def test_a_backend_of_native_arrays_gets_the_tensors_in_their_dtype() -> None:
+    """Not NumPy's copies of them, from whatever device, and half precision only if the backend cannot take it."""
+    native.seen.clear()
+    given = [tensor.detach().bfloat16().requires_grad_() for tensor in tensors()]
+    output = scale(*given, power=2, backend="native")
+    output.sum().backward()
+    assert len(native.seen) == 2
+    for tensor in (*native.seen[0], *native.seen[1]):
+        assert type(tensor) is torch.Tensor and tensor.dtype is torch.bfloat16 and not tensor.requires_grad
+    assert [tensor.data_ptr() for tensor in native.seen[0]] == [tensor.data_ptr() for tensor in given]
+    expected = truth(*given, power=2)
+    assert torch.equal(output, expected)
+    for tensor, gradient in zip(given, torch.autograd.grad(expected.sum(), given), strict=True):
+        assert torch.allclose(tensor.grad, gradient, rtol=0.02)
+    assert "bfloat16, torch on cpu" in calls.explain(OP, "native", (2,), tuple(given))
+    with pytest.raises(BackendError, match=r"native: it takes PyTorch's tensors, not numpy's arrays"):
+        arrays = [tensor.numpy() for tensor in tensors()]
+        run.forward(SCALE, dict(zip(SCALE.names, arrays, strict=True)), {"power": 2}, "native")
+
+
 @by_bias
 def test_opcheck(biased: bool) -> None:
     given = [*tensors(biased, requires_grad=True), None][:3]
@@ -143,15 +163,17 @@ def test_texts() -> None:
         "forward: numbers",
         "  numbers: it multiplies 2 times",
         "  portable: can run it, but numbers comes first",
+        '  native: can run it, but only when asked for by backend="native"',
         "backward: numbers",
         "  numbers: it multiplies 2 times",
         "  portable: can run it, but numbers comes first",
+        '  native: can run it, but only when asked for by backend="native"',
     ]
     half = [tensor.half() for tensor in given]
     assert "; float16 computed in float32, torch on cpu" in calls.explain(OP, None, (2,), tuple(half))
     with pytest.raises(BackendError, match=r'="numbers" cannot run this call: input .*\n  numbers: it counts to 3, not to 4'):
         scale(*given, power=4, backend="numbers")
-    with pytest.raises(ValueError, match='; expected "numbers", "portable", or None'):
+    with pytest.raises(ValueError, match='; expected "numbers", "portable", "native", or None'):
         scale(*given, backend="cpu")
     with pytest.raises(ShapeError, match=r"`mask` has shape \(3, 2, 5\); expected \(N, 1, L\)"):
         scale(given[0], given[0])
