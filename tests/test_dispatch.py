@@ -160,3 +160,12 @@ def test_is_short_and_catches_nothing():
     source = inspect.getsource(dispatch)
     assert len(source.splitlines()) < 150
     assert "except" not in source.replace("exception", "")
+
+
+def test_verdicts_are_data(backends):
+    backends.reasons["cpu"] = ["too warm.", "too wet"]
+    assert dispatch.verdicts(DEFORM_CONV, SPEC, "torch", "cuda:0", backward=True) == [
+        ("cpu", False, ("too warm", "too wet")),
+        ("portable", True, ()),
+        ("reference", False, ('can run it, but only when asked for by backend="reference"',)),
+    ]

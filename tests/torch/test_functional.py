@@ -255,3 +255,19 @@ class TestErrors:
         arrays = {name: t.numpy() for name, t in arrays.items()}
         with pytest.raises(TypeError, match=r"`input` is a numpy.ndarray; expected a PyTorch tensor. Pass"):
             function(**arrays, **keywords)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, RuntimeError])
+def test_a_fault_of_our_own_plan_is_raised_and_not_taken_for_a_call_that_must_be_looked_at(kind, monkeypatch):
+    planned = []
+
+    def broken(*arguments, **keywords):
+        planned.append(1)
+        raise kind("a fault of the plan")
+
+    function, arrays, keywords, _ = call_of()
+    functional.calls._plan.cache_clear()
+    monkeypatch.setattr(functional.run, "plan_of", broken)
+    with pytest.raises(kind, match="a fault of the plan"):
+        function(**arrays, **keywords)
+    assert planned == [1]
