@@ -106,6 +106,39 @@ def test_no_file_imports_what_imports_it():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
+BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try)
+
+
+def deepest(node: ast.AST) -> int:
+    """How many blocks are within each other; an elif is not within its if."""
+    most = 0
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and not isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                is_elif = isinstance(node, ast.If) and name == "orelse" and isinstance(child, ast.If)
+                most = max(most, deepest(child) + (isinstance(child, BLOCKS) and not is_elif))
+    return most
+
+
+def test_functions_can_be_read_at_once():
+    """60 lines and 4 levels are the most; the sentences of the specs are longer. A kernel has at most 12 arguments."""
+    wrong = []
+    for module, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            documented = ast.get_docstring(node) is not None
+            lines = node.body[-1].end_lineno - node.body[documented and len(node.body) > 1].lineno + 1
+            kernel = any(isinstance(mark, ast.Name) and mark.id in ("kernel", "device") for mark in node.decorator_list)
+            if lines > 60 and not module.endswith(".spec"):
+                wrong.append(f"{file}:{node.lineno} {node.name} has {lines} lines")
+            if deepest(node) > 4:
+                wrong.append(f"{file}:{node.lineno} {node.name} is {deepest(node)} levels deep")
+            if kernel and len(node.args.args) > 12:
+                wrong.append(f"{file}:{node.lineno} {node.name} has {len(node.args.args)} arguments")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_exception_is_lazy():
     for node in ast.parse((SOURCE / "functional.py").read_text()).body:
         targets = [target for target, _ in imported(node, "deformconv.functional", False)]
