@@ -82,6 +82,7 @@ def test_a_case_survives_json():
         assert case_of(json.loads(json.dumps(case._asdict()))) == case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_kind_of_case_is_computed_right(case: Case):
     spec, arrays = make(shrunk(case))

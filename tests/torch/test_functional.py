@@ -22,6 +22,7 @@ from deformconv.torch import deform_conv1d, deform_conv2d, deform_conv3d, functi
 ARRAYS = ("input", "offset", "weight", "bias", "mask")
 
 
+@pytest.mark.slow
 def test_doctests():
     result = doctest.testmod(functional)
     assert result.failed == 0
@@ -200,6 +201,7 @@ def test_zero_offsets_give_the_plain_convolution(rank):
     assert_close(y, expected, "float64")
 
 
+@pytest.mark.slow
 def test_eight_threads_at_once_give_what_one_gives():
     cases = [case for case in CASES if case.batch == 2][:8]
 

@@ -25,6 +25,7 @@ from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d, operator
 
 pytestmark = [
+    pytest.mark.slow,  # compilers and exporters take seconds to begin
     # PyTorch's own scripts, used by its forward-mode rules.
     pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
