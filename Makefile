@@ -4,6 +4,7 @@
 #   make test    test-torch, then test-gluon; a part that fails does not stop the next, and all fails at the end
 #   make test-torch    build .venv for development, check style and types, run every test but MXNet's
 #   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
+#   make test-fast    what make test-torch tests but for the slow tests: under a minute, once the kernels are compiled
 #   make test-other-kernels    what could differ on another processor, with PyTorch's, MKL's, oneDNN's and OpenBLAS's
 #                kernels for an older one (KERNELS="NAME=value ..." sets other variables)
 #   make lint    style and types alone
@@ -30,7 +31,7 @@ KERNELS ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX
 OTHER_KERNELS_TESTS := tests/torch tests/convert tests/ops/conv/test_portable.py tests/ops/conv/test_portable_torch.py \
 	tests/ops/conv/test_reference.py tests/test_functional.py tests/test_examples.py tests/test_readme.py tests/studies
 
-.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-other-kernels lint bench bench-gluon clean
+.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-fast test-other-kernels lint bench bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -54,6 +55,9 @@ test-torch:
 
 run-torch: $(VENV)/installed-dev
 	$(PY) -m pytest
+
+test-fast: $(VENV)/installed-dev
+	$(PY) -m pytest -m 'not slow'
 
 test-other-kernels: $(VENV)/installed-dev
 	env $(KERNELS) $(PY) -m pytest $(OTHER_KERNELS_TESTS)

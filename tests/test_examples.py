@@ -39,12 +39,14 @@ def test_all_are_tested():
     }
 
 
+@pytest.mark.slow
 def test_classic():
     output = output_of("classic.py")
     assert output.count(": True") == 3 and "False" not in output
     assert output.endswith("gradients: (10, 18, 100, 100) (10, 9, 100, 100)\n")
 
 
+@pytest.mark.slow
 def test_swap_and_train():
     output = output_of("swap_and_train.py")
     assert "left as they were: offset_conv.weight, offset_conv.bias" in output
@@ -53,6 +55,7 @@ def test_swap_and_train():
     assert 0.05 < number_after("offsets learned: up to", output) <= 3
 
 
+@pytest.mark.slow
 def test_numpy_gradient():
     output = output_of("numpy_gradient.py")
     assert number_after("dy", output) == pytest.approx(2.5, abs=0.03)

@@ -73,9 +73,16 @@ def test_named_commands_and_variables_exist():
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
     for variable in set(re.findall(r"DEFORMCONV_\w+", README)):
         assert variable in sources
+
+
+def test_make_has_the_targets_that_documents_name():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", README, re.M):
-        assert re.search(rf"^{target}:", makefile, re.M)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"(?:^|`|^#   )make (?:[A-Z]+=\S+ )*([a-z][\w-]*)", "\n".join([README, contributing, makefile]), re.M)
+    )
+    assert {"demo", "test", "test-fast", "test-other-kernels", "bench", "lint"} <= named
+    assert named <= set(re.findall(r"^([\w-]+):", makefile, re.M))
 
 
 def test_offset_order_is_drawn_by_its_script(tmp_path):

@@ -234,6 +234,7 @@ class TestStartup:
         rows = [row | COMMITS for row in base._startup_rows(self.runs(results="other"))]
         assert base.differing(rows) and "Results DIFFER." in REPORTS["startup"].write(rows)
 
+    @pytest.mark.slow
     def test_a_process_says_what_its_import_and_its_first_call_took(self):
         pytest.importorskip("torch")
         found = Start().end()

@@ -55,6 +55,7 @@ def test_weights_are_the_same_in_every_library(net: Net):
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("net", [BLOCK, RESNET], ids=["block", "resnet"])
 def test_results_are_those_of_array_operations(net: Net, direction: str):
@@ -104,6 +105,7 @@ def test_libraries_are_found_by_name():
         peer_of("nobody")
 
 
+@pytest.mark.slow
 def test_measured():
     progress = made_up.Counting()
     plan = Plan([], ["deformconv", "torchvision", "dense"], DIRECTIONS, 2, Pace(1, 1e-3), nets=[BLOCK])

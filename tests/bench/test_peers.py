@@ -15,6 +15,7 @@ from deformconv.bench.measure import Entry, Failure, Pace, Process, compare, dif
 from deformconv.bench.peers import DIRECTIONS, PEERS, RECORDED, Truth, missing
 
 pytest.importorskip("torch")
+pytestmark = pytest.mark.slow  # a process for each library
 
 OTHERS = [name for name, peer in PEERS.items() if peer.deforms and name != "deformconv"]
 # Two of them have left Python 3.10, and with it the extra `dev`.

@@ -34,6 +34,7 @@ def measured(name, **changes):
 
 
 class TestOffsets:
+    @pytest.mark.slow
     def test_every_kind_is_measured(self):
         rows = measured("offsets")
         assert [row["direction"] for row in rows] == list(DIRECTIONS)
@@ -61,6 +62,7 @@ class TestSmall:
         assert cases[-1].shape == "4x64x32x32 -> 64"
         assert set(reports.small_cases(quick=True)) < set(cases)
 
+    @pytest.mark.slow
     def test_without_and_with_a_gradient_recorded(self, monkeypatch):
         monkeypatch.setattr(reports, "small_cases", lambda quick: [TINY])
         rows = measured("small", libraries=["deformconv", "torchvision", "dense"])
@@ -92,6 +94,7 @@ class TestScaling:
             # As many output positions as pixels.
             assert all(2 * p == k - 1 for case in cases for p, k in zip(case.padding, case.kernel, strict=True))
 
+    @pytest.mark.slow
     def test_measured(self, monkeypatch):
         scales = {"batch": tuple(TINY._replace(batch=n) for n in (1, 2, 3))}
         monkeypatch.setattr(reports, "SCALES", scales)
@@ -130,6 +133,7 @@ print(memory.peak(call))
         with pytest.raises(RuntimeError, match=r"peak memory is read from .*none, which Linux has"):
             memory.peak(lambda: None)
 
+    @pytest.mark.slow
     @linux
     def test_measured(self):
         (row,) = measured("memory")
@@ -149,6 +153,7 @@ print(memory.peak(call))
 
 
 class TestStartup:
+    @pytest.mark.slow
     def test_measured(self):
         rows = measured("startup")
         assert [row["what"] for row in rows] == ["import torch", "warm, after that"]

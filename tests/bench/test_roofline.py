@@ -30,6 +30,7 @@ def test_the_table_has_the_share_of_the_peak_and_no_line_without_a_time() -> Non
     assert "25 %" in lines[2]
 
 
+@pytest.mark.slow
 def test_a_machine_is_measured() -> None:
     machine = measure(threads=1, seconds=0.01, rounds=3)
     assert machine.operations > 1e8

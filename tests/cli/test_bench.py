@@ -199,6 +199,7 @@ def test_a_report_that_cannot_be_measured_says_why(capsys, measures, monkeypatch
     assert capsys.readouterr().err == "Error: startup: a first call failed: no luck\n"
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path):
     """The whole of it, in processes of its own, as briefly as can be."""
     pytest.importorskip("torchvision")

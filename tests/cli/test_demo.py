@@ -44,6 +44,7 @@ def start(output: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the processor time of children is POSIX")
 def test_the_fast_demo(tmp_path):
     import resource
@@ -71,6 +72,7 @@ def test_the_fast_demo(tmp_path):
         assert data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82") and len(data) > 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_an_interrupt_during_training_leaves_nothing(tmp_path):
     process = start(tmp_path / "output")  # not the fast one: its training may be over before the signal comes

@@ -141,6 +141,7 @@ class TestWarmup:
         assert main(["warmup"]) == 1
         assert "DEFORMCONV_CACHE_DIR" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_kernels_are_compiled_once(self):
         assert run("warmup", "--rank", "2").returncode == 0
         again = run("warmup", "--rank", "2")

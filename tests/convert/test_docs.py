@@ -11,6 +11,7 @@ from tests.documents import check, programs
 DATA = Path(__file__).parent / "data"
 
 
+@pytest.mark.slow
 def test_the_same_net_in_pytorch_prints_what_it_printed_in_mxnet(tmp_path):
     pytest.importorskip("torch")
     (theirs, ours) = (program for program in programs("docs/gluon.md") if "net.params" in program.source)

@@ -66,6 +66,7 @@ def copy(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_new_process_hits_and_an_edited_kernel_misses(copy: Path) -> None:
     first = call(copy)
     assert set(first["compiled"]) == KERNELS
@@ -88,12 +89,14 @@ def test_a_new_process_hits_and_an_edited_kernel_misses(copy: Path) -> None:
     assert len(edited["files"]) == 1 and edited["files"] != first["files"]
 
 
+@pytest.mark.slow
 def test_the_chosen_folder(tmp_path: Path) -> None:
     found = call(DEFORMCONV_CACHE_DIR=str(tmp_path / "chosen"))
     assert Path(str(found["folder"])) == tmp_path / "chosen"
     assert call(DEFORMCONV_CACHE_DIR=str(tmp_path / "chosen"))["compiled"] == []
 
 
+@pytest.mark.slow
 def test_the_user_s_folder_where_the_package_s_cannot_be_written(copy: Path, tmp_path: Path) -> None:
     # A file where the folder would be: that holds for root too, whom permissions do not stop.
     (copy / "deformconv" / "__pycache__").write_text("")
@@ -104,6 +107,7 @@ def test_the_user_s_folder_where_the_package_s_cannot_be_written(copy: Path, tmp
     assert call(copy, **home)["compiled"] == []
 
 
+@pytest.mark.slow
 def test_nowhere_to_write(copy: Path, tmp_path: Path) -> None:
     (copy / "deformconv" / "__pycache__").write_text("")
     (tmp_path / "home").write_text("")
@@ -112,6 +116,7 @@ def test_nowhere_to_write(copy: Path, tmp_path: Path) -> None:
     assert set(found["compiled"]) == KERNELS
 
 
+@pytest.mark.slow
 def test_two_processes_starting_cold_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: call(DEFORMCONV_CACHE_DIR=str(tmp_path)), range(2)))
@@ -119,6 +124,7 @@ def test_two_processes_starting_cold_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("part-*"))
 
 
+@pytest.mark.slow
 def test_a_filled_folder_is_read_beside_one_that_can_be_written(copy: Path, tmp_path: Path) -> None:
     """A container's image: one user filled the package's folder, another, with a home of its own, runs."""
     found = call(copy)

@@ -104,6 +104,7 @@ print(float(deformconv.torch.deform_conv2d(x, offset, weight, padding=1)[0, 0, 9
 """
 
 
+@pytest.mark.slow
 def test_a_preloaded_runtime_is_found_in_the_place_of_pytorch_s() -> None:
     other = find_library("gomp")
     if other is None:
@@ -113,6 +114,7 @@ def test_a_preloaded_runtime_is_found_in_the_place_of_pytorch_s() -> None:
     assert Path(shown[1]) != runtime().file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RTLD_LOCAL", "RTLD_GLOBAL"])
 @pytest.mark.parametrize("moment", ["before", "between"])
 def test_another_runtime_may_be_loaded_too(moment: str, mode: str) -> None:
@@ -126,6 +128,7 @@ def test_another_runtime_may_be_loaded_too(moment: str, mode: str) -> None:
         assert Path(shown[1]) == runtime().file
 
 
+@pytest.mark.slow
 def test_nothing_is_looked_for_before_it_is_needed() -> None:
     code = "import deformconv.torch; from deformconv.runtime import openmp; print('found' in vars(openmp._lenders['torch']))"
     assert run_python(code).strip() == "False"
@@ -435,6 +438,7 @@ def test_a_call_within_a_team_s_own_work() -> None:
     assert found == [True, True]
 
 
+@pytest.mark.slow
 def test_a_signal_s_handler_may_call_while_its_thread_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_BURST", 100_000)
     arguments = tensors()
@@ -487,6 +491,7 @@ print(interrupted > 20)
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment() -> None:
     assert run_python(INTERRUPTS, DEFORMCONV_NUM_THREADS="2", OMP_NUM_THREADS="2").strip() == "True"
 
@@ -527,6 +532,7 @@ def in_child(expected):
 """
 
 
+@pytest.mark.slow
 @forks
 def test_a_child_of_a_process_that_had_a_team_has_own_threads() -> None:
     code = FORKS + (
@@ -537,6 +543,7 @@ def test_a_child_of_a_process_that_had_a_team_has_own_threads() -> None:
     assert run_python(code).split("\n")[0] == "['True own', 'True own', 'True own'] openmp True"
 
 
+@pytest.mark.slow
 @forks
 def test_a_fork_before_the_first_call() -> None:
     code = FORKS + (
@@ -547,6 +554,7 @@ def test_a_fork_before_the_first_call() -> None:
     assert run_python(code).strip() == "True own openmp 4"
 
 
+@pytest.mark.slow
 @forks
 def test_a_fork_while_other_threads_compute() -> None:
     code = FORKS + (
@@ -565,6 +573,7 @@ def test_a_fork_while_other_threads_compute() -> None:
     assert run_python(code).strip() == "{'True own'} []"
 
 
+@pytest.mark.slow
 @forks
 def test_a_child_where_openmp_alone_is_allowed_says_why_not() -> None:
     code = FORKS + (
@@ -581,6 +590,7 @@ def test_a_child_where_openmp_alone_is_allowed_says_why_not() -> None:
     assert re.search(r"libgomp\S* does not survive a fork, and this process was forked from one that had loaded PyTorch", said)
 
 
+@pytest.mark.slow
 @forks
 def test_a_child_of_multiprocessing_that_loads_us_only_then() -> None:
     """PyTorch may have had a team in its parent, and nobody was there to see it."""
@@ -604,6 +614,7 @@ def test_a_child_of_multiprocessing_that_loads_us_only_then() -> None:
     assert run_python(code).split() == ["fork", "own", "0"] * 2
 
 
+@pytest.mark.slow
 def test_a_binding_of_threads_is_no_bound_of_the_team() -> None:
     """OMP_PROC_BIND keeps the thread that calls us on one processor, and each of the team's others on another."""
     code = (
@@ -619,6 +630,7 @@ def test_a_binding_of_threads_is_no_bound_of_the_team() -> None:
     assert run_python(code, OMP_PROC_BIND="true", **unset).split() == ["1", "True", "1"]
 
 
+@pytest.mark.slow
 @forks
 def test_a_child_that_loads_pytorch_itself_has_its_team() -> None:
     code = (
@@ -652,6 +664,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @forks
 def test_a_worker_of_a_data_loader_has_one_thread() -> None:
     assert run_python(LOADER, DEFORMCONV_NUM_THREADS="", OMP_NUM_THREADS="").strip() == "{(1, True)}"
@@ -660,6 +673,7 @@ def test_a_worker_of_a_data_loader_has_one_thread() -> None:
 # What is left behind
 
 
+@pytest.mark.slow
 def test_ten_thousand_calls_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
     torch.set_num_threads(2)
@@ -708,6 +722,7 @@ print("end", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_after_threads_have_computed() -> None:
     """While daemons compute it does not end well: PyTorch's own operations abort the process then."""
     for _ in range(5):

@@ -145,6 +145,7 @@ def run_python(code: str, **environment: str) -> str:
     return found.stdout
 
 
+@pytest.mark.slow
 def test_environment_sets_the_default() -> None:
     code = "import deformconv; print(deformconv.get_num_threads())"
     assert run_python(code, DEFORMCONV_NUM_THREADS="5", OMP_NUM_THREADS="3").strip() == "5"
@@ -177,12 +178,14 @@ needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 
 
+@pytest.mark.slow
 @forks
 def test_a_forked_child_computes_after_its_parent_did() -> None:
     code = SETUP + "expected = call()\nprint([same_in_child() for _ in range(5)], np.array_equal(call(), expected))"
     assert run_python(code).strip() == "['same', 'same', 'same', 'same', 'same'] True"
 
 
+@pytest.mark.slow
 @forks
 def test_a_fork_while_another_thread_computes() -> None:
     code = (
@@ -205,6 +208,7 @@ print(answers, wrong)
     assert run_python(code).strip() == "{'same'} []"
 
 
+@pytest.mark.slow
 @forks
 @pytest.mark.parametrize(
     "moment",
@@ -246,6 +250,7 @@ other.join()
     assert run_python(code, DEFORMCONV_CACHE_DIR=str(tmp_path)).strip() == "(2, 16, 40, 40)"
 
 
+@pytest.mark.slow
 @forks
 def test_a_daemonic_child_uses_one_thread_unless_told() -> None:
     code = """
@@ -270,6 +275,7 @@ print(found, ask(True))
     assert run_python(code, DEFORMCONV_NUM_THREADS="", OMP_NUM_THREADS="").strip() == "[4, 1, 4] 3"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="signals and clocks differ")
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -373,6 +379,7 @@ print(interrupted > 20)
 """
 
 
+@pytest.mark.slow
 @forks
 @pytest.mark.parametrize(("idle", "seconds"), [(10.0, 6), (0.001, 4)], ids=["workers stay", "workers come and go"])
 def test_ctrl_c_at_any_moment_leaves_no_worker_behind(idle: float, seconds: int) -> None:
@@ -380,6 +387,7 @@ def test_ctrl_c_at_any_moment_leaves_no_worker_behind(idle: float, seconds: int)
     assert run_python(code).strip() == "True"
 
 
+@pytest.mark.slow
 @forks
 def test_a_fork_after_ctrl_c_in_the_start_of_a_worker() -> None:
     code = """
@@ -407,6 +415,7 @@ print("forked")
     assert run_python(code).split() == ["interrupted", "forked"]
 
 
+@pytest.mark.slow
 def test_a_handler_that_raises_again_and_again_finds_no_worker_left() -> None:
     code = """
 import signal, threading, time

@@ -38,6 +38,7 @@ def function_of(case, **how):
     return call, [arrays[name] for name in names], grad_output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boundary", ["zeros", "inside"])
 @pytest.mark.parametrize("masked", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -48,6 +49,7 @@ def test_gradcheck(rank, masked, boundary):
 
 
 # PyTorch's own scripts, used by its forward-mode rules.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("boundary", ["zeros", "inside"])
@@ -67,6 +69,7 @@ def test_gradcheck_of_batched_gradients(rank):
     assert gradcheck(call, tensors, check_batched_grad=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boundary", ["zeros", "inside"])
 @pytest.mark.parametrize("masked", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -14,6 +14,7 @@ from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 300, 1 << 24])
 @pytest.mark.parametrize("case", [case for case in CASES if case.batch in (0, 2)], ids=lambda case: case.name)
 def test_parts_make_the_whole(case, chunk, monkeypatch):

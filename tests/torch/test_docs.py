@@ -29,6 +29,7 @@ def test_every_program_has_its_output():
 
 
 # What PyTorch's exporter and its forward-mode rules warn of on their own account.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("source", "output"), list(programs()))

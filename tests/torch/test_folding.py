@@ -250,6 +250,7 @@ def test_an_ensemble_of_layers():
         assert_close(ours.detach(), layer(x).detach(), "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "hessian", "jacrev", "per image"])
 def test_transforms_within_a_compiled_function(transform):
     """They work or raise, and never return zeros."""
@@ -277,6 +278,7 @@ def test_transforms_within_a_compiled_function(transform):
 
 
 # For dual numbers Dynamo gives up the graph and compiles the portable form's functions one by one.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "dual"])
 def test_transforms_of_a_compiled_function(transform):

@@ -14,6 +14,7 @@ PROGRAM = Path(__file__).with_name("hostile.py")
 GROUPS = [KINDS[i : i + 5] for i in range(0, len(KINDS), 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", GROUPS, ids=", ".join)
 def test_survived(kinds):
     done = subprocess.run([sys.executable, PROGRAM, *kinds], capture_output=True, text=True, timeout=600, check=False)

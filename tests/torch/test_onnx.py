@@ -16,6 +16,7 @@ pytest.importorskip("onnxscript")
 
 # What PyTorch's exporter and onnxscript warn of on their own account.
 pytestmark = [
+    pytest.mark.slow,  # compilers and exporters take seconds to begin
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]

@@ -26,6 +26,7 @@ from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_co
 from deformconv.torch.functional import DEFORM_CONV
 
 pytestmark = [
+    pytest.mark.slow,  # compilers and exporters take seconds to begin
     # PyTorch's own scripts, used by its forward-mode rules.
     pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),

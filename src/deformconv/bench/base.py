@@ -58,9 +58,6 @@ class Report(NamedTuple):
     write: Callable[[Sequence[Row]], str]
 
 
-# Two trees
-
-
 @contextmanager
 def trees_of(revision: str) -> Iterator[Trees]:
     """The files of a revision in a temporary folder, which is removed afterwards, and the files that lie here."""
@@ -127,9 +124,6 @@ def _check_import(tree: Tree) -> None:
     found = Path(ran.stdout.strip()).resolve().parent
     if found != tree.folder / PACKAGE:
         raise Failure(f"the commit {tree.commit} cannot be measured: Python imports {found} in the place of its files")
-
-
-# Layers
 
 
 def speed(trees: Trees, plan: Plan, progress: Progress) -> Rows:
@@ -219,9 +213,6 @@ def _verdict(row: Row) -> str:
             return f"refused: {side} {result['reason']}"
     worst = max(row["differences"].items(), key=lambda item: item[1], default=None)
     return "equal" if worst is None else f"differ by {worst[1]:.1e} in {worst[0]}"
-
-
-# The first call
 
 
 def startup(trees: Trees, plan: Plan, progress: Progress) -> Rows:

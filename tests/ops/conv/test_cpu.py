@@ -97,6 +97,7 @@ class TestCpu(ConvSuite):
         monkeypatch.setattr(cpu, "arena", dirty_arena)
         monkeypatch.setattr(cpu, "_aligned_empty", dirty_results)
 
+    @pytest.mark.slow
     @by_tail
     def test_tails(self, case: Case) -> None:
         call = make(case, "float32")
@@ -265,6 +266,7 @@ print(json.dumps([[*BLOCK, VECTOR_BYTES], errors]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "features", "block"),
     [("haswell", "+avx2,+fma", [6, 2, 32]), ("nehalem", "+sse4.2", [4, 2, 16])],

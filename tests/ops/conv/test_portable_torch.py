@@ -16,6 +16,7 @@ from deformconv.ops.conv.spec import GRADIENTS
 
 torch = pytest.importorskip("torch")
 native = pytest.importorskip("deformconv.torch.native")
+pytestmark = pytest.mark.slow  # the other kind of array, in test_portable.py, takes a tenth of the time
 
 # torch itself calls what it deprecates when it first loads its forward-mode rules.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:FutureWarning")
