@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -30,3 +34,27 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     named = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
     return None if any(path.is_relative_to(collection_path) for path in named) else True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """A kernel that reads what it has not written gives itself away: results, copies and scratch memory begin as NaN.
+
+    Integers begin as a number that is no pixel's, position's or channel's; to read there ends the process.
+    """
+    from deformconv.runtime import memory
+
+    empty = memory.Arena.empty
+
+    def poisoned(arena: memory.Arena, shape: int | tuple[int, int], dtype: Any) -> np.ndarray:
+        array = empty(arena, shape, dtype)
+        array.fill(np.nan if array.dtype.kind == "f" else np.iinfo(array.dtype).max // 2)
+        return array
+
+    def fresh(size: int, dtype: Any) -> np.ndarray:
+        return np.full(size, 255, dtype)  # NaN, whatever these bytes are seen as
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.Arena, "empty", poisoned)
+        patch.setattr(memory, "np", SimpleNamespace(**{**vars(np), "empty": fresh}))
+        yield

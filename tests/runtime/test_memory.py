@@ -30,6 +30,17 @@ def test_arrays_are_aligned_and_apart(size: int) -> None:
         assert (first == 1).all()
 
 
+def test_tests_find_no_memory_that_looks_written() -> None:
+    """The fixture `poisoned_memory` reaches all that kernels get: a call's arena, and results."""
+    for _ in range(2):  # fresh, and used again
+        with memory.arena(1000) as arena:
+            reals, integers = arena.empty((5, 10), "float64"), arena.empty(20, "int32")
+            assert np.isnan(reals).all() and (integers > 2**29).all()
+            reals[...], integers[...] = 1, 1
+    for dtype in ("float32", "float64"):
+        assert np.isnan(memory.aligned(800).view(dtype)).all()
+
+
 def test_the_next_call_finds_the_same_memory() -> None:
     with memory.arena(1000) as arena:
         first = address(arena.empty(250, "float32"))

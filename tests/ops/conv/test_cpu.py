@@ -9,7 +9,6 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +76,6 @@ def threads_afterwards() -> Iterator[None]:
 
 class TestCpu(ConvSuite):
     backend = cpu
-
-    @pytest.fixture(autouse=True)
-    def dirty_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Scratch memory, copies and results full of NaN: a kernel that reads what it has not written gives itself away."""
-        arena, results = cpu.arena, cpu._aligned_empty
-
-        @contextmanager
-        def dirty_arena(size: int) -> Iterator[Any]:
-            with arena(size) as memory:
-                memory._memory[:] = 255
-                yield memory
-
-        def dirty_results(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-            array = results(shape, dtype)
-            array.fill(np.nan)
-            return array
-
-        monkeypatch.setattr(cpu, "arena", dirty_arena)
-        monkeypatch.setattr(cpu, "_aligned_empty", dirty_results)
 
     @pytest.mark.slow
     @by_tail
