@@ -31,7 +31,7 @@ import deformconv
 from deformconv import BackendError
 from deformconv.ops.conv import cpu
 from deformconv.ops.conv.spec import GRADIENTS
-from deformconv.runtime import openmp, processors
+from deformconv.runtime import launch, openmp, processors, work
 from deformconv.runtime.cache import OPTIONS
 from deformconv.runtime.launch import run_on_team
 from deformconv.runtime.openmp import Library, Runtime, Team, team_for
@@ -316,8 +316,8 @@ def test_an_error_of_any_thread_reaches_the_caller(guilty: int) -> None:
 
 @pytest.mark.parametrize("case", TAILS, ids=lambda case: case.name)
 def test_results_are_the_same_for_any_number_of_threads_of_either_kind(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
-    monkeypatch.setattr(cpu, "_BURST", 30_000)  # several pauses
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
+    monkeypatch.setattr(work, "BURST", 30_000)  # several pauses
     call = make(case, "float32")
     c, results = call, []
     torch.set_num_threads(4)
@@ -356,11 +356,11 @@ def test_a_team_that_comes_late_rests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_while_a_team_rests_own_threads_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, kernels = tensors(), cpu._kernels()
+    arguments = tensors()
     torch.set_num_threads(2)
     deformconv.set_num_threads(2)
-    on_team, ran = kernels.run_on_team, []
-    monkeypatch.setattr(kernels, "run_on_team", lambda *a, **k: [ran.append(1), on_team(*a, **k)])
+    on_team, ran = run_on_team, []
+    monkeypatch.setattr(launch, "run_on_team", lambda *a, **k: [ran.append(1), on_team(*a, **k)])
     monkeypatch.setattr(runtime(), "_resting_until", 0.0)
     expected = both(*arguments)
     assert ran
@@ -436,7 +436,7 @@ def test_a_call_within_a_team_s_own_work() -> None:
 
 
 def test_a_signal_s_handler_may_call_while_its_thread_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_BURST", 100_000)
+    monkeypatch.setattr(work, "BURST", 100_000)
     arguments = tensors()
     expected, found = both(*arguments), []
 
@@ -459,9 +459,9 @@ INTERRUPTS = """
 import random, signal, time
 import torch
 from deformconv.torch import deform_conv2d
-from deformconv.ops.conv import cpu
+from deformconv.runtime import work
 from deformconv.runtime.openmp import team_for
-cpu._BURST = 200_000
+work.BURST = 200_000
 x, offset, weight = torch.randn(1, 32, 24, 24), torch.randn(1, 18, 24, 24), torch.randn(32, 32, 3, 3)
 leaves = [tensor.requires_grad_() for tensor in (x, offset, weight)]
 def call():
@@ -661,7 +661,7 @@ def test_a_worker_of_a_data_loader_has_one_thread() -> None:
 
 
 def test_ten_thousand_calls_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
     torch.set_num_threads(2)
     deformconv.set_num_threads(2)
     arguments = tensors(8)

@@ -22,7 +22,7 @@ from tests.tolerances import TOLERANCE, assert_close, error
 import deformconv
 from deformconv.ops.conv import cpu, reference
 from deformconv.ops.conv.spec import GRADIENTS
-from deformconv.runtime import memory, processors
+from deformconv.runtime import arrays, memory, processors, work
 
 # Sizes that leave a rest at every place where the work is cut: tiles, block rows, vectors, panels, blocks of channels.
 TAILS = [
@@ -81,7 +81,7 @@ class TestCpu(ConvSuite):
     @pytest.fixture(autouse=True)
     def dirty_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Scratch memory, copies and results full of NaN: a kernel that reads what it has not written gives itself away."""
-        arena, results = cpu.arena, cpu._aligned_empty
+        arena, results = cpu.arena, arrays.aligned_empty
 
         @contextmanager
         def dirty_arena(size: int) -> Iterator[Any]:
@@ -95,7 +95,7 @@ class TestCpu(ConvSuite):
             return array
 
         monkeypatch.setattr(cpu, "arena", dirty_arena)
-        monkeypatch.setattr(cpu, "_aligned_empty", dirty_results)
+        monkeypatch.setattr(arrays, "aligned_empty", dirty_results)
 
     @by_tail
     def test_tails(self, case: Case) -> None:
@@ -109,7 +109,7 @@ class TestCpu(ConvSuite):
 
 @by_tail
 def test_results_are_the_same_for_any_number_of_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
     call = make(case, "float32")
     results = []
     for number in (1, 2, 3, 8, 2):
@@ -228,7 +228,7 @@ def test_positions_beyond_32_bits_are_left_to_another_backend() -> None:
 
 
 def test_an_error_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
     deformconv.set_num_threads(3)
     kernels, here = cpu._kernels(), threading.get_ident()
     forward = kernels.forward

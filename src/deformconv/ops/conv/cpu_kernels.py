@@ -2,17 +2,14 @@
 
 A kernel takes items of work until none is left, beside other threads that do the same. Everything is done tile by tile: a
 tile's samples are written into a buffer of the thread's own as rows of (tap, channel) and multiplied at once, so no column
-buffer of an image ever exists. All large arrays are flat; `cpu` prepares them, `cpu_copies` says in which order they are.
+buffer of an image ever exists. All large arrays are flat; `cpu` prepares them, `blocks` and `cpu_pack` say in which order they
+are.
 """
 
 from __future__ import annotations
 
-from deformconv.ops.conv.cpu_copies import (
-    RUN,
+from deformconv.ops.conv.cpu_pack import (
     SUMS,
-    block_end,
-    copy_in,
-    copy_out,
     pack_backward,
     pack_depthwise,
     pack_forward,
@@ -21,9 +18,9 @@ from deformconv.ops.conv.cpu_copies import (
     unpack_weight,
     write_output,
 )
+from deformconv.runtime.blocks import RUN, block_end, copy_in, copy_out
 from deformconv.runtime.cache import device, kernel
-from deformconv.runtime.launch import compile_for_teams, run_on_team
-from deformconv.runtime.product import FEW_ROWS, VECTORS, multiply
+from deformconv.runtime.product import VECTORS, multiply
 from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
 from deformconv.runtime.vectors import VECTOR_BYTES, fetch_add, round_up, wait_for
 from deformconv.sampling.kernels import (
@@ -35,13 +32,9 @@ from deformconv.sampling.kernels import (
     place_tap,
     place_tile,
     pull_back,
-    table_sizes,
 )
 
-__all__ = [
-    "FEW_ROWS", "RUN", "SUMS", "VECTOR_BYTES", "backward", "collect", "compile_for_teams", "forward", "run_on_team",
-    "table_sizes",
-]  # fmt: skip
+__all__ = ["backward", "collect", "forward"]
 
 
 @device
