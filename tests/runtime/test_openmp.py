@@ -32,11 +32,11 @@ from deformconv import BackendError
 from deformconv.ops.conv import cpu
 from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.runtime import launch, openmp, processors, work
+from deformconv.runtime.atomics import fetch_add, wait_for
 from deformconv.runtime.cache import OPTIONS
 from deformconv.runtime.launch import run_on_team
 from deformconv.runtime.openmp import Library, Runtime, Team, team_for
 from deformconv.runtime.threads import BEGUN, NEXT, STOP
-from deformconv.runtime.vectors import fetch_add, wait_for
 from deformconv.torch import deform_conv2d
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from deformconv.runtime.cache import device
-from deformconv.runtime.vectors import VECTOR_BYTES, transpose_block
+from deformconv.runtime.simd import VECTOR_BYTES, transpose_block
 
 __all__ = ["RUN", "Layout", "block_end", "copy_in", "copy_out", "transpose"]
 
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 @device
 def transpose(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
     """into[c, r] = source[r, c] + bias[c], or without a bias if it is empty; element (r, c) at `start + r * row + c`."""
-    lanes = VECTOR_BYTES // source.itemsize
+    lanes, biased = VECTOR_BYTES // source.itemsize, bias.size > 0
     whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
     # Along the rows that lie further apart: a line that two blocks share is still in the cache when the second one comes.
     along_source = row > into_row
@@ -42,10 +42,10 @@ def transpose(rows, columns, source, start, row, into, into_start, into_row, bia
         for j in range(0, inner, lanes):
             r, c = (i, j) if along_source else (j, i)
             transpose_block(
-                source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start + c
+                source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start + c, biased
             )  # fmt: skip
     for c in range(columns):
-        added = bias[bias_start + c] if bias.size else source.dtype.type(0)
+        added = bias[bias_start + c] if biased else source.dtype.type(0)
         for r in range(whole_rows if c < whole_columns else 0, rows):
             into[into_start + c * into_row + r] = source[start + r * row + c] + added
 

@@ -49,8 +49,8 @@ _load_numba_without_scipy()
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SOURCES = (
-    "runtime/blocks.py", "runtime/cache.py", "runtime/launch.py", "runtime/product.py", "runtime/threads.py",
-    "runtime/vectors.py", "sampling/kernels.py", "ops/*/cpu*.py",
+    "runtime/atomics.py", "runtime/blocks.py", "runtime/cache.py", "runtime/launch.py", "runtime/matmul.py",
+    "runtime/simd.py", "runtime/threads.py", "sampling/corners.py", "sampling/windows.py", "ops/*/cpu*.py",
 )  # fmt: skip
 # Not "nnan" or "ninf": a kernel must see NaN and infinity. Not "arcp" or "afn": results would depend on the host.
 FAST_MATH = {"contract", "reassoc", "nsz"}

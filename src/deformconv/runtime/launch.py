@@ -14,8 +14,8 @@ from numba.extending import intrinsic
 
 from deformconv.runtime.cache import kernel
 from deformconv.runtime.openmp import Team
+from deformconv.runtime.simd import INT, data_and_type, element
 from deformconv.runtime.threads import LEFT, NEXT, STOP, counters
-from deformconv.runtime.vectors import INT, data_and_type, element
 
 __all__ = ["compile_for_teams", "run_on_team"]
 

@@ -252,8 +252,8 @@ import json, sys
 import numpy as np
 from tests.ops.conv.suite import in_float64, reference_backward
 from tests.ops.conv.test_cpu import TAILS, error, gradients, make, output, reference
-from deformconv.runtime.product import BLOCK
-from deformconv.runtime.vectors import VECTOR_BYTES
+from deformconv.runtime.matmul import BLOCK
+from deformconv.runtime.simd import VECTOR_BYTES
 errors = []
 for case in TAILS[:1] + TAILS[3:6]:
     call = make(case, "float32")

@@ -24,7 +24,7 @@ from deformconv.runtime.work import COPY, is_shared, run, share
 __all__ = ["DTYPES", "deform_conv", "deform_conv_backward", "how", "reasons_against", "warmup"]
 
 DTYPES = ("float32", "float64")
-_PIXELS, _REACH = 2**31 - 1, 2**29  # `sampling.kernels` counts in int32; see REACH there
+_PIXELS, _REACH = 2**31 - 1, 2**29  # `sampling.corners` counts in int32; see REACH there
 
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:

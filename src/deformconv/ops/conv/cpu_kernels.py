@@ -18,21 +18,14 @@ from deformconv.ops.conv.cpu_pack import (
     unpack_weight,
     write_output,
 )
+from deformconv.runtime.atomics import fetch_add, wait_for
 from deformconv.runtime.blocks import RUN, block_end, copy_in, copy_out
 from deformconv.runtime.cache import device, kernel
-from deformconv.runtime.product import VECTORS, multiply
+from deformconv.runtime.matmul import VECTORS, Factor, Panels, multiply
+from deformconv.runtime.simd import VECTOR_BYTES, Rows, round_up
 from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
-from deformconv.runtime.vectors import VECTOR_BYTES, fetch_add, round_up, wait_for
-from deformconv.sampling.kernels import (
-    INPUT,
-    KERNEL,
-    OUTPUT,
-    blend,
-    differentiate,
-    place_tap,
-    place_tile,
-    pull_back,
-)
+from deformconv.sampling.corners import Table, blend, differentiate, pull_back
+from deformconv.sampling.windows import INPUT, KERNEL, OUTPUT, place_tap, place_tile
 
 __all__ = ["backward", "collect", "forward"]
 
@@ -95,6 +88,7 @@ def forward(
     chunk_span = max(group_channels, chunk)
     reals, integers = all_reals[thread], all_integers[thread]
     rows, weights = integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile]
+    table = Table(rows, weights, tile)
     sums = reals[round_up(weights.size, lanes) :]
     column = sums[round_up(tile * sum_row, lanes) :]
     tiles = (positions + tile - 1) // tile
@@ -124,7 +118,7 @@ def forward(
             continue
         n, first = item // tiles, item % tiles * tile
         count = min(tile, positions - first)
-        place_tile(size, geometry, first, count, rows, tile)
+        place_tile(size, geometry, first, count, table)
         if depthwise:
             for place in range(count * sum_row):
                 sums[place] = 0
@@ -141,20 +135,17 @@ def forward(
                         # As far as the samples' places are the same, then as far as a block of x goes.
                         group = c // share
                         place = (group * taps + tap) * positions + first
-                        place_tap(
-                            size, geometry, inside, tap, count, offset, n * image_offset + place * axes - first * (axes - 1),
-                            positions, rows, weights, tile,
-                        )  # fmt: skip
+                        start = n * image_offset + place * axes - first * (axes - 1)
+                        place_tap(size, geometry, inside, tap, count, Rows(offset, start, positions), table)
                         end = min((group + 1) * share, chunk_end)
                         while c < end:
                             within = c % x_span
                             block = c // x_span * blocks_a_span + within // x_width
                             stop = min(c - within % x_width + x_width, c - within + x_span, end)
                             blend(
-                                size, rows, weights, tile, count,
-                                x, (block * images + n) * pitch * x_width + within % x_width, x_width,
+                                size, table, count, Rows(x, (block * images + n) * pitch * x_width + within % x_width, x_width),
                                 mask, n * image_mask + place,
-                                column, (tap - first_tap) * width + c - chunk_start, column_row, stop - c,
+                                Rows(column, (tap - first_tap) * width + c - chunk_start, column_row), stop - c,
                             )  # fmt: skip
                             c = stop
                 if depthwise:
@@ -169,11 +160,11 @@ def forward(
                     whole = run == width  # the taps of the chunk lie side by side, in the column as in the weight
                     depth, within = taps * group_channels, c - group * group_channels
                     weight_row = first_tap * group_channels + within
+                    run, runs = (taps_now * run, 1) if whole else (run, taps_now)
                     multiply(
-                        column, c - chunk_start, column_row, 1, width,
-                        taps_now * run if whole else run, 1 if whole else taps_now, count,
-                        packed, group * group_row * depth, depth, 0, weight_row,
-                        sums, group * group_row, sum_row, group_outputs, first_tap + within > 0,
+                        Factor(column, c - chunk_start, column_row, 1, width, run, runs), count,
+                        Panels(packed, group * group_row * depth, depth, 0, weight_row),
+                        Rows(sums, group * group_row, sum_row), group_outputs, first_tap + within > 0,
                     )  # fmt: skip
             chunk_start = chunk_end
         write_output(sums, group_row, groups, group_outputs, n, first, count, output, output_last, positions, bias)
@@ -209,6 +200,7 @@ def backward(
 
     reals, integers = all_reals[thread], all_integers[thread]
     rows, weights = integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile]
+    table = Table(rows, weights, tile)
     column_row = round_up(x_width, vector) + vector
     column = reals[round_up(weights.size, vector) :]
     d_column = column[tile * column_row :]
@@ -256,7 +248,7 @@ def backward(
                     if counter[STOP]:
                         return
                     count = min(tile, positions - first)
-                    place_tile(size, geometry, first, count, rows, tile)
+                    place_tile(size, geometry, first, count, table)
                     begun = place > lane or first > part * part_size
                     for tap in range(first_tap, min(first_tap + taps_at_once, taps)):
                         if for_samples:
@@ -270,30 +262,23 @@ def backward(
                             width, at = min((group + 1) * share, end) - c, c - channel
                             start = (group * taps + tap) * positions + first
                             masks = n * image_mask + start
-                            place_tap(
-                                size, geometry, inside, tap, count,
-                                offset, n * image_offset + start * axes - first * (axes - 1), positions, rows, weights, tile,
-                            )  # fmt: skip
+                            offsets = n * image_offset + start * axes - first * (axes - 1)
+                            place_tap(size, geometry, inside, tap, count, Rows(offset, offsets, positions), table)
                             x_start = (block * images + n) * image_size + at
+                            pixels, samples = Rows(x, x_start, x_width), Rows(column, at, column_row)
                             if for_samples:
                                 pull_back(
-                                    size, rows, weights, tile, count, x, x_start, x_width, mask, masks,
-                                    column, d_column, at, column_row,
-                                    d_x, x_start + part * blocks * images * image_size, d_x.size > 0, width,
+                                    size, table, count, pixels, mask, masks, samples, Rows(d_column, at, column_row),
+                                    Rows(d_x, x_start + part * blocks * images * image_size, x_width), width,
                                 )  # fmt: skip
                             else:
-                                blend(
-                                    size, rows, weights, tile, count, x, x_start, x_width, mask, masks,
-                                    column, at, column_row, width,
-                                )  # fmt: skip
+                                blend(size, table, count, pixels, mask, masks, samples, width)
                             if for_places:
                                 within = group * share
                                 first_block = within // x_span * blocks_a_span + within % x_span // x_width
                                 sample = ((block - first_block) * slot_size) + n * offset_groups * taps * positions + start
-                                differentiate(
-                                    size, weights, tile, count, mask, masks,
-                                    d_offset, sample * axes - first * (axes - 1), positions, d_mask, sample,
-                                )  # fmt: skip
+                                slopes = Rows(d_offset, sample * axes - first * (axes - 1), positions)
+                                differentiate(size, table, count, mask, masks, slopes, d_mask, sample)
                             c += width
                         if d_weight.size:
                             _add_weight(
@@ -323,9 +308,9 @@ def _project_outputs(
         start = position * outputs + group * group_outputs
         within = c - group * group_channels
         multiply(
-            d_output, start, outputs, 1, 0, group_outputs, 1, count,
-            weight, (tap * groups + group) * packed_size + within * group_outputs, group_outputs, 0, 0,
-            d_column, c - channel, column_row, min(end - c, group_channels), False,
+            Factor(d_output, start, outputs, 1, 0, group_outputs, 1), count,
+            Panels(weight, (tap * groups + group) * packed_size + within * group_outputs, group_outputs, 0, 0),
+            Rows(d_column, c - channel, column_row), min(end - c, group_channels), False,
         )  # fmt: skip
 
 
@@ -349,9 +334,8 @@ def _add_weight(
         c = max(channel, group * group_channels)
         into, start = (first_sum + group) * sums_size, position * outputs + group * group_outputs
         multiply(
-            d_output, start, 1, outputs, 0, count, 1, group_outputs,
-            column, c - channel, 1, column_row, 0,
-            d_weight, into + c - group * group_channels, d_weight_row, min(end - c, group_channels), begun,
+            Factor(d_output, start, 1, outputs, 0, count, 1), group_outputs, Panels(column, c - channel, 1, column_row, 0),
+            Rows(d_weight, into + c - group * group_channels, d_weight_row), min(end - c, group_channels), begun,
         )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from deformconv.runtime.blocks import transpose
 from deformconv.runtime.cache import device
-from deformconv.runtime.product import VECTORS
-from deformconv.runtime.vectors import VECTOR_BYTES, round_up, transpose_block
+from deformconv.runtime.matmul import VECTORS
+from deformconv.runtime.simd import VECTOR_BYTES, round_up, transpose_block
 
 __all__ = [
     "SUMS",
@@ -57,7 +57,7 @@ def pack_forward(item, weight, last, groups, outputs, channels, taps, packed, sq
         used = min(lanes, outputs - first - vector)
         whole = depth // lanes * lanes if used == lanes else 0
         for step in range(0, whole, lanes):
-            transpose_block(weight, source + step, depth, square, 0, lanes, empty, 0)
+            transpose_block(weight, source + step, depth, square, 0, lanes, empty, 0, False)
             for i in range(lanes):
                 row = start + _weight_row(step + i, last, channels, taps) * width + vector
                 for lane in range(lanes):

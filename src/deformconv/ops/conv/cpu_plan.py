@@ -22,11 +22,11 @@ import numpy as np
 from deformconv.ops.conv.cpu_pack import SUMS
 from deformconv.ops.conv.spec import ConvSpec
 from deformconv.runtime.blocks import RUN, Layout
+from deformconv.runtime.matmul import FEW_ROWS
 from deformconv.runtime.memory import room
-from deformconv.runtime.product import FEW_ROWS
-from deformconv.runtime.vectors import VECTOR_BYTES
+from deformconv.runtime.simd import VECTOR_BYTES
 from deformconv.runtime.work import Share, share
-from deformconv.sampling.kernels import table_sizes
+from deformconv.sampling.corners import table_sizes
 
 __all__ = ["Backward", "Forward", "Plan", "collect_items", "plan"]
 
