@@ -12,7 +12,7 @@ from typing import NamedTuple
 from deformconv.runtime.cache import device
 from deformconv.runtime.simd import VECTOR_BYTES, transpose_block
 
-__all__ = ["RUN", "Layout", "block_end", "copy_in", "copy_out", "transpose"]
+__all__ = ["RUN", "Layout", "block_end", "block_of", "copy_in", "copy_out", "transpose"]
 
 RUN = 64  # positions that an item of a copy takes
 
@@ -27,6 +27,7 @@ class Layout(NamedTuple):
     span: int
     width: int
     blocks: int
+    pixels: int  # of an image
     pitch: int  # rows of an image
 
 
@@ -51,21 +52,30 @@ def transpose(rows, columns, source, start, row, into, into_start, into_row, bia
 
 
 @device
+def block_of(layout, channel):
+    """The block that a channel lies in, and its number there."""
+    within = channel % layout.span
+    blocks_a_span = (layout.span + layout.width - 1) // layout.width
+    return channel // layout.span * blocks_a_span + within // layout.width, within % layout.width
+
+
+@device
 def block_end(start, channels, span, width):
     """Where the block of channels that begins at `start` ends."""
     return min(start + width, start // span * span + span, channels)
 
 
 @device
-def copy_in(item, array, last, channels, positions, images, rows, span, width, pitch, empty):
+def copy_in(item, array, last, channels, images, rows, layout, empty):
     """Copy a run of an image's positions into blocks; the last run also makes the zeros."""
+    width, positions = layout.width, layout.pixels
     runs = (positions + RUN - 1) // RUN
     n, first = item // runs, item % runs * RUN
     count = min(RUN, positions - first)
     start, block = 0, 0
     while start < channels:
-        end = block_end(start, channels, span, width)
-        image = (block * images + n) * pitch * width
+        end = block_end(start, channels, layout.span, width)
+        image = (block * images + n) * layout.pitch * width
         if last:
             for p in range(first, first + count):
                 source, into = (n * positions + p) * channels, image + p * width - start
@@ -75,33 +85,38 @@ def copy_in(item, array, last, channels, positions, images, rows, span, width, p
             source = (n * channels + start) * positions + first
             transpose(end - start, count, array, source, positions, rows, image + first * width, width, empty, 0)
         if first + count == positions:
-            for place in range(image + positions * width, image + pitch * width):
+            for place in range(image + positions * width, image + layout.pitch * width):
                 rows[place] = 0
         start, block = end, block + 1
 
 
 @device
-def copy_out(item, rows, span, width, pitch, parts, array, last, channels, positions, images, empty):
+def copy_out(item, rows, layout, parts, array, last, channels, images, empty):
     """The way back for a run of positions, summed over `parts` sets of blocks."""
+    width, positions = layout.width, layout.pixels
     runs = (positions + RUN - 1) // RUN
     n, first = item // runs, item % runs * RUN
     count = min(RUN, positions - first)
-    part_size = rows.size // parts
     start, block = 0, 0
     while start < channels:
-        end = block_end(start, channels, span, width)
-        source = ((block * images + n) * pitch + first) * width
-        for part in range(1, parts):
-            more = part * part_size
-            for place in range(source, source + count * width):
-                rows[place] += rows[place + more]
+        end = block_end(start, channels, layout.span, width)
+        source = ((block * images + n) * layout.pitch + first) * width
+        _add_parts(rows, source, count * width, parts)
         if last:
             for t in range(count):
                 into = (n * positions + first + t) * channels + start
                 for c in range(end - start):
                     array[into + c] = rows[source + t * width + c]
         else:
-            transpose(
-                count, end - start, rows, source, width, array, (n * channels + start) * positions + first, positions, empty, 0
-            )  # fmt: skip
+            into = (n * channels + start) * positions + first
+            transpose(count, end - start, rows, source, width, array, into, positions, empty, 0)
         start, block = end, block + 1
+
+
+@device
+def _add_parts(rows, start, size, parts):
+    """Add the other parts' numbers to those of the first one."""
+    for part in range(1, parts):
+        more = part * (rows.size // parts)
+        for place in range(start, start + size):
+            rows[place] += rows[place + more]

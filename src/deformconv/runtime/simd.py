@@ -32,6 +32,7 @@ __all__ = [
     "for_positions",
     "host_features",
     "lanes_of",
+    "named",
     "prefetch",
     "round_up",
     "transpose_block",
@@ -293,6 +294,19 @@ def _fold(builder: Any, a: Any, b: Any, width: int, stay: int) -> Any:
     low = [lane if not lane & stay else width + (lane ^ stay) for lane in range(width)]
     high = [(lane | stay) if not lane & stay else width + lane for lane in range(width)]
     return builder.fadd(builder.shuffle_vector(a, b, _mask(low)), builder.shuffle_vector(a, b, _mask(high)))
+
+
+@intrinsic
+def named(typing, kind, numbers):
+    """The numbers of an int64 array under the names of a NamedTuple's class."""
+    result = types.NamedUniTuple(types.int64, len(kind.instance_class._fields), kind.instance_class)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, _ = data_and_type(context, builder, signature.args[1], arguments[1])
+        values = [builder.load(element(builder, data, INT(number))) for number in range(len(result))]
+        return context.make_tuple(builder, result, values)
+
+    return result(kind, numbers), generate
 
 
 @emits

@@ -28,7 +28,7 @@ from deformconv.runtime.simd import (
     lanes_of,
 )
 
-__all__ = ["REACH", "Table", "blend", "differentiate", "place_samples", "pull_back", "table_sizes"]
+__all__ = ["REACH", "Table", "blend", "differentiate", "place_samples", "pull_back", "table_in", "table_sizes"]
 
 # Positions are int32 here. An axis with its padding and window has less than 2**29 of them (`cpu.reasons_against`), so an
 # offset of this size leads outside from everywhere, and no sum of an origin, a tap and a floor overflows.
@@ -56,6 +56,13 @@ def table_sizes(axes: int, tile: int) -> tuple[int, int]:
     """How many int32 numbers and how many reals the table for a tile of `tile` positions takes."""
     corners = 1 << axes
     return (corners + axes) * tile, (2 * corners + axes) * tile
+
+
+@device
+def table_in(size, tile, integers, reals):
+    """A table for a tile of `tile` positions, in the first numbers of a thread's memory."""
+    axes, corners = len(size), 1 << len(size)
+    return Table(integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile], tile)
 
 
 @emits

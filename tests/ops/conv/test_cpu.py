@@ -277,7 +277,7 @@ def test_narrower_hosts(name: str, features: str, block: list[int], tmp_path: Pa
         "NUMBA_CPU_NAME": name,
         "NUMBA_CPU_FEATURES": features,
         "DEFORMCONV_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(Path(__file__).parents[3]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), str(Path(deformconv.__file__).parents[1])]),
     }
     ran = subprocess.run([sys.executable, "-c", AVX2], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -97,21 +97,25 @@ def deform_conv(
         return output
     team = team_for(library)
     plan = _plan(spec, team.threads)
-    cut = plan.forward
+    cut, kernels = plan.forward, _kernels()
     weight, weight_last = arrays.flat_channels(weight)
     offset, mask, image_offset, image_mask = _samples(spec, offset, mask)
     none = arrays.none_of(spec.dtype)
-    bias = none if bias is None else arrays.flat(bias)
-    with arena(cut.bytes + cut.share.bytes) as memory:
-        arguments = (
-            spec.input_size, plan.geometry, spec.boundary == "inside", spec.batch,
-            input, input_last, memory.empty(plan.x_size, spec.dtype), plan.x.span, plan.x.width,
-            offset, mask, image_offset, image_mask,
-            weight, weight_last, memory.empty(cut.weight_size, spec.dtype), bias, flat_output, input_last,
-            spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
-            cut.chunk, cut.tile, cut.taps_at_once, cut.strands, none, *cut.share.scratch(memory, spec.dtype),
-        )  # fmt: skip
-        run(_kernels().forward, arguments, cut.share, team, (spec.dtype, spec.rank))
+    with arena(cut.bytes) as memory:
+        given = kernels.ForwardArrays(
+            input=input,
+            x=memory.empty(plan.x_size, spec.dtype),
+            offset=offset,
+            mask=mask,
+            weight=weight,
+            packed=memory.empty(cut.weight_size, spec.dtype),
+            bias=none if bias is None else arrays.flat(bias),
+            output=flat_output,
+            empty=none,
+        )
+        order = input_last, weight_last, input_last, image_offset, image_mask
+        arguments = cut.arguments, order, tuple(given), *cut.share.scratch(memory, spec.dtype)
+        run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank))
     return output
 
 

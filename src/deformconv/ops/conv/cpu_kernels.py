@@ -8,6 +8,8 @@ are.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from deformconv.ops.conv.cpu_pack import (
     SUMS,
     pack_backward,
@@ -19,15 +21,106 @@ from deformconv.ops.conv.cpu_pack import (
     write_output,
 )
 from deformconv.runtime.atomics import fetch_add, wait_for
-from deformconv.runtime.blocks import RUN, block_end, copy_in, copy_out
+from deformconv.runtime.blocks import RUN, Layout, block_end, block_of, copy_in, copy_out
 from deformconv.runtime.cache import device, kernel
-from deformconv.runtime.matmul import VECTORS, Factor, Panels, multiply
-from deformconv.runtime.simd import VECTOR_BYTES, Rows, round_up
+from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
+from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up
 from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
-from deformconv.sampling.corners import Table, blend, differentiate, pull_back
+from deformconv.sampling.corners import Table, blend, differentiate, pull_back, table_in
 from deformconv.sampling.windows import INPUT, KERNEL, OUTPUT, place_tap, place_tile
 
-__all__ = ["backward", "collect", "forward"]
+__all__ = ["ForwardArrays", "ForwardCut", "Order", "Shape", "backward", "collect", "forward"]
+
+
+class Shape(NamedTuple):
+    """A call's numbers that follow from its shapes alone."""
+
+    images: Any
+    positions: Any  # of an image of the output
+    taps: Any
+    channels: Any
+    outputs: Any  # output channels
+    groups: Any
+    group_channels: Any
+    group_outputs: Any
+    offset_groups: Any
+    offset_channels: Any  # of an offset group
+    depthwise: Any  # 1 where weight groups have a channel and an output each
+    inside: Any  # 1 for the boundary "inside"
+
+
+class Order(NamedTuple):
+    """How the caller's arrays lie in memory: whether channels come last, and how many numbers apart images are."""
+
+    input_last: Any
+    weight_last: Any
+    output_last: Any
+    image_offset: Any
+    image_mask: Any
+
+
+class ForwardCut(NamedTuple):
+    """How a forward pass is cut (`cpu_plan`)."""
+
+    chunk: Any
+    chunk_span: Any  # channels that are cut into chunks together
+    taps_at_once: Any
+    tile: Any
+    tiles: Any  # of an image
+    strands: Any
+    strand: Any  # tiles
+    group_row: Any  # numbers of a row of sums, those of one weight group
+    panels: Any  # items that pack the weight
+    copies: Any  # these, and those that copy the input
+
+
+class ForwardArrays(NamedTuple):
+    """The arrays of a forward pass, all flat.
+
+    input (N, C, P); `x` room for it in blocks; offset and mask, an image's (offset_groups, K, D, P) and (offset_groups, K, P),
+    mask empty for v1; weight (C_out, C / groups, K), `packed` room for it; bias (C_out,) or empty; output (N, C_out, P).
+    """
+
+    input: Any
+    x: Any
+    offset: Any
+    mask: Any
+    weight: Any
+    packed: Any
+    bias: Any
+    output: Any
+    empty: Any
+
+
+class Samples(NamedTuple):
+    """What a tap's samples are made of."""
+
+    size: Any
+    geometry: Any
+    shape: Any
+    order: Any
+    layout: Any
+    x: Any
+    offset: Any
+    mask: Any
+    table: Any
+
+
+class Tile(NamedTuple):
+    """A run of an image's positions."""
+
+    n: Any
+    first: Any
+    count: Any
+
+
+class Chunk(NamedTuple):
+    """Channels and taps that are sampled and multiplied at once."""
+
+    start: Any
+    end: Any
+    first_tap: Any
+    taps: Any
 
 
 @device
@@ -40,134 +133,169 @@ def product(geometry, what):
 
 
 @device
-def _multiply_channelwise(column, count, width, weight, weight_start, sums, start, row):
+def multiply_channelwise(column, count, width, weight, weight_start, sums, start, row):
     """sums[t, c] += column[t, c] * weight[c]: the product of a depthwise convolution."""
     for t in range(count):
-        _add_products(
+        add_products(
             sums[start + t * row : start + t * row + width], column[t * width : (t + 1) * width],
             weight[weight_start : weight_start + width],
         )  # fmt: skip
 
 
 @device
-def _add_products(total, a, b):
+def add_products(total, a, b):
     for c in range(total.size):
         total[c] += a[c] * b[c]
 
 
 @device
-def _store_products(total, a, b):
+def store_products(total, a, b):
     for c in range(total.size):
         total[c] = a[c] * b[c]
 
 
 @kernel
-def forward(
-    counter, limit, thread, size, geometry, inside, images, input, input_last, x, x_span, x_width,
-    offset, mask, image_offset, image_mask, weight, weight_last, packed, bias, output, output_last,
-    outputs, groups, offset_groups, channels, chunk, tile, taps_at_once, strands, empty, all_reals, all_integers,
-):  # fmt: skip
+def forward(counter, limit, thread, plan, order, arrays, reals, integers):
     """One item is one tile of one image, after everybody together has copied the input and packed the weight.
 
-    The tiles are taken from `strands` runs of them in turn.
-
-    input (N, C, P), its channels first or last; x room for it in blocks of `x_width` channels, those of every `x_span` on their
-    own, with a row of zeros after each image; offset and mask flat, an image's (offset_groups, K, D, P) and (offset_groups, K,
-    P) beginning `image_offset` and `image_mask` numbers after the one before it, mask empty for v1; weight (C_out, C / groups,
-    K), its channels last if `weight_last`, and `packed` room for it; bias (C_out,) or empty; output (N, C_out, P), its channels
-    first or last. `chunk` channels, of one weight group or several whole ones, and `taps_at_once` taps are sampled and
-    multiplied at once. `all_reals` and `all_integers` have a row of scratch memory for each thread; `thread` is this one's.
+    `plan` is (size, geometry, Shape, Layout, ForwardCut), the latter three as int64 arrays, `order` an Order and `arrays`
+    ForwardArrays, both as tuples. `reals` and `integers` have a row of scratch memory for each thread.
     """
-    axes, corners = len(size), 1 << len(size)
-    taps, positions, pitch = product(geometry, KERNEL), product(geometry, OUTPUT), product(geometry, INPUT) + 1
-    group_channels, group_outputs, share = channels // groups, outputs // groups, channels // offset_groups
-    depthwise = group_channels == 1 and group_outputs == 1
-    lanes = VECTOR_BYTES // x.itemsize
-    group_row = 1 if depthwise else round_up(group_outputs, lanes)
-    sum_row, blocks_a_span = groups * group_row, (x_span + x_width - 1) // x_width
-    chunk_span = max(group_channels, chunk)
-    reals, integers = all_reals[thread], all_integers[thread]
-    rows, weights = integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile]
-    table = Table(rows, weights, tile)
-    sums = reals[round_up(weights.size, lanes) :]
-    column = sums[round_up(tile * sum_row, lanes) :]
-    tiles = (positions + tile - 1) // tile
-    strand = (images * tiles + strands - 1) // strands
-
-    panels = 1 if depthwise else groups * ((group_outputs + VECTORS * lanes - 1) // (VECTORS * lanes))
-    copies = panels + images * ((pitch - 1 + RUN - 1) // RUN)
-    item = fetch_add(counter, BEGUN)
-    while item < copies:
-        if item >= panels:
-            copy_in(item - panels, input, input_last, channels, pitch - 1, images, x, x_span, x_width, pitch, empty)
-        elif depthwise:
-            pack_depthwise(weight, channels, taps, packed)
-        else:
-            pack_forward(item, weight, weight_last, groups, group_outputs, group_channels, taps, packed, sums, empty)
-        fetch_add(counter, ENDED)
-        item = fetch_add(counter, BEGUN)
-    wait_for(counter, ENDED, copies)
-
+    shape, layout, cut = named(Shape, plan[2]), named(Layout, plan[3]), named(ForwardCut, plan[4])
+    order, arrays = Order(*order), ForwardArrays(*arrays)
+    table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
+    lanes = VECTOR_BYTES // reals.itemsize
+    sums = reals[thread, round_up(table.weights.size, lanes) :]
+    column = sums[round_up(cut.tile * shape.groups * cut.group_row, lanes) :]
+    samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
+    copy_forward(counter, shape, order, layout, cut, arrays, sums)
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
-        if item >= strands * strand:
+        if item >= cut.strands * cut.strand:
             return
         # Threads take items in turn: each of them gets mostly neighbours, whose samples it has in its caches.
-        item = item % strands * strand + item // strands
-        if item >= images * tiles:
-            continue
-        n, first = item // tiles, item % tiles * tile
-        count = min(tile, positions - first)
-        place_tile(size, geometry, first, count, table)
-        if depthwise:
-            for place in range(count * sum_row):
-                sums[place] = 0
-        chunk_start = 0
-        while chunk_start < channels:
-            chunk_end = block_end(chunk_start, channels, chunk_span, chunk)
-            width = chunk_end - chunk_start
-            for first_tap in range(0, taps, taps_at_once):
-                taps_now = min(taps_at_once, taps - first_tap)
-                column_row = taps_now * width
-                for tap in range(first_tap, first_tap + taps_now):
-                    c = chunk_start
-                    while c < chunk_end:
-                        # As far as the samples' places are the same, then as far as a block of x goes.
-                        group = c // share
-                        place = (group * taps + tap) * positions + first
-                        start = n * image_offset + place * axes - first * (axes - 1)
-                        place_tap(size, geometry, inside, tap, count, Rows(offset, start, positions), table)
-                        end = min((group + 1) * share, chunk_end)
-                        while c < end:
-                            within = c % x_span
-                            block = c // x_span * blocks_a_span + within // x_width
-                            stop = min(c - within % x_width + x_width, c - within + x_span, end)
-                            blend(
-                                size, table, count, Rows(x, (block * images + n) * pitch * x_width + within % x_width, x_width),
-                                mask, n * image_mask + place,
-                                Rows(column, (tap - first_tap) * width + c - chunk_start, column_row), stop - c,
-                            )  # fmt: skip
-                            c = stop
-                if depthwise:
-                    for tap in range(first_tap, first_tap + taps_now):
-                        _multiply_channelwise(
-                            column, count, width, packed, tap * channels + chunk_start, sums, chunk_start, sum_row
-                        )  # fmt: skip
-                    continue
-                for group in range(chunk_start // group_channels, (chunk_end - 1) // group_channels + 1):
-                    c = max(chunk_start, group * group_channels)
-                    run = min(group_channels, width)
-                    whole = run == width  # the taps of the chunk lie side by side, in the column as in the weight
-                    depth, within = taps * group_channels, c - group * group_channels
-                    weight_row = first_tap * group_channels + within
-                    run, runs = (taps_now * run, 1) if whole else (run, taps_now)
-                    multiply(
-                        Factor(column, c - chunk_start, column_row, 1, width, run, runs), count,
-                        Panels(packed, group * group_row * depth, depth, 0, weight_row),
-                        Rows(sums, group * group_row, sum_row), group_outputs, first_tap + within > 0,
-                    )  # fmt: skip
-            chunk_start = chunk_end
-        write_output(sums, group_row, groups, group_outputs, n, first, count, output, output_last, positions, bias)
+        number = item % cut.strands * cut.strand + item // cut.strands
+        if number < shape.images * cut.tiles:
+            one_tile(samples, cut, arrays, sums, column, number // cut.tiles, number % cut.tiles * cut.tile)
+
+
+@device
+def zero(array, start, end):
+    """Make a part of an array zeros, where a product takes numbers along that nobody has written and nobody will read.
+
+    As floating-point numbers what lay there before may be subnormal, as small integers are: a processor takes a hundred times
+    as long to multiply them.
+    """
+    for place in range(start, end):
+        array[place] = 0
+
+
+@device
+def copy_forward(counter, shape, order, layout, cut, arrays, square):
+    """Copy the input and pack the weight, everybody together; `square` is scratch of a vector's lanes squared."""
+    item = fetch_add(counter, BEGUN)
+    while item < cut.copies:
+        if item >= cut.panels:
+            copy_in(
+                item - cut.panels, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
+            )  # fmt: skip
+        elif shape.depthwise:
+            pack_depthwise(arrays.weight, shape.channels, shape.taps, arrays.packed)
+        else:
+            pack_forward(
+                item, arrays.weight, order.weight_last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps,
+                arrays.packed, square, arrays.empty,
+            )  # fmt: skip
+        fetch_add(counter, ENDED)
+        item = fetch_add(counter, BEGUN)
+    wait_for(counter, ENDED, cut.copies)
+
+
+@device
+def one_tile(samples, cut, arrays, sums, column, n, first):
+    """Compute and write the output of one tile, chunk by chunk."""
+    shape = samples.shape
+    tile = Tile(n, first, min(cut.tile, shape.positions - first))
+    place_tile(samples.size, samples.geometry, first, tile.count, samples.table)
+    if shape.depthwise:
+        zero(sums, 0, tile.count * shape.outputs)
+    start = 0
+    while start < shape.channels:
+        end = block_end(start, shape.channels, cut.chunk_span, cut.chunk)
+        for first_tap in range(0, shape.taps, cut.taps_at_once):
+            chunk = Chunk(start, end, first_tap, min(cut.taps_at_once, shape.taps - first_tap))
+            rows = Rows(column, 0, chunk.taps * (end - start))
+            for tap in range(first_tap, first_tap + chunk.taps):
+                sample_tap(samples, tile, chunk, tap, rows)
+            # Rows that the product reads beyond the last sample: what lies there may be slow to multiply (see `zero`).
+            zero(column, tile.count * rows.row, round_up(tile.count, FEW_ROWS) * rows.row)
+            multiply_chunk(shape, cut.group_row, tile, chunk, rows, arrays.packed, sums)
+        start = end
+    write_output(
+        sums, cut.group_row, shape.groups, shape.group_outputs, n, first, tile.count,
+        arrays.output, samples.order.output_last, shape.positions, arrays.bias,
+    )  # fmt: skip
+
+
+@device
+def sample_tap(samples, tile, chunk, tap, column):
+    """Write a tap's samples of a chunk into its rows of (tap, channel)."""
+    channels, layout = samples.shape.offset_channels, samples.layout
+    shift = (tap - chunk.first_tap) * (chunk.end - chunk.start) - chunk.start
+    c = chunk.start
+    while c < chunk.end:
+        group = c // channels
+        end = min((group + 1) * channels, chunk.end)
+        mask_start = place_group(samples, tile, tap, group)
+        while c < end:  # block by block
+            stop = min(c - block_of(layout, c)[1] + layout.width, c - c % layout.span + layout.span, end)
+            blend(
+                samples.size, samples.table, tile.count, pixels_of(samples, tile.n, c),
+                samples.mask, mask_start, Rows(column.array, shift + c, column.row), stop - c,
+            )  # fmt: skip
+            c = stop
+
+
+@device
+def place_group(samples, tile, tap, group):
+    """Fill the table with a tap's samples of an offset group at a tile's positions, and return where their masks begin."""
+    shape, order = samples.shape, samples.order
+    place = (group * shape.taps + tap) * shape.positions
+    start = tile.n * order.image_offset + place * len(samples.size) + tile.first
+    offset = Rows(samples.offset, start, shape.positions)
+    place_tap(samples.size, samples.geometry, shape.inside != 0, tap, tile.count, offset, samples.table)
+    return tile.n * order.image_mask + place + tile.first
+
+
+@device
+def pixels_of(samples, n, channel):
+    """The pixels of an image from a channel on, until the end of its block."""
+    layout = samples.layout
+    block, within = block_of(layout, channel)
+    return Rows(samples.x, (block * samples.shape.images + n) * layout.pitch * layout.width + within, layout.width)
+
+
+@device
+def multiply_chunk(shape, group_row, tile, chunk, column, packed, sums):
+    """Multiply a chunk's samples by its weights, and add the products to the tile's sums, or write those of the first chunk."""
+    width, sum_row = chunk.end - chunk.start, shape.groups * group_row
+    if shape.depthwise:
+        for tap in range(chunk.first_tap, chunk.first_tap + chunk.taps):
+            weights = tap * shape.channels + chunk.start
+            multiply_channelwise(column.array, tile.count, width, packed, weights, sums, chunk.start, sum_row)
+        return
+    group_channels, depth = shape.group_channels, shape.taps * shape.group_channels
+    for group in range(chunk.start // group_channels, (chunk.end - 1) // group_channels + 1):
+        c = max(chunk.start, group * group_channels)
+        within = c - group * group_channels
+        run, runs = min(group_channels, width), chunk.taps
+        if run == width:  # the taps of the chunk lie side by side, in the column as in the weight
+            run, runs = runs * run, 1
+        multiply(
+            Factor(column.array, c - chunk.start, column.row, 1, width, run, runs), tile.count,
+            Panels(packed, group * group_row * depth, depth, 0, chunk.first_tap * group_channels + within),
+            Rows(sums, group * group_row, sum_row), shape.group_outputs, chunk.first_tap + within > 0,
+        )  # fmt: skip
 
 
 @kernel
@@ -185,6 +313,7 @@ def backward(
     """
     axes, corners = len(size), 1 << len(size)
     taps, positions, pitch = product(geometry, KERNEL), product(geometry, OUTPUT), product(geometry, INPUT) + 1
+    layout, d_layout = Layout(x_span, x_width, 0, pitch - 1, pitch), Layout(outputs, outputs, 1, positions, positions)
     group_channels, group_outputs, share = channels // groups, outputs // groups, channels // offset_groups
     depthwise = group_channels == 1 and group_outputs == 1
     vector = VECTOR_BYTES // x.itemsize
@@ -213,10 +342,10 @@ def backward(
     while item < copies:
         if item >= packs + biases + output_runs:
             run = item - packs - biases - output_runs
-            copy_in(run, input, input_last, channels, pitch - 1, images, x, x_span, x_width, pitch, empty)
+            copy_in(run, input, input_last, channels, images, x, layout, empty)
         elif item >= packs + biases:
             run = item - packs - biases
-            copy_in(run, grad_output, output_last, outputs, positions, images, d_output, outputs, outputs, positions, empty)
+            copy_in(run, grad_output, output_last, outputs, images, d_output, d_layout, empty)
         elif item >= packs:
             o = item - packs
             d_bias[o] = sum_positions(o, grad_output, output_last, outputs, positions, images)
@@ -252,7 +381,7 @@ def backward(
                     begun = place > lane or first > part * part_size
                     for tap in range(first_tap, min(first_tap + taps_at_once, taps)):
                         if for_samples:
-                            _project_outputs(
+                            project_outputs(
                                 d_output, n * positions + first, outputs, packed, tap, groups, packed_size, channel, end,
                                 group_channels, group_outputs, depthwise, count, d_column, column_row,
                             )  # fmt: skip
@@ -281,7 +410,7 @@ def backward(
                                 differentiate(size, table, count, mask, masks, slopes, d_mask, sample)
                             c += width
                         if d_weight.size:
-                            _add_weight(
+                            add_weight(
                                 d_output, n * positions + first, outputs, column, column_row, d_weight,
                                 (lane * taps + tap) * groups, sums_size, d_weight_row, channel, end,
                                 group_channels, group_outputs, depthwise, count, begun,
@@ -289,7 +418,7 @@ def backward(
 
 
 @device
-def _project_outputs(
+def project_outputs(
     d_output, position, outputs, weight, tap, groups, packed_size, channel, end, group_channels, group_outputs, depthwise,
     count, d_column, column_row,
 ):  # fmt: skip
@@ -297,7 +426,7 @@ def _project_outputs(
     if depthwise:
         for t in range(count):
             row, into = (position + t) * outputs, t * column_row
-            _store_products(
+            store_products(
                 d_column[into : into + end - channel], d_output[row + channel : row + end],
                 weight[tap * groups + channel : tap * groups + end],
             )  # fmt: skip
@@ -315,7 +444,7 @@ def _project_outputs(
 
 
 @device
-def _add_weight(
+def add_weight(
     d_output, position, outputs, column, column_row, d_weight, first_sum, sums_size, d_weight_row, channel, end,
     group_channels, group_outputs, depthwise, count, begun,
 ):  # fmt: skip
@@ -325,7 +454,7 @@ def _add_weight(
             d_weight[c] = 0
         for t in range(count):
             row, samples = (position + t) * outputs, t * column_row
-            _add_products(
+            add_products(
                 d_weight[first_sum + channel : first_sum + end], d_output[row + channel : row + end],
                 column[samples : samples + end - channel],
             )  # fmt: skip
@@ -358,7 +487,8 @@ def collect(
             unpack_weight(item, sums, lanes, rows, row, groups, group_outputs, group_channels, taps, d_weight)
         elif item < weights + runs:
             run = item - weights
-            copy_out(run, d_x, x_span, x_width, pitch, parts, d_input, input_last, channels, pitch - 1, images, empty)
+            layout = Layout(x_span, x_width, 0, pitch - 1, pitch)
+            copy_out(run, d_x, layout, parts, d_input, input_last, channels, images, empty)
         elif item < weights + runs + offsets:
             sum_slots(item - weights - runs, offset_slots, d_offset)
         elif item < weights + runs + offsets + masks:

@@ -127,16 +127,19 @@ def sum_positions(o, array, last, outputs, positions, images):
 
 
 @device
-def unpack_weight(item, sums, lanes, rows, row, groups, outputs, channels, taps, d_weight):
-    """d_weight[g, o, c, tap] = sum over lanes of sums[lane, tap, g, o, c], for one output channel; `rows` outputs of `row`."""
+def unpack_weight(item, sums, replicas, rows, row, groups, outputs, channels, taps, d_weight):
+    """d_weight[g, o, c, tap] = sum over replicas of sums[replica, tap, g, o, c], for one output channel.
+
+    A tap and group has `rows` rows of `row` sums.
+    """
     group, o = item // outputs, item % outputs
     for tap in range(taps):
         source = ((tap * groups + group) * rows + o) * row
         into = item * channels * taps + tap
         for c in range(channels):
             total = sums[source + c]
-            for lane in range(1, lanes):
-                total += sums[source + c + lane * (sums.size // lanes)]
+            for replica in range(1, replicas):
+                total += sums[source + c + replica * (sums.size // replicas)]
             d_weight[into + c * taps] = total
 
 

@@ -15,14 +15,15 @@ The words of plan and kernels:
 from __future__ import annotations
 
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from deformconv.ops.conv.cpu_kernels import ForwardCut, Shape
 from deformconv.ops.conv.cpu_pack import SUMS
 from deformconv.ops.conv.spec import ConvSpec
 from deformconv.runtime.blocks import RUN, Layout
-from deformconv.runtime.matmul import FEW_ROWS
+from deformconv.runtime.matmul import FEW_ROWS, VECTORS
 from deformconv.runtime.memory import room
 from deformconv.runtime.simd import VECTOR_BYTES
 from deformconv.runtime.work import Share, share
@@ -44,12 +45,9 @@ _REPLICA_BYTES = 4 << 20
 class Forward(NamedTuple):
     """How a forward pass is cut."""
 
+    arguments: tuple[Any, ...]  # the kernel's `plan`
     weight_size: int  # numbers of the packed weight
-    bytes: int  # of the copies of input and weight
-    chunk: int
-    taps_at_once: int
-    tile: int
-    strands: int
+    bytes: int  # of the copies of input and weight, and of scratch memory
     share: Share
 
 
@@ -88,8 +86,9 @@ def plan(spec: ConvSpec, threads: int, multiplications: int) -> Plan:
     geometry = [spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size]
     x = _layout(spec)
     x_size = x.blocks * spec.batch * x.pitch * x.width
-    forward = _forward(spec, threads, multiplications, x, x_size)
-    return Plan(np.array(geometry, np.int64), x, x_size, forward, _backward(spec, threads, multiplications, x))
+    common = spec.input_size, _numbers(geometry), _numbers(_shape(spec)), _numbers(x)
+    forward = _forward(spec, threads, multiplications, x, common)
+    return Plan(common[1], x, x_size, forward, _backward(spec, threads, multiplications, x))
 
 
 def collect_items(spec: ConvSpec, d_input: int, d_weight: int, d_offset: int, d_mask: int) -> int:
@@ -99,6 +98,28 @@ def collect_items(spec: ConvSpec, d_input: int, d_weight: int, d_offset: int, d_
     return weights + runs + ceil(d_offset / SUMS) + ceil(d_mask / SUMS)
 
 
+def _numbers(values: Any) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def _shape(spec: ConvSpec) -> Shape:
+    group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    return Shape(
+        images=spec.batch,
+        positions=spec.positions,
+        taps=spec.taps,
+        channels=spec.in_channels,
+        outputs=spec.out_channels,
+        groups=spec.groups,
+        group_channels=group_channels,
+        group_outputs=group_outputs,
+        offset_groups=spec.offset_groups,
+        offset_channels=spec.in_channels // spec.offset_groups,
+        depthwise=group_channels == 1 and group_outputs == 1,
+        inside=spec.boundary == "inside",
+    )
+
+
 def _layout(spec: ConvSpec) -> Layout:
     item, channels = np.dtype(spec.dtype).itemsize, spec.in_channels
     vector, full, group_channels = VECTOR_BYTES // item, _BLOCK_BYTES // item, channels // spec.groups
@@ -106,10 +127,10 @@ def _layout(spec: ConvSpec) -> Layout:
     # Pieces of a group of channels that are about equal, or several whole groups.
     width = _up(ceil(span / ceil(span / full)), vector) if span == group_channels else full // group_channels * group_channels
     width = min(width, span)
-    return Layout(span, width, channels // span * ceil(span / width), spec.pixels + 1)
+    return Layout(span, width, channels // span * ceil(span / width), spec.pixels, spec.pixels + 1)
 
 
-def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, x_size: int) -> Forward:
+def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, common: tuple[Any, ...]) -> Forward:
     item = np.dtype(spec.dtype).itemsize
     vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
     # Pieces of a large group that are about equal; of small ones as many as a block has, and all taps if possible.
@@ -117,28 +138,36 @@ def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, x_si
     chunk, depth = (min(piece, x.span), _DEPTH) if x.span == group_channels else (x.width, 2 * _DEPTH)
     taps_at_once = 1 if depthwise or chunk < min(group_channels, x.span) else max(1, min(taps, depth // chunk))
     taps_at_once = ceil(taps / ceil(taps / taps_at_once))
-    sum_row = spec.out_channels if depthwise else spec.groups * _up(group_outputs, vector)
+    group_row = 1 if depthwise else _up(group_outputs, vector)
 
     def scratch(tile: int) -> tuple[int, int]:
         integers, reals = table_sizes(spec.rank, tile)
         column = tile * chunk * taps_at_once
-        return integers, _up(reals, vector) + max(_up(tile * sum_row, vector) + column, vector * vector)
+        return integers, _up(reals, vector) + max(_up(tile * spec.groups * group_row, vector) + column, vector * vector)
 
     tile = _forward_tile(spec, threads)
     while tile > FEW_ROWS and scratch(tile)[1] * item > _TILE_BYTES:
         tile = _up(tile // 2, FEW_ROWS)
-    tiles = spec.batch * ceil(spec.positions / max(1, tile))
-    strands = max(1, min(threads, tiles))
-    packed = taps * spec.in_channels * (1 if depthwise else _up(group_outputs, vector))
-    return Forward(
-        weight_size=packed,
-        bytes=room(x_size, spec.dtype) + room(packed, spec.dtype),
+    tiles = ceil(spec.positions / tile)
+    strands = max(1, min(threads, spec.batch * tiles))
+    strand = ceil(spec.batch * tiles / strands)
+    panels = 1 if depthwise else spec.groups * ceil(group_outputs / (VECTORS * vector))
+    cut = ForwardCut(
         chunk=chunk,
+        chunk_span=max(group_channels, chunk),
         taps_at_once=taps_at_once,
         tile=tile,
+        tiles=tiles,
         strands=strands,
-        share=share(_up(tiles, strands), threads, multiplications, spec.dtype, scratch(tile)),
+        strand=strand,
+        group_row=group_row,
+        panels=panels,
+        copies=panels + spec.batch * ceil(spec.pixels / RUN),
     )
+    packed = taps * spec.in_channels * group_row
+    shared = share(strands * strand, threads, multiplications, spec.dtype, scratch(tile))
+    size = room(x.blocks * spec.batch * x.pitch * x.width, spec.dtype) + room(packed, spec.dtype) + shared.bytes
+    return Forward((*common, _numbers(cut)), packed, size, shared)
 
 
 def _forward_tile(spec: ConvSpec, threads: int) -> int:
