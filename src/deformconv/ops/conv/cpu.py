@@ -143,7 +143,7 @@ def deform_conv_backward(
 
     team = team_for(library)
     plan = _plan(spec, team.threads)
-    cut = plan.backward
+    cut, kernels = plan.backward, _kernels()
     grad_output, output_last = arrays.flat_channels(grad_output)
     weight, weight_last = arrays.flat_channels(weight)
     offset, mask, image_offset, image_mask = _samples(spec, offset, mask)
@@ -154,17 +154,26 @@ def deform_conv_backward(
         slots = {name: own[name] if cut.slots > 1 else flat[name] for name in ("offset", "mask")}
         if cut.slots > 1:  # an offset group may have fewer blocks than another
             own["offset"][...] = own["mask"][...] = 0
-        arguments = (
-            spec.input_size, plan.geometry, spec.boundary == "inside", spec.batch,
-            grad_output, output_last, own["d_output"], input, input_last, own["x"], plan.x.span, plan.x.width,
-            offset, mask, image_offset, image_mask, weight, weight_last, own["packed"],
-            own["d_x"], slots["offset"], slots["mask"], own["replicas"], flat["bias"],
-            spec.out_channels, spec.groups, spec.offset_groups, spec.in_channels,
-            cut.parts, cut.replicas, cut.row, cut.tile, cut.taps_at_once, arrays.none_of(spec.dtype),
-            *cut.share.scratch(memory, spec.dtype),
-        )  # fmt: skip
+        given = kernels.BackwardArrays(
+            grad_output=grad_output,
+            d_output=own["d_output"],
+            input=input,
+            x=own["x"],
+            offset=offset,
+            mask=mask,
+            weight=weight,
+            packed=own["packed"],
+            d_x=own["d_x"],
+            d_offset=slots["offset"],
+            d_mask=slots["mask"],
+            d_weight=own["replicas"],
+            d_bias=flat["bias"],
+            empty=arrays.none_of(spec.dtype),
+        )
+        order = input_last, weight_last, output_last, image_offset, image_mask
+        arguments = cut.arguments, order, tuple(given), *cut.share.scratch(memory, spec.dtype)
         shared = cut.share if results.keys() != {"bias"} else cut.share._replace(items=1)
-        run(_kernels().backward, arguments, shared, team, (spec.dtype, spec.rank))
+        run(kernels.backward, arguments, shared, team, (spec.dtype, spec.rank))
         _collect(spec, plan, own, flat, input_last, team)
     return Gradients(**results)
 

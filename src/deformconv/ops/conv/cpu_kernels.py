@@ -26,10 +26,10 @@ from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
 from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up
 from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
-from deformconv.sampling.corners import Table, blend, differentiate, pull_back, table_in
-from deformconv.sampling.windows import INPUT, KERNEL, OUTPUT, place_tap, place_tile
+from deformconv.sampling.corners import blend, differentiate, pull_back, table_in
+from deformconv.sampling.windows import place_tap, place_tile
 
-__all__ = ["ForwardArrays", "ForwardCut", "Order", "Shape", "backward", "collect", "forward"]
+__all__ = ["BackwardArrays", "BackwardCut", "ForwardArrays", "ForwardCut", "Order", "Shape", "backward", "collect", "forward"]
 
 
 class Shape(NamedTuple):
@@ -121,15 +121,6 @@ class Chunk(NamedTuple):
     end: Any
     first_tap: Any
     taps: Any
-
-
-@device
-def product(geometry, what):
-    """The product of a row of the geometry."""
-    result = 1
-    for axis in range(geometry.shape[1]):
-        result *= geometry[what, axis]
-    return result
 
 
 @device
@@ -298,173 +289,251 @@ def multiply_chunk(shape, group_row, tile, chunk, column, packed, sums):
         )  # fmt: skip
 
 
-@kernel
-def backward(
-    counter, limit, thread, size, geometry, inside, images, grad_output, output_last, d_output, input, input_last, x, x_span,
-    x_width, offset, mask, image_offset, image_mask, weight, weight_last, packed, d_x, d_offset, d_mask, d_weight, d_bias,
-    outputs, groups, offset_groups, channels, parts, lanes, d_weight_row, tile, taps_at_once, empty, all_reals, all_integers,
-):  # fmt: skip
-    """One item is a block of channels in every `lanes`-th part of an image: no two items write to the same place.
+class BackwardCut(NamedTuple):
+    """How a backward pass is cut (`cpu_plan`)."""
 
-    Arguments as in `forward`; grad_output (N, C_out, P), d_output room for it with its channels last and a few rows more.
-    Results, of size 0 if not wanted, all overwritten: d_x (parts, as x), d_offset (slots, N, offset_groups, K, D, P) and d_mask
-    (slots, N, offset_groups, K, P) with a slot for each block that shares an offset group, d_weight (lanes, K, groups, rows of
-    outputs, `d_weight_row` channels), d_bias (C_out,).
+    taps_at_once: Any
+    tile: Any
+    parts: Any  # of an image
+    part_size: Any  # positions
+    replicas: Any
+    row: Any  # numbers of a row of a replica: the input channels of a weight group
+    sums: Any  # numbers of a replica for one tap and weight group
+    column_row: Any
+    packed: Any  # numbers of the packed weight for one tap and weight group
+    packs: Any  # items that pack the weight
+
+
+class BackwardArrays(NamedTuple):
+    """The arrays of a backward pass, all flat; results that are not wanted are empty, the others overwritten.
+
+    As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more; d_x
+    (parts, as x); d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for each
+    block that shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
     """
-    axes, corners = len(size), 1 << len(size)
-    taps, positions, pitch = product(geometry, KERNEL), product(geometry, OUTPUT), product(geometry, INPUT) + 1
-    layout, d_layout = Layout(x_span, x_width, 0, pitch - 1, pitch), Layout(outputs, outputs, 1, positions, positions)
-    group_channels, group_outputs, share = channels // groups, outputs // groups, channels // offset_groups
-    depthwise = group_channels == 1 and group_outputs == 1
-    vector = VECTOR_BYTES // x.itemsize
-    blocks_a_span = (x_span + x_width - 1) // x_width
-    blocks = channels // x_span * blocks_a_span
-    packed_size = round_up(group_channels, vector) * group_outputs
-    sums_size = d_weight.size // (lanes * taps * groups)
-    for_places = d_offset.size > 0 or d_mask.size > 0
-    for_samples = for_places or d_x.size > 0
-    slot_size = images * offset_groups * taps * positions
-    part_size = round_up((positions + parts - 1) // parts, tile)
-    image_size = pitch * x_width
 
-    reals, integers = all_reals[thread], all_integers[thread]
-    rows, weights = integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile]
-    table = Table(rows, weights, tile)
-    column_row = round_up(x_width, vector) + vector
-    column = reals[round_up(weights.size, vector) :]
-    d_column = column[tile * column_row :]
+    grad_output: Any
+    d_output: Any
+    input: Any
+    x: Any
+    offset: Any
+    mask: Any
+    weight: Any
+    packed: Any
+    d_x: Any
+    d_offset: Any
+    d_mask: Any
+    d_weight: Any
+    d_bias: Any
+    empty: Any
 
-    # Everybody together: the weight, the bias' gradient, both arrays with their channels last.
-    packs, biases = 1 if depthwise else outputs, d_bias.size
-    output_runs, input_runs = images * ((positions + RUN - 1) // RUN), images * ((pitch - 1 + RUN - 1) // RUN)
-    copies = packs + biases + output_runs + input_runs
+
+class Task(NamedTuple):
+    """What all items of a backward pass have in common."""
+
+    samples: Any
+    cut: Any
+    arrays: Any
+    column: Any  # a tap's samples of a block at a tile's positions
+    d_column: Any  # and their gradients
+    for_samples: Any  # whether a gradient through the samples is wanted
+    for_places: Any  # that of offset or mask
+
+
+class Block(NamedTuple):
+    """An item: a block of channels, and the replica of d_weight that its sums go to."""
+
+    number: Any
+    start: Any
+    end: Any
+    replica: Any
+
+
+@kernel
+def backward(counter, limit, thread, plan, order, arrays, reals, integers):
+    """One item is a block of channels in each of every `replicas`-th part of an image: no two items write to the same place.
+
+    Arguments as in `forward`, with a BackwardCut and BackwardArrays. At first everybody together makes the copies.
+    """
+    shape, layout, cut = named(Shape, plan[2]), named(Layout, plan[3]), named(BackwardCut, plan[4])
+    order, arrays = Order(*order), BackwardArrays(*arrays)
+    table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
+    column = reals[thread, round_up(table.weights.size, VECTOR_BYTES // reals.itemsize) :]
+    d_column = Rows(column[cut.tile * cut.column_row :], 0, cut.column_row)
+    zero(column, 0, cut.tile * cut.column_row)  # its rows have numbers beyond the channels, which products read
+    samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
+    for_places = arrays.d_offset.size > 0 or arrays.d_mask.size > 0
+    for_samples = for_places or arrays.d_x.size > 0
+    task = Task(samples, cut, arrays, Rows(column, 0, cut.column_row), d_column, for_samples, for_places)
+    copy_backward(counter, shape, order, layout, cut, arrays)
+    items = layout.blocks * cut.replicas if for_samples or arrays.d_weight.size > 0 else 0
+    for _ in range(limit):
+        item = fetch_add(counter, NEXT)
+        if item >= items:
+            return
+        one_block(counter, task, item % layout.blocks, item // layout.blocks)
+
+
+@device
+def copy_backward(counter, shape, order, layout, cut, arrays):
+    """Pack the weight, sum the bias' gradient, and copy both arrays with their channels last, everybody together."""
+    output_layout = Layout(shape.outputs, shape.outputs, 1, shape.positions, shape.positions)
+    biases = cut.packs + arrays.d_bias.size
+    outputs = biases + shape.images * ((shape.positions + RUN - 1) // RUN)
+    copies = outputs + shape.images * ((layout.pixels + RUN - 1) // RUN)
     item = fetch_add(counter, BEGUN)
     while item < copies:
-        if item >= packs + biases + output_runs:
-            run = item - packs - biases - output_runs
-            copy_in(run, input, input_last, channels, images, x, layout, empty)
-        elif item >= packs + biases:
-            run = item - packs - biases
-            copy_in(run, grad_output, output_last, outputs, images, d_output, d_layout, empty)
-        elif item >= packs:
-            o = item - packs
-            d_bias[o] = sum_positions(o, grad_output, output_last, outputs, positions, images)
-        elif depthwise:
-            pack_depthwise(weight, channels, taps, packed)
+        if item >= outputs:
+            copy_in(
+                item - outputs, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
+            )  # fmt: skip
+        elif item >= biases:
+            copy_in(
+                item - biases, arrays.grad_output, order.output_last, shape.outputs, shape.images, arrays.d_output,
+                output_layout, arrays.empty,
+            )  # fmt: skip
+        elif item >= cut.packs:
+            o = item - cut.packs
+            arrays.d_bias[o] = sum_positions(
+                o, arrays.grad_output, order.output_last, shape.outputs, shape.positions, shape.images
+            )  # fmt: skip
+        elif shape.depthwise:
+            pack_depthwise(arrays.weight, shape.channels, shape.taps, arrays.packed)
         else:
-            pack_backward(item, weight, weight_last, groups, group_outputs, group_channels, taps, packed, x_width)
+            pack_backward(
+                item, arrays.weight, order.weight_last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps,
+                arrays.packed, layout.width,
+            )  # fmt: skip
         fetch_add(counter, ENDED)
         item = fetch_add(counter, BEGUN)
     wait_for(counter, ENDED, copies)
 
-    for _ in range(limit):
-        item = fetch_add(counter, NEXT)
-        if item >= blocks * lanes or not (for_samples or d_weight.size):
-            return
-        block, lane = item % blocks, item // blocks
-        channel = block // blocks_a_span * x_span + block % blocks_a_span * x_width
-        end = block_end(channel, channels, x_span, x_width)
-        if d_x.size:
-            for place in range(lane, images * parts, lanes):
-                start = ((place % parts * blocks + block) * images + place // parts) * image_size
-                for i in range(start, start + image_size):
-                    d_x[i] = 0
-        # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
-        for first_tap in range(0, taps, taps_at_once):
-            for place in range(lane, images * parts, lanes):
-                n, part = place // parts, place % parts
-                for first in range(part * part_size, min((part + 1) * part_size, positions), tile):
-                    if counter[STOP]:
-                        return
-                    count = min(tile, positions - first)
-                    place_tile(size, geometry, first, count, table)
-                    begun = place > lane or first > part * part_size
-                    for tap in range(first_tap, min(first_tap + taps_at_once, taps)):
-                        if for_samples:
-                            project_outputs(
-                                d_output, n * positions + first, outputs, packed, tap, groups, packed_size, channel, end,
-                                group_channels, group_outputs, depthwise, count, d_column, column_row,
-                            )  # fmt: skip
-                        c = channel
-                        while c < end:
-                            group = c // share
-                            width, at = min((group + 1) * share, end) - c, c - channel
-                            start = (group * taps + tap) * positions + first
-                            masks = n * image_mask + start
-                            offsets = n * image_offset + start * axes - first * (axes - 1)
-                            place_tap(size, geometry, inside, tap, count, Rows(offset, offsets, positions), table)
-                            x_start = (block * images + n) * image_size + at
-                            pixels, samples = Rows(x, x_start, x_width), Rows(column, at, column_row)
-                            if for_samples:
-                                pull_back(
-                                    size, table, count, pixels, mask, masks, samples, Rows(d_column, at, column_row),
-                                    Rows(d_x, x_start + part * blocks * images * image_size, x_width), width,
-                                )  # fmt: skip
-                            else:
-                                blend(size, table, count, pixels, mask, masks, samples, width)
-                            if for_places:
-                                within = group * share
-                                first_block = within // x_span * blocks_a_span + within % x_span // x_width
-                                sample = ((block - first_block) * slot_size) + n * offset_groups * taps * positions + start
-                                slopes = Rows(d_offset, sample * axes - first * (axes - 1), positions)
-                                differentiate(size, table, count, mask, masks, slopes, d_mask, sample)
-                            c += width
-                        if d_weight.size:
-                            add_weight(
-                                d_output, n * positions + first, outputs, column, column_row, d_weight,
-                                (lane * taps + tap) * groups, sums_size, d_weight_row, channel, end,
-                                group_channels, group_outputs, depthwise, count, begun,
-                            )  # fmt: skip
+
+@device
+def one_block(counter, task, number, replica):
+    """Do a block's work in all parts of images that belong to a replica."""
+    shape, layout, cut = task.samples.shape, task.samples.layout, task.cut
+    blocks_a_span = (layout.span + layout.width - 1) // layout.width
+    start = number // blocks_a_span * layout.span + number % blocks_a_span * layout.width
+    block = Block(number, start, block_end(start, shape.channels, layout.span, layout.width), replica)
+    places = shape.images * cut.parts
+    if task.arrays.d_x.size > 0:
+        size = layout.pitch * layout.width
+        for place in range(replica, places, cut.replicas):
+            first = ((place % cut.parts * layout.blocks + number) * shape.images + place // cut.parts) * size
+            zero(task.arrays.d_x, first, first + size)
+    # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
+    for first_tap in range(0, shape.taps, cut.taps_at_once):
+        last_tap = min(first_tap + cut.taps_at_once, shape.taps)
+        for place in range(replica, places, cut.replicas):
+            one_part(counter, task, block, place, first_tap, last_tap)
 
 
 @device
-def project_outputs(
-    d_output, position, outputs, weight, tap, groups, packed_size, channel, end, group_channels, group_outputs, depthwise,
-    count, d_column, column_row,
-):  # fmt: skip
-    """d_column[t, c] = sum over o of d_output[position + t, o] * weight[o, c, tap], for the channels of a block."""
-    if depthwise:
-        for t in range(count):
-            row, into = (position + t) * outputs, t * column_row
-            store_products(
-                d_column[into : into + end - channel], d_output[row + channel : row + end],
-                weight[tap * groups + channel : tap * groups + end],
-            )  # fmt: skip
-        return
-    # A group's last vector may run into the next group's columns, which are written after it.
-    for group in range(channel // group_channels, (end - 1) // group_channels + 1):
-        c = max(channel, group * group_channels)
-        start = position * outputs + group * group_outputs
-        within = c - group * group_channels
-        multiply(
-            Factor(d_output, start, outputs, 1, 0, group_outputs, 1), count,
-            Panels(weight, (tap * groups + group) * packed_size + within * group_outputs, group_outputs, 0, 0),
-            Rows(d_column, c - channel, column_row), min(end - c, group_channels), False,
+def one_part(counter, task, block, place, first_tap, last_tap):
+    """Do a block's work for some taps in one part of an image."""
+    samples, cut = task.samples, task.cut
+    n, part = place // cut.parts, place % cut.parts
+    start = part * cut.part_size
+    end = min(start + cut.part_size, samples.shape.positions)
+    for first in range(start, end, cut.tile):
+        if counter[STOP]:
+            return
+        tile = Tile(n, first, min(cut.tile, samples.shape.positions - first))
+        place_tile(samples.size, samples.geometry, first, tile.count, samples.table)
+        begun = place > block.replica or first > start
+        for tap in range(first_tap, last_tap):
+            one_tap(task, block, tile, part, tap, begun)
+
+
+@device
+def one_tap(task, block, tile, part, tap, begun):
+    """Add what a tap contributes at a tile's positions to all wanted gradients."""
+    shape = task.samples.shape
+    if task.for_samples:
+        project_outputs(task, block, tile, tap)
+    c = block.start
+    while c < block.end:
+        group = c // shape.offset_channels
+        end = min((group + 1) * shape.offset_channels, block.end)
+        sample_group(task, block, tile, part, tap, group, c, end - c)
+        c = end
+    if task.arrays.d_weight.size > 0:
+        add_weight(task, block, tile, tap, begun)
+
+
+@device
+def sample_group(task, block, tile, part, tap, group, channel, width):
+    """Sample the channels of an offset group, forwards and, if it is wanted, backwards."""
+    samples, arrays = task.samples, task.arrays
+    size, shape, layout, table = samples.size, samples.shape, samples.layout, samples.table
+    mask_start = place_group(samples, tile, tap, group)
+    pixels, at = pixels_of(samples, tile.n, channel), channel - block.start
+    column = Rows(task.column.array, at, task.column.row)
+    if task.for_samples:
+        part_size = layout.blocks * shape.images * layout.pitch * layout.width
+        d_x = Rows(arrays.d_x, pixels.start + part * part_size, layout.width)
+        d_column = Rows(task.d_column.array, at, task.d_column.row)
+        pull_back(size, table, tile.count, pixels, samples.mask, mask_start, column, d_column, d_x, width)
+    else:
+        blend(size, table, tile.count, pixels, samples.mask, mask_start, column, width)
+    if task.for_places:
+        slot = block.number - block_of(layout, group * shape.offset_channels)[0]
+        place = (((slot * shape.images + tile.n) * shape.offset_groups + group) * shape.taps + tap) * shape.positions
+        d_offset = Rows(arrays.d_offset, place * len(size) + tile.first, shape.positions)
+        differentiate(
+            size, table, tile.count, samples.mask, mask_start, d_offset, arrays.d_mask, place + tile.first
         )  # fmt: skip
 
 
 @device
-def add_weight(
-    d_output, position, outputs, column, column_row, d_weight, first_sum, sums_size, d_weight_row, channel, end,
-    group_channels, group_outputs, depthwise, count, begun,
-):  # fmt: skip
-    """d_weight[o, c] (+)= sum over t of d_output[position + t, o] * column[t, c], for the channels of a block."""
-    if depthwise:
-        for c in range(first_sum + channel, first_sum + (channel if begun else end)):
-            d_weight[c] = 0
-        for t in range(count):
-            row, samples = (position + t) * outputs, t * column_row
-            add_products(
-                d_weight[first_sum + channel : first_sum + end], d_output[row + channel : row + end],
-                column[samples : samples + end - channel],
+def project_outputs(task, block, tile, tap):
+    """d_column[t, c] = sum over o of d_output[t, o] * weight[o, c, tap], for the channels of a block."""
+    shape, cut, arrays, d_column = task.samples.shape, task.cut, task.arrays, task.d_column
+    position, outputs = tile.n * shape.positions + tile.first, shape.outputs
+    if shape.depthwise:
+        weights = arrays.packed[tap * outputs + block.start : tap * outputs + block.end]
+        for t in range(tile.count):
+            row, into = (position + t) * outputs, t * d_column.row
+            store_products(
+                d_column.array[into : into + weights.size], arrays.d_output[row + block.start : row + block.end], weights
             )  # fmt: skip
         return
-    for group in range(channel // group_channels, (end - 1) // group_channels + 1):
-        c = max(channel, group * group_channels)
-        into, start = (first_sum + group) * sums_size, position * outputs + group * group_outputs
+    # A group's last vector may run into the next group's columns, which are written after it.
+    group_channels, group_outputs = shape.group_channels, shape.group_outputs
+    for group in range(block.start // group_channels, (block.end - 1) // group_channels + 1):
+        c = max(block.start, group * group_channels)
+        weights = (tap * shape.groups + group) * cut.packed + (c - group * group_channels) * group_outputs
         multiply(
-            Factor(d_output, start, 1, outputs, 0, count, 1), group_outputs, Panels(column, c - channel, 1, column_row, 0),
-            Rows(d_weight, into + c - group * group_channels, d_weight_row), min(end - c, group_channels), begun,
+            Factor(arrays.d_output, position * outputs + group * group_outputs, outputs, 1, 0, group_outputs, 1), tile.count,
+            Panels(arrays.packed, weights, group_outputs, 0, 0),
+            Rows(d_column.array, c - block.start, d_column.row), min(block.end - c, group_channels), False,
+        )  # fmt: skip
+
+
+@device
+def add_weight(task, block, tile, tap, begun):
+    """d_weight[o, c] (+)= sum over t of d_output[t, o] * column[t, c], for the channels of a block."""
+    shape, cut, arrays, column = task.samples.shape, task.cut, task.arrays, task.column
+    position, outputs = tile.n * shape.positions + tile.first, shape.outputs
+    first = (block.replica * shape.taps + tap) * shape.groups
+    if shape.depthwise:
+        sums = arrays.d_weight[first + block.start : first + block.end]
+        zero(sums, 0, 0 if begun else sums.size)
+        for t in range(tile.count):
+            row, source = (position + t) * outputs, t * column.row
+            add_products(
+                sums, arrays.d_output[row + block.start : row + block.end], column.array[source : source + sums.size]
+            )  # fmt: skip
+        return
+    group_channels, group_outputs = shape.group_channels, shape.group_outputs
+    for group in range(block.start // group_channels, (block.end - 1) // group_channels + 1):
+        c = max(block.start, group * group_channels)
+        into = (first + group) * cut.sums + c - group * group_channels
+        multiply(
+            Factor(arrays.d_output, position * outputs + group * group_outputs, 1, outputs, 0, tile.count, 1), group_outputs,
+            Panels(column.array, c - block.start, 1, column.row, 0),
+            Rows(arrays.d_weight, into, cut.row), min(block.end - c, group_channels), begun,
         )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deformconv.ops.conv.cpu_kernels import ForwardCut, Shape
+from deformconv.ops.conv.cpu_kernels import BackwardCut, ForwardCut, Shape
 from deformconv.ops.conv.cpu_pack import SUMS
 from deformconv.ops.conv.spec import ConvSpec
 from deformconv.runtime.blocks import RUN, Layout
@@ -54,10 +54,9 @@ class Forward(NamedTuple):
 class Backward(NamedTuple):
     """How a backward pass is cut."""
 
+    arguments: tuple[Any, ...]  # the kernel's `plan`
     weight_size: int  # numbers of the packed weight
     output_size: int  # of the copy of the output's gradient, with rows for the product's last block
-    tile: int
-    taps_at_once: int
     parts: int  # of an image
     slots: int
     replicas: int
@@ -70,7 +69,6 @@ class Backward(NamedTuple):
 class Plan(NamedTuple):
     """How a call is cut, in both directions."""
 
-    geometry: np.ndarray
     x: Layout
     x_size: int
     forward: Forward
@@ -88,7 +86,7 @@ def plan(spec: ConvSpec, threads: int, multiplications: int) -> Plan:
     x_size = x.blocks * spec.batch * x.pitch * x.width
     common = spec.input_size, _numbers(geometry), _numbers(_shape(spec)), _numbers(x)
     forward = _forward(spec, threads, multiplications, x, common)
-    return Plan(common[1], x, x_size, forward, _backward(spec, threads, multiplications, x))
+    return Plan(x, x_size, forward, _backward(spec, threads, multiplications, x, common))
 
 
 def collect_items(spec: ConvSpec, d_input: int, d_weight: int, d_offset: int, d_mask: int) -> int:
@@ -180,7 +178,7 @@ def _forward_tile(spec: ConvSpec, threads: int) -> int:
     return _even(spec.positions, ceil(spec.positions / tiles))
 
 
-def _backward(spec: ConvSpec, threads: int, multiplications: int, x: Layout) -> Backward:
+def _backward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, common: tuple[Any, ...]) -> Backward:
     item = np.dtype(spec.dtype).itemsize
     vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
     group_share = spec.in_channels // spec.offset_groups
@@ -194,16 +192,25 @@ def _backward(spec: ConvSpec, threads: int, multiplications: int, x: Layout) -> 
     affordable = _REPLICA_BYTES // max(1, taps * group_channels * spec.out_channels * item)
     replicas = max(ceil(_ITEMS / x.blocks), min(ceil(_MOST_ITEMS / x.blocks), affordable))
     replicas = max(1, min(spec.batch * parts, replicas))
-    integers, reals = table_sizes(spec.rank, tile)
-    column = tile * (_up(x.width, vector) + vector)
-    taps_at_once = max(1, _TAPS_BYTES // max(1, 2 * x.width * group_outputs * item))
     rows, row = (1, 1) if depthwise else (_up(group_outputs, FEW_ROWS), _up(group_channels, vector))
-    scratch = integers, _up(reals, vector) + 2 * column
+    cut = BackwardCut(
+        taps_at_once=min(taps, max(1, _TAPS_BYTES // max(1, 2 * x.width * group_outputs * item))),
+        tile=tile,
+        parts=parts,
+        part_size=_up(ceil(spec.positions / parts), tile),
+        replicas=replicas,
+        row=row,
+        sums=rows * row,
+        column_row=_up(x.width, vector) + vector,
+        packed=_up(group_channels, vector) * group_outputs,
+        packs=1 if depthwise else spec.out_channels,
+    )
+    integers, reals = table_sizes(spec.rank, tile)
+    scratch = integers, _up(reals, vector) + 2 * tile * cut.column_row
     return Backward(
+        arguments=(*common, _numbers(cut)),
         weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * _up(group_channels, vector)),
         output_size=(spec.batch * spec.positions + FEW_ROWS) * spec.out_channels,
-        tile=tile,
-        taps_at_once=min(taps, taps_at_once),
         parts=parts,
         slots=slots,
         replicas=replicas,
