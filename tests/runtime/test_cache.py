@@ -80,7 +80,7 @@ def test_a_new_process_hits_and_an_edited_kernel_misses(copy: Path) -> None:
     assert call(copy) == first | {"compiled": []}
 
     # The function that changes is in another file than the kernel that has it inlined.
-    rule = copy / "deformconv" / "sampling" / "kernels.py"
+    rule = copy / "deformconv" / "sampling" / "corners.py"
     text = rule.read_text()
     assert "REACH = 2.0**30" in text
     rule.write_text(text.replace("REACH = 2.0**30", "REACH = 2.0**29"))

@@ -31,12 +31,12 @@ import deformconv
 from deformconv import BackendError
 from deformconv.ops.conv import cpu
 from deformconv.ops.conv.spec import GRADIENTS
-from deformconv.runtime import openmp, processors
+from deformconv.runtime import launch, openmp, processors, work
+from deformconv.runtime.atomics import fetch_add, wait_for
 from deformconv.runtime.cache import OPTIONS
 from deformconv.runtime.launch import run_on_team
 from deformconv.runtime.openmp import Library, Runtime, Team, team_for
 from deformconv.runtime.threads import BEGUN, NEXT, STOP
-from deformconv.runtime.vectors import fetch_add, wait_for
 from deformconv.torch import deform_conv2d
 
 pytestmark = pytest.mark.skipif(
@@ -294,18 +294,23 @@ def count_of(typing, array):
 
 
 @kernel
-def count(counter, limit, thread, items, found):
-    if fetch_add(counter, NEXT) < items:
-        found[thread] = count_of(found)
+def count(counter, limit, thread, found, pair):
+    if fetch_add(counter, NEXT) < 1:
+        found[0] = count_of(found)
+        found[1] = count_of(pair[0])
+        found[2] = count_of(pair[1][1:])
 
 
-def test_a_team_s_threads_count_no_references_in_one_place() -> None:
-    """Kernels slice their arrays within loops; counters that threads share would be the slowest part of those."""
-    found = np.full(1, -1)
-    run_on_team(count, (1, found), (), 1, threads=1, burst=1, team=team_of(1))
-    assert found[0] == 0
-    count(np.zeros(5, np.int64), 1, 0, 1, found)
-    assert found[0] != 0  # Python's call has them counted
+def test_kernels_count_no_references() -> None:
+    """They take arrays out of tuples and slice them within loops, where threads would count in one place of memory."""
+    for run in (run_on_team, run_on_own):
+        found, array = np.full(3, -1), np.zeros(4, np.float32)
+        run(count, (found, (array, array)), (), 1, threads=1, burst=1, team=team_of(1))
+        assert found.tolist() == [0, 0, 0]
+
+
+def run_on_own(kernel: Any, arguments: tuple[Any, ...], *_: Any, **__: Any) -> None:
+    kernel(np.zeros(5, np.int64), 1, 0, *arguments)
 
 
 @pytest.mark.parametrize("guilty", [0, 1, 2])
@@ -319,8 +324,8 @@ def test_an_error_of_any_thread_reaches_the_caller(guilty: int) -> None:
 
 @pytest.mark.parametrize("case", TAILS, ids=lambda case: case.name)
 def test_results_are_the_same_for_any_number_of_threads_of_either_kind(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
-    monkeypatch.setattr(cpu, "_BURST", 30_000)  # several pauses
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
+    monkeypatch.setattr(work, "BURST", 30_000)  # several pauses
     call = make(case, "float32")
     c, results = call, []
     torch.set_num_threads(4)
@@ -359,11 +364,11 @@ def test_a_team_that_comes_late_rests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_while_a_team_rests_own_threads_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, kernels = tensors(), cpu._kernels()
+    arguments = tensors()
     torch.set_num_threads(2)
     deformconv.set_num_threads(2)
-    on_team, ran = kernels.run_on_team, []
-    monkeypatch.setattr(kernels, "run_on_team", lambda *a, **k: [ran.append(1), on_team(*a, **k)])
+    on_team, ran = run_on_team, []
+    monkeypatch.setattr(launch, "run_on_team", lambda *a, **k: [ran.append(1), on_team(*a, **k)])
     monkeypatch.setattr(runtime(), "_resting_until", 0.0)
     expected = both(*arguments)
     assert ran
@@ -440,7 +445,7 @@ def test_a_call_within_a_team_s_own_work() -> None:
 
 @pytest.mark.slow
 def test_a_signal_s_handler_may_call_while_its_thread_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_BURST", 100_000)
+    monkeypatch.setattr(work, "BURST", 100_000)
     arguments = tensors()
     expected, found = both(*arguments), []
 
@@ -463,9 +468,9 @@ INTERRUPTS = """
 import random, signal, time
 import torch
 from deformconv.torch import deform_conv2d
-from deformconv.ops.conv import cpu
+from deformconv.runtime import work
 from deformconv.runtime.openmp import team_for
-cpu._BURST = 200_000
+work.BURST = 200_000
 x, offset, weight = torch.randn(1, 32, 24, 24), torch.randn(1, 18, 24, 24), torch.randn(32, 32, 3, 3)
 leaves = [tensor.requires_grad_() for tensor in (x, offset, weight)]
 def call():
@@ -675,7 +680,7 @@ def test_a_worker_of_a_data_loader_has_one_thread() -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_calls_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
     torch.set_num_threads(2)
     deformconv.set_num_threads(2)
     arguments = tensors(8)

@@ -21,9 +21,9 @@ VECTORS = ("sse4.2", "avx", "amx", "fma", "f16c", "neon", "sve", "dotprod", "vsx
 
 def machine() -> dict[str, Any]:
     """What the figures depend on apart from the code."""
-    from deformconv.runtime import processors, vectors
+    from deformconv.runtime import processors, simd
 
-    features = [name for name in sorted(vectors.host_features()) if name.startswith(VECTORS)]
+    features = [name for name in sorted(simd.host_features()) if name.startswith(VECTORS)]
     return {
         "processor": processor(),
         "vector features": features,

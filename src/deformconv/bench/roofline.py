@@ -38,12 +38,14 @@ def measure(threads: int, seconds: float = 0.3, rounds: int = 7) -> Machine:
     """Measure the machine, by medians of some rounds."""
     import numba
 
-    from deformconv.runtime.product import multiply
+    from deformconv.runtime.matmul import Factor, Panels, multiply
+    from deformconv.runtime.simd import Rows
 
     @numba.njit(nogil=True)
     def products(a: Any, b: Any, c: Any, times: int) -> None:
         for _ in range(times):
-            multiply(a, 0, DEPTH, 1, 0, DEPTH, 1, ROWS, b, 0, DEPTH, 0, 0, c, 0, COLUMNS, COLUMNS, True)
+            left, right = Factor(a, 0, DEPTH, 1, 0, DEPTH, 1), Panels(b, 0, DEPTH, 0, 0)
+            multiply(left, ROWS, right, Rows(c, 0, COLUMNS), COLUMNS, True)
 
     def operands() -> list[Any]:
         arrays = [aligned(4 * size).view(np.float32) for size in (ROWS * DEPTH, DEPTH * COLUMNS, ROWS * COLUMNS)]

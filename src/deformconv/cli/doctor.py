@@ -92,16 +92,16 @@ def _processor() -> Lines:
     if find_spec("numba") is not None:
         from llvmlite import binding
 
-        from deformconv.runtime import product, vectors
+        from deformconv.runtime import matmul, simd
 
-        features = vectors.host_features()
-        block = product.BLOCK
+        features = simd.host_features()
+        block = matmul.BLOCK
         yield "to LLVM", binding.get_host_cpu_name()
         yield (
             "extensions",
             " ".join(name for name in EXTENSIONS if name in features) or "none that kernels use",
         )
-        yield "register block", f"{block.rows} rows x {block.vectors} vectors of {vectors.VECTOR_BYTES} bytes"
+        yield "register block", f"{block.rows} rows x {block.vectors} vectors of {simd.VECTOR_BYTES} bytes"
     usable, present = processors.available_processors(), os.cpu_count()
     yield "processors", f"{usable} usable of {present} present (affinity and control-group quota)"
     yield "threads", f"{processors.get_num_threads()}{_thread_variables()}"

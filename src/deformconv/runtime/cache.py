@@ -266,8 +266,8 @@ class DiskCache(_Cache):
         """Nothing to forget: a file's name says all that it depends on."""
 
 
-# How every kernel is compiled.
-OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH, "no_cfunc_wrapper": True}
+# How every kernel is compiled. It allocates nothing, and its caller holds the arrays: so references to them are not counted.
+OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH, "no_cfunc_wrapper": True, "_nrt": False}
 
 
 def device(function: Callable[..., Any]) -> Any:

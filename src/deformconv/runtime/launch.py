@@ -14,8 +14,8 @@ from numba.extending import intrinsic
 
 from deformconv.runtime.cache import kernel
 from deformconv.runtime.openmp import Team
+from deformconv.runtime.simd import INT, data_and_type, element
 from deformconv.runtime.threads import LEFT, NEXT, STOP, counters
-from deformconv.runtime.vectors import INT, data_and_type, element
 
 __all__ = ["compile_for_teams", "run_on_team"]
 
@@ -93,7 +93,7 @@ def _call_on_team(typing, parallel, thread_number, clock, started, threads, func
         parallel, thread_number, clock, started, threads, function, packed = given
         kinds = signature.args[6].types
         task = _Task(context, kinds)
-        values = [_unowned(context, builder, *pair) for pair in zip(kinds, cgutils.unpack_tuple(builder, packed), strict=True)]
+        values = cgutils.unpack_tuple(builder, packed)
         place = task.store(builder, [*values, threads, function, thread_number, clock])
         body = _member(task, builder.module)
         kind = ir.FunctionType(ir.VoidType(), [body.type, _BYTES, _NUMBER, _NUMBER])
@@ -106,19 +106,6 @@ def _call_on_team(typing, parallel, thread_number, clock, started, threads, func
         return builder.fsub(_now(builder, clock), ended)
 
     return types.float64(parallel, thread_number, clock, started, threads, function, arguments), emit
-
-
-def _unowned(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-    """An array without its count of references, which the caller holds meanwhile; anything else as it is.
-
-    A slice counts its array's references up and down, and a team's threads would do so in the same place of memory: depthwise
-    kernels, which slice at every position, took twice as long on two threads.
-    """
-    if not isinstance(kind, types.Array):
-        return value
-    array = context.make_array(kind)(context, builder, value)
-    array.meminfo = cgutils.get_null_value(array.meminfo.type)
-    return array._getvalue()
 
 
 def _now(builder: Any, clock: Any) -> Any:

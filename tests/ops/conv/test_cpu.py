@@ -21,7 +21,7 @@ from tests.tolerances import TOLERANCE, assert_close, error
 import deformconv
 from deformconv.ops.conv import cpu, reference
 from deformconv.ops.conv.spec import GRADIENTS
-from deformconv.runtime import memory, processors
+from deformconv.runtime import memory, processors, work
 
 # Sizes that leave a rest at every place where the work is cut: tiles, block rows, vectors, panels, blocks of channels.
 TAILS = [
@@ -90,7 +90,7 @@ class TestCpu(ConvSuite):
 
 @by_tail
 def test_results_are_the_same_for_any_number_of_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
     call = make(case, "float32")
     results = []
     for number in (1, 2, 3, 8, 2):
@@ -209,7 +209,7 @@ def test_positions_beyond_32_bits_are_left_to_another_backend() -> None:
 
 
 def test_an_error_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SHARED_FROM", 0)
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
     deformconv.set_num_threads(3)
     kernels, here = cpu._kernels(), threading.get_ident()
     forward = kernels.forward
@@ -233,8 +233,8 @@ import json, sys
 import numpy as np
 from tests.ops.conv.suite import in_float64, reference_backward
 from tests.ops.conv.test_cpu import TAILS, error, gradients, make, output, reference
-from deformconv.runtime.product import BLOCK
-from deformconv.runtime.vectors import VECTOR_BYTES
+from deformconv.runtime.matmul import BLOCK
+from deformconv.runtime.simd import VECTOR_BYTES
 errors = []
 for case in TAILS[:1] + TAILS[3:6]:
     call = make(case, "float32")
@@ -259,7 +259,7 @@ def test_narrower_hosts(name: str, features: str, block: list[int], tmp_path: Pa
         "NUMBA_CPU_NAME": name,
         "NUMBA_CPU_FEATURES": features,
         "DEFORMCONV_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(Path(__file__).parents[3]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), str(Path(deformconv.__file__).parents[1])]),
     }
     ran = subprocess.run([sys.executable, "-c", AVX2], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -2,17 +2,16 @@
 
 A kernel takes items of work until none is left, beside other threads that do the same. Everything is done tile by tile: a
 tile's samples are written into a buffer of the thread's own as rows of (tap, channel) and multiplied at once, so no column
-buffer of an image ever exists. All large arrays are flat; `cpu` prepares them, `cpu_copies` says in which order they are.
+buffer of an image ever exists. All large arrays are flat; `cpu` prepares them, `blocks` and `cpu_pack` say in which order they
+are.
 """
 
 from __future__ import annotations
 
-from deformconv.ops.conv.cpu_copies import (
-    RUN,
+from typing import Any, NamedTuple
+
+from deformconv.ops.conv.cpu_pack import (
     SUMS,
-    block_end,
-    copy_in,
-    copy_out,
     pack_backward,
     pack_depthwise,
     pack_forward,
@@ -21,344 +20,520 @@ from deformconv.ops.conv.cpu_copies import (
     unpack_weight,
     write_output,
 )
+from deformconv.runtime.atomics import fetch_add, wait_for
+from deformconv.runtime.blocks import RUN, Layout, block_end, block_of, copy_in, copy_out
 from deformconv.runtime.cache import device, kernel
-from deformconv.runtime.launch import compile_for_teams, run_on_team
-from deformconv.runtime.product import FEW_ROWS, VECTORS, multiply
+from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
+from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up
 from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
-from deformconv.runtime.vectors import VECTOR_BYTES, fetch_add, round_up, wait_for
-from deformconv.sampling.kernels import (
-    INPUT,
-    KERNEL,
-    OUTPUT,
-    blend,
-    differentiate,
-    place_tap,
-    place_tile,
-    pull_back,
-    table_sizes,
-)
+from deformconv.sampling.corners import blend, differentiate, pull_back, table_in
+from deformconv.sampling.windows import place_tap, place_tile
 
-__all__ = [
-    "FEW_ROWS", "RUN", "SUMS", "VECTOR_BYTES", "backward", "collect", "compile_for_teams", "forward", "run_on_team",
-    "table_sizes",
-]  # fmt: skip
+__all__ = ["BackwardArrays", "BackwardCut", "ForwardArrays", "ForwardCut", "Order", "Shape", "backward", "collect", "forward"]
+
+
+class Shape(NamedTuple):
+    """A call's numbers that follow from its shapes alone."""
+
+    images: Any
+    positions: Any  # of an image of the output
+    taps: Any
+    channels: Any
+    outputs: Any  # output channels
+    groups: Any
+    group_channels: Any
+    group_outputs: Any
+    offset_groups: Any
+    offset_channels: Any  # of an offset group
+    depthwise: Any  # 1 where weight groups have a channel and an output each
+    inside: Any  # 1 for the boundary "inside"
+
+
+class Order(NamedTuple):
+    """How the caller's arrays lie in memory: whether channels come last, and how many numbers apart images are."""
+
+    input_last: Any
+    weight_last: Any
+    output_last: Any
+    image_offset: Any
+    image_mask: Any
+
+
+class ForwardCut(NamedTuple):
+    """How a forward pass is cut (`cpu_plan`)."""
+
+    chunk: Any
+    chunk_span: Any  # channels that are cut into chunks together
+    taps_at_once: Any
+    tile: Any
+    tiles: Any  # of an image
+    strands: Any
+    strand: Any  # tiles
+    group_row: Any  # numbers of a row of sums, those of one weight group
+    panels: Any  # items that pack the weight
+    copies: Any  # these, and those that copy the input
+
+
+class ForwardArrays(NamedTuple):
+    """The arrays of a forward pass, all flat.
+
+    input (N, C, P); `x` room for it in blocks; offset and mask, an image's (offset_groups, K, D, P) and (offset_groups, K, P),
+    mask empty for v1; weight (C_out, C / groups, K), `packed` room for it; bias (C_out,) or empty; output (N, C_out, P).
+    """
+
+    input: Any
+    x: Any
+    offset: Any
+    mask: Any
+    weight: Any
+    packed: Any
+    bias: Any
+    output: Any
+    empty: Any
+
+
+class Samples(NamedTuple):
+    """What a tap's samples are made of."""
+
+    size: Any
+    geometry: Any
+    shape: Any
+    order: Any
+    layout: Any
+    x: Any
+    offset: Any
+    mask: Any
+    table: Any
+
+
+class Tile(NamedTuple):
+    """A run of an image's positions."""
+
+    n: Any
+    first: Any
+    count: Any
+
+
+class Chunk(NamedTuple):
+    """Channels and taps that are sampled and multiplied at once."""
+
+    start: Any
+    end: Any
+    first_tap: Any
+    taps: Any
 
 
 @device
-def product(geometry, what):
-    """The product of a row of the geometry."""
-    result = 1
-    for axis in range(geometry.shape[1]):
-        result *= geometry[what, axis]
-    return result
-
-
-@device
-def _multiply_channelwise(column, count, width, weight, weight_start, sums, start, row):
+def multiply_channelwise(column, count, width, weight, weight_start, sums, start, row):
     """sums[t, c] += column[t, c] * weight[c]: the product of a depthwise convolution."""
     for t in range(count):
-        _add_products(
+        add_products(
             sums[start + t * row : start + t * row + width], column[t * width : (t + 1) * width],
             weight[weight_start : weight_start + width],
         )  # fmt: skip
 
 
 @device
-def _add_products(total, a, b):
+def add_products(total, a, b):
     for c in range(total.size):
         total[c] += a[c] * b[c]
 
 
 @device
-def _store_products(total, a, b):
+def store_products(total, a, b):
     for c in range(total.size):
         total[c] = a[c] * b[c]
 
 
 @kernel
-def forward(
-    counter, limit, thread, size, geometry, inside, images, input, input_last, x, x_span, x_width,
-    offset, mask, image_offset, image_mask, weight, weight_last, packed, bias, output, output_last,
-    outputs, groups, offset_groups, channels, chunk, tile, taps_at_once, strands, empty, all_reals, all_integers,
-):  # fmt: skip
+def forward(counter, limit, thread, plan, order, arrays, reals, integers):
     """One item is one tile of one image, after everybody together has copied the input and packed the weight.
 
-    The tiles are taken from `strands` runs of them in turn.
-
-    input (N, C, P), its channels first or last; x room for it in blocks of `x_width` channels, those of every `x_span` on their
-    own, with a row of zeros after each image; offset and mask flat, an image's (offset_groups, K, D, P) and (offset_groups, K,
-    P) beginning `image_offset` and `image_mask` numbers after the one before it, mask empty for v1; weight (C_out, C / groups,
-    K), its channels last if `weight_last`, and `packed` room for it; bias (C_out,) or empty; output (N, C_out, P), its channels
-    first or last. `chunk` channels, of one weight group or several whole ones, and `taps_at_once` taps are sampled and
-    multiplied at once. `all_reals` and `all_integers` have a row of scratch memory for each thread; `thread` is this one's.
+    `plan` is (size, geometry, Shape, Layout, ForwardCut), the latter three as int64 arrays, `order` an Order and `arrays`
+    ForwardArrays, both as tuples. `reals` and `integers` have a row of scratch memory for each thread.
     """
-    axes, corners = len(size), 1 << len(size)
-    taps, positions, pitch = product(geometry, KERNEL), product(geometry, OUTPUT), product(geometry, INPUT) + 1
-    group_channels, group_outputs, share = channels // groups, outputs // groups, channels // offset_groups
-    depthwise = group_channels == 1 and group_outputs == 1
-    lanes = VECTOR_BYTES // x.itemsize
-    group_row = 1 if depthwise else round_up(group_outputs, lanes)
-    sum_row, blocks_a_span = groups * group_row, (x_span + x_width - 1) // x_width
-    chunk_span = max(group_channels, chunk)
-    reals, integers = all_reals[thread], all_integers[thread]
-    rows, weights = integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile]
-    sums = reals[round_up(weights.size, lanes) :]
-    column = sums[round_up(tile * sum_row, lanes) :]
-    tiles = (positions + tile - 1) // tile
-    strand = (images * tiles + strands - 1) // strands
-
-    panels = 1 if depthwise else groups * ((group_outputs + VECTORS * lanes - 1) // (VECTORS * lanes))
-    copies = panels + images * ((pitch - 1 + RUN - 1) // RUN)
-    item = fetch_add(counter, BEGUN)
-    while item < copies:
-        if item >= panels:
-            copy_in(item - panels, input, input_last, channels, pitch - 1, images, x, x_span, x_width, pitch, empty)
-        elif depthwise:
-            pack_depthwise(weight, channels, taps, packed)
-        else:
-            pack_forward(item, weight, weight_last, groups, group_outputs, group_channels, taps, packed, sums, empty)
-        fetch_add(counter, ENDED)
-        item = fetch_add(counter, BEGUN)
-    wait_for(counter, ENDED, copies)
-
+    shape, layout, cut = named(Shape, plan[2]), named(Layout, plan[3]), named(ForwardCut, plan[4])
+    order, arrays = Order(*order), ForwardArrays(*arrays)
+    table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
+    lanes = VECTOR_BYTES // reals.itemsize
+    sums = reals[thread, round_up(table.weights.size, lanes) :]
+    column = sums[round_up(cut.tile * shape.groups * cut.group_row, lanes) :]
+    samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
+    copy_forward(counter, shape, order, layout, cut, arrays, sums)
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
-        if item >= strands * strand:
+        if item >= cut.strands * cut.strand:
             return
         # Threads take items in turn: each of them gets mostly neighbours, whose samples it has in its caches.
-        item = item % strands * strand + item // strands
-        if item >= images * tiles:
-            continue
-        n, first = item // tiles, item % tiles * tile
-        count = min(tile, positions - first)
-        place_tile(size, geometry, first, count, rows, tile)
-        if depthwise:
-            for place in range(count * sum_row):
-                sums[place] = 0
-        chunk_start = 0
-        while chunk_start < channels:
-            chunk_end = block_end(chunk_start, channels, chunk_span, chunk)
-            width = chunk_end - chunk_start
-            for first_tap in range(0, taps, taps_at_once):
-                taps_now = min(taps_at_once, taps - first_tap)
-                column_row = taps_now * width
-                for tap in range(first_tap, first_tap + taps_now):
-                    c = chunk_start
-                    while c < chunk_end:
-                        # As far as the samples' places are the same, then as far as a block of x goes.
-                        group = c // share
-                        place = (group * taps + tap) * positions + first
-                        place_tap(
-                            size, geometry, inside, tap, count, offset, n * image_offset + place * axes - first * (axes - 1),
-                            positions, rows, weights, tile,
-                        )  # fmt: skip
-                        end = min((group + 1) * share, chunk_end)
-                        while c < end:
-                            within = c % x_span
-                            block = c // x_span * blocks_a_span + within // x_width
-                            stop = min(c - within % x_width + x_width, c - within + x_span, end)
-                            blend(
-                                size, rows, weights, tile, count,
-                                x, (block * images + n) * pitch * x_width + within % x_width, x_width,
-                                mask, n * image_mask + place,
-                                column, (tap - first_tap) * width + c - chunk_start, column_row, stop - c,
-                            )  # fmt: skip
-                            c = stop
-                if depthwise:
-                    for tap in range(first_tap, first_tap + taps_now):
-                        _multiply_channelwise(
-                            column, count, width, packed, tap * channels + chunk_start, sums, chunk_start, sum_row
-                        )  # fmt: skip
-                    continue
-                for group in range(chunk_start // group_channels, (chunk_end - 1) // group_channels + 1):
-                    c = max(chunk_start, group * group_channels)
-                    run = min(group_channels, width)
-                    whole = run == width  # the taps of the chunk lie side by side, in the column as in the weight
-                    depth, within = taps * group_channels, c - group * group_channels
-                    weight_row = first_tap * group_channels + within
-                    multiply(
-                        column, c - chunk_start, column_row, 1, width,
-                        taps_now * run if whole else run, 1 if whole else taps_now, count,
-                        packed, group * group_row * depth, depth, 0, weight_row,
-                        sums, group * group_row, sum_row, group_outputs, first_tap + within > 0,
-                    )  # fmt: skip
-            chunk_start = chunk_end
-        write_output(sums, group_row, groups, group_outputs, n, first, count, output, output_last, positions, bias)
-
-
-@kernel
-def backward(
-    counter, limit, thread, size, geometry, inside, images, grad_output, output_last, d_output, input, input_last, x, x_span,
-    x_width, offset, mask, image_offset, image_mask, weight, weight_last, packed, d_x, d_offset, d_mask, d_weight, d_bias,
-    outputs, groups, offset_groups, channels, parts, lanes, d_weight_row, tile, taps_at_once, empty, all_reals, all_integers,
-):  # fmt: skip
-    """One item is a block of channels in every `lanes`-th part of an image: no two items write to the same place.
-
-    Arguments as in `forward`; grad_output (N, C_out, P), d_output room for it with its channels last and a few rows more.
-    Results, of size 0 if not wanted, all overwritten: d_x (parts, as x), d_offset (slots, N, offset_groups, K, D, P) and d_mask
-    (slots, N, offset_groups, K, P) with a slot for each block that shares an offset group, d_weight (lanes, K, groups, rows of
-    outputs, `d_weight_row` channels), d_bias (C_out,).
-    """
-    axes, corners = len(size), 1 << len(size)
-    taps, positions, pitch = product(geometry, KERNEL), product(geometry, OUTPUT), product(geometry, INPUT) + 1
-    group_channels, group_outputs, share = channels // groups, outputs // groups, channels // offset_groups
-    depthwise = group_channels == 1 and group_outputs == 1
-    vector = VECTOR_BYTES // x.itemsize
-    blocks_a_span = (x_span + x_width - 1) // x_width
-    blocks = channels // x_span * blocks_a_span
-    packed_size = round_up(group_channels, vector) * group_outputs
-    sums_size = d_weight.size // (lanes * taps * groups)
-    for_places = d_offset.size > 0 or d_mask.size > 0
-    for_samples = for_places or d_x.size > 0
-    slot_size = images * offset_groups * taps * positions
-    part_size = round_up((positions + parts - 1) // parts, tile)
-    image_size = pitch * x_width
-
-    reals, integers = all_reals[thread], all_integers[thread]
-    rows, weights = integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile]
-    column_row = round_up(x_width, vector) + vector
-    column = reals[round_up(weights.size, vector) :]
-    d_column = column[tile * column_row :]
-
-    # Everybody together: the weight, the bias' gradient, both arrays with their channels last.
-    packs, biases = 1 if depthwise else outputs, d_bias.size
-    output_runs, input_runs = images * ((positions + RUN - 1) // RUN), images * ((pitch - 1 + RUN - 1) // RUN)
-    copies = packs + biases + output_runs + input_runs
-    item = fetch_add(counter, BEGUN)
-    while item < copies:
-        if item >= packs + biases + output_runs:
-            run = item - packs - biases - output_runs
-            copy_in(run, input, input_last, channels, pitch - 1, images, x, x_span, x_width, pitch, empty)
-        elif item >= packs + biases:
-            run = item - packs - biases
-            copy_in(run, grad_output, output_last, outputs, positions, images, d_output, outputs, outputs, positions, empty)
-        elif item >= packs:
-            o = item - packs
-            d_bias[o] = sum_positions(o, grad_output, output_last, outputs, positions, images)
-        elif depthwise:
-            pack_depthwise(weight, channels, taps, packed)
-        else:
-            pack_backward(item, weight, weight_last, groups, group_outputs, group_channels, taps, packed, x_width)
-        fetch_add(counter, ENDED)
-        item = fetch_add(counter, BEGUN)
-    wait_for(counter, ENDED, copies)
-
-    for _ in range(limit):
-        item = fetch_add(counter, NEXT)
-        if item >= blocks * lanes or not (for_samples or d_weight.size):
-            return
-        block, lane = item % blocks, item // blocks
-        channel = block // blocks_a_span * x_span + block % blocks_a_span * x_width
-        end = block_end(channel, channels, x_span, x_width)
-        if d_x.size:
-            for place in range(lane, images * parts, lanes):
-                start = ((place % parts * blocks + block) * images + place // parts) * image_size
-                for i in range(start, start + image_size):
-                    d_x[i] = 0
-        # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
-        for first_tap in range(0, taps, taps_at_once):
-            for place in range(lane, images * parts, lanes):
-                n, part = place // parts, place % parts
-                for first in range(part * part_size, min((part + 1) * part_size, positions), tile):
-                    if counter[STOP]:
-                        return
-                    count = min(tile, positions - first)
-                    place_tile(size, geometry, first, count, rows, tile)
-                    begun = place > lane or first > part * part_size
-                    for tap in range(first_tap, min(first_tap + taps_at_once, taps)):
-                        if for_samples:
-                            _project_outputs(
-                                d_output, n * positions + first, outputs, packed, tap, groups, packed_size, channel, end,
-                                group_channels, group_outputs, depthwise, count, d_column, column_row,
-                            )  # fmt: skip
-                        c = channel
-                        while c < end:
-                            group = c // share
-                            width, at = min((group + 1) * share, end) - c, c - channel
-                            start = (group * taps + tap) * positions + first
-                            masks = n * image_mask + start
-                            place_tap(
-                                size, geometry, inside, tap, count,
-                                offset, n * image_offset + start * axes - first * (axes - 1), positions, rows, weights, tile,
-                            )  # fmt: skip
-                            x_start = (block * images + n) * image_size + at
-                            if for_samples:
-                                pull_back(
-                                    size, rows, weights, tile, count, x, x_start, x_width, mask, masks,
-                                    column, d_column, at, column_row,
-                                    d_x, x_start + part * blocks * images * image_size, d_x.size > 0, width,
-                                )  # fmt: skip
-                            else:
-                                blend(
-                                    size, rows, weights, tile, count, x, x_start, x_width, mask, masks,
-                                    column, at, column_row, width,
-                                )  # fmt: skip
-                            if for_places:
-                                within = group * share
-                                first_block = within // x_span * blocks_a_span + within % x_span // x_width
-                                sample = ((block - first_block) * slot_size) + n * offset_groups * taps * positions + start
-                                differentiate(
-                                    size, weights, tile, count, mask, masks,
-                                    d_offset, sample * axes - first * (axes - 1), positions, d_mask, sample,
-                                )  # fmt: skip
-                            c += width
-                        if d_weight.size:
-                            _add_weight(
-                                d_output, n * positions + first, outputs, column, column_row, d_weight,
-                                (lane * taps + tap) * groups, sums_size, d_weight_row, channel, end,
-                                group_channels, group_outputs, depthwise, count, begun,
-                            )  # fmt: skip
+        number = item % cut.strands * cut.strand + item // cut.strands
+        if number < shape.images * cut.tiles:
+            one_tile(samples, cut, arrays, sums, column, number // cut.tiles, number % cut.tiles * cut.tile)
 
 
 @device
-def _project_outputs(
-    d_output, position, outputs, weight, tap, groups, packed_size, channel, end, group_channels, group_outputs, depthwise,
-    count, d_column, column_row,
-):  # fmt: skip
-    """d_column[t, c] = sum over o of d_output[position + t, o] * weight[o, c, tap], for the channels of a block."""
-    if depthwise:
-        for t in range(count):
-            row, into = (position + t) * outputs, t * column_row
-            _store_products(
-                d_column[into : into + end - channel], d_output[row + channel : row + end],
-                weight[tap * groups + channel : tap * groups + end],
+def zero(array, start, end):
+    """Make a part of an array zeros, where a product takes numbers along that nobody has written and nobody will read.
+
+    As floating-point numbers what lay there before may be subnormal, as small integers are: a processor takes a hundred times
+    as long to multiply them.
+    """
+    for place in range(start, end):
+        array[place] = 0
+
+
+@device
+def copy_forward(counter, shape, order, layout, cut, arrays, square):
+    """Copy the input and pack the weight, everybody together; `square` is scratch of a vector's lanes squared."""
+    item = fetch_add(counter, BEGUN)
+    while item < cut.copies:
+        if item >= cut.panels:
+            copy_in(
+                item - cut.panels, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
             )  # fmt: skip
+        elif shape.depthwise:
+            pack_depthwise(arrays.weight, shape.channels, shape.taps, arrays.packed)
+        else:
+            pack_forward(
+                item, arrays.weight, order.weight_last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps,
+                arrays.packed, square, arrays.empty,
+            )  # fmt: skip
+        fetch_add(counter, ENDED)
+        item = fetch_add(counter, BEGUN)
+    wait_for(counter, ENDED, cut.copies)
+
+
+@device
+def one_tile(samples, cut, arrays, sums, column, n, first):
+    """Compute and write the output of one tile, chunk by chunk."""
+    shape = samples.shape
+    tile = Tile(n, first, min(cut.tile, shape.positions - first))
+    place_tile(samples.size, samples.geometry, first, tile.count, samples.table)
+    if shape.depthwise:
+        zero(sums, 0, tile.count * shape.outputs)
+    start = 0
+    while start < shape.channels:
+        end = block_end(start, shape.channels, cut.chunk_span, cut.chunk)
+        for first_tap in range(0, shape.taps, cut.taps_at_once):
+            chunk = Chunk(start, end, first_tap, min(cut.taps_at_once, shape.taps - first_tap))
+            rows = Rows(column, 0, chunk.taps * (end - start))
+            for tap in range(first_tap, first_tap + chunk.taps):
+                sample_tap(samples, tile, chunk, tap, rows)
+            # Rows that the product reads beyond the last sample: what lies there may be slow to multiply (see `zero`).
+            zero(column, tile.count * rows.row, round_up(tile.count, FEW_ROWS) * rows.row)
+            multiply_chunk(shape, cut.group_row, tile, chunk, rows, arrays.packed, sums)
+        start = end
+    write_output(
+        sums, cut.group_row, shape.groups, shape.group_outputs, n, first, tile.count,
+        arrays.output, samples.order.output_last, shape.positions, arrays.bias,
+    )  # fmt: skip
+
+
+@device
+def sample_tap(samples, tile, chunk, tap, column):
+    """Write a tap's samples of a chunk into its rows of (tap, channel)."""
+    channels, layout = samples.shape.offset_channels, samples.layout
+    shift = (tap - chunk.first_tap) * (chunk.end - chunk.start) - chunk.start
+    c = chunk.start
+    while c < chunk.end:
+        group = c // channels
+        end = min((group + 1) * channels, chunk.end)
+        mask_start = place_group(samples, tile, tap, group)
+        while c < end:  # block by block
+            stop = min(c - block_of(layout, c)[1] + layout.width, c - c % layout.span + layout.span, end)
+            blend(
+                samples.size, samples.table, tile.count, pixels_of(samples, tile.n, c),
+                samples.mask, mask_start, Rows(column.array, shift + c, column.row), stop - c,
+            )  # fmt: skip
+            c = stop
+
+
+@device
+def place_group(samples, tile, tap, group):
+    """Fill the table with a tap's samples of an offset group at a tile's positions, and return where their masks begin."""
+    shape, order = samples.shape, samples.order
+    place = (group * shape.taps + tap) * shape.positions
+    start = tile.n * order.image_offset + place * len(samples.size) + tile.first
+    offset = Rows(samples.offset, start, shape.positions)
+    place_tap(samples.size, samples.geometry, shape.inside != 0, tap, tile.count, offset, samples.table)
+    return tile.n * order.image_mask + place + tile.first
+
+
+@device
+def pixels_of(samples, n, channel):
+    """The pixels of an image from a channel on, until the end of its block."""
+    layout = samples.layout
+    block, within = block_of(layout, channel)
+    return Rows(samples.x, (block * samples.shape.images + n) * layout.pitch * layout.width + within, layout.width)
+
+
+@device
+def multiply_chunk(shape, group_row, tile, chunk, column, packed, sums):
+    """Multiply a chunk's samples by its weights, and add the products to the tile's sums, or write those of the first chunk."""
+    width, sum_row = chunk.end - chunk.start, shape.groups * group_row
+    if shape.depthwise:
+        for tap in range(chunk.first_tap, chunk.first_tap + chunk.taps):
+            weights = tap * shape.channels + chunk.start
+            multiply_channelwise(column.array, tile.count, width, packed, weights, sums, chunk.start, sum_row)
         return
-    # A group's last vector may run into the next group's columns, which are written after it.
-    for group in range(channel // group_channels, (end - 1) // group_channels + 1):
-        c = max(channel, group * group_channels)
-        start = position * outputs + group * group_outputs
+    group_channels, depth = shape.group_channels, shape.taps * shape.group_channels
+    for group in range(chunk.start // group_channels, (chunk.end - 1) // group_channels + 1):
+        c = max(chunk.start, group * group_channels)
         within = c - group * group_channels
+        run, runs = min(group_channels, width), chunk.taps
+        if run == width:  # the taps of the chunk lie side by side, in the column as in the weight
+            run, runs = runs * run, 1
         multiply(
-            d_output, start, outputs, 1, 0, group_outputs, 1, count,
-            weight, (tap * groups + group) * packed_size + within * group_outputs, group_outputs, 0, 0,
-            d_column, c - channel, column_row, min(end - c, group_channels), False,
+            Factor(column.array, c - chunk.start, column.row, 1, width, run, runs), tile.count,
+            Panels(packed, group * group_row * depth, depth, 0, chunk.first_tap * group_channels + within),
+            Rows(sums, group * group_row, sum_row), shape.group_outputs, chunk.first_tap + within > 0,
+        )  # fmt: skip
+
+
+class BackwardCut(NamedTuple):
+    """How a backward pass is cut (`cpu_plan`)."""
+
+    taps_at_once: Any
+    tile: Any
+    parts: Any  # of an image
+    part_size: Any  # positions
+    replicas: Any
+    row: Any  # numbers of a row of a replica: the input channels of a weight group
+    sums: Any  # numbers of a replica for one tap and weight group
+    column_row: Any
+    packed: Any  # numbers of the packed weight for one tap and weight group
+    packs: Any  # items that pack the weight
+
+
+class BackwardArrays(NamedTuple):
+    """The arrays of a backward pass, all flat; results that are not wanted are empty, the others overwritten.
+
+    As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more; d_x
+    (parts, as x); d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for each
+    block that shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
+    """
+
+    grad_output: Any
+    d_output: Any
+    input: Any
+    x: Any
+    offset: Any
+    mask: Any
+    weight: Any
+    packed: Any
+    d_x: Any
+    d_offset: Any
+    d_mask: Any
+    d_weight: Any
+    d_bias: Any
+    empty: Any
+
+
+class Task(NamedTuple):
+    """What all items of a backward pass have in common."""
+
+    samples: Any
+    cut: Any
+    arrays: Any
+    column: Any  # a tap's samples of a block at a tile's positions
+    d_column: Any  # and their gradients
+    for_samples: Any  # whether a gradient through the samples is wanted
+    for_places: Any  # that of offset or mask
+
+
+class Block(NamedTuple):
+    """An item: a block of channels, and the replica of d_weight that its sums go to."""
+
+    number: Any
+    start: Any
+    end: Any
+    replica: Any
+
+
+@kernel
+def backward(counter, limit, thread, plan, order, arrays, reals, integers):
+    """One item is a block of channels in each of every `replicas`-th part of an image: no two items write to the same place.
+
+    Arguments as in `forward`, with a BackwardCut and BackwardArrays. At first everybody together makes the copies.
+    """
+    shape, layout, cut = named(Shape, plan[2]), named(Layout, plan[3]), named(BackwardCut, plan[4])
+    order, arrays = Order(*order), BackwardArrays(*arrays)
+    table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
+    column = reals[thread, round_up(table.weights.size, VECTOR_BYTES // reals.itemsize) :]
+    d_column = Rows(column[cut.tile * cut.column_row :], 0, cut.column_row)
+    zero(column, 0, cut.tile * cut.column_row)  # its rows have numbers beyond the channels, which products read
+    samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
+    for_places = arrays.d_offset.size > 0 or arrays.d_mask.size > 0
+    for_samples = for_places or arrays.d_x.size > 0
+    task = Task(samples, cut, arrays, Rows(column, 0, cut.column_row), d_column, for_samples, for_places)
+    copy_backward(counter, shape, order, layout, cut, arrays)
+    items = layout.blocks * cut.replicas if for_samples or arrays.d_weight.size > 0 else 0
+    for _ in range(limit):
+        item = fetch_add(counter, NEXT)
+        if item >= items:
+            return
+        one_block(counter, task, item % layout.blocks, item // layout.blocks)
+
+
+@device
+def copy_backward(counter, shape, order, layout, cut, arrays):
+    """Pack the weight, sum the bias' gradient, and copy both arrays with their channels last, everybody together."""
+    output_layout = Layout(shape.outputs, shape.outputs, 1, shape.positions, shape.positions)
+    biases = cut.packs + arrays.d_bias.size
+    outputs = biases + shape.images * ((shape.positions + RUN - 1) // RUN)
+    copies = outputs + shape.images * ((layout.pixels + RUN - 1) // RUN)
+    item = fetch_add(counter, BEGUN)
+    while item < copies:
+        if item >= outputs:
+            copy_in(
+                item - outputs, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
+            )  # fmt: skip
+        elif item >= biases:
+            copy_in(
+                item - biases, arrays.grad_output, order.output_last, shape.outputs, shape.images, arrays.d_output,
+                output_layout, arrays.empty,
+            )  # fmt: skip
+        elif item >= cut.packs:
+            o = item - cut.packs
+            arrays.d_bias[o] = sum_positions(
+                o, arrays.grad_output, order.output_last, shape.outputs, shape.positions, shape.images
+            )  # fmt: skip
+        elif shape.depthwise:
+            pack_depthwise(arrays.weight, shape.channels, shape.taps, arrays.packed)
+        else:
+            pack_backward(
+                item, arrays.weight, order.weight_last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps,
+                arrays.packed, layout.width,
+            )  # fmt: skip
+        fetch_add(counter, ENDED)
+        item = fetch_add(counter, BEGUN)
+    wait_for(counter, ENDED, copies)
+
+
+@device
+def one_block(counter, task, number, replica):
+    """Do a block's work in all parts of images that belong to a replica."""
+    shape, layout, cut = task.samples.shape, task.samples.layout, task.cut
+    blocks_a_span = (layout.span + layout.width - 1) // layout.width
+    start = number // blocks_a_span * layout.span + number % blocks_a_span * layout.width
+    block = Block(number, start, block_end(start, shape.channels, layout.span, layout.width), replica)
+    places = shape.images * cut.parts
+    if task.arrays.d_x.size > 0:
+        size = layout.pitch * layout.width
+        for place in range(replica, places, cut.replicas):
+            first = ((place % cut.parts * layout.blocks + number) * shape.images + place // cut.parts) * size
+            zero(task.arrays.d_x, first, first + size)
+    # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
+    for first_tap in range(0, shape.taps, cut.taps_at_once):
+        last_tap = min(first_tap + cut.taps_at_once, shape.taps)
+        for place in range(replica, places, cut.replicas):
+            one_part(counter, task, block, place, first_tap, last_tap)
+
+
+@device
+def one_part(counter, task, block, place, first_tap, last_tap):
+    """Do a block's work for some taps in one part of an image."""
+    samples, cut = task.samples, task.cut
+    n, part = place // cut.parts, place % cut.parts
+    start = part * cut.part_size
+    end = min(start + cut.part_size, samples.shape.positions)
+    for first in range(start, end, cut.tile):
+        if counter[STOP]:
+            return
+        tile = Tile(n, first, min(cut.tile, samples.shape.positions - first))
+        place_tile(samples.size, samples.geometry, first, tile.count, samples.table)
+        begun = place > block.replica or first > start
+        for tap in range(first_tap, last_tap):
+            one_tap(task, block, tile, part, tap, begun)
+
+
+@device
+def one_tap(task, block, tile, part, tap, begun):
+    """Add what a tap contributes at a tile's positions to all wanted gradients."""
+    shape = task.samples.shape
+    if task.for_samples:
+        project_outputs(task, block, tile, tap)
+    c = block.start
+    while c < block.end:
+        group = c // shape.offset_channels
+        end = min((group + 1) * shape.offset_channels, block.end)
+        sample_group(task, block, tile, part, tap, group, c, end - c)
+        c = end
+    if task.arrays.d_weight.size > 0:
+        add_weight(task, block, tile, tap, begun)
+
+
+@device
+def sample_group(task, block, tile, part, tap, group, channel, width):
+    """Sample the channels of an offset group, forwards and, if it is wanted, backwards."""
+    samples, arrays = task.samples, task.arrays
+    size, shape, layout, table = samples.size, samples.shape, samples.layout, samples.table
+    mask_start = place_group(samples, tile, tap, group)
+    pixels, at = pixels_of(samples, tile.n, channel), channel - block.start
+    column = Rows(task.column.array, at, task.column.row)
+    if task.for_samples:
+        part_size = layout.blocks * shape.images * layout.pitch * layout.width
+        d_x = Rows(arrays.d_x, pixels.start + part * part_size, layout.width)
+        d_column = Rows(task.d_column.array, at, task.d_column.row)
+        pull_back(size, table, tile.count, pixels, samples.mask, mask_start, column, d_column, d_x, width)
+    else:
+        blend(size, table, tile.count, pixels, samples.mask, mask_start, column, width)
+    if task.for_places:
+        slot = block.number - block_of(layout, group * shape.offset_channels)[0]
+        place = (((slot * shape.images + tile.n) * shape.offset_groups + group) * shape.taps + tap) * shape.positions
+        d_offset = Rows(arrays.d_offset, place * len(size) + tile.first, shape.positions)
+        differentiate(
+            size, table, tile.count, samples.mask, mask_start, d_offset, arrays.d_mask, place + tile.first
         )  # fmt: skip
 
 
 @device
-def _add_weight(
-    d_output, position, outputs, column, column_row, d_weight, first_sum, sums_size, d_weight_row, channel, end,
-    group_channels, group_outputs, depthwise, count, begun,
-):  # fmt: skip
-    """d_weight[o, c] (+)= sum over t of d_output[position + t, o] * column[t, c], for the channels of a block."""
-    if depthwise:
-        for c in range(first_sum + channel, first_sum + (channel if begun else end)):
-            d_weight[c] = 0
-        for t in range(count):
-            row, samples = (position + t) * outputs, t * column_row
-            _add_products(
-                d_weight[first_sum + channel : first_sum + end], d_output[row + channel : row + end],
-                column[samples : samples + end - channel],
+def project_outputs(task, block, tile, tap):
+    """d_column[t, c] = sum over o of d_output[t, o] * weight[o, c, tap], for the channels of a block."""
+    shape, cut, arrays, d_column = task.samples.shape, task.cut, task.arrays, task.d_column
+    position, outputs = tile.n * shape.positions + tile.first, shape.outputs
+    if shape.depthwise:
+        weights = arrays.packed[tap * outputs + block.start : tap * outputs + block.end]
+        for t in range(tile.count):
+            row, into = (position + t) * outputs, t * d_column.row
+            store_products(
+                d_column.array[into : into + weights.size], arrays.d_output[row + block.start : row + block.end], weights
             )  # fmt: skip
         return
-    for group in range(channel // group_channels, (end - 1) // group_channels + 1):
-        c = max(channel, group * group_channels)
-        into, start = (first_sum + group) * sums_size, position * outputs + group * group_outputs
+    # A group's last vector may run into the next group's columns, which are written after it.
+    group_channels, group_outputs = shape.group_channels, shape.group_outputs
+    for group in range(block.start // group_channels, (block.end - 1) // group_channels + 1):
+        c = max(block.start, group * group_channels)
+        weights = (tap * shape.groups + group) * cut.packed + (c - group * group_channels) * group_outputs
         multiply(
-            d_output, start, 1, outputs, 0, count, 1, group_outputs,
-            column, c - channel, 1, column_row, 0,
-            d_weight, into + c - group * group_channels, d_weight_row, min(end - c, group_channels), begun,
+            Factor(arrays.d_output, position * outputs + group * group_outputs, outputs, 1, 0, group_outputs, 1), tile.count,
+            Panels(arrays.packed, weights, group_outputs, 0, 0),
+            Rows(d_column.array, c - block.start, d_column.row), min(block.end - c, group_channels), False,
+        )  # fmt: skip
+
+
+@device
+def add_weight(task, block, tile, tap, begun):
+    """d_weight[o, c] (+)= sum over t of d_output[t, o] * column[t, c], for the channels of a block."""
+    shape, cut, arrays, column = task.samples.shape, task.cut, task.arrays, task.column
+    position, outputs = tile.n * shape.positions + tile.first, shape.outputs
+    first = (block.replica * shape.taps + tap) * shape.groups
+    if shape.depthwise:
+        sums = arrays.d_weight[first + block.start : first + block.end]
+        zero(sums, 0, 0 if begun else sums.size)
+        for t in range(tile.count):
+            row, source = (position + t) * outputs, t * column.row
+            add_products(
+                sums, arrays.d_output[row + block.start : row + block.end], column.array[source : source + sums.size]
+            )  # fmt: skip
+        return
+    group_channels, group_outputs = shape.group_channels, shape.group_outputs
+    for group in range(block.start // group_channels, (block.end - 1) // group_channels + 1):
+        c = max(block.start, group * group_channels)
+        into = (first + group) * cut.sums + c - group * group_channels
+        multiply(
+            Factor(arrays.d_output, position * outputs + group * group_outputs, 1, outputs, 0, tile.count, 1), group_outputs,
+            Panels(column.array, c - block.start, 1, column.row, 0),
+            Rows(arrays.d_weight, into, cut.row), min(block.end - c, group_channels), begun,
         )  # fmt: skip
 
 
@@ -381,7 +556,8 @@ def collect(
             unpack_weight(item, sums, lanes, rows, row, groups, group_outputs, group_channels, taps, d_weight)
         elif item < weights + runs:
             run = item - weights
-            copy_out(run, d_x, x_span, x_width, pitch, parts, d_input, input_last, channels, pitch - 1, images, empty)
+            layout = Layout(x_span, x_width, 0, pitch - 1, pitch)
+            copy_out(run, d_x, layout, parts, d_input, input_last, channels, images, empty)
         elif item < weights + runs + offsets:
             sum_slots(item - weights - runs, offset_slots, d_offset)
         elif item < weights + runs + offsets + masks:

@@ -7,11 +7,11 @@ import itertools
 import numba
 import numpy as np
 import pytest
+from deformconv.runtime.product import BLOCK, FEW_ROWS, ROWS, VECTORS, multiply
+from deformconv.runtime.vectors import VECTOR_BYTES
 from tests.tolerances import assert_close
 
 from deformconv.runtime import cache
-from deformconv.runtime.product import BLOCK, FEW_ROWS, ROWS, VECTORS, multiply
-from deformconv.runtime.vectors import VECTOR_BYTES
 
 by_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 

@@ -9,11 +9,6 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from numba import types
-from numba.extending import intrinsic
-from tests.tolerances import assert_close
-
-from deformconv.runtime import cache
 from deformconv.runtime.vectors import (
     INT,
     VECTOR_BYTES,
@@ -31,6 +26,11 @@ from deformconv.runtime.vectors import (
     transpose_block,
     wait_for,
 )
+from numba import types
+from numba.extending import intrinsic
+from tests.tolerances import assert_close
+
+from deformconv.runtime import cache
 
 compiled = numba.njit(**cache.OPTIONS)
 by_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])

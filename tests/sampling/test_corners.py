@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import pytest
+from deformconv.runtime.vectors import VECTOR_BYTES
+from deformconv.sampling.kernels import blend, differentiate, place_tap, place_tile, pull_back, table_sizes
 from tests.tolerances import assert_close
 
 from deformconv.runtime import cache
-from deformconv.runtime.vectors import VECTOR_BYTES
 from deformconv.sampling import rule
-from deformconv.sampling.kernels import blend, differentiate, place_tap, place_tile, pull_back, table_sizes
 
 by_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 by_boundary = pytest.mark.parametrize("boundary", ["zeros", "inside"])

@@ -1,95 +1,27 @@
-"""Copies that the kernels make: arrays into the order in which they are computed with, and results back.
+"""Copies of the weight into panels for the matrix product, results into the caller's arrays, and the sums of results.
 
-Channels lie last and in blocks: rows[block, n, p, c], where a block has `width` channels, the last one of every `span` channels
-what is left of them, and an image `pitch` rows, zeros beyond its pixels. All arrays are flat. Those of the caller have their
-channels first, (N, C, P), or with `last` set last, (N, P, C).
+All arrays are flat. A weight is (C_out, C / groups, K), or with `last` set (C_out, K, C / groups).
 """
 
 from __future__ import annotations
 
+from deformconv.runtime.blocks import transpose
 from deformconv.runtime.cache import device
-from deformconv.runtime.product import VECTORS
-from deformconv.runtime.vectors import VECTOR_BYTES, round_up, transpose_block
+from deformconv.runtime.matmul import VECTORS
+from deformconv.runtime.simd import VECTOR_BYTES, round_up, transpose_block
 
-# Positions, or sums, that an item of a copy takes.
-RUN, SUMS = 64, 8192
+__all__ = [
+    "SUMS",
+    "pack_backward",
+    "pack_depthwise",
+    "pack_forward",
+    "sum_positions",
+    "sum_slots",
+    "unpack_weight",
+    "write_output",
+]
 
-
-@device
-def transpose(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
-    """into[c, r] = source[r, c] + bias[c], or without a bias if it is empty; element (r, c) at `start + r * row + c`."""
-    lanes = VECTOR_BYTES // source.itemsize
-    whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
-    # Along the rows that lie further apart: a line that two blocks share is still in the cache when the second one comes.
-    along_source = row > into_row
-    outer, inner = (whole_rows, whole_columns) if along_source else (whole_columns, whole_rows)
-    for i in range(0, outer, lanes):
-        for j in range(0, inner, lanes):
-            r, c = (i, j) if along_source else (j, i)
-            transpose_block(
-                source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start + c
-            )  # fmt: skip
-    for c in range(columns):
-        added = bias[bias_start + c] if bias.size else source.dtype.type(0)
-        for r in range(whole_rows if c < whole_columns else 0, rows):
-            into[into_start + c * into_row + r] = source[start + r * row + c] + added
-
-
-@device
-def block_end(start, channels, span, width):
-    """Where the block of channels that begins at `start` ends."""
-    return min(start + width, start // span * span + span, channels)
-
-
-@device
-def copy_in(item, array, last, channels, positions, images, rows, span, width, pitch, empty):
-    """Copy a run of an image's positions into blocks; the last run also makes the zeros."""
-    runs = (positions + RUN - 1) // RUN
-    n, first = item // runs, item % runs * RUN
-    count = min(RUN, positions - first)
-    start, block = 0, 0
-    while start < channels:
-        end = block_end(start, channels, span, width)
-        image = (block * images + n) * pitch * width
-        if last:
-            for p in range(first, first + count):
-                source, into = (n * positions + p) * channels, image + p * width - start
-                for c in range(start, end):
-                    rows[into + c] = array[source + c]
-        else:
-            source = (n * channels + start) * positions + first
-            transpose(end - start, count, array, source, positions, rows, image + first * width, width, empty, 0)
-        if first + count == positions:
-            for place in range(image + positions * width, image + pitch * width):
-                rows[place] = 0
-        start, block = end, block + 1
-
-
-@device
-def copy_out(item, rows, span, width, pitch, parts, array, last, channels, positions, images, empty):
-    """The way back for a run of positions, summed over `parts` sets of blocks."""
-    runs = (positions + RUN - 1) // RUN
-    n, first = item // runs, item % runs * RUN
-    count = min(RUN, positions - first)
-    part_size = rows.size // parts
-    start, block = 0, 0
-    while start < channels:
-        end = block_end(start, channels, span, width)
-        source = ((block * images + n) * pitch + first) * width
-        for part in range(1, parts):
-            more = part * part_size
-            for place in range(source, source + count * width):
-                rows[place] += rows[place + more]
-        if last:
-            for t in range(count):
-                into = (n * positions + first + t) * channels + start
-                for c in range(end - start):
-                    array[into + c] = rows[source + t * width + c]
-        else:
-            transpose(
-                count, end - start, rows, source, width, array, (n * channels + start) * positions + first, positions, empty, 0
-            )  # fmt: skip
-        start, block = end, block + 1
+SUMS = 8192  # sums that an item of `collect` makes
 
 
 @device
@@ -125,7 +57,7 @@ def pack_forward(item, weight, last, groups, outputs, channels, taps, packed, sq
         used = min(lanes, outputs - first - vector)
         whole = depth // lanes * lanes if used == lanes else 0
         for step in range(0, whole, lanes):
-            transpose_block(weight, source + step, depth, square, 0, lanes, empty, 0)
+            transpose_block(weight, source + step, depth, square, 0, lanes, empty, 0, False)
             for i in range(lanes):
                 row = start + _weight_row(step + i, last, channels, taps) * width + vector
                 for lane in range(lanes):
@@ -195,16 +127,19 @@ def sum_positions(o, array, last, outputs, positions, images):
 
 
 @device
-def unpack_weight(item, sums, lanes, rows, row, groups, outputs, channels, taps, d_weight):
-    """d_weight[g, o, c, tap] = sum over lanes of sums[lane, tap, g, o, c], for one output channel; `rows` outputs of `row`."""
+def unpack_weight(item, sums, replicas, rows, row, groups, outputs, channels, taps, d_weight):
+    """d_weight[g, o, c, tap] = sum over replicas of sums[replica, tap, g, o, c], for one output channel.
+
+    A tap and group has `rows` rows of `row` sums.
+    """
     group, o = item // outputs, item % outputs
     for tap in range(taps):
         source = ((tap * groups + group) * rows + o) * row
         into = item * channels * taps + tap
         for c in range(channels):
             total = sums[source + c]
-            for lane in range(1, lanes):
-                total += sums[source + c + lane * (sums.size // lanes)]
+            for replica in range(1, replicas):
+                total += sums[source + c + replica * (sums.size // replicas)]
             d_weight[into + c * taps] = total
 
 

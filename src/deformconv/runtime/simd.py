@@ -6,7 +6,8 @@ A vector has VECTOR_BYTES, chosen from the host's features. LLVM turns the same 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import inspect
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -16,7 +17,36 @@ from numba.extending import intrinsic
 
 from deformconv.runtime.cache import device
 
+__all__ = [
+    "INT",
+    "VECTOR_BYTES",
+    "Lanes",
+    "Rows",
+    "add_lanes",
+    "call_vector",
+    "data_and_type",
+    "element",
+    "emits",
+    "for_channels",
+    "for_each",
+    "for_positions",
+    "host_features",
+    "lanes_of",
+    "named",
+    "prefetch",
+    "round_up",
+    "transpose_block",
+]
+
 INT = ir.IntType(64)
+
+
+class Rows(NamedTuple):
+    """Rows of numbers in flat memory: row r begins at `start + r * row`."""
+
+    array: Any
+    start: Any
+    row: Any
 
 
 def host_features() -> frozenset[str]:
@@ -129,22 +159,47 @@ def for_each(builder: Any, start: Any, stop: Any, step: int, sums: list[Any], bo
     return [index, *running]
 
 
-def emit_with(names: str, emit: Any) -> Any:
-    """A code generator that hands `emit(builder, scalar, **operands)` the data of arrays and the numbers of tuples by name."""
+def emits(emit: Any) -> Any:
+    """Make an intrinsic without a result of the function that emits its code, `emit(builder, scalar, *operands)`.
+
+    Of an array `emit` gets the address of its numbers, of a tuple its elements, under their names if they have some, and of
+    anything else the value. `scalar` is the type of the arrays' reals.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        operands, scalar = {}, None
-        for name, kind, argument in zip(names.split(), signature.args, arguments, strict=True):
-            if isinstance(kind, types.Array):
-                argument, number = data_and_type(context, builder, kind, argument)
-                scalar = number if isinstance(kind.dtype, types.Float) else scalar
-            elif isinstance(kind, types.BaseTuple):
-                argument = cgutils.unpack_tuple(builder, argument)
-            operands[name] = argument
-        emit(builder, scalar, **operands)
+        pairs = zip(signature.args, arguments, strict=True)
+        emit(builder, _reals(context, signature.args), *(_operand(context, builder, *pair) for pair in pairs))
         return context.get_dummy_value()
 
-    return generate
+    def define(typing: Any, *kinds: Any) -> Any:
+        return types.void(*(types.int64 if isinstance(kind, types.Integer) else kind for kind in kinds)), generate
+
+    functools.update_wrapper(define, emit)
+    # Numba reads the operands' names behind the first parameter, its typing context.
+    own = inspect.signature(emit)
+    define.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])  # type: ignore[attr-defined]
+    return intrinsic(define)
+
+
+def _operand(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.Array):
+        return data_and_type(context, builder, kind, value)[0]
+    if not isinstance(kind, types.BaseTuple):
+        return value
+    pairs = zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True)
+    operands = [_operand(context, builder, *pair) for pair in pairs]
+    return kind.instance_class(*operands) if isinstance(kind, types.BaseNamedTuple) else operands
+
+
+def _reals(context: Any, kinds: Any) -> Any:
+    """The type of the reals in the first array of reals; None if there is none."""
+    for kind in kinds:
+        if isinstance(kind, types.Array) and isinstance(kind.dtype, types.Float):
+            return context.get_data_type(kind.dtype)
+        found = _reals(context, kind.types) if isinstance(kind, types.BaseTuple) else None
+        if found is not None:
+            return found
+    return None
 
 
 def lanes_of(scalar: Any) -> int:
@@ -184,6 +239,27 @@ def _channel_loop(
     return for_each(builder, start, stop, lanes, sums, functools.partial(body, do))
 
 
+def for_positions(builder: Any, scalar: Any, count: Any, step: Any) -> None:
+    """Emit `step(lanes, t)` for t < count: whole vectors of positions, then one position at a time."""
+
+    def body(do: Any, t: Any, _: Any) -> list[Any]:
+        step(do, t)
+        return []
+
+    t = INT(0)
+    for lanes in (lanes_of(scalar), 1):
+        do = Lanes(builder, scalar, lanes)
+        (t,) = for_each(builder, t, count, lanes, [], functools.partial(body, do))
+
+
+def call_vector(builder: Any, name: str, value: Any) -> Any:
+    """Call an LLVM intrinsic, "llvm.floor" say, on a vector."""
+    bits = 8 * _bytes(value.type.element)
+    function = ir.FunctionType(value.type, [value.type])
+    full_name = f"{name}.v{value.type.count}f{bits}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, full_name), [value])
+
+
 def add_lanes(builder: Any, values: list[Any]) -> list[Any]:
     """The sum of each vector's lanes; 2^D vectors are folded into one another, and not each on its own."""
     count, width = len(values), values[0].type.count
@@ -221,88 +297,56 @@ def _fold(builder: Any, a: Any, b: Any, width: int, stay: int) -> Any:
 
 
 @intrinsic
-def transpose_block(typing, source, start, row, into, into_start, into_row, bias, bias_start):
-    """into[c, r] = source[r, c] + bias[c] for a square of a vector's lanes; an empty bias adds nothing.
+def named(typing, kind, numbers):
+    """The numbers of an int64 array under the names of a NamedTuple's class."""
+    result = types.NamedUniTuple(types.int64, len(kind.instance_class._fields), kind.instance_class)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, _ = data_and_type(context, builder, signature.args[1], arguments[1])
+        values = [builder.load(element(builder, data, INT(number))) for number in range(len(result))]
+        return context.make_tuple(builder, result, values)
+
+    return result(kind, numbers), generate
+
+
+@emits
+def transpose_block(builder, scalar, source, start, row, into, into_start, into_row, bias, bias_start, biased):
+    """into[c, r] = source[r, c] for a square of a vector's lanes, plus bias[c] if `biased`.
 
     Row r of the source begins at `start + r * row`, row c of the result at `into_start + c * into_row`.
     """
-
-    def emit(builder, scalar, source, start, row, into, into_start, into_row, bias, bias_start, biased):
-        width = lanes_of(scalar)
-        do = Lanes(builder, scalar, width)
-        rows = [do.load(source, builder.add(start, builder.mul(INT(r), row))) for r in range(width)]
-        step = 1
-        while step < width:  # swap the off-diagonal quarters of ever larger squares
-            low = [lane if not lane & step else width + (lane ^ step) for lane in range(width)]
-            high = [(lane | step) if not lane & step else width + lane for lane in range(width)]
-            for r in range(width):
-                if not r & step:
-                    a, b = rows[r], rows[r | step]
-                    rows[r] = builder.shuffle_vector(a, b, _mask(low))
-                    rows[r | step] = builder.shuffle_vector(a, b, _mask(high))
-            step *= 2
-        places = [builder.add(into_start, builder.mul(INT(c), into_row)) for c in range(width)]
-        with builder.if_else(biased) as (adding, copying):
-            with adding:
-                for c, (value, place) in enumerate(zip(rows, places, strict=True)):
-                    number = builder.load(element(builder, bias, builder.add(bias_start, INT(c))))
-                    do.store(builder.fadd(value, do.spread(number)), into, place)
-            with copying:
-                for value, place in zip(rows, places, strict=True):
-                    do.store(value, into, place)
-
-    def generate(context, builder, signature, arguments):
-        size = context.make_array(signature.args[6])(context, builder, arguments[6]).nitems
-        biased = builder.icmp_signed(">", size, INT(0))
-        names = "source start row into into_start into_row bias bias_start"
-        return emit_with(names, functools.partial(emit, biased=biased))(context, builder, signature, arguments)
-
-    return types.void(source, start, row, into, into_start, into_row, bias, bias_start), generate
+    width = lanes_of(scalar)
+    do = Lanes(builder, scalar, width)
+    rows = [do.load(source, builder.add(start, builder.mul(INT(r), row))) for r in range(width)]
+    step = 1
+    while step < width:  # swap the off-diagonal quarters of ever larger squares
+        low = [lane if not lane & step else width + (lane ^ step) for lane in range(width)]
+        high = [(lane | step) if not lane & step else width + lane for lane in range(width)]
+        for r in range(width):
+            if not r & step:
+                a, b = rows[r], rows[r | step]
+                rows[r] = builder.shuffle_vector(a, b, _mask(low))
+                rows[r | step] = builder.shuffle_vector(a, b, _mask(high))
+        step *= 2
+    places = [builder.add(into_start, builder.mul(INT(c), into_row)) for c in range(width)]
+    with builder.if_else(biased) as (adding, copying):
+        with adding:
+            for c, (value, place) in enumerate(zip(rows, places, strict=True)):
+                number = builder.load(element(builder, bias, builder.add(bias_start, INT(c))))
+                do.store(builder.fadd(value, do.spread(number)), into, place)
+        with copying:
+            for value, place in zip(rows, places, strict=True):
+                do.store(value, into, place)
 
 
-@intrinsic
-def prefetch(typing, array, index):
+@emits
+def prefetch(builder, _, array, index):
     """Ask for the cache line of `array[index]`, into the second-level cache."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data, _ = data_and_type(context, builder, signature.args[0], arguments[0])
-        place = builder.bitcast(element(builder, data, arguments[1]), ir.IntType(8).as_pointer())
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, number(0), number(2), number(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), emit
-
-
-@intrinsic
-def fetch_add(typing, counters, which):
-    """The next number of a shared counter, `counters[which]` of an int64 array, each given out once."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data, _ = data_and_type(context, builder, signature.args[0], arguments[0])
-        return builder.atomic_rmw("add", element(builder, data, arguments[1]), INT(1), "acq_rel")
-
-    return types.int64(counters, types.int64), emit
-
-
-@intrinsic
-def wait_for(typing, counters, which, number):
-    """Wait, without sleeping, until other threads have brought a counter to `number`."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        counters, which, number = arguments
-        data, _ = data_and_type(context, builder, signature.args[0], counters)
-        place = element(builder, data, which)
-        again, done = builder.append_basic_block("wait"), builder.append_basic_block("done")
-        builder.branch(again)
-        builder.position_at_end(again)
-        builder.cbranch(builder.icmp_signed("<", builder.load_atomic(place, "acquire", 8), number), again, done)
-        builder.position_at_end(done)
-        return context.get_dummy_value()
-
-    return types.void(counters, types.int64, types.int64), emit
+    place = builder.bitcast(element(builder, array, index), ir.IntType(8).as_pointer())
+    number = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [place, number(0), number(2), number(1)])
 
 
 @device

@@ -1,0 +1,242 @@
+"""How a call is cut into work for the kernels, by its shapes alone.
+
+The words of plan and kernels:
+
+    tile      a run of output positions of one image, whose samples are made and multiplied at once
+    chunk     channels, of one weight group or of several whole ones, that are sampled and multiplied at once
+    block     channels that lie side by side in the copy of the input (`runtime.blocks`); `span`: those cut into blocks together
+    strand    a run of tiles of the forward pass: threads take a tile of each strand in turn, so one gets mostly neighbours
+    part      a run of an image's tiles that has a gradient of the input of its own in the backward pass
+    replica   an independent copy of d_weight, so that threads never add to the same one
+    slot      the gradients of offset and mask from one of the blocks that share an offset group
+    panel     the weight's columns of a few vectors, side by side for all rows of the product; `lane`: a number of a vector
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deformconv.ops.conv.cpu_kernels import BackwardCut, ForwardCut, Shape
+from deformconv.ops.conv.cpu_pack import SUMS
+from deformconv.ops.conv.spec import ConvSpec
+from deformconv.runtime.blocks import RUN, Layout
+from deformconv.runtime.matmul import FEW_ROWS, VECTORS
+from deformconv.runtime.memory import room
+from deformconv.runtime.simd import VECTOR_BYTES
+from deformconv.runtime.work import Share, share
+from deformconv.sampling.corners import table_sizes
+
+__all__ = ["Backward", "Forward", "Plan", "collect_items", "plan"]
+
+_BLOCK_BYTES = 256  # a row of a block of channels
+_DEPTH = 288  # samples of a position that are multiplied at once
+_TILE, _SMALL_TILE = 208, 64  # positions
+_TILES = 4  # tiles for a thread
+_TILE_BYTES = 1 << 20  # a tile's buffers stay in the second-level cache, and within what a thread may take
+_TAPS_BYTES = 1 << 19  # so do the weights and sums of the taps that the backward pass takes at once
+_ITEMS = 4  # work for this many threads in the backward pass, if it takes replicas to make it
+_MOST_ITEMS = 32  # work for as many, where it costs no more than _REPLICA_BYTES
+_REPLICA_BYTES = 4 << 20
+
+
+class Forward(NamedTuple):
+    """How a forward pass is cut."""
+
+    arguments: tuple[Any, ...]  # the kernel's `plan`
+    weight_size: int  # numbers of the packed weight
+    bytes: int  # of the copies of input and weight, and of scratch memory
+    share: Share
+
+
+class Backward(NamedTuple):
+    """How a backward pass is cut."""
+
+    arguments: tuple[Any, ...]  # the kernel's `plan`
+    weight_size: int  # numbers of the packed weight
+    output_size: int  # of the copy of the output's gradient, with rows for the product's last block
+    parts: int  # of an image
+    slots: int
+    replicas: int
+    replica_size: int  # numbers of a replica; for each tap and group it has `rows` rows of `row` numbers
+    rows: int
+    row: int
+    share: Share
+
+
+class Plan(NamedTuple):
+    """How a call is cut, in both directions."""
+
+    x: Layout
+    x_size: int
+    forward: Forward
+    backward: Backward
+
+
+def plan(spec: ConvSpec, threads: int, multiplications: int) -> Plan:
+    """The plan for so many threads and multiply-adds of a forward pass.
+
+    The number of threads matters to the forward pass alone, where no sum depends on how positions are cut.
+    """
+    before = [before for before, _ in spec.padding]
+    geometry = [spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size]
+    x = _layout(spec)
+    x_size = x.blocks * spec.batch * x.pitch * x.width
+    common = spec.input_size, _numbers(geometry), _numbers(_shape(spec)), _numbers(x)
+    forward = _forward(spec, threads, multiplications, x, common)
+    return Plan(x, x_size, forward, _backward(spec, threads, multiplications, x, common))
+
+
+def collect_items(spec: ConvSpec, d_input: int, d_weight: int, d_offset: int, d_mask: int) -> int:
+    """The items of `collect` for results of these sizes."""
+    weights = spec.out_channels if d_weight else 0
+    runs = spec.batch * ceil(spec.pixels / RUN) if d_input else 0
+    return weights + runs + ceil(d_offset / SUMS) + ceil(d_mask / SUMS)
+
+
+def _numbers(values: Any) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def _shape(spec: ConvSpec) -> Shape:
+    group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    return Shape(
+        images=spec.batch,
+        positions=spec.positions,
+        taps=spec.taps,
+        channels=spec.in_channels,
+        outputs=spec.out_channels,
+        groups=spec.groups,
+        group_channels=group_channels,
+        group_outputs=group_outputs,
+        offset_groups=spec.offset_groups,
+        offset_channels=spec.in_channels // spec.offset_groups,
+        depthwise=group_channels == 1 and group_outputs == 1,
+        inside=spec.boundary == "inside",
+    )
+
+
+def _layout(spec: ConvSpec) -> Layout:
+    item, channels = np.dtype(spec.dtype).itemsize, spec.in_channels
+    vector, full, group_channels = VECTOR_BYTES // item, _BLOCK_BYTES // item, channels // spec.groups
+    span = group_channels if group_channels >= full else channels
+    # Pieces of a group of channels that are about equal, or several whole groups.
+    width = _up(ceil(span / ceil(span / full)), vector) if span == group_channels else full // group_channels * group_channels
+    width = min(width, span)
+    return Layout(span, width, channels // span * ceil(span / width), spec.pixels, spec.pixels + 1)
+
+
+def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, common: tuple[Any, ...]) -> Forward:
+    item = np.dtype(spec.dtype).itemsize
+    vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
+    # Pieces of a large group that are about equal; of small ones as many as a block has, and all taps if possible.
+    piece = _up(ceil(x.span / ceil(x.span / _DEPTH)), vector)
+    chunk, depth = (min(piece, x.span), _DEPTH) if x.span == group_channels else (x.width, 2 * _DEPTH)
+    taps_at_once = 1 if depthwise or chunk < min(group_channels, x.span) else max(1, min(taps, depth // chunk))
+    taps_at_once = ceil(taps / ceil(taps / taps_at_once))
+    group_row = 1 if depthwise else _up(group_outputs, vector)
+
+    def scratch(tile: int) -> tuple[int, int]:
+        integers, reals = table_sizes(spec.rank, tile)
+        column = tile * chunk * taps_at_once
+        return integers, _up(reals, vector) + max(_up(tile * spec.groups * group_row, vector) + column, vector * vector)
+
+    tile = _forward_tile(spec, threads)
+    while tile > FEW_ROWS and scratch(tile)[1] * item > _TILE_BYTES:
+        tile = _up(tile // 2, FEW_ROWS)
+    tiles = ceil(spec.positions / tile)
+    strands = max(1, min(threads, spec.batch * tiles))
+    strand = ceil(spec.batch * tiles / strands)
+    panels = 1 if depthwise else spec.groups * ceil(group_outputs / (VECTORS * vector))
+    cut = ForwardCut(
+        chunk=chunk,
+        chunk_span=max(group_channels, chunk),
+        taps_at_once=taps_at_once,
+        tile=tile,
+        tiles=tiles,
+        strands=strands,
+        strand=strand,
+        group_row=group_row,
+        panels=panels,
+        copies=panels + spec.batch * ceil(spec.pixels / RUN),
+    )
+    packed = taps * spec.in_channels * group_row
+    shared = share(strands * strand, threads, multiplications, spec.dtype, scratch(tile))
+    size = room(x.blocks * spec.batch * x.pitch * x.width, spec.dtype) + room(packed, spec.dtype) + shared.bytes
+    return Forward((*common, _numbers(cut)), packed, size, shared)
+
+
+def _forward_tile(spec: ConvSpec, threads: int) -> int:
+    """Positions of a tile: a few tiles for each thread if they stay large, else one for each."""
+    tiles = ceil(spec.positions / _TILE)
+    while spec.batch * tiles < _TILES * threads and spec.positions >= 2 * _SMALL_TILE * tiles:
+        tiles += 1
+    while spec.batch * tiles < threads and spec.positions >= 2 * FEW_ROWS * tiles:
+        tiles += 1
+    return _even(spec.positions, ceil(spec.positions / tiles))
+
+
+def _backward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, common: tuple[Any, ...]) -> Backward:
+    item = np.dtype(spec.dtype).itemsize
+    vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
+    group_share = spec.in_channels // spec.offset_groups
+    ends = [(g * group_share, (g + 1) * group_share - 1) for g in range(spec.offset_groups)]
+    slots = max(_block(x, last) - _block(x, first) + 1 for first, last in ends)
+    tile = _even(spec.positions, _TILE)
+    parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * x.blocks)), spec.positions // (4 * FEW_ROWS)))
+    tile = min(tile, _up(ceil(spec.positions / parts), FEW_ROWS))
+    parts = max(1, ceil(spec.positions / max(tile, _up(ceil(spec.positions / parts), tile))))
+    # A replica has the size of the weight: many of them where that is little, few where it is much.
+    affordable = _REPLICA_BYTES // max(1, taps * group_channels * spec.out_channels * item)
+    replicas = max(ceil(_ITEMS / x.blocks), min(ceil(_MOST_ITEMS / x.blocks), affordable))
+    replicas = max(1, min(spec.batch * parts, replicas))
+    rows, row = (1, 1) if depthwise else (_up(group_outputs, FEW_ROWS), _up(group_channels, vector))
+    cut = BackwardCut(
+        taps_at_once=min(taps, max(1, _TAPS_BYTES // max(1, 2 * x.width * group_outputs * item))),
+        tile=tile,
+        parts=parts,
+        part_size=_up(ceil(spec.positions / parts), tile),
+        replicas=replicas,
+        row=row,
+        sums=rows * row,
+        column_row=_up(x.width, vector) + vector,
+        packed=_up(group_channels, vector) * group_outputs,
+        packs=1 if depthwise else spec.out_channels,
+    )
+    integers, reals = table_sizes(spec.rank, tile)
+    scratch = integers, _up(reals, vector) + 2 * tile * cut.column_row
+    return Backward(
+        arguments=(*common, _numbers(cut)),
+        weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * _up(group_channels, vector)),
+        output_size=(spec.batch * spec.positions + FEW_ROWS) * spec.out_channels,
+        parts=parts,
+        slots=slots,
+        replicas=replicas,
+        replica_size=taps * spec.groups * rows * row,
+        rows=rows,
+        row=row,
+        share=share(x.blocks * replicas, threads, 2 * multiplications, spec.dtype, scratch),
+    )
+
+
+def _groups(spec: ConvSpec) -> tuple[int, int, int, int, bool]:
+    """Lanes of a vector, taps, input and output channels of a weight group, and whether both are one."""
+    group_channels, group_outputs = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    lanes = VECTOR_BYTES // np.dtype(spec.dtype).itemsize
+    return lanes, spec.taps, group_channels, group_outputs, group_channels == 1 and group_outputs == 1
+
+
+def _block(layout: Layout, channel: int) -> int:
+    """The block that a channel lies in."""
+    return channel // layout.span * ceil(layout.span / layout.width) + channel % layout.span // layout.width
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _even(positions: int, tile: int) -> int:
+    """A tile no larger than `tile` that cuts the positions into runs of about equal length."""
+    return max(FEW_ROWS, min(_up(tile, FEW_ROWS), _up(ceil(positions / max(1, ceil(positions / tile))), FEW_ROWS)))

@@ -1,0 +1,72 @@
+"""Any array as the flat memory that kernels read, and memory for their results."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from deformconv.runtime.memory import aligned
+
+__all__ = ["aligned_empty", "empty_channels", "flat", "flat_channels", "flat_images", "none_of"]
+
+
+@cache
+def none_of(dtype: str) -> np.ndarray:
+    """What stands for an array that there is none of."""
+    return np.empty(0, dtype)
+
+
+class _Memory:
+    """An array's memory as a flat, writable array, so that a read-only one does not take kernels of its own.
+
+    Nothing writes to it.
+    """
+
+    def __init__(self, array: np.ndarray, shape: tuple[int, ...]) -> None:
+        self.array = array  # keeps the memory
+        place = (array.ctypes.data, False)
+        self.__array_interface__ = {"shape": shape, "typestr": array.dtype.str, "data": place, "version": 3}
+
+
+def flat(array: Any) -> np.ndarray:
+    """The array's numbers in C order, aligned, in the machine's byte order, as kernels are compiled for."""
+    if array.flags.carray and array.dtype.isnative:
+        result: np.ndarray = array.reshape(-1)
+        return result
+    array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(-1)
+    return array if array.flags.writeable else np.asarray(_Memory(array, array.shape))
+
+
+def flat_images(array: Any) -> tuple[np.ndarray, int]:
+    """A flat array of all images, and the distance between two; no copy if an image has no gaps, as in a slice of channels."""
+    image = array.size // len(array)
+    step, rest = divmod(array.strides[0], array.itemsize)
+    flags = array[0].flags
+    if not (flags.c_contiguous and flags.aligned and array.dtype.isnative) or rest or step < 0:
+        return flat(array), image
+    step = step if len(array) > 1 else image
+    return np.asarray(_Memory(array, (step * (len(array) - 1) + image,))), step
+
+
+def flat_channels(array: Any) -> tuple[np.ndarray, bool]:
+    """An array (N, C, ...) flat, and whether its channels come last in memory; no copy if they do, or come second."""
+    if not array.flags.c_contiguous and array.ndim > 2:
+        moved = np.moveaxis(array, 1, -1)
+        if moved.flags.c_contiguous:
+            return flat(moved), True
+    return flat(array), False
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """As np.empty; where rows are whole cache lines, a vector that crosses two of them costs a fifth of a forward call."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    return aligned(size).view(dtype).reshape(shape)
+
+
+def empty_channels(shape: tuple[int, ...], dtype: str, last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """An uninitialised array (N, C, ...), with its channels last in memory if so wished, and the same flat."""
+    array = aligned_empty((shape[0], *shape[2:], shape[1]) if last else shape, dtype)
+    return np.moveaxis(array, -1, 1) if last else array, array.reshape(-1)

@@ -1,0 +1,122 @@
+"""Channels last, in blocks: the order in which kernels read and write images, and the copies in and out of it.
+
+Flat, rows[block, n, p, c]: a block has `width` channels, the last one of every `span` channels what is left of them, and an
+image `pitch` rows, zeros beyond its pixels. The caller's arrays, flat too, have their channels first, (N, C, P), or with `last`
+set last, (N, P, C).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from deformconv.runtime.cache import device
+from deformconv.runtime.simd import VECTOR_BYTES, transpose_block
+
+__all__ = ["RUN", "Layout", "block_end", "block_of", "copy_in", "copy_out", "transpose"]
+
+RUN = 64  # positions that an item of a copy takes
+
+
+class Layout(NamedTuple):
+    """How channels lie in blocks.
+
+    A block has `width` channels; the last one of every `span` channels has what is left of them. So a block's rows fill whole
+    cache lines wherever they lie, which those of all channels together do not when their distance is a power of two.
+    """
+
+    span: int
+    width: int
+    blocks: int
+    pixels: int  # of an image
+    pitch: int  # rows of an image
+
+
+@device
+def transpose(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
+    """into[c, r] = source[r, c] + bias[c], or without a bias if it is empty; element (r, c) at `start + r * row + c`."""
+    lanes, biased = VECTOR_BYTES // source.itemsize, bias.size > 0
+    whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
+    # Along the rows that lie further apart: a line that two blocks share is still in the cache when the second one comes.
+    along_source = row > into_row
+    outer, inner = (whole_rows, whole_columns) if along_source else (whole_columns, whole_rows)
+    for i in range(0, outer, lanes):
+        for j in range(0, inner, lanes):
+            r, c = (i, j) if along_source else (j, i)
+            transpose_block(
+                source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start + c, biased
+            )  # fmt: skip
+    for c in range(columns):
+        added = bias[bias_start + c] if biased else source.dtype.type(0)
+        for r in range(whole_rows if c < whole_columns else 0, rows):
+            into[into_start + c * into_row + r] = source[start + r * row + c] + added
+
+
+@device
+def block_of(layout, channel):
+    """The block that a channel lies in, and its number there."""
+    within = channel % layout.span
+    blocks_a_span = (layout.span + layout.width - 1) // layout.width
+    return channel // layout.span * blocks_a_span + within // layout.width, within % layout.width
+
+
+@device
+def block_end(start, channels, span, width):
+    """Where the block of channels that begins at `start` ends."""
+    return min(start + width, start // span * span + span, channels)
+
+
+@device
+def copy_in(item, array, last, channels, images, rows, layout, empty):
+    """Copy a run of an image's positions into blocks; the last run also makes the zeros."""
+    width, positions = layout.width, layout.pixels
+    runs = (positions + RUN - 1) // RUN
+    n, first = item // runs, item % runs * RUN
+    count = min(RUN, positions - first)
+    start, block = 0, 0
+    while start < channels:
+        end = block_end(start, channels, layout.span, width)
+        image = (block * images + n) * layout.pitch * width
+        if last:
+            for p in range(first, first + count):
+                source, into = (n * positions + p) * channels, image + p * width - start
+                for c in range(start, end):
+                    rows[into + c] = array[source + c]
+        else:
+            source = (n * channels + start) * positions + first
+            transpose(end - start, count, array, source, positions, rows, image + first * width, width, empty, 0)
+        if first + count == positions:
+            for place in range(image + positions * width, image + layout.pitch * width):
+                rows[place] = 0
+        start, block = end, block + 1
+
+
+@device
+def copy_out(item, rows, layout, parts, array, last, channels, images, empty):
+    """The way back for a run of positions, summed over `parts` sets of blocks."""
+    width, positions = layout.width, layout.pixels
+    runs = (positions + RUN - 1) // RUN
+    n, first = item // runs, item % runs * RUN
+    count = min(RUN, positions - first)
+    start, block = 0, 0
+    while start < channels:
+        end = block_end(start, channels, layout.span, width)
+        source = ((block * images + n) * layout.pitch + first) * width
+        _add_parts(rows, source, count * width, parts)
+        if last:
+            for t in range(count):
+                into = (n * positions + first + t) * channels + start
+                for c in range(end - start):
+                    array[into + c] = rows[source + t * width + c]
+        else:
+            into = (n * channels + start) * positions + first
+            transpose(count, end - start, rows, source, width, array, into, positions, empty, 0)
+        start, block = end, block + 1
+
+
+@device
+def _add_parts(rows, start, size, parts):
+    """Add the other parts' numbers to those of the first one."""
+    for part in range(1, parts):
+        more = part * (rows.size // parts)
+        for place in range(start, start + size):
+            rows[place] += rows[place + more]

@@ -1,0 +1,147 @@
+"""The matrix product inside the kernels: one register block, written for the host's vector unit.
+
+A block of C = A @ B is held in vector registers while the whole depth streams past it: for every step one row of B is loaded as
+a few vectors, one number of A per block row is broadcast, and rows x vectors multiply-adds follow. It is emitted as LLVM IR
+because no loop that Numba compiles is kept in registers reliably.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from deformconv.runtime.cache import device
+from deformconv.runtime.simd import INT, VECTOR_BYTES, Lanes, element, emits, for_each, host_features, lanes_of, prefetch
+
+__all__ = ["BLOCK", "FEW_ROWS", "ROWS", "VECTORS", "BlockShape", "Factor", "Panels", "multiply"]
+
+
+class BlockShape(NamedTuple):
+    """Rows of the register block, and vectors in a row."""
+
+    rows: int
+    vectors: int
+
+
+def _block_shape(features: frozenset[str]) -> BlockShape:
+    # rows * vectors accumulators, the vectors of B and one broadcast must fit the registers: 32 of them, or 16.
+    if "avx512f" in features:
+        return BlockShape(12, 2)
+    if {"avx", "avx2"} & features:
+        return BlockShape(6, 2)
+    return BlockShape(8, 2) if "neon" in features else BlockShape(4, 2)
+
+
+BLOCK = _block_shape(host_features())
+ROWS, VECTORS = BLOCK
+# What is left of the rows goes through blocks of fewer, so that 196 positions do not cost what 204 do.
+FEW_ROWS = max(1, ROWS // 3)
+
+
+class Factor(NamedTuple):
+    """The left factor A in flat memory: element (r, i, j) at `start + r * row + i * jump + j * step`.
+
+    Its depth is `runs` runs i of `run` steps j.
+    """
+
+    array: Any
+    start: Any
+    row: Any
+    step: Any
+    jump: Any
+    run: Any
+    runs: Any
+
+
+class Panels(NamedTuple):
+    """The right factor B, its columns in panels of VECTORS vectors, the last one of a single vector if that is enough.
+
+    The panel of column s begins at `start + s * column`. Its rows lie `row` apart, or side by side for a `row` of 0. A product
+    takes those from `first` on.
+    """
+
+    array: Any
+    start: Any
+    column: Any
+    row: Any
+    first: Any
+
+
+def _register_block(rows: int, vectors: int) -> Any:
+    """The intrinsic for a block of `rows` rows and `vectors` vectors."""
+
+    @emits
+    def multiply_block(builder, scalar, a, row, b, b_start, b_step, c, column, accumulate):
+        """C[row:, column:] (+)= A[row:] @ B, whose rows lie `b_step` apart from `b_start` on."""
+        lanes = lanes_of(scalar)
+        do = Lanes(builder, scalar, lanes)
+        add, times = builder.add, builder.mul
+        a_start, c_start = add(a.start, times(row, a.row)), add(add(c.start, column), times(row, c.row))
+        rows_of_a = [add(a_start, times(INT(r), a.row)) for r in range(rows)]
+        sums = [do.zero] * (rows * vectors)
+
+        def next_run(outer: Any, carried: list[Any]) -> list[Any]:
+            b_index, *sums = carried
+            shift = times(outer, a.jump)
+            starts = [add(start, shift) for start in rows_of_a]
+
+            def next_step(step: Any, carried: list[Any]) -> list[Any]:
+                a_offset, b_index, *sums = carried
+                row_of_b = [do.load(b.array, add(b_index, INT(v * lanes))) for v in range(vectors)]
+                results = []
+                for r, start in enumerate(starts):
+                    number = do.spread(builder.load(element(builder, a.array, add(start, a_offset))))
+                    for v in range(vectors):
+                        results.append(do.multiply_add(number, row_of_b[v], sums[r * vectors + v]))
+                return [add(a_offset, a.step), add(b_index, b_step), *results]
+
+            _, _, b_index, *sums = for_each(builder, INT(0), a.run, 1, [INT(0), b_index, *sums], next_step)
+            return [b_index, *sums]
+
+        _, _, *totals = for_each(builder, INT(0), a.runs, 1, [b_start, *sums], next_run)
+        # What C held is added last: a sum over many calls then loses no more than a sum of their results. And where C is
+        # overwritten it is never read: it may be fresh, unwritten memory.
+        places = [add(add(c_start, times(INT(r), c.row)), INT(v * lanes)) for r in range(rows) for v in range(vectors)]
+        with builder.if_else(accumulate) as (adding, overwriting):
+            with adding:
+                for place, total in zip(places, totals, strict=True):
+                    do.store(builder.fadd(do.load(c.array, place), total), c.array, place)
+            with overwriting:
+                for place, total in zip(places, totals, strict=True):
+                    do.store(total, c.array, place)
+
+    return multiply_block
+
+
+_multiply_wide, _multiply_narrow = _register_block(ROWS, VECTORS), _register_block(ROWS, 1)
+_multiply_few_wide, _multiply_few_narrow = _register_block(FEW_ROWS, VECTORS), _register_block(FEW_ROWS, 1)
+
+
+@device
+def multiply(a, rows, b, c, columns, accumulate):
+    """C (+)= A @ B for a Factor, Panels and Rows.
+
+    `rows` is rounded up to FEW_ROWS and `columns` to a vector, for which there is room.
+    """
+    panels = b.array
+    lanes = VECTOR_BYTES // panels.itemsize
+    whole = rows // ROWS * ROWS
+    for column in range(0, columns, VECTORS * lanes):
+        narrow = columns - column <= lanes
+        b_step = b.row if b.row else (lanes if narrow else VECTORS * lanes)
+        b_start = b.start + column * b.column + b.first * b_step
+        # What the next panel has is on its way from memory while the blocks of this one are multiplied.
+        following, share = b.start + (column + VECTORS * lanes) * b.column + b.first * b_step, 0
+        if b.row == 0 and columns - column > VECTORS * lanes and whole:
+            share = a.run * a.runs * min(VECTORS * lanes, columns - column - VECTORS * lanes) // (whole // ROWS)
+        for row in range(0, whole, ROWS):
+            for place in range(following + row // ROWS * share, following + (row // ROWS + 1) * share, lanes):
+                prefetch(panels, place)
+            if narrow:
+                _multiply_narrow(a, row, b, b_start, b_step, c, column, accumulate)
+            else:
+                _multiply_wide(a, row, b, b_start, b_step, c, column, accumulate)
+        for row in range(whole, rows, FEW_ROWS):
+            if narrow:
+                _multiply_few_narrow(a, row, b, b_start, b_step, c, column, accumulate)
+            else:
+                _multiply_few_wide(a, row, b, b_start, b_step, c, column, accumulate)

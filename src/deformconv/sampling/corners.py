@@ -1,0 +1,297 @@
+"""Sampling for the CPU: from positions to corners and weights, reading them, and the ways back.
+
+The rules are those of `sampling.rule`. Inside, channels come last, in blocks (`runtime.blocks`): a sample is 2^D rows of
+channels times 2^D weights, and the loop over channels fills whole vectors. Every image of a block ends with a row of zeros that
+stands for all that is outside the map.
+
+A tile is a run of positions of one image, and a `Table` holds one sample of each of them. Corners count in binary: the first
+axis is the highest bit, and a set bit means the high corner of that axis. The tuple `size` (the input's size, D numbers)
+carries the rank into every function by its type.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+
+from deformconv.runtime.cache import device
+from deformconv.runtime.simd import (
+    INT,
+    Lanes,
+    add_lanes,
+    call_vector,
+    element,
+    emits,
+    for_channels,
+    for_positions,
+    lanes_of,
+)
+
+__all__ = ["REACH", "Table", "blend", "differentiate", "place_samples", "pull_back", "table_in", "table_sizes"]
+
+# Positions are int32 here. An axis with its padding and window has less than 2**29 of them (`cpu.reasons_against`), so an
+# offset of this size leads outside from everywhere, and no sum of an origin, a tap and a floor overflows.
+REACH = 2.0**30
+
+
+class Table(NamedTuple):
+    """The samples of one tap and offset group at a tile's positions, in flat arrays of the thread's own.
+
+    Each is a few runs of `tile` numbers, one a position.
+
+        rows      [0, 2^D)           the pixel of each corner within the image, that of the zeros if it is outside
+                  [2^D, 2^D + D)     the position before offset and tap on each axis, an integer
+        weights   [0, 2^D)           the product of the axes' weights, NaN where a coordinate is
+                  [2^D, 2^D + D)     fraction = offset - floor(offset) on each axis
+                  [2^D + D, ...)     2^D dot products of the backward pass
+    """
+
+    rows: Any  # int32
+    weights: Any
+    tile: Any
+
+
+def table_sizes(axes: int, tile: int) -> tuple[int, int]:
+    """How many int32 numbers and how many reals the table for a tile of `tile` positions takes."""
+    corners = 1 << axes
+    return (corners + axes) * tile, (2 * corners + axes) * tile
+
+
+@device
+def table_in(size, tile, integers, reals):
+    """A table for a tile of `tile` positions, in the first numbers of a thread's memory."""
+    axes, corners = len(size), 1 << len(size)
+    return Table(integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile], tile)
+
+
+@emits
+def place_samples(builder, scalar, size, shifts, inside, count, offset, table):
+    """Split each coordinate into its two corners and the fraction between them, and fill the table.
+
+    A coordinate is the table's integer position, plus the integer `shifts[axis]`, plus `offset`'s number in row `axis`.
+    """
+    axes, add, times = len(size), builder.add, builder.mul
+    runs = 1 << axes
+    pixels = size[0]
+    for length in size[1:]:
+        pixels = times(pixels, length)
+
+    def step(do, t):
+        samples = _Samples(do, inside, size, pixels)
+        for axis in range(axes):
+            value = do.load(offset.array, add(add(offset.start, times(INT(axis), offset.row)), t))
+            origin = samples.whole.load(table.rows, add(times(INT(runs + axis), table.tile), t))
+            fraction = samples.split(axis, origin, shifts[axis], value)
+            do.store(fraction, table.weights, add(times(INT(runs + axis), table.tile), t))
+        for corner, (row, weight) in enumerate(samples.corners()):
+            place = add(times(INT(corner), table.tile), t)
+            samples.whole.store(row, table.rows, place)
+            do.store(weight, table.weights, place)
+
+    for_positions(builder, scalar, count, step)
+
+
+class _Samples:
+    """Emits the corners of a vector of positions, axis by axis."""
+
+    def __init__(self, do, inside, size, pixels):
+        self.do, self.size, self.pixels = do, size, pixels
+        self.whole = Lanes(do.builder, ir.IntType(32), do.width)
+        self.inside = do.builder.icmp_signed("!=", self._spread(do.builder.zext(inside, INT)), self.whole.zero)
+        self.found = [(self.whole.zero, None, None)]  # corners so far: row, whether it counts, weight
+
+    def _spread(self, number):
+        return self.whole.spread(self.do.builder.trunc(number, ir.IntType(32)))
+
+    def split(self, axis, origin, shift, offset):
+        """Split the coordinates along one axis, and return their fractions."""
+        do, whole, builder = self.do, self.whole, self.do.builder
+        near = builder.fcmp_ordered("<", call_vector(builder, "llvm.fabs", offset), do.constant(REACH))  # no NaN is
+        reached = builder.select(near, offset, do.zero)
+        floor = call_vector(builder, "llvm.floor", reached)
+        low = builder.add(builder.add(origin, self._spread(shift)), builder.fptosi(floor, whole.type))
+        length = self._spread(self.size[axis])
+        # As unsigned numbers, those below zero are beyond every size.
+        low_counts = builder.and_(near, builder.icmp_unsigned("<", low, length))
+        above = builder.add(low, whole.constant(1))
+        last = builder.and_(self.inside, builder.icmp_signed("==", above, length))
+        high = builder.select(last, low, above)
+        high_counts = builder.and_(near, builder.icmp_unsigned("<", high, length))
+        high_counts = builder.and_(high_counts, builder.or_(low_counts, builder.not_(self.inside)))
+        fraction = builder.select(last, do.zero, builder.fsub(reached, floor))
+        fraction = builder.select(builder.fcmp_unordered("uno", offset, offset), offset, fraction)
+        pair = ((low, low_counts, builder.fsub(do.constant(1.0), fraction)), (high, high_counts, fraction))
+        self.found = [
+            (
+                builder.add(builder.mul(row, length), place),
+                counts if whether is None else builder.and_(whether, counts),
+                factor if weight is None else builder.fmul(weight, factor),
+            )
+            for row, whether, weight in self.found
+            for place, counts, factor in pair
+        ]
+        return fraction
+
+    def corners(self):
+        """Each corner's row, that of the zeros where it does not count, and its weight."""
+        zeros = self._spread(self.pixels)
+        return [(self.do.builder.select(counts, row, zeros), weight) for row, counts, weight in self.found]
+
+
+def _corners(builder, size, table, t, x):
+    """For one position, where each corner's row of channels begins, and its weight."""
+    starts, factors = [], []
+    for corner in range(1 << len(size)):
+        place = builder.add(builder.mul(INT(corner), table.tile), t)
+        pixel = builder.sext(builder.load(element(builder, table.rows, place)), INT)
+        starts.append(builder.add(x.start, builder.mul(pixel, x.row)))
+        factors.append(builder.load(element(builder, table.weights, place)))
+    return starts, factors
+
+
+@emits
+def _blend_position(builder, scalar, size, table, t, x, scale, column, width):
+    starts, factors = _corners(builder, size, table, t, x)
+    into = builder.add(column.start, builder.mul(t, column.row))
+
+    def step(do, c, sums):
+        values = [do.load(x.array, builder.add(corner, c)) for corner in starts]
+        do.store(_blended(do, values, factors, scale), column.array, builder.add(into, c))
+        return sums
+
+    for_channels(builder, scalar, width, [], step)
+
+
+def _blended(do, values, factors, scale):
+    total = do.multiply(do.spread(factors[0]), values[0])
+    for factor, value in zip(factors[1:], values[1:], strict=True):
+        total = do.multiply_add(do.spread(factor), value, total)
+    return do.multiply(do.spread(scale), total)
+
+
+@device
+def blend(size, table, count, x, mask, mask_start, column, width):
+    """column[t, c] = mask[t] * sum over corners of weight * x[corner, c] for c < width.
+
+    `x` and `column` are Rows, of pixels and of positions; `mask` is flat, and empty for masks of 1. The mask multiplies the sum
+    and not the weights: an infinite mask must not turn a weight of 0 into NaN.
+    """
+    for t in range(count):
+        scale = mask[mask_start + t] if mask.size else mask.dtype.type(1)
+        _blend_position(size, table, t, x, scale, column, width)
+
+
+@emits
+def _pull_back_position(builder, scalar, size, table, t, x, scale, column, d_column, d_x, scatter, width):
+    add = builder.add
+    starts, factors = _corners(builder, size, table, t, x)
+    into, source = add(column.start, builder.mul(t, column.row)), add(d_column.start, builder.mul(t, d_column.row))
+    shift = builder.sub(d_x.start, x.start)
+    zero = ir.Constant(ir.VectorType(scalar, lanes_of(scalar)), None)
+
+    def pass_over(scattering):
+        def step(do, c, dots):
+            values = [do.load(x.array, add(corner, c)) for corner in starts]
+            d = do.load(d_column.array, add(source, c))
+            do.store(_blended(do, values, factors, scale), column.array, add(into, c))
+            if scattering:
+                scaled = do.multiply(do.spread(scale), d)
+                # One after the other: two corners may be the same row.
+                for corner, factor in zip(starts, factors, strict=True):
+                    place = add(add(corner, shift), c)
+                    do.store(do.multiply_add(do.spread(factor), scaled, do.load(d_x.array, place)), d_x.array, place)
+            return [do.multiply_add(d, value, dot) for value, dot in zip(values, dots, strict=True)]
+
+        dots = add_lanes(builder, for_channels(builder, scalar, width, [zero] * len(starts), step))
+        for corner, dot in enumerate(dots):
+            place = add(builder.mul(INT((1 << len(size)) + len(size) + corner), table.tile), t)
+            builder.store(dot, element(builder, table.weights, place))
+
+    with builder.if_else(scatter) as (scattering, reading):
+        with scattering:
+            pass_over(True)
+        with reading:
+            pass_over(False)
+
+
+@device
+def pull_back(size, table, count, x, mask, mask_start, column, d_column, d_x, width):
+    """One pass over the corners' rows, forwards and backwards.
+
+    It blends as `blend` does, notes the dot products of d_column[t] with each corner's row in the table, which are all that
+    the gradients of offset and mask need, and adds mask * weight * d_column[t] to the rows of `d_x`, whose rows are as far
+    apart as those of `x`, if it is not empty.
+    """
+    scatter = d_x.array.size > 0
+    for t in range(count):
+        scale = mask[mask_start + t] if mask.size else mask.dtype.type(1)
+        _pull_back_position(size, table, t, x, scale, column, d_column, d_x, scatter, width)
+
+
+@emits
+def _differentiate(
+    builder, scalar, size, table, count, mask, mask_start, masked, d_offset, offset_wanted, d_mask, d_mask_start, mask_wanted
+):  # fmt: skip
+    axes, add, times = len(size), builder.add, builder.mul
+    corners = 1 << axes
+
+    def step(do, t):
+        def run(number):
+            return do.load(table.weights, add(times(INT(number), table.tile), t))
+
+        dots = [run(corners + axes + corner) for corner in range(corners)]
+        with builder.if_then(mask_wanted):
+            total = do.multiply(run(0), dots[0])
+            for corner in range(1, corners):
+                total = do.multiply_add(run(corner), dots[corner], total)
+            do.store(total, d_mask, add(d_mask_start, t))
+        with builder.if_then(offset_wanted):
+            fractions = [run(corners + axis) for axis in range(axes)]
+            scale = _mask_or_one(do, mask, add(mask_start, t), masked)
+            for along in range(axes):
+                place = add(add(d_offset.start, times(INT(along), d_offset.row)), t)
+                do.store(do.multiply(_slope(do, dots, fractions, along), scale), d_offset.array, place)
+
+    for_positions(builder, scalar, count, step)
+
+
+def _mask_or_one(do, mask, place, masked):
+    builder, before = do.builder, do.builder.block
+    with builder.if_then(masked):
+        masks = do.load(mask, place)
+        loading = builder.block
+    scale = builder.phi(do.type)
+    scale.add_incoming(do.constant(1.0), before)
+    scale.add_incoming(masks, loading)
+    return scale
+
+
+@device
+def differentiate(size, table, count, mask, mask_start, d_offset, d_mask, d_mask_start):
+    """d_offset[axis, t] and d_mask[t] of one tap from its dot products; an empty result is not wanted.
+
+    The interpolation is linear in each axis' fraction f: along the axis that is differentiated a pair of corners contributes
+    high - low, along any other (1 - f) * low + f * high. `d_offset` are Rows, one of positions for each axis.
+    """
+    _differentiate(
+        size, table, count, mask, mask_start, mask.size > 0,
+        d_offset, d_offset.array.size > 0, d_mask, d_mask_start, d_mask.size > 0,
+    )  # fmt: skip
+
+
+def _slope(do, dots, fractions, along):
+    """Merge the corners' dot products in pairs, axis by axis from the last one."""
+    builder = do.builder
+    for axis in range(len(fractions) - 1, -1, -1):
+        part, merged = fractions[axis], []
+        for low, high in zip(dots[::2], dots[1::2], strict=True):
+            if axis == along:
+                # With one axis nothing but this carries a coordinate's NaN on.
+                slope = builder.fsub(high, low)
+                merged.append(builder.select(builder.fcmp_unordered("uno", part, part), part, slope))
+            else:
+                rest = builder.fsub(do.constant(1.0), part)
+                merged.append(do.multiply_add(part, high, do.multiply(rest, low)))
+        dots = merged
+    return dots[0]
