@@ -223,17 +223,23 @@ def _collect(
     spec: ConvSpec, plan: Any, own: dict[str, np.ndarray], flat: dict[str, np.ndarray], input_last: bool, team: Any
 ) -> None:
     """Bring what a backward pass has left in its own arrays into the flat results."""
-    cut, none = plan.backward, arrays.none_of(spec.dtype)
-    sums = [none] * 4 if cut.slots == 1 else [own["offset"], flat["offset"], own["mask"], flat["mask"]]
-    arguments = (
-        own["d_x"], plan.x.span, plan.x.width, plan.x.pitch, cut.parts, flat["input"], input_last, spec.in_channels, spec.batch,
-        own["replicas"], cut.replicas, cut.rows, cut.row,
-        spec.groups, spec.out_channels // spec.groups, spec.in_channels // spec.groups, spec.taps, flat["weight"],
-        *sums, none,
-    )  # fmt: skip
-    items = _plans().collect_items(spec, flat["input"].size, flat["weight"].size, sums[1].size, sums[3].size)
-    moved = own["d_x"].size + own["replicas"].size + sums[0].size + sums[2].size
-    run(_kernels().collect, arguments, share(items, team.threads, moved * COPY, spec.dtype), team, (spec.dtype, spec.rank))
+    kernels, cut, none = _kernels(), plan.backward, arrays.none_of(spec.dtype)
+    shared = cut.slots > 1
+    given = kernels.CollectArrays(
+        d_x=own["d_x"],
+        d_input=flat["input"],
+        replicas=own["replicas"],
+        d_weight=flat["weight"],
+        offset_slots=own["offset"],
+        d_offset=flat["offset"] if shared else none,
+        mask_slots=own["mask"],
+        d_mask=flat["mask"] if shared else none,
+        empty=none,
+    )
+    items = _plans().collect_items(spec, given.d_input.size, given.d_weight.size, given.d_offset.size, given.d_mask.size)
+    moved = given.d_x.size + given.replicas.size + given.offset_slots.size + given.mask_slots.size
+    arguments = cut.arguments[2:], input_last, tuple(given)
+    run(kernels.collect, arguments, share(items, team.threads, moved * COPY, spec.dtype), team, (spec.dtype, spec.rank))
 
 
 def warmup(

@@ -29,7 +29,18 @@ from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
 from deformconv.sampling.corners import blend, differentiate, pull_back, table_in
 from deformconv.sampling.windows import place_tap, place_tile
 
-__all__ = ["BackwardArrays", "BackwardCut", "ForwardArrays", "ForwardCut", "Order", "Shape", "backward", "collect", "forward"]
+__all__ = [
+    "BackwardArrays",
+    "BackwardCut",
+    "CollectArrays",
+    "ForwardArrays",
+    "ForwardCut",
+    "Order",
+    "Shape",
+    "backward",
+    "collect",
+    "forward",
+]
 
 
 class Shape(NamedTuple):
@@ -537,30 +548,45 @@ def add_weight(task, block, tile, tap, begun):
         )  # fmt: skip
 
 
-@kernel
-def collect(
-    counter, limit, thread, d_x, x_span, x_width, pitch, parts, d_input, input_last, channels, images,
-    sums, lanes, rows, row, groups, group_outputs, group_channels, taps, d_weight,
-    offset_slots, d_offset, mask_slots, d_mask, empty,
-):  # fmt: skip
-    """Bring what `backward` has left into the caller's arrays, those of size 0 left out.
+class CollectArrays(NamedTuple):
+    """What `backward` has left, and the caller's arrays for it, all flat and empty where there is nothing to do."""
 
-    An item is an output channel of d_weight, a run of d_input's positions, or a run of d_offset's or d_mask's sums.
+    d_x: Any
+    d_input: Any
+    replicas: Any
+    d_weight: Any
+    offset_slots: Any
+    d_offset: Any
+    mask_slots: Any
+    d_mask: Any
+    empty: Any
+
+
+@kernel
+def collect(counter, limit, thread, numbers, input_last, arrays):
+    """Bring what `backward` has left into the caller's arrays.
+
+    An item is an output channel of d_weight, a run of d_input's positions, or a run of d_offset's or d_mask's sums. `numbers`
+    are (Shape, Layout, BackwardCut), as int64 arrays, and `arrays` CollectArrays as a tuple.
     """
-    weights = groups * group_outputs if d_weight.size else 0
-    runs = images * ((pitch - 1 + RUN - 1) // RUN) if d_input.size else 0
-    offsets, masks = (d_offset.size + SUMS - 1) // SUMS, (d_mask.size + SUMS - 1) // SUMS
+    shape, layout, cut = named(Shape, numbers[0]), named(Layout, numbers[1]), named(BackwardCut, numbers[2])
+    a = CollectArrays(*arrays)
+    inputs = shape.outputs if a.d_weight.size else 0
+    offsets = inputs + (shape.images * ((layout.pixels + RUN - 1) // RUN) if a.d_input.size else 0)
+    masks = offsets + (a.d_offset.size + SUMS - 1) // SUMS
+    end = masks + (a.d_mask.size + SUMS - 1) // SUMS
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
-        if item < weights:
-            unpack_weight(item, sums, lanes, rows, row, groups, group_outputs, group_channels, taps, d_weight)
-        elif item < weights + runs:
-            run = item - weights
-            layout = Layout(x_span, x_width, 0, pitch - 1, pitch)
-            copy_out(run, d_x, layout, parts, d_input, input_last, channels, images, empty)
-        elif item < weights + runs + offsets:
-            sum_slots(item - weights - runs, offset_slots, d_offset)
-        elif item < weights + runs + offsets + masks:
-            sum_slots(item - weights - runs - offsets, mask_slots, d_mask)
-        else:
+        if item >= end:
             return
+        if item >= masks:
+            sum_slots(item - masks, a.mask_slots, a.d_mask)
+        elif item >= offsets:
+            sum_slots(item - offsets, a.offset_slots, a.d_offset)
+        elif item >= inputs:
+            copy_out(item - inputs, a.d_x, layout, cut.parts, a.d_input, input_last, shape.channels, shape.images, a.empty)
+        else:
+            unpack_weight(
+                item, a.replicas, cut.replicas, cut.sums // cut.row, cut.row, shape.groups, shape.group_outputs,
+                shape.group_channels, shape.taps, a.d_weight,
+            )  # fmt: skip

@@ -60,9 +60,7 @@ class Backward(NamedTuple):
     parts: int  # of an image
     slots: int
     replicas: int
-    replica_size: int  # numbers of a replica; for each tap and group it has `rows` rows of `row` numbers
-    rows: int
-    row: int
+    replica_size: int  # numbers of a replica
     share: Share
 
 
@@ -214,9 +212,7 @@ def _backward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, com
         parts=parts,
         slots=slots,
         replicas=replicas,
-        replica_size=taps * spec.groups * rows * row,
-        rows=rows,
-        row=row,
+        replica_size=taps * spec.groups * cut.sums,
         share=share(x.blocks * replicas, threads, 2 * multiplications, spec.dtype, scratch),
     )
 
