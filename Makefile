@@ -8,7 +8,8 @@
 #                kernels for an older one (KERNELS="NAME=value ..." sets other variables)
 #   make lint    style and types alone
 #   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
-#                (with options only measure and print: BENCH="--quick", BENCH="--help" for the others)
+#                (with options only measure and print: BENCH="--quick", BENCH="--base main" beside another commit,
+#                BENCH="--help" for the others)
 #   make bench-gluon    a training step in Gluon beside MXNet's own
 PYTHON ?= python3
 VENV ?= .venv

@@ -10,6 +10,7 @@ import pytest
 
 import deformconv
 from deformconv import BackendError, dispatch
+from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import Operand, conv_spec
 
 SPEC = conv_spec(
@@ -25,7 +26,7 @@ def backends(monkeypatch):
     reasons: dict[str, list[str]] = {"cpu": [], "portable": [], "reference": []}
     asked: list[str] = []
 
-    def load(spec, name):
+    def load(operator, name):
         def reasons_against(*call):
             asked.append(name)
             return reasons[name]
@@ -33,6 +34,7 @@ def backends(monkeypatch):
         module = types.ModuleType(name)
         module.reasons_against = reasons_against
         module.how = lambda spec, library: []
+        module.computes_in = lambda dtype, library: dtype
         return module
 
     monkeypatch.setattr(dispatch, "load", load)
@@ -42,7 +44,7 @@ def backends(monkeypatch):
 
 
 def chosen(requested=None):
-    return dispatch.choose(SPEC, "numpy", "cpu", False, requested).__name__
+    return dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", False, requested).__name__
 
 
 def test_the_first_that_can_run_runs(backends):
@@ -95,14 +97,14 @@ def test_an_unknown_name(backends):
     with pytest.raises(ValueError, match=expected):
         chosen("gpu")
     with pytest.raises(ValueError, match=expected):
-        dispatch.explain(SPEC, "numpy", "cpu", "gpu")
+        dispatch.explain(DEFORM_CONV, SPEC, "numpy", "cpu", "gpu")
 
 
 @pytest.mark.parametrize("name", [["cpu"], 0, np.array(["cpu", "portable"])], ids=repr)
 def test_a_name_that_is_no_text(name):
     for call in (
-        lambda: dispatch.choose(SPEC, "numpy", "cpu", False, name),
-        lambda: dispatch.explain(SPEC, "numpy", "cpu", name),
+        lambda: dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", False, name),
+        lambda: dispatch.explain(DEFORM_CONV, SPEC, "numpy", "cpu", name),
     ):
         with pytest.raises(ValueError) as caught:
             call()
@@ -117,7 +119,7 @@ def test_a_choice_is_made_once(backends):
 
 def test_explain(backends):
     backends.reasons["cpu"] = ["too warm"]
-    assert dispatch.explain(SPEC, "torch", "cuda:0").splitlines() == [
+    assert dispatch.explain(DEFORM_CONV, SPEC, "torch", "cuda:0").splitlines() == [
         "input (2, 4, 8, 8), offset (2, 18, 8, 8), weight (6, 4, 3, 3), mask (2, 9, 8, 8); float32, torch on cuda:0",
         "forward: portable",
         "  cpu: too warm",
@@ -130,17 +132,17 @@ def test_explain(backends):
 
 def test_explain_does_not_raise_where_nothing_can_run(backends):
     backends.reasons["cpu"] = ["too warm"]
-    lines = dispatch.explain(SPEC, "numpy", "cpu", "cpu").splitlines()
+    lines = dispatch.explain(DEFORM_CONV, SPEC, "numpy", "cpu", "cpu").splitlines()
     assert lines[1:3] == ["forward: no backend can run it", "  cpu: too warm"]
 
 
 def test_the_real_backends():
-    assert dispatch.choose(SPEC, "numpy", "cpu", True).__name__ == "deformconv.ops.conv.cpu"
-    assert dispatch.choose(SPEC, "torch", "cuda:0", True).__name__ == "deformconv.ops.conv.portable"
+    assert dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", True).__name__ == "deformconv.ops.conv.cpu"
+    assert dispatch.choose(DEFORM_CONV, SPEC, "torch", "cuda:0", True).__name__ == "deformconv.ops.conv.portable"
     for name in ("cpu", "portable", "reference"):
-        assert dispatch.choose(SPEC, "numpy", "cpu", False, name).__name__ == f"deformconv.ops.conv.{name}"
+        assert dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", False, name).__name__ == f"deformconv.ops.conv.{name}"
     with pytest.raises(BackendError, match="portable: NumPy has no automatic derivative"):
-        dispatch.choose(SPEC, "numpy", "cpu", True, "portable")
+        dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", True, "portable")
 
 
 def test_a_fault_of_a_backend_is_raised_and_not_hidden(monkeypatch):
@@ -149,7 +151,7 @@ def test_a_fault_of_a_backend_is_raised_and_not_hidden(monkeypatch):
     def broken(*arguments, **keywords):
         raise NotImplementedError("a fault of the kernel")
 
-    monkeypatch.setattr(cpu, "deform_conv", broken)
+    monkeypatch.setattr(cpu, "forward", broken)
     with pytest.raises(NotImplementedError, match="a fault of the kernel"):
         deformconv.deform_conv(np.ones((1, 1, 2, 2)), np.zeros((1, 2, 2, 2)), np.ones((1, 1, 1, 1)))
 
@@ -158,3 +160,12 @@ def test_is_short_and_catches_nothing():
     source = inspect.getsource(dispatch)
     assert len(source.splitlines()) < 150
     assert "except" not in source.replace("exception", "")
+
+
+def test_verdicts_are_data(backends):
+    backends.reasons["cpu"] = ["too warm.", "too wet"]
+    assert dispatch.verdicts(DEFORM_CONV, SPEC, "torch", "cuda:0", backward=True) == [
+        ("cpu", False, ("too warm", "too wet")),
+        ("portable", True, ()),
+        ("reference", False, ('can run it, but only when asked for by backend="reference"',)),
+    ]

@@ -99,14 +99,14 @@ def test_what_is_no_grad_output(keywords):
 def test_only_what_is_wanted(keywords, monkeypatch, wanted):
     from deformconv.ops.conv import cpu
 
-    call, asked, real = make(PLAIN), [], cpu.deform_conv_backward
+    call, asked, real = make(PLAIN), [], cpu.backward
 
     def spy(spec, grad_output, input, offset, weight, mask, wanted):
         asked.append(set(wanted))
         return real(spec, grad_output, input, offset, weight, mask, wanted)
 
     whole = deformconv.deform_conv_backward(call.grad_output, **keywords)
-    monkeypatch.setattr(cpu, "deform_conv_backward", spy)
+    monkeypatch.setattr(cpu, "backward", spy)
     gradients = deformconv.deform_conv_backward(call.grad_output, **keywords, wanted=wanted)
     names = set(GRADIENTS) if wanted is None else {wanted} if isinstance(wanted, str) else set(wanted)
     assert asked == [names]

@@ -7,13 +7,17 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import deformconv
 
+ROOT = Path(__file__).parents[1]
 SOURCE = Path(deformconv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -25,21 +29,22 @@ DEPTH = {
     "sampling": 2,
     "ops": 3,
     "dispatch": 4,
-    "functional": 5,
-    "deformconv": 6,  # the root's public names
-    "torch": 7,
-    "gluon": 7,
-    "convert": 8,
-    "vision": 8,
-    "plots": 8,
-    "bench": 8,
-    "studies": 9,
-    "cli": 10,
+    "numpy": 5,
+    "functional": 6,
+    "deformconv": 7,  # the root's public names
+    "torch": 8,
+    "gluon": 8,
+    "convert": 9,
+    "vision": 9,
+    "plots": 9,
+    "bench": 9,
+    "studies": 10,
+    "cli": 11,
 }
 # The root's functions hand tensors on to the torch room, when they are given some.
 EXCEPTIONS = {("functional", "torch")}
 # The rooms that nobody needs a framework or an extra for.
-PLAIN = ("errors", "accuracy", "runtime", "sampling", "ops", "dispatch", "functional", "convert", "cli")
+PLAIN = ("errors", "accuracy", "runtime", "sampling", "ops", "dispatch", "numpy", "functional", "convert", "cli")
 # But for these modules, which the others of their room load inside of functions.
 OF_A_FRAMEWORK = {"deformconv.convert.kornia", "deformconv.convert.torchvision_kernels"}
 
@@ -86,6 +91,19 @@ def test_imports_point_inward():
             if not inward and (here, there) not in EXCEPTIONS:
                 wrong.append(f"{file}:{node.lineno} {here} imports {there}")
     assert not wrong
+
+
+def test_no_file_imports_what_imports_it():
+    """Not even through others, or within functions: a circle of files is one file."""
+    graph = {
+        module: {
+            target
+            for target, _ in imported(ast.parse(file.read_text()), module, file.name == "__init__.py")
+            if target in MODULES and target != module
+        }
+        for module, file in MODULES.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 def test_the_exception_is_lazy():
@@ -255,6 +273,34 @@ def test_all_lists_what_is_there(module):
     missing = [name for name in names if not hasattr(sys.modules[module], name)]
     assert not missing
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+@pytest.mark.parametrize(("file", "extras"), [("constraints.txt", ("dev", "demo")), ("constraints-gluon.txt", ("dev-gluon",))])
+def test_what_make_installs_is_pinned(file, extras, python):
+    """Every dependency that pyproject.toml names: a new version cannot change what the suite sees from one day to the next."""
+    tomllib = pytest.importorskip("tomllib", reason="pyproject.toml is read with Python 3.11's library")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def meant(lines):
+        found = map(Requirement, filter(None, (line.partition("#")[0].strip() for line in lines)))
+        return [one for one in found if one.marker is None or one.marker.evaluate({"python_version": python})]
+
+    def asked(names):
+        for requirement in (one for name in names for one in meant(project["optional-dependencies"][name])):
+            if requirement.name == "deformconv":
+                yield from asked(requirement.extras)
+            else:
+                yield requirement
+
+    pinned = meant((ROOT / file).read_text().splitlines())
+    pins = {canonicalize_name(pin.name): pin for pin in pinned}
+    assert len(pins) == len(pinned)
+    for requirement in (*meant(project["dependencies"]), *asked(extras)):
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{file} does not pin {requirement.name}"
+        (exactly,) = pin.specifier
+        assert exactly.operator == "==" and exactly.version in requirement.specifier, f"{pin} is not {requirement}"
 
 
 def test_is_typed():

@@ -1,24 +1,15 @@
-"""The NumPy front end: arrays in, arrays out. PyTorch tensors are handed on to the torch room."""
+"""The root's functions: NumPy arrays in, arrays out. PyTorch tensors are handed on to the torch room."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
+from deformconv.numpy import run
+from deformconv.ops.conv.operator import DEFORM_CONV
+from deformconv.ops.conv.spec import Gradients
 
-from deformconv import dispatch
-from deformconv.ops.conv.spec import (
-    GRADIENTS,
-    ConvSpec,
-    Gradients,
-    Operand,
-    check_grad_output,
-    conv_spec,
-)
-
-__all__ = ["deform_conv", "deform_conv_backward", "explain", "wanted_gradients"]
+__all__ = ["deform_conv", "deform_conv_backward", "explain"]
 
 
 def deform_conv(
@@ -92,17 +83,15 @@ def deform_conv(
     Papers: v1, arXiv 1703.06211, equations 2 and 3; v2, arXiv 1811.11168, equation 1.
     """
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    if _any_torch(operands):
+    if run.any_torch(*operands.values()):
         from deformconv.torch import functional as torch_room
 
         return torch_room.deform_conv(
             input, offset, weight, bias, stride, padding, dilation, mask,
             groups=groups, offset_groups=offset_groups, boundary=boundary, backend=backend,
         )  # fmt: skip
-    arrays = _arrays(operands)
-    spec = _spec(arrays, stride, padding, dilation, groups, offset_groups, boundary)
-    module = dispatch.choose(spec, "numpy", "cpu", False, backend)
-    return module.deform_conv(spec, **arrays)
+    parameters = _parameters(stride, padding, dilation, groups, offset_groups, boundary)
+    return run.forward(DEFORM_CONV, operands, parameters, backend)
 
 
 def deform_conv_backward(
@@ -124,8 +113,8 @@ def deform_conv_backward(
 ) -> Gradients:
     """Return the gradients of `deform_conv`: `grad_output` times the derivative by each argument.
 
-    The arguments after `grad_output` are those of `deform_conv`, which see. At a kink of the interpolation
-    (an integer position) the derivative is the one to the right.
+    The arguments after `grad_output` are those of `deform_conv` and are explained there. At a kink of the
+    interpolation (an integer position) the derivative is the one to the right.
 
     Args:
         grad_output: the loss's derivative by the output, shape (N, C_out, *O), of the arguments' dtype.
@@ -153,21 +142,16 @@ def deform_conv_backward(
     Papers: v1, arXiv 1703.06211, appendix A; v2, arXiv 1811.11168.
     """
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    if _any_torch({"grad_output": grad_output, **operands}):
+    if run.any_torch(grad_output, *operands.values()):
         from deformconv.torch import functional as torch_room
 
         return torch_room.deform_conv_backward(
             grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
             groups=groups, offset_groups=offset_groups, boundary=boundary, backend=backend, wanted=wanted,
         )  # fmt: skip
-    arrays = _arrays(operands)
-    grad = _array("grad_output", grad_output)
-    spec = _spec(arrays, stride, padding, dilation, groups, offset_groups, boundary)
-    check_grad_output(spec, _operand(grad))
-    names = wanted_gradients(spec, wanted)
-    module = dispatch.choose(spec, "numpy", "cpu", True, backend)
-    del arrays["bias"]
-    return module.deform_conv_backward(spec, grad, **arrays, wanted=names)
+    parameters = _parameters(stride, padding, dilation, groups, offset_groups, boundary)
+    found: Gradients = run.backward(DEFORM_CONV, grad_output, operands, parameters, backend, wanted)
+    return found
 
 
 def explain(
@@ -188,7 +172,7 @@ def explain(
     """Say which backend runs a call of `deform_conv`, and each other one's reason not to, without running it.
 
     Args:
-        input, offset, ...: the arguments of `deform_conv`, which see.
+        input, offset, ...: the arguments of `deform_conv`, explained there.
 
     Returns:
         A text of a few lines, for `print`.
@@ -206,82 +190,16 @@ def explain(
         ...
     """
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    if _any_torch(operands):
+    if run.any_torch(*operands.values()):
         from deformconv.torch import functional as torch_room
 
         return torch_room.explain(
             input, offset, weight, bias, stride, padding, dilation, mask,
             groups=groups, offset_groups=offset_groups, boundary=boundary, backend=backend,
         )  # fmt: skip
-    spec = _spec(_arrays(operands), stride, padding, dilation, groups, offset_groups, boundary)
-    return dispatch.explain(spec, "numpy", "cpu", backend)
+    parameters = _parameters(stride, padding, dilation, groups, offset_groups, boundary)
+    return run.explain(DEFORM_CONV, operands, parameters, backend)
 
 
-def wanted_gradients(spec: ConvSpec, wanted: Collection[str] | None) -> tuple[str, ...]:
-    """Check the names of the wanted gradients; None means one for every argument that was given."""
-    absent = {name for name, given in (("bias", spec.biased), ("mask", spec.masked)) if not given}
-    if wanted is None:
-        return tuple(name for name in GRADIENTS if name not in absent)
-    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    for name in names:
-        if name not in GRADIENTS:
-            raise ValueError(f"`wanted` names {name!r}; expected some of {', '.join(GRADIENTS)}.")
-        if name in absent:
-            raise ValueError(f"`wanted` names {name!r}, but no `{name}` was passed: pass it or do not ask.")
-    return names
-
-
-def _spec(
-    arrays: dict[str, Any],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int | None,
-    offset_groups: int | None,
-    boundary: str,
-) -> ConvSpec:
-    operands: dict[str, Any] = {k: None if array is None else _operand(array) for k, array in arrays.items()}
-    return conv_spec(
-        **operands, stride=stride, padding=padding, dilation=dilation,
-        groups=groups, offset_groups=offset_groups, boundary=boundary,
-    )  # fmt: skip
-
-
-def _any_torch(operands: dict[str, Any]) -> bool:
-    """Whether the torch room must answer; torch itself need not be imported to know it."""
-    return any(hasattr(type(value), "__torch_function__") for value in operands.values())
-
-
-def _arrays(operands: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if value is None and name in ("bias", "mask") else _array(name, value) for name, value in operands.items()
-    }
-
-
-def _array(name: str, value: Any) -> np.ndarray:
-    if not isinstance(value, np.ndarray):
-        if value is None:
-            raise TypeError(f"`{name}` is None; expected a NumPy array or a PyTorch tensor.")
-        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        if kind.startswith("mxnet."):
-            advice = "For MXNet's arrays and symbols there is `deformconv.gluon.deform_conv`."
-        else:
-            advice = f"Pass `numpy.asarray({name}, dtype=...)`."
-        raise TypeError(f"`{name}` is a {kind}; expected a NumPy array or a PyTorch tensor. {advice}")
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            f"`{name}` is a masked array, whose own mask would be ignored; expected a plain array: pass "
-            f"`{name}.filled(0)`, or leave samples out by the argument `mask`."
-        )
-    if not value.dtype.isnative:
-        return value.astype(value.dtype.newbyteorder("="))
-    return value if type(value) is np.ndarray else np.asarray(value)
-
-
-def _operand(array: np.ndarray) -> Operand:
-    return Operand(array.shape, _dtype_name(array.dtype))
-
-
-@lru_cache(maxsize=64)
-def _dtype_name(dtype: np.dtype) -> str:
-    return dtype.name  # NumPy works it out anew each time
+def _parameters(*values: Any) -> dict[str, Any]:
+    return dict(zip(DEFORM_CONV.defaults, values, strict=True))

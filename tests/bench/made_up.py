@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from deformconv.bench.cases import CASES, Case
-from deformconv.bench.measure import Progress
+from deformconv.bench.measure import Failure, Progress
 from deformconv.bench.nets import Net
 from deformconv.bench.peers import DIRECTIONS, PEERS
 
@@ -22,6 +24,28 @@ class Counting(Progress):
 
     def step(self, what: str) -> None:
         self.steps.append(what)
+
+
+RIGHT = {"output": np.ones(3), "weight": np.array([1.0, 2.0, 4.0])}
+
+
+class Fake:
+    """A process that saves what it is told to, and whose calls take what they are told to."""
+
+    def __init__(self, library: str, results: dict[str, Any], seconds: float = 1e-3, log: list[str] | None = None) -> None:
+        self.library, self.saved, self.seconds = library, results, seconds
+        self.log = [] if log is None else log
+        self.fails: str | None = None
+
+    def ask(self, do: str, **request: Any) -> Any:
+        if do == self.fails:
+            raise Failure("SomeError: it cannot")
+        if do == "results":
+            np.savez(request["file"], **self.saved)
+        if do == "time":
+            self.log += [self.library] * request["calls"]
+            return [self.seconds] * request["calls"]
+        return None
 
 
 # Milliseconds: every ratio of the goals is a power of two.

@@ -6,32 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.bench.made_up import RIGHT, Fake
 
 from deformconv.bench.cases import TOLERANCE, named
 from deformconv.bench.measure import Entry, Failure, Pace, compare, differences
 
 CASE = named("primes")
 PACE = Pace(blocks=3, seconds=1e-2)
-RIGHT = {"output": np.ones(3), "weight": np.array([1.0, 2.0, 4.0])}
-
-
-class Fake:
-    """A process that saves what it is told to, and whose calls take what they are told to."""
-
-    def __init__(self, library: str, results: dict[str, Any], seconds: float = 1e-3, log: list[str] | None = None) -> None:
-        self.library, self.saved, self.seconds = library, results, seconds
-        self.log = [] if log is None else log
-        self.fails: str | None = None
-
-    def ask(self, do: str, **request: Any) -> Any:
-        if do == self.fails:
-            raise Failure("SomeError: it cannot")
-        if do == "results":
-            np.savez(request["file"], **self.saved)
-        if do == "time":
-            self.log += [self.library] * request["calls"]
-            return [self.seconds] * request["calls"]
-        return None
 
 
 def compared(*fakes: Fake, direction: str = "forward+backward", pace: Pace = PACE) -> dict[str, dict[str, Any]]:

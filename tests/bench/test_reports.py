@@ -159,15 +159,15 @@ class TestStartup:
         answers = iter([{"import": 1.0, "first": 2.0, "results": "same"}] * 6)
 
         class Start:
-            def __init__(self, cache=None):
-                self.cache = cache
+            def __init__(self, DEFORMCONV_CACHE_DIR=None):
+                self.cache = DEFORMCONV_CACHE_DIR
 
             def end(self):
                 if self.cache is not None:
                     (startup.Path(self.cache) / "kernel.bin").touch()
                 return next(answers)
 
-        monkeypatch.setattr(startup, "_Start", Start)
+        monkeypatch.setattr(startup, "Start", Start)
         rows = startup.measure(lambda what: None, warm=1, cold=True)
         assert rows[-1]["results agree"] and rows[-1]["cache is whole"]
         assert "| results agree: yes, cache is whole: yes |" in startup.write(rows)

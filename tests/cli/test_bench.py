@@ -225,6 +225,7 @@ def test_it_runs(tmp_path):
 def test_help(capsys):
     assert main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("--quick", "--case", "--library", "--direction", "--threads", "--json", "--plot", "--from", "memory"):
+    options = "quick", "base", "case", "library", "direction", "threads", "json", "plot", "from"
+    for word in ("memory", *(f"--{option}" for option in options)):
         assert word in text
     assert max(map(len, text.splitlines())) <= 80

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, and what each command says."""
 
+import shutil
 import subprocess
 import sys
 
@@ -95,6 +96,25 @@ def test_the_command_imports_no_framework_before_it_knows_what_to_do():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.fixture
+def damaged(tmp_path, monkeypatch):
+    """The only damaged file of a cache that has all kernels for two axes."""
+    from deformconv.runtime import cache
+
+    assert run("warmup", "--rank", "2").returncode == 0
+    for file in cache.cached_files():
+        if not file.name.startswith("collect-"):  # there may be others than for two axes
+            (tmp_path / file.parent.name).mkdir(exist_ok=True)
+            shutil.copy(file, tmp_path / file.parent.name)
+    monkeypatch.setenv("DEFORMCONV_CACHE_DIR", str(tmp_path))
+    assert run("warmup", "--rank", "2").returncode == 0
+    (file,) = tmp_path.rglob("collect-*.bin")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return file
+
+
 class TestWarmup:
     def test_options_reach_the_kernels(self, monkeypatch, capsys):
         from deformconv.ops.conv import cpu
@@ -125,6 +145,12 @@ class TestWarmup:
         assert run("warmup", "--rank", "2").returncode == 0
         again = run("warmup", "--rank", "2")
         assert again.returncode == 0 and again.stdout.splitlines()[-1].startswith("Nothing to compile: ")
+
+    def test_a_damaged_file_is_compiled_again(self, damaged):
+        result = run("warmup", "--rank", "2")
+        assert result.returncode == 0 and "\n1 kernels compiled in " in result.stdout
+        assert f"{damaged} is damaged: the kernel is compiled again\n" in result.stderr
+        assert run("warmup", "--rank", "2").stdout.splitlines()[-1].startswith("Nothing to compile: ")
 
 
 class TestDoctor:
@@ -179,3 +205,12 @@ class TestDoctor:
         monkeypatch.setattr(cache, "cache_folder", lambda: None)
         assert main(["doctor"]) == 0
         assert "DEFORMCONV_CACHE_DIR" in capsys.readouterr().out
+
+    def test_a_damaged_file_is_named_before_the_self_test_writes_it_again(self, damaged):
+        kernels = len(list(damaged.parents[1].rglob("*.bin")))
+        first, second = run("doctor"), run("doctor")
+        assert first.returncode == second.returncode == 0, first.stdout + first.stderr
+        assert f"kernels in it     {kernels - 1}\n  damaged " in first.stdout
+        assert f"{damaged}: its" in " ".join(first.stdout.split()) and "All in order." in first.stdout
+        assert f"kernels in it     {kernels}\n" in second.stdout
+        assert "  damaged " not in second.stdout and "is damaged" not in second.stderr

@@ -21,6 +21,7 @@ from tests.tolerances import assert_close, error
 import deformconv
 from deformconv.gluon import deform_conv, functional
 from deformconv.gluon.arrays import view, write
+from deformconv.gluon.functional import DeformConvProp
 from deformconv.ops.conv import cpu
 
 BOUNDARY = {False: "inside", True: "zeros"}  # MXNet's rule, by whether there is a mask
@@ -120,10 +121,8 @@ def test_a_symbol_takes_the_forms_of_padding(padding, size):
 @pytest.mark.parametrize("backend", [None, "cpu"])
 def test_each_grad_req_is_honoured(monkeypatch, backend):
     wanted = []
-    original = cpu.deform_conv_backward
-    monkeypatch.setattr(
-        cpu, "deform_conv_backward", lambda *arguments: wanted.append(list(arguments[-1])) or original(*arguments)
-    )
+    original = cpu.backward
+    monkeypatch.setattr(cpu, "backward", lambda *a, **k: wanted.append(list(k["wanted"])) or original(*a, **k))
     call = random_call(5, masked=True)
     first = call.ndarrays(grad_req="write")
     with mx.autograd.record():
@@ -149,7 +148,7 @@ def test_each_grad_req_is_honoured(monkeypatch, backend):
 
 
 def test_a_frozen_call_computes_no_gradient(monkeypatch):
-    monkeypatch.setattr(cpu, "deform_conv_backward", lambda *arguments: pytest.fail("it was called"))
+    monkeypatch.setattr(cpu, "backward", lambda *arguments, **keywords: pytest.fail("it was called"))
     call = random_call(5, masked=True)
     arrays = call.ndarrays(grad_req="null")
     x = mx.nd.ones(1)
@@ -295,12 +294,10 @@ def test_contexts(capfd):
     with pytest.raises(deformconv.BackendError) as raised:
         deform_conv(elsewhere, offset, weight, padding=1)
     assert str(raised.value) == message
-    from deformconv.gluon.custom import _DeformConvProp
-
     symbol = deform_conv(mx.sym.var("data"), mx.sym.var("offset"), mx.sym.var("weight"), padding=1)
     attributes = {name: text for name, text in symbol.get_children()[0].list_attr().items() if name != "op_type"}
     with pytest.raises(deformconv.BackendError):
-        _DeformConvProp(**attributes).create_operator(mx.gpu(0), [x.shape, offset.shape, weight.shape], [0, 0, 0])
+        DeformConvProp(**attributes).create_operator(mx.gpu(0), [x.shape, offset.shape, weight.shape], [0, 0, 0])
     assert capfd.readouterr().err == f"deformconv.errors.BackendError: {message}\n"
 
 
@@ -537,12 +534,12 @@ import time
 import mxnet as mx
 from deformconv.gluon import deform_conv
 from deformconv.ops.conv import cpu
-backward = cpu.deform_conv_backward
-def slow(*arguments):
+backward = cpu.backward
+def slow(*arguments, **keywords):
     time.sleep(0.1)
     print("computed", flush=True)
-    return backward(*arguments)
-cpu.deform_conv_backward = slow
+    return backward(*arguments, **keywords)
+cpu.backward = slow
 x, offset, weight = mx.nd.ones((1, 2, 6, 6)), mx.nd.zeros((1, 18, 6, 6)), mx.nd.ones((2, 2, 3, 3))
 x.attach_grad()
 with mx.autograd.record():

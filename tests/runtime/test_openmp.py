@@ -217,7 +217,7 @@ def test_explain_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
 # Running on it
 
 
-# As `cache.kernel` compiles, but not kept on disk, where machine code is named after the package's sources alone.
+# As `cache.kernel` compiles, but not kept on disk: each edit of a test would leave machine code behind.
 kernel = numba.njit(**OPTIONS)
 
 
@@ -325,8 +325,8 @@ def test_results_are_the_same_for_any_number_of_threads_of_either_kind(case: Any
         deformconv.set_num_threads(number)
         choose_anew()
         assert team_for(library).kind == ("openmp" if library == "torch" else "own")
-        found = cpu.deform_conv_backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS, library=library)
-        results.append([cpu.deform_conv(c.spec, *c.arrays, library=library), *found])
+        found = cpu.backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS, library=library)
+        results.append([cpu.forward(c.spec, *c.arrays, library=library), *found])
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(one, two)

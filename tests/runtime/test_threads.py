@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -343,6 +343,7 @@ class Counted(threads._Job):
         super().run()
         running -= 1
 threads._Job = Counted
+threads.IDLE = IDLE_SECONDS
 deformconv.set_num_threads(4)
 rng = np.random.default_rng(0)
 x, weight = rng.standard_normal((1, 32, 24, 24), np.float32), rng.standard_normal((32, 32, 3, 3), np.float32)
@@ -354,8 +355,10 @@ began = time.perf_counter()
 call()
 once = time.perf_counter() - began
 signal.signal(signal.SIGALRM, signal.default_int_handler)
-chance, interrupted, end = random.Random(0), 0, time.monotonic() + 6
+chance, interrupted, end = random.Random(0), 0, time.monotonic() + TEST_SECONDS
 while time.monotonic() < end:
+    if threads.IDLE < 1:
+        deformconv.set_num_threads(chance.choice([1, 2, 4]))
     try:
         signal.setitimer(signal.ITIMER_REAL, chance.random() * 1.2 * once + 1e-6)
         found = call()
@@ -371,8 +374,10 @@ print(interrupted > 20)
 
 
 @forks
-def test_ctrl_c_at_any_moment_leaves_no_worker_behind() -> None:
-    assert run_python(INTERRUPTS).strip() == "True"
+@pytest.mark.parametrize(("idle", "seconds"), [(10.0, 6), (0.001, 4)], ids=["workers stay", "workers come and go"])
+def test_ctrl_c_at_any_moment_leaves_no_worker_behind(idle: float, seconds: int) -> None:
+    code = INTERRUPTS.replace("IDLE_SECONDS", str(idle)).replace("TEST_SECONDS", str(seconds))
+    assert run_python(code).strip() == "True"
 
 
 @forks
@@ -451,3 +456,154 @@ def test_where_no_thread_can_be_started_the_caller_works_alone(monkeypatch: pyte
         assert len(done) == 3
         with pytest.raises(RuntimeError, match="start new thread"):
             threads.run(work, 3, threads=4, burst=0)
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> threads._Workers:
+    """Workers of a test's own, who soon end if they are too many."""
+    workers = threads._Workers()
+    monkeypatch.setattr(threads, "_workers", workers)
+    monkeypatch.setattr(threads, "IDLE", 0.1)
+    return workers
+
+
+def soon(happens: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 20
+    while not happens() and time.monotonic() < end:
+        time.sleep(0.01)
+    return happens()
+
+
+def compute(number: int, items: int = 64, burst: int = 1) -> None:
+    work = Counted(items)
+    threads.run(work, items, threads=number, burst=burst)
+    assert sorted(work.done) == list(range(items))
+
+
+def test_workers_that_are_too_many_end(pool: threads._Workers) -> None:
+    deformconv.set_num_threads(8)
+    compute(8)
+    all_workers = list(pool.threads)
+    assert len(all_workers) == 7
+    time.sleep(0.5)
+    assert pool.threads == all_workers and all(worker.is_alive() for worker in all_workers)  # as many as are asked for
+
+    deformconv.set_num_threads(3)
+    assert soon(lambda: sum(worker.is_alive() for worker in all_workers) == 2)
+    time.sleep(0.3)
+    assert len(pool.threads) == 2 and all(worker.is_alive() for worker in pool.threads)
+    compute(3)
+    deformconv.set_num_threads(1)
+    assert soon(lambda: not any(worker.is_alive() for worker in all_workers))
+    compute(1)
+    assert pool.threads == []
+
+    deformconv.set_num_threads(8)
+    test_every_item_is_done_once(200, 8, 1)
+    assert len(pool.threads) == 7
+
+
+def test_a_call_that_needs_more_workers_than_are_asked_for_keeps_them(pool: threads._Workers) -> None:
+    deformconv.set_num_threads(2)
+    compute(4)
+    workers = list(pool.threads)
+    for _ in range(10):
+        compute(4)
+        assert pool.threads == workers
+    assert soon(lambda: len(pool.threads) == 1)
+
+
+def test_fewer_and_more_threads_while_calls_are_under_way(pool: threads._Workers) -> None:
+    stop, failures = threading.Event(), []
+
+    def call(burst: int) -> None:
+        try:
+            while not stop.is_set():
+                compute(processors.get_num_threads(), burst=burst)
+        except BaseException as error:
+            failures.append(error)
+
+    deformconv.set_num_threads(32)
+    # Beside callers who work there is one who leaves all to workers: it would wait for ever if none came.
+    callers = [threading.Thread(target=call, args=(burst,)) for burst in (1, 1, 0)]
+    for caller in callers:
+        caller.start()
+    try:
+        for _ in range(3):
+            deformconv.set_num_threads(32)
+            assert soon(lambda: len(pool.threads) >= 31)
+            deformconv.set_num_threads(2)
+            assert soon(lambda: sum(worker.is_alive() for worker in pool.threads + pool.leaving) <= 2)  # the third caller's
+            assert 1 <= len(pool.threads) <= 2
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join(timeout=60)
+    assert not any(caller.is_alive() for caller in callers)
+    assert failures == []
+
+
+def test_a_job_that_comes_as_its_worker_is_about_to_end(pool: threads._Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "IDLE", 0.002)
+    deformconv.set_num_threads(1)
+    gone, chance = 0, np.random.default_rng(0)
+
+    def call(done: threading.Event) -> None:
+        compute(1, items=1, burst=0)
+        done.set()
+
+    for _ in range(500):
+        done = threading.Event()
+        threading.Thread(target=call, args=(done,), daemon=True).start()
+        assert done.wait(60)
+        time.sleep(chance.uniform(0, 0.004))
+        gone += not pool.threads
+    assert 0 < gone < 500
+
+
+COME_AND_GO = """
+import os, random, sys, threading, time, warnings
+warnings.simplefilter("error")
+alive = []
+def count():
+    alive.append(sum(thread.name == "deformconv" for thread in threading.enumerate()))
+os.register_at_fork(before=count)  # runs after those that are registered later
+import deformconv
+from deformconv.runtime import threads
+threads.IDLE = 0.0005
+def work(counter, limit, thread):
+    counter[0] += limit
+def call():
+    deformconv.set_num_threads(8)
+    threads.run(work, 8, threads=8, burst=1)
+    deformconv.set_num_threads(1)
+chance, seen = random.Random(SEED), set()
+"""
+
+
+@forks
+def test_a_fork_while_workers_end() -> None:
+    code = (
+        COME_AND_GO
+        + """
+for _ in range(200):
+    call()
+    seen.add(len(threads._workers.threads))
+    time.sleep(chance.random() * 0.002)
+    seen.add(len(threads._workers.threads))
+    child = os.fork()
+    if child == 0:
+        call()
+        os._exit(len(threads._workers.leaving) + len(threads._workers.threads) > 7)
+    assert os.waitpid(child, 0)[1] == 0
+print(set(alive), len(seen) > 2)
+"""
+    )
+    assert run_python(code.replace("SEED", "0")).strip() == "{0} True"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_interpreter_ends_while_workers_do(seed: int) -> None:
+    code = COME_AND_GO + "call()\ntime.sleep(chance.random() * 0.002)\nprint('ended')"
+    code = code.replace("os.register_at_fork", "getattr(os, 'register_at_fork', lambda **_: None)")
+    assert run_python(code.replace("SEED", str(seed))) == "ended\n"

@@ -16,8 +16,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import deformconv
-from deformconv.ops.conv import cpu, portable
+from deformconv.ops.conv import cpu
 from deformconv.ops.conv.spec import GRADIENTS
+from deformconv.torch import native
 
 SMALL = {
     1: Case("1-D", (5,), (3,), in_channels=2, out_channels=2, padding=1, offset_groups=2),
@@ -89,7 +90,7 @@ SUBSETS = [
 
 @pytest.mark.parametrize("needed", SUBSETS, ids=lambda needed: "+".join(needed) or "none")
 def test_only_needed_gradients_are_computed(needed, monkeypatch):
-    asked, real = [], cpu.deform_conv_backward
+    asked, real = [], cpu.backward
 
     def spy(spec, grad_output, input, offset, weight, mask, wanted, library):
         asked.append(tuple(wanted))
@@ -97,7 +98,7 @@ def test_only_needed_gradients_are_computed(needed, monkeypatch):
 
     call, tensors, grad_output = function_of(SMALL[2])
     whole = torch.autograd.grad(call(*tensors), tensors, grad_output)
-    monkeypatch.setattr(cpu, "deform_conv_backward", spy)
+    monkeypatch.setattr(cpu, "backward", spy)
     for name, tensor in zip(GRADIENTS, tensors, strict=True):
         tensor.requires_grad_(name in needed)
     y = call(*tensors)
@@ -222,7 +223,7 @@ def test_an_error_in_backward_reaches_the_caller(monkeypatch):
 
     call, tensors, _ = function_of(SMALL[2])
     y = call(*tensors)
-    monkeypatch.setattr(cpu, "deform_conv_backward", broken)
+    monkeypatch.setattr(cpu, "backward", broken)
     with pytest.raises(MemoryError, match="no room for d_input"):
         y.sum().backward()
 
@@ -254,8 +255,8 @@ def test_empty_batches():
 
 def test_derivatives_of_gradients_cost_nothing_until_they_are_computed(monkeypatch):
     """A graph of gradients is computed by the kernels as well; their derivative is the portable form's."""
-    calls, real = [], portable.deform_conv_backward
-    monkeypatch.setattr(portable, "deform_conv_backward", lambda *a: calls.append(1) or real(*a))
+    calls, real = [], native.backward
+    monkeypatch.setattr(native, "backward", lambda *a: calls.append(1) or real(*a))
     call, tensors, grad_output = function_of(SMALL[2])
     torch.autograd.grad(call(*tensors), tensors, grad_output)
     gradients = torch.autograd.grad(call(*tensors), tensors, grad_output, create_graph=True)

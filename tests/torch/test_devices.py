@@ -37,7 +37,7 @@ def test_the_parts_cover_the_output_once(monkeypatch):
         for chunk in (1, 100, 1000, 1 << 24):
             monkeypatch.setattr(portable, "CHUNK", chunk)
             seen = torch.zeros(spec.batch, spec.output_size[0], dtype=torch.int)
-            for images, rows, part in portable.chunks(spec):
+            for images, rows, part in portable.parts(spec):
                 seen[images, rows] += 1
                 assert part.batch == len(range(spec.batch)[images])
                 assert part.output_size[0] == len(range(spec.output_size[0])[rows])

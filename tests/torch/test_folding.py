@@ -35,7 +35,7 @@ def names_of(flags):
 def counted(monkeypatch):
     """How often the kernels run, and that the portable form does not."""
     calls = {"forward": 0, "backward": 0}
-    forward, backward = cpu.deform_conv, cpu.deform_conv_backward
+    forward, backward = cpu.forward, cpu.backward
 
     def count(name, function):
         def counting(*arguments, **keywords):
@@ -44,10 +44,9 @@ def counted(monkeypatch):
 
         return counting
 
-    monkeypatch.setattr(cpu, "deform_conv", count("forward", forward))
-    monkeypatch.setattr(cpu, "deform_conv_backward", count("backward", backward))
-    monkeypatch.delattr(portable, "deform_conv")
-    monkeypatch.delattr(portable, "deform_conv_backward")
+    monkeypatch.setattr(cpu, "forward", count("forward", forward))
+    monkeypatch.setattr(cpu, "backward", count("backward", backward))
+    monkeypatch.delattr(portable, "forward")
     return calls
 
 

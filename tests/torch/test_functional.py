@@ -158,13 +158,13 @@ def test_the_kernel_reads_the_tensors_memory(monkeypatch):
     from deformconv.ops.conv import cpu
 
     function, arrays, keywords, _ = call_of()
-    seen, real = [], cpu.deform_conv
+    seen, real = [], cpu.forward
 
     def spy(spec, *operands, library):
         seen.extend(operands)
         return real(spec, *operands, library=library)
 
-    monkeypatch.setattr(cpu, "deform_conv", spy)
+    monkeypatch.setattr(cpu, "forward", spy)
     function(**arrays, **keywords)
     assert [array.ctypes.data for array in seen] == [arrays[name].data_ptr() for name in ARGUMENTS]
 
@@ -184,7 +184,7 @@ def test_without_gradients_no_graph_is_made(context, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("Function.apply costs time and is not needed")
 
-    monkeypatch.setattr(functional.autograd.DeformConvFunction, "apply", refuse)
+    monkeypatch.setattr(functional.DEFORM_CONV.function, "apply", refuse)
     with context():
         y = function(**arrays, **keywords)
     assert not y.requires_grad
@@ -255,3 +255,19 @@ class TestErrors:
         arrays = {name: t.numpy() for name, t in arrays.items()}
         with pytest.raises(TypeError, match=r"`input` is a numpy.ndarray; expected a PyTorch tensor. Pass"):
             function(**arrays, **keywords)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, RuntimeError])
+def test_a_fault_of_our_own_plan_is_raised_and_not_taken_for_a_call_that_must_be_looked_at(kind, monkeypatch):
+    planned = []
+
+    def broken(*arguments, **keywords):
+        planned.append(1)
+        raise kind("a fault of the plan")
+
+    function, arrays, keywords, _ = call_of()
+    functional.calls._plan.cache_clear()
+    monkeypatch.setattr(functional.run, "plan_of", broken)
+    with pytest.raises(kind, match="a fault of the plan"):
+        function(**arrays, **keywords)
+    assert planned == [1]

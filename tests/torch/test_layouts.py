@@ -209,7 +209,7 @@ def test_whatever_strides_a_kernel_returns(last, monkeypatch):
             return array
         return array.copy() if last else array.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)
 
-    forward, backward = cpu.deform_conv, cpu.deform_conv_backward
+    forward, backward = cpu.forward, cpu.backward
     function, arrays, keywords, grad_output = call_of(FORMS[2])
     form = torch.channels_last if last else torch.contiguous_format
     tensors = {
@@ -222,8 +222,8 @@ def test_whatever_strides_a_kernel_returns(last, monkeypatch):
         return [y.detach(), *torch.autograd.grad(y, list(tensors.values()), grad_output)]
 
     expected = results()
-    monkeypatch.setattr(cpu, "deform_conv", lambda *a, **k: turned(forward(*a, **k)))
-    monkeypatch.setattr(cpu, "deform_conv_backward", lambda *a, **k: Gradients(*map(turned, backward(*a, **k))))
+    monkeypatch.setattr(cpu, "forward", lambda *a, **k: turned(forward(*a, **k)))
+    monkeypatch.setattr(cpu, "backward", lambda *a, **k: Gradients(*map(turned, backward(*a, **k))))
     for found, wanted in zip(results(), expected, strict=True):
         assert torch.equal(found, wanted)
         assert found.stride() == wanted.stride()

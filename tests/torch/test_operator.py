@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deformconv import ShapeError
 from deformconv.ops.conv.spec import GRADIENTS
-from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d, operator
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
+from deformconv.torch.functional import DEFORM_CONV
 
 pytestmark = [
     # PyTorch's own scripts, used by its forward-mode rules.
@@ -62,11 +63,11 @@ def arguments_of(case, requires_grad, dtype="float64"):
 def test_opcheck(rank, masked, boundary):
     case = SMALL[rank].but(masked=masked, boundary=boundary)
     operands, parameters, grad_output = arguments_of(case, requires_grad=True)
-    opcheck(operator.forward_op, (*operands, *parameters))
+    opcheck(DEFORM_CONV.forward_op, (*operands, *parameters))
     del operands[3]
-    opcheck(operator.backward_op, (grad_output, *operands, *parameters, [True] * 4 + [masked]))
+    opcheck(DEFORM_CONV.backward_op, (grad_output, *operands, *parameters, [True] * 4 + [masked]))
     plain = [t if t is None else t.detach() for t in operands]
-    opcheck(operator.backward_op, (grad_output, *plain, *parameters, [True] + [False] * 4))
+    opcheck(DEFORM_CONV.backward_op, (grad_output, *plain, *parameters, [True] + [False] * 4))
 
 
 @pytest.mark.parametrize("form", ["channels last", "bfloat16 beside float32", "portable", "strided"])
@@ -81,8 +82,8 @@ def test_opcheck_of_other_tensors(form):
         parameters[-1] = "portable"
     else:
         x, g = x.transpose(2, 3).contiguous().transpose(2, 3), g[:, :1].expand(g.shape)
-    opcheck(operator.forward_op, (x, offset, weight, bias, mask, *parameters))
-    opcheck(operator.backward_op, (g, x, offset, weight, mask, *parameters, [True] * 5))
+    opcheck(DEFORM_CONV.forward_op, (x, offset, weight, bias, mask, *parameters))
+    opcheck(DEFORM_CONV.backward_op, (g, x, offset, weight, mask, *parameters, [True] * 5))
 
 
 def nets():
@@ -257,7 +258,7 @@ def test_export_to_training_and_decomposed(net, x):
     exported = torch.export.export(net, (x,))
     assert_agree(net, gradients(exported.module(), x), gradients(net, x))
     assert_agree(net, [exported.run_decompositions().module()(x)], [net(x)])
-    operators = [node.target for node in exported.graph.nodes if node.target is operator.forward_op]
+    operators = [node.target for node in exported.graph.nodes if node.target is DEFORM_CONV.forward_op]
     assert len(operators) == 2
 
 
@@ -285,7 +286,7 @@ def test_make_fx_records_forward_and_backward(net, x, larger):
 
     traced = make_fx(step)(x)
     targets = [node.target for node in traced.graph.nodes]
-    assert targets.count(operator.forward_op) == targets.count(operator.backward_op) == 2
+    assert targets.count(DEFORM_CONV.forward_op) == targets.count(DEFORM_CONV.backward_op) == 2
     assert_agree(net, traced(x), step(x))
 
 

@@ -6,6 +6,7 @@ Only one process computes at a time. Libraries that idle in one process with ano
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,9 @@ from deformconv.bench.cases import Case
 from deformconv.bench.nets import NET_PEERS
 from deformconv.bench.peers import PEERS, Peer, Truth
 
-__all__ = ["Entry", "Failure", "Pace", "Process", "Progress", "compare", "differences", "peer_of", "processes", "speed"]
+__all__ = [
+    "Entry", "Failure", "Pace", "Process", "Progress", "compare", "differences", "peer_of", "processes", "results_of", "speed",
+]  # fmt: skip
 
 MOST_CALLS = 1000  # in a block
 
@@ -32,7 +35,7 @@ class Failure(RuntimeError):
 
 
 class Pace(NamedTuple):
-    """How long to measure: so many blocks of each library, each of about so many seconds."""
+    """How long to measure: the number of blocks of each library, and about how many seconds a block takes."""
 
     blocks: int
     seconds: float
@@ -49,15 +52,16 @@ class Progress:
 
 
 class Process:
-    """A worker process and the conversation with it."""
+    """A worker process, in a folder and with variables of its environment if given, and the conversation with it."""
 
-    def __init__(self, library: str, threads: int) -> None:
+    def __init__(self, library: str, threads: int, folder: Path | None = None, **variables: str) -> None:
         self.library = library
         command = [sys.executable, "-m", "deformconv.bench.worker", library, str(threads)]
         # Libraries write hints and warnings there; what goes wrong is in the answers.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            cwd=folder, env={**os.environ, **variables},
+        )  # fmt: skip
         self.requests = cast(IO[str], self.process.stdin)  # Popen makes both, since both are pipes
         self.answers = cast(IO[str], self.process.stdout)
 
@@ -127,7 +131,7 @@ def compare(entries: Mapping[str, Entry], direction: str, truth: Any, pace: Pace
             continue
         if peer.deforms and case not in expected:
             try:
-                expected = {case: _results(truth, case, direction)}  # of one case at a time, since they may be large
+                expected = {case: results_of(truth, case, direction)}  # of one case at a time, since they may be large
             except Failure as failure:
                 raise Failure(f"what {case.name} should be could not be computed: {failure}") from None
         results[label] = _checked(process, case, direction, expected[case] if peer.deforms else None)
@@ -142,7 +146,7 @@ def _checked(process: Any, case: Any, direction: str, expected: dict[str, Any] |
     """The error of what it computes; why it may not be timed, if it may not."""
     peer = peer_of(process.library)
     try:
-        found = _results(process, case, direction)
+        found = results_of(process, case, direction)
     except Failure as failure:
         return {"reason": f"failed: {failure}"}
     if expected is None:  # a plain convolution
@@ -167,7 +171,8 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, fl
     return errors
 
 
-def _results(process: Any, case: Any, direction: str) -> dict[str, Any]:
+def results_of(process: Any, case: Any, direction: str) -> dict[str, Any]:
+    """The output that a process computes, and after a backward call the gradients by name."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.npz"
         process.ask("prepare", case=case._asdict())

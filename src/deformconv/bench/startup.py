@@ -15,7 +15,7 @@ import numpy as np
 
 from deformconv.bench.figures import Row, markdown
 
-__all__ = ["measure", "write"]
+__all__ = ["Start", "measure", "write"]
 
 FIRST_CALL = """
 import time
@@ -23,6 +23,7 @@ began = time.perf_counter()
 import torch
 imported = time.perf_counter()
 from deformconv.torch import deform_conv2d
+loaded = time.perf_counter()
 shapes = (2, 32, 20, 20), (2, 18, 20, 20), (32, 32, 3, 3), (32,), (2, 9, 20, 20)
 generator = torch.Generator().manual_seed(0)
 x, offset, weight, bias, mask = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
@@ -32,21 +33,26 @@ called = time.perf_counter()
 import hashlib, json
 results = [output.detach(), *(tensor.grad for tensor in (x, offset, weight, bias, mask))]
 seen = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in results)).hexdigest()
-print(json.dumps({"import": imported - began, "first": called - imported, "results": seen}))
+print(json.dumps({"import": imported - began, "load": loaded - imported, "first": called - imported, "results": seen}))
 """
 
 
-class _Start:
-    """A process that makes its first call."""
+class Start:
+    """A process that makes its first call, in a folder and with variables of its environment if given."""
 
-    def __init__(self, cache: str | None = None) -> None:
-        environment = dict(os.environ) if cache is None else {**os.environ, "DEFORMCONV_CACHE_DIR": cache}
+    def __init__(self, folder: Path | None = None, **variables: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", FIRST_CALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+            [sys.executable, "-c", FIRST_CALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=folder, env={**os.environ, **variables},
+        )  # fmt: skip
 
     def end(self) -> dict[str, Any]:
-        printed, complaint = self.process.communicate()
+        """The seconds of each part, and a name for the results' bits."""
+        try:
+            printed, complaint = self.process.communicate()
+        finally:  # an interrupt must not leave a process behind that compiles into a folder which is gone
+            self.process.kill()
+            self.process.wait()
         if self.process.returncode:
             last = (complaint.strip().splitlines() or ["it said nothing"])[-1]
             raise RuntimeError(f"a first call failed: {last}")
@@ -57,21 +63,21 @@ class _Start:
 def measure(step: Callable[[str], None], warm: int, cold: bool) -> list[dict[str, Any]]:
     """Medians of some warm starts, and a cold one; and whether two that start cold at once do no harm."""
     step("the first call, warm")
-    _Start().end()  # it compiles, if nothing is on disk
-    runs = [_Start().end() for _ in range(warm)]
+    Start().end()  # it compiles, if nothing is on disk
+    runs = [Start().end() for _ in range(warm)]
     rows = [_row("import torch", [run["import"] for run in runs]), _row("warm, after that", [run["first"] for run in runs])]
     if not cold:
         return rows
     with tempfile.TemporaryDirectory() as folder:
         step("the first call, cold")
-        alone = _Start(folder).end()
+        alone = Start(DEFORMCONV_CACHE_DIR=folder).end()
         rows.append(_row("cold, after importing torch", [alone["first"]]))
         written = _files(folder)
     with tempfile.TemporaryDirectory() as folder:
         step("the first call, two at once")
-        both = [start.end() for start in (_Start(folder), _Start(folder))]
+        both = [start.end() for start in (Start(DEFORMCONV_CACHE_DIR=folder), Start(DEFORMCONV_CACHE_DIR=folder))]
         between = _files(folder)
-        later = _Start(folder).end()
+        later = Start(DEFORMCONV_CACHE_DIR=folder).end()
         agree = len({run["results"] for run in (*runs, alone, *both, later)}) == 1
         whole = written == between == _files(folder)
     cold_both = _row("two cold at once, each", [run["first"] for run in both])

@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from deformconv.bench import chart, document, figures
+from deformconv.bench import base, chart, document, figures
 from deformconv.bench.cases import CASES, QUICK, Case
 from deformconv.bench.measure import Pace, Progress, speed
 from deformconv.bench.nets import NETS, QUICK_NETS, DeformconvNet
 from deformconv.bench.peers import DIRECTIONS, PEERS, missing
-from deformconv.bench.reports import REPORTS, Plan
+from deformconv.bench.reports import REPORTS, Plan, Report
 from deformconv.studies.files import whole_file
 
 __all__ = ["Options", "run"]
 
 ALL = ("speed", *REPORTS)
+BASE = {f"base {name}": report for name, report in base.REPORTS.items()}  # by the names of a file's sections
 FULL, QUICK_PACE = Pace(blocks=7, seconds=0.3), Pace(blocks=3, seconds=0.05)
 PICTURES = (".png", ".svg", ".pdf")
 INSTALL = "pip install 'deformconv[bench]'"
@@ -44,6 +46,7 @@ class Options(NamedTuple):
     json: Path | None = None
     plot: Path | None = None
     source: Path | None = None
+    base: str | None = None
 
 
 class Bar(Progress):
@@ -75,12 +78,16 @@ class Bar(Progress):
 
 def run(options: Options) -> int:
     """Measure, or read what was measured; print, write and draw it. Return the exit code: 1 if our own results are wrong."""
-    reports = _chosen("report", options.reports, (*ALL, "all")) or ["speed"]
-    reports = list(ALL) if "all" in reports else reports
+    known = ALL if options.base is None else tuple(base.REPORTS)
+    what = "report" if options.base is None else "report with --base"
+    reports = _chosen(what, options.reports, (*known, "all")) or ["speed"]
+    reports = list(known) if "all" in reports else reports
+    _check_base(options)
     _check_files(options, reports)
     if options.source is not None:
         found = _read(options.source)
-        names = [name for name in (reports if options.reports else ALL) if name in found]
+        wanted = reports if options.reports else ALL
+        names = [name for name in (*ALL, *BASE) if name in found and name.removeprefix("base ") in wanted]
         if not names:
             raise click.ClickException(f"{options.source} has no {' and no '.join(reports)}")
         for name in names:
@@ -91,27 +98,32 @@ def run(options: Options) -> int:
     if "net" in reports and (needed := missing(DeformconvNet.packages)):
         raise click.ClickException(f"the report net cannot be measured: {', '.join(needed)} not installed here. {INSTALL}")
     found = document.machine()
-    earlier = _earlier(options.json, found, reports)
-    wrong = False
-    for name in reports:
-        bar = Bar()
-        try:
-            rows = _measure(name, plan, bar)
-        except RuntimeError as error:
-            raise click.ClickException(f"{name}: {error}") from None
-        finally:
-            bar.end()
-        wrong |= _is_wrong(rows)
-        earlier = document.join(earlier, found, name, document.section(rows, plan.threads, *plan.pace))
-        _print(name, rows)
-        if options.json is not None:  # after every report, since the next may be interrupted
-            _write(options.json, earlier)
+    sections = {name: name if options.base is None else f"base {name}" for name in reports}
+    earlier = _earlier(options.json, found, list(sections.values()))
+    wrong = differing = False
+    with _trees(options) as trees:
+        for name, section in sections.items():
+            bar = Bar()
+            try:
+                rows = _measure(name, plan, bar, trees)
+            except RuntimeError as error:
+                raise click.ClickException(f"{name}: {error}") from None
+            finally:
+                bar.end()
+            wrong |= _is_wrong(rows)
+            differing |= base.differing(rows)
+            earlier = document.join(earlier, found, section, document.section(rows, plan.threads, *plan.pace))
+            _print(section, rows)
+            if options.json is not None:  # after every report, since the next may be interrupted
+                _write(options.json, earlier)
     if absent:
         click.echo(f"\nNot installed, so not compared: {', '.join(absent)}. {INSTALL} brings all of them.")
     click.echo("\n" + _machine_line(found, plan.threads))
     _draw(options.plot, earlier)
     if wrong:
         raise click.ClickException("deformconv failed, or its results are wrong: see above")
+    if differing:
+        raise click.ClickException("the results of here are not those of the base, bit for bit: see above")
     return 0
 
 
@@ -140,12 +152,14 @@ def _plan(options: Options) -> tuple[Plan, list[str]]:
     pace = QUICK_PACE if options.quick else FULL
     pace = Pace(options.blocks or pace.blocks, options.seconds or pace.seconds)
     plan = Plan(cases, libraries, directions, options.threads or available_processors(), pace, options.quick, nets)
-    return plan, [] if wanted else [PEERS[name].title for name in absent]
+    return plan, [] if wanted or options.base is not None else [PEERS[name].title for name in absent]
 
 
-def _measure(name: str, plan: Plan, bar: Bar) -> list[dict[str, Any]]:
+def _measure(name: str, plan: Plan, bar: Bar, trees: base.Trees | None) -> list[dict[str, Any]]:
     if not (plan.nets if name == "net" else plan.cases):
         raise click.UsageError(f"the report {name} measures {'nets' if name == 'net' else 'layers'}, and --case names none")
+    if trees is not None:
+        return base.REPORTS[name].measure(trees, plan, bar)
     if name == "speed":
         return speed(plan.cases, plan.libraries, plan.directions, plan.threads, plan.pace, bar)
     return REPORTS[name].measure(plan, bar)
@@ -164,8 +178,9 @@ def _is_wrong(rows: Sequence[figures.Row]) -> bool:
 
 def _print(name: str, rows: Sequence[figures.Row]) -> None:
     if name != "speed":
-        click.secho(f"\n{REPORTS[name].title}\n", bold=True)
-        click.echo(REPORTS[name].write(rows))
+        report: Report | base.Report = BASE[name] if name in BASE else REPORTS[name]
+        click.secho(f"\n{report.title}\n", bold=True)
+        click.echo(report.write(rows))
         return
     for direction in DIRECTIONS:
         if any(row["direction"] == direction for row in rows):
@@ -181,6 +196,23 @@ def _print(name: str, rows: Sequence[figures.Row]) -> None:
 def _machine_line(found: Document, threads: int) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
     return f"{found['processor']}, {threads} threads; Python {found['python']}, {packages}"
+
+
+@contextmanager
+def _trees(options: Options) -> Iterator[base.Trees | None]:
+    """What --base names and what lies here; None without it."""
+    with ExitStack() as stack:
+        try:
+            trees = None if options.base is None else stack.enter_context(base.trees_of(options.base))
+        except RuntimeError as error:
+            raise click.ClickException(f"--base: {error}") from None
+        yield trees
+
+
+def _check_base(options: Options) -> None:
+    for option, given in (("--library", options.libraries), ("--plot", options.plot), ("--from", options.source)):
+        if options.base is not None and given:
+            raise click.UsageError(f"--base measures deformconv alone, at two commits: {option} has no place beside it")
 
 
 def _check_files(options: Options, reports: Sequence[str]) -> None:

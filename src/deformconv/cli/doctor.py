@@ -17,6 +17,7 @@ import numpy as np
 import deformconv
 from deformconv import dispatch
 from deformconv.accuracy import TOLERANCE, error
+from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 
 __all__ = ["run"]
@@ -138,11 +139,13 @@ def _cache() -> Lines:
             "folder",
             ("none can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR to one that can"),
         )
-        return
-    yield "folder", str(folder)
-    yield "writable", "yes" if os.access(folder, os.W_OK) else "no"
-    kernels = len(cache.cached_files())
-    yield "kernels in it", str(kernels) if kernels else "none yet: `deformconv warmup` compiles them"
+    else:
+        yield "folder", str(folder)
+        yield "writable", "yes" if os.access(folder, os.W_OK) else "no"
+        kernels = len(cache.cached_files())
+        yield "kernels in it", str(kernels) if kernels else "none yet: `deformconv warmup` compiles them"
+    for file in cache.damaged_files():
+        yield "damaged", f"{file}: its kernel is compiled again when it is needed"
 
 
 def _backends() -> Lines:
@@ -151,10 +154,13 @@ def _backends() -> Lines:
         if find_spec(library) is None:
             yield library, "not installed"
             continue
-        for line in dispatch.explain(spec, library, "cpu").splitlines()[1:]:
-            backend = line.startswith(" ")
-            direction, _, chosen = line.partition(": ")
-            yield ("", line.strip()) if backend else (f"{library} {direction}", chosen)
+        for backward in (False, True):
+            verdicts = dispatch.verdicts(DEFORM_CONV, spec, library, "cpu", backward)
+            runs = [verdict for verdict in verdicts if verdict.runs]
+            yield f"{library} {'backward' if backward else 'forward'}", runs[0].backend if runs else "no backend can run it"
+            for verdict in sorted(verdicts, key=lambda verdict: not verdict.runs):
+                if verdict.sentences:
+                    yield "", str(verdict)
 
 
 def _self_test() -> Lines:
@@ -164,7 +170,7 @@ def _self_test() -> Lines:
     for backend in ("cpu", "portable"):
         for backward in (False, True):
             direction = "backward" if backward else "forward"
-            if dispatch.load(spec, backend).reasons_against(spec, "numpy", "cpu", backward):
+            if dispatch.load(DEFORM_CONV, backend).reasons_against(spec, "numpy", "cpu", backward):
                 continue
             found = _values(backend, arrays, grad_output, backward)
             yield f"{backend} {direction}", _verdict(found, expected)

@@ -132,6 +132,7 @@ def doctor() -> int:
 @click.option("--case", "cases", multiple=True, help="Only this case; may be given more than once, as the next two.")
 @click.option("--library", "libraries", multiple=True, help="Beside this library only.")
 @click.option("--direction", "directions", multiple=True, help="Only forward, or only forward+backward.")
+@click.option("--base", metavar="REV", help="Beside another commit of this git checkout; see below.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of every library.  [default: one per processor]")
 @click.option("--blocks", type=click.IntRange(1), help="Blocks of calls of every library.  [default: 7, quick: 3]")
 @click.option(
@@ -164,6 +165,10 @@ def bench(**options: Any) -> int:
     Every library runs in a process of its own, in alternating blocks of
     calls, after its results were compared with those of array operations
     in float64: a wrong result has no time.
+
+    With --base the reports speed, small and startup compare the files that
+    lie here with those of another commit. Ends with 1 if a result differs
+    in a bit.
     """
     from deformconv.cli.bench import Options, run
 

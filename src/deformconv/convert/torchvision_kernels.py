@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deformconv.ops.conv.spec import GRADIENTS, ConvSpec
-from deformconv.torch import compute
-from deformconv.torch.compute import Parameters, Plan
+from deformconv.torch import run
+from deformconv.torch.functional import DEFORM_CONV
+from deformconv.torch.run import Plan
+from deformconv.torch.tensors import operand
 
 __all__ = ["kernels"]
 
@@ -27,7 +28,7 @@ def kernels() -> dict[str, Callable[..., Any]]:
         except (TypeError, ValueError) as error:
             result: Tensor = theirs[_FORWARD](error, keyset, *arguments)
             return result
-        return compute.forward(plan, input, offset, weight, bias, mask)
+        return run.forward(plan, input, offset, weight, bias, mask)
 
     def backward(keyset: Any, grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         try:
@@ -35,8 +36,8 @@ def kernels() -> dict[str, Callable[..., Any]]:
         except (TypeError, ValueError) as error:
             result: tuple[Tensor, ...] = theirs[_BACKWARD](error, keyset, grad_output, *arguments)
             return result
-        wanted = GRADIENTS if mask is not None else GRADIENTS[:-1]
-        found = compute.backward(plan, grad_output, input, offset, weight, mask, wanted)
+        wanted = tuple(plan.spec.shapes)
+        found = run.backward(plan, grad_output, (input, offset, weight, mask), wanted)
         d_mask = torch.zeros_like(arguments[3]) if mask is None else found.mask
         return found.input, found.weight, found.offset, d_mask, found.bias
 
@@ -62,7 +63,8 @@ def _call(
     *numbers, groups, offset_groups, use_mask = parameters
     stride, padding, dilation = (tuple(map(int, numbers[i : i + 2])) for i in (0, 2, 4))
     masks = mask if use_mask else None
-    operands: list[Any] = [None if t is None else compute.operand(t) for t in (input, offset, weight, bias, masks)]
-    given = Parameters(stride, padding, dilation, int(groups), int(offset_groups), "zeros")
-    spec: ConvSpec = compute.spec_of(*(*operands, given, 2))
-    return compute.plan_for(spec, "cpu", True, None), input, offset, weight, bias, masks
+    operator, tensors = DEFORM_CONV.operator, (input, offset, weight, bias, masks)
+    values = (stride, padding, dilation, int(groups), int(offset_groups), "zeros")
+    operands = {name: None if t is None else operand(t) for name, t in zip(operator.names, tensors, strict=True)}
+    spec = run.spec_of(operator, operands, dict(zip(operator.defaults, values, strict=True)), 2)
+    return run.plan_for(DEFORM_CONV, spec, "cpu", True, None), input, offset, weight, bias, masks

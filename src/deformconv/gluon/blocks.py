@@ -188,8 +188,8 @@ class DeformableConvolution(_Deformable, cnn.DeformableConvolution):
 class ModulatedDeformableConvolution(_Deformable, cnn.ModulatedDeformableConvolution):
     """Deformable convolution v2 that predicts offsets and masks: `mxnet.gluon.contrib.cnn.ModulatedDeformableConvolution`.
 
-    As `DeformableConvolution`, which see; it also trains on the CPU, where MXNet's block has no backward pass. Masks are
-    2*sigmoid of what is predicted, so that a fresh block's are 1.
+    It trains on the CPU, where MXNet's block has no backward pass. Masks are 2*sigmoid of what is predicted, so that a fresh
+    block's are 1.
 
     Args:
         boundary: "zeros", MXNet's rule for v2, which None means; or "inside". The other arguments are those of

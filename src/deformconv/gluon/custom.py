@@ -1,4 +1,4 @@
-"""The operator as MXNet's engine, autograd and symbols know it: the custom operator "deformconv".
+"""An operator as MXNet's engine, autograd and symbols know it: a custom operator.
 
 MXNet calls these methods from C++, some of them from threads of its own, and passes on no more of an exception than that there
 was one: it prints a traceback and raises an MXNetError without our text. So the text goes to stderr first.
@@ -13,7 +13,6 @@ from ast import literal_eval
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache, wraps
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import mxnet as mx
@@ -24,15 +23,11 @@ from mxnet.ndarray.ndarray import _DTYPE_MX_TO_NP
 from deformconv import dispatch
 from deformconv.errors import BackendError, ShapeError
 from deformconv.gluon.arrays import device, view, write
-from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Operand, conv_spec
+from deformconv.ops.operator import Operand, Operator
 
-__all__ = ["OPERANDS", "OP_TYPE", "WINDOW", "check_device", "in_gluon_words"]
+__all__ = ["check_device", "in_gluon_words", "in_our_words", "register"]
 
-OP_TYPE = "deformconv"
-# In the order in which MXNet passes them; the last two may be absent.
-OPERANDS = ("data", "offset", "weight", "bias", "mask")
-# What a symbol keeps, as text, in graphs that may be saved: these names and their meaning stay.
-WINDOW = ("stride", "padding", "dilation", "groups", "offset_groups", "boundary")
+# What a symbol keeps as text beside the operator's parameters, in graphs that may be saved: names and their meaning stay.
 OTHERS = ("operands", "backend", "weight_shape")
 
 
@@ -46,6 +41,11 @@ def _finish() -> None:
 def in_gluon_words(error: Exception) -> Exception:
     """The same error, calling the first argument `data`, as MXNet does."""
     return type(error)(re.sub(r"\binput(?=[`\[,])", "data", str(error)))
+
+
+def in_our_words(named: dict[str, Any]) -> dict[str, Any]:
+    """The same values, with the first argument's name of other front ends."""
+    return {"input" if name == "data" else name: value for name, value in named.items()}
 
 
 def check_device(context: Any, name: str = "data") -> None:
@@ -73,20 +73,21 @@ def _told(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class _DeformConv(mx.operator.CustomOp):
+class _Computation(mx.operator.CustomOp):
     """One call's computation: forward, and backward from the inputs alone."""
 
-    def __init__(self, spec: ConvSpec, backend: str | None, operands: Sequence[str]) -> None:
+    def __init__(self, operator: Operator, spec: Any, backend: str | None, operands: Sequence[str]) -> None:
         super().__init__()
-        self._spec, self._backend, self._operands = spec, backend, tuple(operands)
+        self._operator, self._spec, self._backend = operator, spec, backend
+        self._operands = tuple(in_our_words(dict.fromkeys(operands)))
 
     @_told
     def forward(self, is_train: bool, req: list[str], in_data: list[Any], out_data: list[Any], aux: list[Any]) -> None:
         if req[0] == "null":
             return
-        arrays: dict[str, Any] = dict.fromkeys(OPERANDS)
+        arrays: dict[str, Any] = dict.fromkeys(self._operator.names)
         arrays |= zip(self._operands, map(view, in_data), strict=True)
-        output = self._module(backward=False).deform_conv(self._spec, *arrays.values())
+        output = self._module(backward=False).forward(self._spec, *arrays.values())
         write(out_data[0], req[0], output)
 
     @_told
@@ -99,20 +100,18 @@ class _DeformConv(mx.operator.CustomOp):
         in_grad: list[Any],
         aux: list[Any],
     ) -> None:
-        names = ["input" if name == "data" else name for name in self._operands]
-        wanted = [name for name, request in zip(names, req, strict=True) if request != "null"]
+        wanted = [name for name, request in zip(self._operands, req, strict=True) if request != "null"]
         if not wanted:
             return
-        arrays = {name: view(array) for name, array in zip(names, in_data, strict=True)}
-        gradients = self._module(backward=True).deform_conv_backward(
-            self._spec, view(out_grad[0]), arrays["input"], arrays["offset"], arrays["weight"], arrays.get("mask"), wanted
-        )
-        for name, request, array in zip(names, req, in_grad, strict=True):
+        arrays = {name: view(array) for name, array in zip(self._operands, in_data, strict=True)}
+        saved = [arrays.get(argument.name) for argument in self._operator.in_backward]
+        gradients = self._module(backward=True).backward(self._spec, view(out_grad[0]), *saved, wanted=wanted)
+        for name, request, array in zip(self._operands, req, in_grad, strict=True):
             if request != "null":
-                write(array, request, gradients[GRADIENTS.index(name)])
+                write(array, request, getattr(gradients, name))
 
-    def _module(self, backward: bool) -> ModuleType:
-        return dispatch.choose(self._spec, "numpy", "cpu", backward, self._backend)
+    def _module(self, backward: bool) -> Any:
+        return dispatch.choose(self._operator, self._spec, "numpy", "cpu", backward, self._backend)
 
 
 class _Parameters(NamedTuple):
@@ -121,30 +120,48 @@ class _Parameters(NamedTuple):
     operands: tuple[str, ...]
     backend: str | None
     weight_shape: tuple[int, ...] | None
-    window: dict[str, Any]
+    values: dict[str, Any]  # the operator's own parameters
 
 
 @lru_cache(maxsize=256)
-def _parameters(attributes: tuple[tuple[str, str], ...]) -> _Parameters:
+def _parameters(operator: Operator, op_type: str, attributes: tuple[tuple[str, str], ...]) -> _Parameters:
     values = dict(attributes)
     # Beside ours come those of `mxnet.AttrScope`, all between double underscores.
     names = {name for name in values if not name.startswith("__")}
-    if names != {*WINDOW, *OTHERS}:
+    if names != {*operator.defaults, *OTHERS}:
         raise TypeError(
-            f"the operator {OP_TYPE!r} has the attributes {', '.join(sorted(names)) or 'none'}; expected a symbol that "
-            "`deformconv.gluon.deform_conv` made, in this version."
+            f"the operator {op_type!r} has the attributes {', '.join(sorted(names)) or 'none'}; expected a symbol that "
+            f"`deformconv.gluon.{operator.name}` made, in this version."
         )
     read = {name: literal_eval(values[name]) for name in names}
-    return _Parameters(**{name: read[name] for name in OTHERS}, window={name: read[name] for name in WINDOW})
+    own = {name: read[name] for name in operator.defaults}
+    return _Parameters(**{name: read[name] for name in OTHERS}, values=own)
 
 
-@mx.operator.register(OP_TYPE)
-class _DeformConvProp(mx.operator.CustomOpProp):
+Complete = Callable[[dict[str, list[int]], dict[str, Any]], None]
+
+
+def register(operator: Operator, op_type: str, complete: Complete) -> type:
+    """Make an operator known to MXNet as the custom operator `op_type`.
+
+    `complete` fills in, in place, what known shapes determine of the others: MXNet infers a block's deferred parameters that
+    way. It gets the shapes by name, those that are not known empty, and the operator's parameters.
+    """
+    kind = type(f"{op_type}_Prop", (_Prop,), {"_operator": operator, "_op_type": op_type, "_complete": staticmethod(complete)})
+    mx.operator.register(op_type)(kind)
+    return kind
+
+
+class _Prop(mx.operator.CustomOpProp):
     """What MXNet asks before it computes: the arguments' names, shapes and types.
 
     It declares no dependencies of its own for the backward pass, though bias and output are not needed there: MXNet keeps the
     last declaration of any operator for all of them, and then fails on v1's backward pass after a forward pass of v2.
     """
+
+    _operator: Operator
+    _op_type: str
+    _complete: Complete
 
     def __init__(self, **attributes: str) -> None:
         super().__init__(need_top_grad=True)
@@ -152,8 +169,12 @@ class _DeformConvProp(mx.operator.CustomOpProp):
         self._attributes = tuple(attributes.items())
 
     @property
+    def _parameters(self) -> _Parameters:
+        return _parameters(self._operator, self._op_type, self._attributes)
+
+    @property
     def _operands(self) -> tuple[str, ...]:
-        return _parameters(self._attributes).operands
+        return self._parameters.operands
 
     @_told
     def list_arguments(self) -> list[str]:
@@ -165,7 +186,9 @@ class _DeformConvProp(mx.operator.CustomOpProp):
     @_told
     def infer_shape(self, in_shape: list[list[int]]) -> tuple[list[Any], list[Any], list[Any]]:
         shapes = dict(zip(self._operands, map(list, in_shape), strict=True))
-        self._complete(shapes)
+        if not shapes.get("weight", True):
+            shapes["weight"] += self._parameters.weight_shape or ()
+        self._complete(shapes, self._parameters.values)
         if all(shape and min(shape) > 0 for shape in shapes.values()):
             output = list(self._spec(shapes, dict.fromkeys(shapes, "float32")).output_shape)
         else:
@@ -179,29 +202,16 @@ class _DeformConvProp(mx.operator.CustomOpProp):
         return types, [types[0]], []
 
     @_told
-    def create_operator(self, ctx: Any, in_shapes: list[list[int]], in_dtypes: list[int]) -> _DeformConv:
+    def create_operator(self, ctx: Any, in_shapes: list[list[int]], in_dtypes: list[int]) -> _Computation:
         shapes = dict(zip(self._operands, in_shapes, strict=True))
         types = [np.dtype(_DTYPE_MX_TO_NP[number]).name for number in in_dtypes]
         spec = self._spec(shapes, dict(zip(self._operands, types, strict=True)))
         # Choosing here says why no backend can run before anything does.
         check_device(ctx)
-        backend = _parameters(self._attributes).backend
-        dispatch.choose(spec, "numpy", "cpu", False, backend)
-        return _DeformConv(spec, backend, self._operands)
+        backend = self._parameters.backend
+        dispatch.choose(self._operator, spec, "numpy", "cpu", False, backend)
+        return _Computation(self._operator, spec, backend, self._operands)
 
-    def _complete(self, shapes: dict[str, list[int]]) -> None:
-        """Fill in what the known shapes determine: MXNet infers a block's deferred parameters that way."""
-        data, weight = shapes["data"], shapes["weight"]
-        if not weight:
-            weight += _parameters(self._attributes).weight_shape or ()
-        if len(weight) > 1:
-            if weight[1] < 1 and len(data) > 1 and data[1] > 0:
-                weight[1] = data[1] // (_parameters(self._attributes).window["groups"] or 1)
-            if "bias" in shapes and not (shapes["bias"] and shapes["bias"][0] > 0) and weight[0] > 0:
-                shapes["bias"] = [weight[0]]
-
-    def _spec(self, shapes: dict[str, list[int]], types: dict[str, str]) -> ConvSpec:
-        operands: dict[str, Any] = {
-            "input" if name == "data" else name: Operand(tuple(shape), types[name]) for name, shape in shapes.items()
-        }
-        return conv_spec(**operands, **_parameters(self._attributes).window)
+    def _spec(self, shapes: dict[str, list[int]], types: dict[str, str]) -> Any:
+        known = in_our_words({name: Operand(tuple(shape), types[name]) for name, shape in shapes.items()})
+        return self._operator.check(dict.fromkeys(self._operator.names) | known, self._parameters.values, None, True)

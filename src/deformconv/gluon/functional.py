@@ -12,11 +12,27 @@ from mxnet.symbol import Symbol
 from deformconv import dispatch
 from deformconv.errors import ShapeError
 from deformconv.gluon.arrays import operand
-from deformconv.gluon.custom import OP_TYPE, check_device, in_gluon_words
+from deformconv.gluon.custom import check_device, in_gluon_words, in_our_words, register
+from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import BOUNDARIES, ConvSpec, conv_spec
 from deformconv.ops.window import count, integers, paddings
 
 __all__ = ["deform_conv"]
+
+OP_TYPE = "deformconv"  # graphs that are saved have it
+
+
+def _complete(shapes: dict[str, list[int]], parameters: dict[str, Any]) -> None:
+    """The weight's input channels and the bias' size from the other shapes."""
+    data, weight = shapes["data"], shapes["weight"]
+    if len(weight) > 1:
+        if weight[1] < 1 and len(data) > 1 and data[1] > 0:
+            weight[1] = data[1] // (parameters["groups"] or 1)
+        if "bias" in shapes and not (shapes["bias"] and shapes["bias"][0] > 0) and weight[0] > 0:
+            shapes["bias"] = [weight[0]]
+
+
+DeformConvProp = register(DEFORM_CONV, OP_TYPE, _complete)
 
 
 def deform_conv(
@@ -151,13 +167,13 @@ def _spec(operands: dict[str, Any], parameters: dict[str, Any], backend: str | N
     """Check a call on arrays before MXNet sees it, since MXNet passes on no text."""
     for name, array in operands.items():
         check_array(name, array)
-    shapes: dict[str, Any] = {"input" if name == "data" else name: operand(array) for name, array in operands.items()}
+    shapes: dict[str, Any] = in_our_words({name: operand(array) for name, array in operands.items()})
     try:
         spec = conv_spec(**shapes, **parameters)
     except (ShapeError, TypeError, ValueError) as error:
         raise in_gluon_words(error) from None
     for backward in {False, mx.autograd.is_recording()}:
-        dispatch.choose(spec, "numpy", "cpu", backward, backend)
+        dispatch.choose(DEFORM_CONV, spec, "numpy", "cpu", backward, backend)
     return spec
 
 
@@ -173,7 +189,7 @@ def _checked(parameters: dict[str, Any], backend: str | None) -> dict[str, Any]:
     if parameters["boundary"] not in BOUNDARIES:
         expected = " or ".join(map(repr, BOUNDARIES))
         raise ValueError(f"`boundary` is {parameters['boundary']!r}; expected {expected}.")
-    dispatch.check_name(backend)
+    dispatch.check_name(DEFORM_CONV, backend)
     checked = dict(parameters)
     for name in ("stride", "padding", "dilation"):
         checked[name] = _number_or_numbers(name, parameters[name])

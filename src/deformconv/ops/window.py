@@ -6,7 +6,7 @@ Also the words that error texts share. Like the specs that use it, it sees shape
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 from deformconv.errors import ShapeError
 
@@ -20,7 +20,10 @@ __all__ = [
     "n_of",
     "paddings",
     "positions_along",
+    "resolved",
     "same_padding",
+    "Window",
+    "window_of",
 ]
 
 AXES = ("depth", "height", "width")
@@ -105,6 +108,33 @@ def same_padding(
         )
     totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)
+
+
+class Window(NamedTuple):
+    """A window's parameters along every axis, in pixels."""
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+
+def window_of(stride: Any, padding: Any, dilation: Any, kernel_size: tuple[int, ...]) -> Window:
+    """Check a window's parameters, and find out what "same" and "valid" mean for this kernel."""
+    D = len(kernel_size)
+    stride, padding, dilation = integers("stride", stride, D, 1), paddings(padding, D), integers("dilation", dilation, D, 1)
+    return Window(stride, resolved(padding, kernel_size, stride, dilation), dilation)
+
+
+def resolved(
+    padding: str | tuple[tuple[int, int], ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[tuple[int, int], ...]:
+    """Checked padding in numbers."""
+    if not isinstance(padding, str):
+        return padding
+    return same_padding(kernel_size, stride, dilation) if padding == "same" else ((0, 0),) * len(kernel_size)
 
 
 def positions_along(size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int) -> int:

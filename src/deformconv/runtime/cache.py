@@ -2,20 +2,29 @@
 
 Numba's own cache does not notice that a function *called by* a kernel changed, numbers its files in a way that two processes
 starting cold can confuse, and refuses to import where no folder can be written. This one names every file after all that the
-machine code depends on, so a file is either right or absent, and a folder that cannot be written only costs a compilation.
+machine code depends on and puts a checksum before its content, so a file is right, absent or known to be damaged, and a folder
+that cannot be written only costs a compilation.
+
+Machine code depends on the source of the kernel's module, of the modules of this package that it imports, and of those that
+they import in turn: the functions and constants that are compiled into a kernel come from there. A kernel may be defined in a
+test's file too: then that file counts, with what it imports of this package. Not seen are imports within functions, constants
+that a program replaces after the import, and other packages, but for the versions of Numba, llvmlite and NumPy.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import pickle
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection
-from importlib.util import find_spec
+from collections.abc import Callable, Collection, Iterator
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +57,82 @@ def _load_numba_without_scipy() -> None:
 _load_numba_without_scipy()
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_SOURCES = (
-    "runtime/cache.py", "runtime/launch.py", "runtime/product.py", "runtime/threads.py", "runtime/vectors.py",
-    "sampling/kernels.py", "ops/*/cpu*.py",
-)  # fmt: skip
 # Not "nnan" or "ninf": a kernel must see NaN and infinity. Not "arcp" or "afn": results would depend on the host.
 FAST_MATH = {"contract", "reassoc", "nsz"}
 
+_log = logging.getLogger("deformconv")
+
+_AT_MARGIN = re.compile(r"^(?:from|import)\b[^\n(]*(?:\([^)]*\))?", re.MULTILINE)
+_ELSEWHERE = re.compile(r"(?:^[ \t]+|[:;][ \t]*)(?:from|import)[ \t]")
+
+
+def _body(text: str) -> list[ast.stmt]:
+    """A module's statements, or only its imports if all stand at the margin, since those are parsed in a tenth of the time."""
+    ours = (line for line in text.splitlines() if "deformconv" in line or "from ." in line)
+    if not any(map(_ELSEWHERE.search, ours)):
+        with contextlib.suppress(SyntaxError):  # a line of a docstring begins like an import
+            return ast.parse("\n".join(_AT_MARGIN.findall(text))).body
+    return ast.parse(text).body
+
+
+def _statements(text: str) -> Iterator[ast.AST]:
+    """What runs when a module is imported: no function's statements, nor what only type checkers read."""
+    waiting: list[ast.AST] = list(_body(text))
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            waiting += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            waiting += ast.iter_child_nodes(node)
+
 
 @functools.cache
-def digest() -> str:
-    """A name for everything that machine code depends on apart from its signature and the host."""
+def _file_of(module: str) -> Path | None:
+    """The source file of a module of this package; None if it has none."""
+    package, *parts = module.split(".")
+    if package != __name__.partition(".")[0]:
+        return None
+    path = _PACKAGE.joinpath(*parts)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@functools.cache
+def _source(module: str, file: Path) -> tuple[bytes, frozenset[str]]:
+    """A module's source, and the modules of this package that it imports."""
+    source = file.read_bytes()
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    imported: set[str] = set()
+    for node in _statements(source.decode()):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            name = resolve_name("." * node.level + (node.module or ""), package)
+            submodules = (f"{name}.{alias.name}" for alias in node.names)
+            imported.update(submodule if _file_of(submodule) else name for submodule in submodules)
+    return source, frozenset(filter(_file_of, imported))
+
+
+def sources(module: str, file: Path) -> dict[str, bytes]:
+    """The source of a module in `file` and of all modules of this package that it imports, directly or not, by name."""
+    found: dict[str, bytes] = {}
+    waiting = {module: file, __name__: Path(__file__)}
+    while waiting:
+        name, path = waiting.popitem()
+        found[name], imported = _source(name, path)
+        waiting |= {other: source for other in imported - found.keys() if (source := _file_of(other))}
+    return found
+
+
+@functools.cache
+def _folder_of(module: str, file: Path) -> str:
+    """The folder for a module's kernels, named after all that they depend on apart from their signature and the host."""
     seen = hashlib.sha256()
-    for part in (sys.version, numba.__version__, llvmlite.__version__, numpy.__version__):
-        seen.update(part.encode() + b"\0")
-    for path in sorted(path for pattern in _SOURCES for path in _PACKAGE.glob(pattern)):
-        seen.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
-    return seen.hexdigest()[:16]
+    for version in (sys.version, numba.__version__, llvmlite.__version__, numpy.__version__):
+        seen.update(version.encode() + b"\0")
+    for name, source in sorted(sources(module, file).items()):
+        seen.update(f"{name} {len(source)}\0".encode() + source)
+    return f"{module}-{seen.hexdigest()[:16]}"
 
 
 def _user_cache() -> Path:
@@ -85,21 +153,34 @@ def _can_write(folder: Path) -> bool:
 
 
 @functools.cache
-def _folders() -> tuple[Path, ...]:
-    """Where machine code of this digest may lie: `DEFORMCONV_CACHE_DIR`, or the package's own folder and the user's."""
+def _roots() -> tuple[Path, ...]:
+    """Where machine code may lie: `DEFORMCONV_CACHE_DIR`, or the package's own folder and the user's."""
     chosen = os.environ.get("DEFORMCONV_CACHE_DIR")
+    if chosen:
+        return (Path(chosen),)
     # Never a shared temporary folder: what is loaded from here is executed.
-    roots = [Path(chosen)] if chosen else [_PACKAGE / "__pycache__" / "kernels"]
-    if not chosen:
-        with contextlib.suppress(RuntimeError):  # no home folder
-            roots.append(_user_cache() / "deformconv")
-    return tuple(root / digest() for root in roots)
+    roots = [_PACKAGE / "__pycache__" / "kernels"]
+    with contextlib.suppress(RuntimeError):  # no home folder
+        roots.append(_user_cache() / "deformconv")
+    return tuple(roots)
 
 
 @functools.cache
 def cache_folder() -> Path | None:
     """The first of the folders that can be written, to which new machine code goes; None if there is none."""
-    return next((folder for folder in _folders() if _can_write(folder)), None)
+    return next((root for root in _roots() if _can_write(root)), None)
+
+
+def _checksum(file: Path, content: bytes) -> bytes:
+    """Of a file's content and of its name: a copy of another kernel's file is not sound either."""
+    return hashlib.sha256(f"{file.parent.name}/{file.name}\0".encode() + content).digest()
+
+
+def _content(file: Path) -> bytes | None:
+    """What follows a file's checksum; None if that is not the content's. A file that cannot be read raises OSError."""
+    whole = file.read_bytes()
+    checksum, content = whole[:32], whole[32:]
+    return content if checksum == _checksum(file, content) else None
 
 
 def _announce() -> None:
@@ -132,36 +213,48 @@ class DiskCache(_Cache):
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._enabled = True
+        file = Path(function.__code__.co_filename)
+        # No file says what a function has caught from another one, or what was typed at a prompt.
+        is_kept = function.__closure__ is None and file.is_file()
+        self._folder = _folder_of(function.__module__, file) if is_kept else None
 
     @property
     def cache_path(self) -> str:
         return str(cache_folder())
 
-    def _name(self, signature: Any, codegen: Any) -> str:
-        key = hashlib.sha256(repr((self._function.__qualname__, signature, codegen.magic_tuple())).encode()).hexdigest()
-        return f"{self._function.__name__}-{key[:20]}.bin"
+    def _file(self, root: Path, signature: Any, codegen: Any) -> Path:
+        function = self._function
+        line = function.__code__.co_firstlineno  # for two functions of one name
+        key = repr((function.__qualname__, line, signature, codegen.magic_tuple()))
+        return root / str(self._folder) / f"{function.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.bin"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
-        name = self._name(sig, target_context.codegen())
         # All of them: a container's image has the package's folder filled, and another user may not write there.
-        for folder in _folders() if self._enabled else ():
+        for root in _roots() if self._enabled and self._folder else ():
+            file = self._file(root, sig, target_context.codegen())
             try:
-                return CompileResult._rebuild(target_context, *pickle.loads((folder / name).read_bytes()))
-            except (OSError, EOFError, pickle.UnpicklingError):
-                continue  # absent, or cut short by a full disk
+                content = _content(file)
+            except OSError:
+                continue  # absent
+            if content is not None:
+                return CompileResult._rebuild(target_context, *pickle.loads(content))
+            _log.warning("%s is damaged: the kernel is compiled again", file)
         notice()
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        folder = cache_folder() if self._enabled else None
-        if folder is None:
+        root = cache_folder() if self._enabled and self._folder else None
+        if root is None:
             return
+        file, content = self._file(root, sig, data.codegen), dumps(data._reduce())
         # The disk may be full by now, or read-only: the kernel still runs, and is compiled again next time.
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=folder, prefix="part-") as own:
-            file = Path(own) / self._name(sig, data.codegen)
-            file.write_bytes(dumps(data._reduce()))
-            os.replace(file, folder / file.name)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=file.parent, prefix="part-") as own:
+                part = Path(own) / file.name
+                part.write_bytes(_checksum(file, content) + content)
+                os.replace(part, file)
 
     def enable(self) -> None:
         self._enabled = True
@@ -189,6 +282,28 @@ def kernel(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
+def _files() -> Iterator[Path]:
+    """The files that hold machine code of this version, or should."""
+    for folder in (folder for root in _roots() for folder in root.glob("*-*")):
+        module = folder.name.rpartition("-")[0]
+        file = _file_of(module)
+        if file is not None and folder.name == _folder_of(module, file):
+            yield from folder.glob("*.bin")
+
+
+def _is_sound(file: Path) -> bool | None:
+    """Whether a file's content is as it was written; None if nobody can tell."""
+    try:
+        return _content(file) is not None
+    except OSError:
+        return None
+
+
 def cached_files() -> Collection[Path]:
-    """The files of machine code that this version has on disk."""
-    return sorted(file for folder in _folders() for file in folder.glob("*.bin"))
+    """The files of machine code that this version has on disk, without the damaged ones."""
+    return sorted(filter(_is_sound, _files()))
+
+
+def damaged_files() -> Collection[Path]:
+    """The files of this version whose content has changed since it was written."""
+    return sorted(file for file in _files() if _is_sound(file) is False)

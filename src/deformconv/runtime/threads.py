@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
+
+from deformconv.runtime.processors import get_num_threads
 
 __all__ = ["BEGUN", "ENDED", "LEFT", "NEXT", "STOP", "Work", "counters", "importing", "run"]
 
@@ -23,6 +26,8 @@ __all__ = ["BEGUN", "ENDED", "LEFT", "NEXT", "STOP", "Work", "counters", "import
 # BEGUN and ENDED are 0 at first and the work's own.
 NEXT, STOP, BEGUN, ENDED, LEFT = range(5)
 Work = Callable[[np.ndarray, int, int], Any]
+
+IDLE = 10.0  # seconds after which workers end that are more than `set_num_threads` asks for now
 
 
 def counters() -> np.ndarray:
@@ -68,24 +73,54 @@ class _Job:
 
 
 class _Workers:
-    """Daemon threads on one queue; they start when first needed and stop before a fork."""
+    """Daemon threads on one queue; they start when first needed, and stop before a fork and when fewer are asked for."""
 
     def __init__(self) -> None:
         self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self.threads: list[threading.Thread] = []
+        self.leaving: list[threading.Thread] = []  # take no more jobs, but may not have ended yet
+        self.all_needed = 0.0  # when a call last had a job for each of `threads`
         self.lock = threading.RLock()  # a signal's handler may run a kernel, or fork, while its thread is in `submit`
 
     def _loop(self, jobs: SimpleQueue[_Job | None]) -> None:
-        while (job := jobs.get()) is not None:
+        while not self._leave():
+            try:
+                job = jobs.get(timeout=IDLE)
+            except Empty:
+                continue
+            if job is None:
+                return
             if job.take("worker"):
                 job.run()
             del job  # its arrays must not live until the next one comes
+
+    def _leave(self) -> bool:
+        """Whether the worker that asks is one too many, and has been for a while: then it is one of `threads` no longer.
+
+        It is the pool that waits, not the worker: the queue hands jobs to all workers in turn, so none is idle for long.
+        """
+        if time.monotonic() - self.all_needed < IDLE:
+            return False
+        if not self.lock.acquire(blocking=False):  # `stop` has it, and waits for this worker
+            return False
+        try:
+            # A job in the queue counts on the workers that there were when it came.
+            if len(self.threads) < get_num_threads() or not self.jobs.empty():
+                return False
+            worker = threading.current_thread()
+            self.threads.remove(worker)
+            self.leaving = [*filter(threading.Thread.is_alive, self.leaving), worker]
+            return True
+        finally:
+            self.lock.release()
 
     def submit(self, jobs: list[_Job], needed: bool) -> None:
         """Queue jobs, and start workers for them; without any worker a caller may go on alone unless they are `needed`."""
         with self.lock:
             for job in jobs:
                 self.jobs.put(job)
+            if len(jobs) >= len(self.threads):
+                self.all_needed = time.monotonic()
             while len(self.threads) < len(jobs):
                 thread = threading.Thread(target=self._loop, args=(self.jobs,), name="deformconv", daemon=True)
                 self.threads.append(thread)  # before it starts: `stop` must know of every worker that lives
@@ -101,11 +136,12 @@ class _Workers:
         """Let every worker finish what it has begun and end; `lock` is held by the caller."""
         for _ in self.threads:
             self.jobs.put(None)
-        for thread in self.threads:
+        for thread in (*self.threads, *self.leaving):
             while thread.is_alive():
                 thread.join(0.1)
                 self.jobs.put(None)
         self.threads.clear()
+        self.leaving.clear()
         left, self.jobs = self.jobs, SimpleQueue()
         while not left.empty():
             if (job := left.get()) is not None:

@@ -13,22 +13,11 @@ from torch import Tensor
 
 from deformconv.errors import BackendError
 from deformconv.ops.conv.spec import ConvSpec
-from deformconv.torch.compute import HALF
+from deformconv.torch.tensors import HALF
 
-__all__ = ["deform_conv", "is_exporting"]
+__all__ = ["deform_conv"]
 
 _FIRST_OPSET = 19
-
-
-def is_exporting() -> bool:
-    """Whether `torch.onnx.export(..., dynamo=True)` traces this call. The older exporter, which knows no such nodes, raises."""
-    exporting = torch.onnx.is_in_onnx_export()
-    if exporting and torch._C._get_tracing_state() is not None:
-        raise BackendError(
-            "torch.onnx.export(..., dynamo=False) cannot export deformconv's operators; expected dynamo=True, with "
-            f"opset_version={_FIRST_OPSET} or newer."
-        )
-    return exporting
 
 
 def deform_conv(
@@ -101,7 +90,5 @@ def _opset() -> int | None:
     return None
 
 
-# For a compiler both are constants, which it asks for while it reads a call of ours: what
-# `torch.compiler.assume_constant_result` says, without loading a compiler now.
-for function in (is_exporting, _opset):
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# For a compiler it is a constant: see `modes.exporting`.
+_opset._dynamo_marked_constant = True  # type: ignore[attr-defined]

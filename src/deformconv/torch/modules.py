@@ -23,8 +23,9 @@ from deformconv.ops.conv.layer import (
     predicted,
     uniform_bound,
 )
-from deformconv.torch.compute import HALF, is_autocast, without_autocast
+from deformconv.torch import modes
 from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch.tensors import HALF
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -52,9 +53,9 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, p
         result: Tensor = handle_torch_function(_convolve, (input, weight), input, weight, bias, stride, padding, dilation)
         return result
     convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
-    if weight.dtype in HALF or input.dtype in HALF or is_autocast(input.device.type):
+    if weight.dtype in HALF or input.dtype in HALF or modes.autocast(input.device.type):
         whole = (t if t is None or t.dtype not in HALF else t.float() for t in (input, weight, bias))
-        with without_autocast(input.device.type):
+        with modes.without_autocast(input.device.type):
             result = convolution(*whole, stride, padding, dilation)
     else:
         result = convolution(input, weight, bias, stride, padding, dilation)
@@ -260,7 +261,7 @@ class DeformConv2d(_DeformConvNd):
 
 
 class DeformConv1d(_DeformConvNd):
-    """`DeformConv2d`, which see, where nn.Conv1d stood: input (N, C_in, W).
+    """Where nn.Conv1d stood: input (N, C_in, W). The arguments are explained in `DeformConv2d`.
 
     Example:
         >>> import torch
@@ -275,7 +276,7 @@ class DeformConv1d(_DeformConvNd):
 
 
 class DeformConv3d(_DeformConvNd):
-    """`DeformConv2d`, which see, where nn.Conv3d stood: input (N, C_in, D, H, W).
+    """Where nn.Conv3d stood: input (N, C_in, D, H, W). The arguments are explained in `DeformConv2d`.
 
     Example:
         >>> import torch

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from itertools import chain
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,7 +50,7 @@ def _read_only(array: Array) -> Array:
 
 @cache
 def expected_output(case: Case, dtype: str) -> Array:
-    return in_float64(make(case, dtype), reference.deform_conv)
+    return in_float64(make(case, dtype), reference.forward)
 
 
 @cache
@@ -62,7 +61,7 @@ def expected_gradients(case: Case, dtype: str) -> Gradients:
 def in_float64(call: Call, run: Callable[..., Any]) -> Any:
     """The reference's result on the same numbers."""
     call = doubled(call)
-    if run is reference.deform_conv:
+    if run is reference.forward:
         return run(call.spec, *call.arrays)
     return run(call)
 
@@ -74,7 +73,7 @@ def doubled(call: Call) -> Call:
 
 def reference_backward(call: Call) -> Gradients:
     c = call
-    return reference.deform_conv_backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS)
+    return reference.backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS)
 
 
 def named(call: Call) -> dict[str, Array | None]:
@@ -103,7 +102,7 @@ def plain_convolution(call: Call) -> Array:
 class ForwardRules:
     """The output, and all that must be true of it."""
 
-    backend: ModuleType
+    backend: Any
     dtypes: ClassVar[tuple[str, ...]] = ("float64", "float32")  # from the finest, in which identities are tried
     ranks: ClassVar[tuple[int, ...]] = (1, 2, 3)  # 2 is among them
     exact: ClassVar[bool] = True  # results that floating point can hold are right to the bit
@@ -128,7 +127,7 @@ class ForwardRules:
 
     def output(self, call: Call) -> Array:
         arrays = [None if array is None else self.array(array) for array in call.arrays]
-        return self.numpy(self.backend.deform_conv(call.spec, *arrays))
+        return self.numpy(self.backend.forward(call.spec, *arrays))
 
     def make(self, case: Case, **how: Any) -> Call:
         return make(case, self.dtypes[0], **how)
@@ -327,7 +326,7 @@ class GradientRules(ForwardRules):
     def gradients(self, call: Call, wanted: Collection[str] = GRADIENTS) -> Gradients:
         names = ("grad_output", "input", "offset", "weight", "mask")
         arrays = [None if a is None else self.array(a) for a in (getattr(call, name) for name in names)]
-        gradients = self.backend.deform_conv_backward(call.spec, *arrays, wanted)
+        gradients = self.backend.backward(call.spec, *arrays, wanted)
         return Gradients(*(None if gradient is None else self.numpy(gradient) for gradient in gradients))
 
     def assert_gradients(self, call: Call, expected: Gradients, dtype: str) -> None:
@@ -436,12 +435,12 @@ class ForwardSuite(ForwardRules):
     @given(st.data())
     def test_output_of_any_configuration(self, data: st.DataObject) -> None:
         call = self.make(data.draw(configurations(self.ranks)))
-        self.assert_close(self.output(call), in_float64(call, reference.deform_conv))
+        self.assert_close(self.output(call), in_float64(call, reference.forward))
 
     @by_boundary
     def test_odd_numbers_everywhere_match_the_reference(self, dtype: str, boundary: str) -> None:
         call = odd(make(SMALL.but(boundary=boundary, batch=5), dtype))
-        assert_close(self.output(call), in_float64(call, reference.deform_conv), dtype)
+        assert_close(self.output(call), in_float64(call, reference.forward), dtype)
 
 
 class ConvSuite(GradientRules, ForwardSuite):

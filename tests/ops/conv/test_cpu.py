@@ -60,12 +60,12 @@ by_tail = pytest.mark.parametrize("case", TAILS, ids=lambda case: case.name)
 
 
 def output(call: Call) -> np.ndarray:
-    return cpu.deform_conv(call.spec, *call.arrays)
+    return cpu.forward(call.spec, *call.arrays)
 
 
 def gradients(call: Call) -> tuple[np.ndarray, ...]:
     c = call
-    return cpu.deform_conv_backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS)
+    return cpu.backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ class TestCpu(ConvSuite):
     @by_tail
     def test_tails(self, case: Case) -> None:
         call = make(case, "float32")
-        assert_close(output(call), in_float64(call, reference.deform_conv), "float32")
+        assert_close(output(call), in_float64(call, reference.forward), "float32")
         expected = in_float64(call, reference_backward)
         for name, actual, right in zip(GRADIENTS, gradients(call), expected, strict=True):
             if right is not None:
@@ -125,7 +125,7 @@ def test_float32_at_width_1333_and_depth_4608() -> None:
     wide = Case("wide", (3, 1333), (3, 3), padding=1, in_channels=4, out_channels=4, batch=1)
     deep = Case("deep", (3, 3), (3, 3), padding=1, in_channels=512, out_channels=6, batch=1)
     for case in (wide, deep):
-        assert error(output(make(case, "float32")), in_float64(make(case, "float32"), reference.deform_conv)) <= 1e-5
+        assert error(output(make(case, "float32")), in_float64(make(case, "float32"), reference.forward)) <= 1e-5
 
 
 def test_float32_gradient_of_the_weight_over_many_positions() -> None:
@@ -135,7 +135,7 @@ def test_float32_gradient_of_the_weight_over_many_positions() -> None:
     call = call.but(input=np.abs(call.input), grad_output=np.abs(call.grad_output), mask=np.abs(call.mask))
     exact = make(case, "float64").but(**{n: getattr(call, n).astype("f8") for n in ("input", "grad_output", "mask", "offset")})
     c = exact
-    expected = cpu.deform_conv_backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, ["weight"]).weight
+    expected = cpu.backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, ["weight"]).weight
     assert error(gradients(call)[2], expected) <= 1e-5
 
 
@@ -257,7 +257,7 @@ from deformconv.runtime.vectors import VECTOR_BYTES
 errors = []
 for case in TAILS[:1] + TAILS[3:6]:
     call = make(case, "float32")
-    errors.append(error(output(call), in_float64(call, reference.deform_conv)))
+    errors.append(error(output(call), in_float64(call, reference.forward)))
     for one, two in zip(gradients(call), in_float64(call, reference_backward)):
         if two is not None:
             errors.append(error(one, two))

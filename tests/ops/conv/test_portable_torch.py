@@ -11,16 +11,29 @@ from tests.ops.conv.suite import SMALL, ConvSuite, by_boundary, in_float64, name
 from tests.tolerances import assert_close
 
 from deformconv.ops.conv import portable, reference
+from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import GRADIENTS
 
 torch = pytest.importorskip("torch")
+native = pytest.importorskip("deformconv.torch.native")
 
 # torch itself calls what it deprecates when it first loads its forward-mode rules.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:FutureWarning")
 
 
+class Differentiated:
+    """The portable form, and PyTorch's derivative of it."""
+
+    forward = staticmethod(portable.forward)
+
+    @staticmethod
+    def backward(spec: Any, grad_output: Any, *arguments: Any) -> Any:
+        *operands, wanted = arguments
+        return native.backward(DEFORM_CONV, spec, grad_output, operands, wanted)
+
+
 class TestOnTorch(ConvSuite):
-    backend = portable
+    backend = Differentiated
 
     def array(self, array: Array) -> Any:
         usable = array.flags.writeable and min(array.strides, default=0) >= 0
@@ -39,19 +52,19 @@ class TestOnTorch(ConvSuite):
         half = getattr(torch, dtype)
         arrays = [tensor.detach().to(half).requires_grad_() for tensor in self.tensors(call)]
         grad_output = self.array(call.grad_output).to(half)
-        output = portable.deform_conv(half_spec(call, dtype), *arrays)
+        output = portable.forward(half_spec(call, dtype), *arrays)
         gradients = torch.autograd.grad(output, arrays, grad_output)
         assert {result.dtype for result in (output, *gradients)} == {half}
         rounded = [tensor.detach().double().numpy() for tensor in (*arrays, grad_output)]
         call = call.but(**dict(zip(named(call), rounded, strict=True)))
-        assert_close(output.detach().double(), in_float64(call, reference.deform_conv), dtype)
+        assert_close(output.detach().double(), in_float64(call, reference.forward), dtype)
         for name, gradient, expected in zip(GRADIENTS, gradients, in_float64(call, reference_backward), strict=True):
             assert_close(gradient.double(), expected, dtype, name)
 
     def test_autograd_is_deform_conv_backward(self) -> None:
         call = make(SMALL)
         leaves = self.tensors(call)
-        output = portable.deform_conv(call.spec, *leaves)
+        output = portable.forward(call.spec, *leaves)
         gradients = torch.autograd.grad(output, leaves, self.array(call.grad_output))
         for name, gradient, expected in zip(GRADIENTS, gradients, self.gradients(call), strict=True):
             assert_close(gradient, expected, "float64", name)
@@ -59,9 +72,8 @@ class TestOnTorch(ConvSuite):
     def test_gradients_can_be_differentiated(self) -> None:
         call = make(SMALL)
         _, offset, weight, _, mask = leaves = self.tensors(call)
-        gradients = portable.deform_conv_backward(
-            call.spec, self.array(call.grad_output), leaves[0], offset, weight, mask, GRADIENTS
-        )
+        operands = (leaves[0], offset, weight, mask)
+        gradients = native.backward(DEFORM_CONV, call.spec, self.array(call.grad_output), operands, GRADIENTS)
         assert torch.autograd.grad(gradients.weight.sum(), offset)[0].any()
 
     @by_boundary
@@ -88,7 +100,7 @@ class TestOnTorch(ConvSuite):
         call = make(case.but(boundary=boundary), away_from_kinks=True)
 
         def output(*arrays: Any) -> Any:
-            return portable.deform_conv(call.spec, *arrays)
+            return portable.forward(call.spec, *arrays)
 
         assert torch.autograd.gradcheck(output, self.tensors(call))
         assert torch.autograd.gradgradcheck(output, self.tensors(call))
@@ -98,7 +110,7 @@ class TestOnTorch(ConvSuite):
         call = make(SMALL)
         arrays = [tensor.detach() for tensor in self.tensors(call)]
         tangents = [torch.from_numpy(array) for array in make(SMALL, seed=1).arrays]
-        _, tangent = torch.func.jvp(lambda *a: portable.deform_conv(call.spec, *a), tuple(arrays), tuple(tangents))
+        _, tangent = torch.func.jvp(lambda *a: portable.forward(call.spec, *a), tuple(arrays), tuple(tangents))
         cotangents = self.gradients(call)
         expected = sum(float((t.numpy() * c).sum()) for t, c in zip(tangents, cotangents, strict=True))
         assert_close((tangent.numpy() * call.grad_output).sum(), expected, "float64")
@@ -107,15 +119,15 @@ class TestOnTorch(ConvSuite):
         call = make(SMALL)
         arrays = [tensor.detach() for tensor in self.tensors(call)]
         batched = [torch.stack([array, 2 * array]) for array in arrays]
-        outputs = torch.func.vmap(lambda *a: portable.deform_conv(call.spec, *a))(*batched)
+        outputs = torch.func.vmap(lambda *a: portable.forward(call.spec, *a))(*batched)
         for i in range(2):
-            one = portable.deform_conv(call.spec, *(array[i] for array in batched))
+            one = portable.forward(call.spec, *(array[i] for array in batched))
             assert_close(outputs[i], one, "float64")
 
     def test_shapes_without_memory(self) -> None:
         call = make(SMALL.but(batch=3))
         leaves = [tensor.detach().to("meta").requires_grad_() for tensor in self.tensors(call)]
-        output = portable.deform_conv(call.spec, *leaves)
+        output = portable.forward(call.spec, *leaves)
         gradients = torch.autograd.grad(output, leaves, torch.empty_like(output))
         assert output.is_meta
         assert output.shape == call.spec.output_shape
@@ -129,7 +141,7 @@ class TestOnTorch(ConvSuite):
 
         def hessian(offset: Any, mask: Any) -> Any:
             def total(offset: Any) -> Any:
-                return (portable.deform_conv(call.spec, input, offset, weight, bias, mask) ** 2).sum()
+                return (portable.forward(call.spec, input, offset, weight, bias, mask) ** 2).sum()
 
             return torch.func.hessian(total)(offset).reshape(offset.numel(), -1)
 

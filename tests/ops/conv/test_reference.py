@@ -40,7 +40,7 @@ def directions(call: Call, name: str) -> Iterator[Array]:
 
 
 def total(call: Call) -> float:
-    return float((reference.deform_conv(call.spec, *call.arrays) * call.grad_output).sum())
+    return float((reference.forward(call.spec, *call.arrays) * call.grad_output).sum())
 
 
 class TestReference(GradientRules):
@@ -87,7 +87,7 @@ def test_parity_with_torchvision(case: Case) -> None:
     output = operators.deform_conv2d(
         input, offset, weight, bias, spec.stride, [before for before, _ in spec.padding], spec.dilation, mask
     )
-    assert_close(reference.deform_conv(spec, *call.arrays), output.detach(), "float64")
+    assert_close(reference.forward(spec, *call.arrays), output.detach(), "float64")
     given = [leaf for leaf in leaves if leaf is not None]
     gradients = iter(torch.autograd.grad(output, given, torch.tensor(call.grad_output)))
     for name, leaf, gradient in zip(GRADIENTS, leaves, reference_backward(call), strict=True):

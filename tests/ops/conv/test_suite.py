@@ -22,8 +22,8 @@ def noisy(array: Any) -> Any:
 
 class TestNoisy(ConvSuite):
     backend: Any = SimpleNamespace(
-        deform_conv=lambda spec, *arrays: noisy(cpu.deform_conv(spec, *arrays)),
-        deform_conv_backward=lambda spec, *arrays: Gradients(*map(noisy, cpu.deform_conv_backward(spec, *arrays))),
+        forward=lambda spec, *arrays: noisy(cpu.forward(spec, *arrays)),
+        backward=lambda spec, *arrays: Gradients(*map(noisy, cpu.backward(spec, *arrays))),
     )
     dtypes = ("float32",)
     ranks = (2,)
@@ -45,7 +45,7 @@ def test_noise_is_refused_of_a_backend_that_promises_bits() -> None:
 
 def test_a_wrong_number_is_refused_of_every_backend() -> None:
     wrong = TestNoisy()
-    wrong.backend = SimpleNamespace(deform_conv=lambda spec, *arrays: 1.001 * cpu.deform_conv(spec, *arrays))
+    wrong.backend = SimpleNamespace(forward=lambda spec, *arrays: 1.001 * cpu.forward(spec, *arrays))
     wrong.test_a_call_repeats_its_output()
     with pytest.raises(AssertionError, match=r"error 1\.0e-03 over 1e-05 for float32"):
         wrong.test_zero_offsets_give_the_plain_convolution(SMALL)

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import product
 from math import ceil, prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,11 @@ from deformconv.runtime import threads
 from deformconv.runtime.memory import ALIGNMENT, Arena, aligned, arena, room
 from deformconv.runtime.openmp import Team, team_for
 
-__all__ = ["deform_conv", "deform_conv_backward", "how", "reasons_against", "warmup"]
+__all__ = ["DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "how", "reasons_against", "warmup"]
 
-DTYPES = ("float32", "float64")
+TAKES: Literal["numpy"] = "numpy"
+DETERMINISTIC = True
+DTYPES, HALF = ("float32", "float64"), ("float16", "bfloat16")
 _PIXELS, _REACH = 2**31 - 1, 2**29  # `sampling.kernels` counts in int32; see REACH there
 _BLOCK_BYTES = 256  # a row of a block of channels
 _DEPTH = 288  # samples of a position that are multiplied at once
@@ -50,7 +52,7 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
         reasons.append(f"its kernels run on the CPU and the arrays are on {device}")
     if library not in ("numpy", "torch"):
         reasons.append(f"it reads NumPy arrays and what shares memory with them, not {library}'s")
-    if spec.dtype not in DTYPES:
+    if computes_in(spec.dtype, library) not in DTYPES:
         reasons.append(f"it computes in float32 and float64, not {spec.dtype}")
     if spec.pixels >= _PIXELS:
         reasons.append(f"an image of {spec.pixels} pixels exceeds its 32-bit pixel numbers")
@@ -63,6 +65,11 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
                 f"axis {axis} spans {reach} pixels with padding, window and stride, and its positions are 32-bit numbers"
             )
     return reasons
+
+
+def computes_in(dtype: str, library: str) -> str:
+    """PyTorch's half precision is brought to float32 and rounded once, at the end."""
+    return "float32" if dtype in HALF and library == "torch" else dtype
 
 
 def how(spec: ConvSpec, library: str) -> list[str]:
@@ -220,9 +227,7 @@ def _even(positions: int, tile: int, rows: int) -> int:
     return max(rows, min(_up(tile, rows), _up(ceil(positions / max(1, ceil(positions / tile))), rows)))
 
 
-def deform_conv(
-    spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, library: str = "numpy"
-) -> np.ndarray:
+def forward(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, library: str = "numpy") -> np.ndarray:
     """The output (N, C_out, *O) for arrays that `spec` describes; in memory its channels come last if the input's do.
 
     `library` is where the arrays came from: its threads, if it lends them, do the work.
@@ -249,7 +254,7 @@ def deform_conv(
     return output
 
 
-def deform_conv_backward(
+def backward(
     spec: ConvSpec,
     grad_output: Any,
     input: Any,
@@ -470,8 +475,8 @@ def warmup(
             for weight in (depthwise, np.zeros((2, 1, *ones), dtype)):
                 x_, offset_, weight_, mask_ = (Operand(array.shape, dtype) for array in (x, offset, weight, mask))
                 spec = conv_spec(x_, offset_, weight_, mask=mask_)
-                y = deform_conv(spec, x, offset, weight, None, mask)
-                deform_conv_backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
+                y = forward(spec, x, offset, weight, None, mask)
+                backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
             for kernel in (kernels.forward, kernels.backward, kernels.collect):
                 kernels.compile_for_teams(kernel)
     finally:

@@ -11,16 +11,19 @@ equation 2, and arXiv 1811.11168, equation 1. Written to be read: every other ba
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from deformconv.ops.conv.spec import ConvSpec, Gradients
 from deformconv.sampling import rule
 
-__all__ = ["deform_conv", "deform_conv_backward", "how", "reasons_against"]
+__all__ = ["DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "how", "reasons_against"]
 
 Array = np.ndarray[Any, Any]
+
+TAKES: Literal["numpy"] = "numpy"
+DETERMINISTIC = True
 
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
@@ -33,6 +36,11 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
     return reasons
 
 
+def computes_in(dtype: str, library: str) -> str:
+    """It computes in float64 within, and rounds once."""
+    return dtype
+
+
 def how(spec: ConvSpec, library: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return []
@@ -40,7 +48,7 @@ def how(spec: ConvSpec, library: str) -> list[str]:
 
 # Infinities are data here: 0 * inf is NaN by definition, and nothing to warn of.
 @np.errstate(invalid="ignore", over="ignore")
-def deform_conv(spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None) -> Array:
+def forward(spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None) -> Array:
     """The output (N, C_out, *O)."""
     samples, _ = _sample(spec, input, offset)
     columns = samples * _mask_per_channel(spec, mask)
@@ -52,7 +60,7 @@ def deform_conv(spec: ConvSpec, input: Array, offset: Array, weight: Array, bias
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def deform_conv_backward(
+def backward(
     spec: ConvSpec,
     grad_output: Array,
     input: Array,

@@ -6,12 +6,14 @@ one text. The file is long because each known mistake has its own sentence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple, NoReturn
 
 from deformconv.errors import ShapeError
+from deformconv.ops.operator import Operand, check_grad_dtype
 from deformconv.ops.window import (
     axes,
     axis_name,
@@ -22,7 +24,7 @@ from deformconv.ops.window import (
     n_of,
     paddings,
     positions_along,
-    same_padding,
+    resolved,
 )
 
 __all__ = [
@@ -40,14 +42,6 @@ __all__ = [
 GRADIENTS = ("input", "offset", "weight", "bias", "mask")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 BOUNDARIES = ("zeros", "inside")
-
-
-class Operand(NamedTuple):
-    """What the checks need to know of an array."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    device: str = "cpu"
 
 
 class Gradients(NamedTuple):
@@ -115,6 +109,20 @@ class ConvSpec:
     @property
     def output_shape(self) -> tuple[int, ...]:
         return (self.batch, self.out_channels, *self.output_size)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arguments that were given."""
+        found = {"input": self.input_shape, "offset": self.offset_shape, "weight": self.weight_shape}
+        if self.biased:
+            found["bias"] = (self.out_channels,)
+        if self.masked:
+            found["mask"] = self.mask_shape
+        return found
+
+    def with_given(self, names: Collection[str]) -> ConvSpec:
+        """The same call with these optional arguments given as well."""
+        return replace(self, biased=self.biased or "bias" in names, masked=self.masked or "mask" in names)
 
 
 def conv_spec(
@@ -185,8 +193,7 @@ def check_grad_output(spec: ConvSpec, grad_output: Operand) -> None:
             f"`grad_output` has shape {_shape(grad_output)}; expected the output's, {spec.output_shape}: "
             f"(N, C_out, {axes(spec.rank)})."
         )
-    if grad_output.dtype != spec.dtype:
-        raise TypeError(f"`grad_output` is {grad_output.dtype}; expected the dtype of `input`, {spec.dtype}.")
+    check_grad_dtype(spec, grad_output)
 
 
 def _spec(
@@ -214,10 +221,7 @@ def _spec(
             "expected at least one tap along every axis."
         )
     groups = _groups(input, weight, groups)
-    if padding == "same":
-        padding = same_padding(kernel_size, stride, dilation)
-    elif isinstance(padding, str):  # "valid"
-        padding = ((0, 0),) * len(stride)
+    padding = resolved(padding, kernel_size, stride, dilation)
     output_size = _output_size(input, kernel_size, stride, padding, dilation)
     spec = ConvSpec(
         rank=len(stride),

@@ -1,0 +1,90 @@
+"""The NumPy front end of any operator: arrays in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from deformconv import dispatch
+from deformconv.ops.operator import Operand, Operator
+
+__all__ = ["any_torch", "backward", "explain", "forward"]
+
+
+def forward(operator: Operator, operands: dict[str, Any], parameters: dict[str, Any], backend: str | None) -> Any:
+    """Check a call and compute its output."""
+    arrays = _arrays(operator, operands)
+    spec = _spec(operator, arrays, parameters)
+    return dispatch.choose(operator, spec, "numpy", "cpu", False, backend).forward(spec, *arrays.values())
+
+
+def backward(
+    operator: Operator,
+    grad_output: Any,
+    operands: dict[str, Any],
+    parameters: dict[str, Any],
+    backend: str | None,
+    wanted: Collection[str] | None,
+) -> Any:
+    """Check a call and compute the wanted gradients; None means all."""
+    arrays = _arrays(operator, operands)
+    grad = _array("grad_output", grad_output)
+    spec = _spec(operator, arrays, parameters)
+    operator.check_grad_output(spec, _operand(grad))
+    names = operator.wanted(spec, wanted)
+    module = dispatch.choose(operator, spec, "numpy", "cpu", True, backend)
+    return module.backward(spec, grad, *(arrays[argument.name] for argument in operator.in_backward), wanted=names)
+
+
+def explain(operator: Operator, operands: dict[str, Any], parameters: dict[str, Any], backend: str | None) -> str:
+    """Say which backend would run a call."""
+    spec = _spec(operator, _arrays(operator, operands), parameters)
+    return dispatch.explain(operator, spec, "numpy", "cpu", backend)
+
+
+def any_torch(*values: Any) -> bool:
+    """Whether the torch room must answer; torch itself need not be imported to know it."""
+    return any(hasattr(type(value), "__torch_function__") for value in values)
+
+
+def _spec(operator: Operator, arrays: dict[str, Any], parameters: dict[str, Any]) -> Any:
+    operands = {name: None if array is None else _operand(array) for name, array in arrays.items()}
+    return operator.check(operands, parameters, None, True)
+
+
+def _arrays(operator: Operator, operands: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if value is None and name in operator.optional else _array(name, value) for name, value in operands.items()
+    }
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    if not isinstance(value, np.ndarray):
+        if value is None:
+            raise TypeError(f"`{name}` is None; expected a NumPy array or a PyTorch tensor.")
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        if kind.startswith("mxnet."):
+            advice = "For MXNet's arrays and symbols there is `deformconv.gluon.deform_conv`."
+        else:
+            advice = f"Pass `numpy.asarray({name}, dtype=...)`."
+        raise TypeError(f"`{name}` is a {kind}; expected a NumPy array or a PyTorch tensor. {advice}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"`{name}` is a masked array, whose own mask would be ignored; expected a plain array: pass "
+            f"`{name}.filled(0)`, or leave samples out by the argument `mask`."
+        )
+    if not value.dtype.isnative:
+        return value.astype(value.dtype.newbyteorder("="))
+    return value if type(value) is np.ndarray else np.asarray(value)
+
+
+def _operand(array: np.ndarray) -> Operand:
+    return Operand(array.shape, _dtype_name(array.dtype))
+
+
+@lru_cache(maxsize=64)
+def _dtype_name(dtype: np.dtype) -> str:
+    return dtype.name  # NumPy works it out anew each time

@@ -1,0 +1,91 @@
+"""Deformable convolution as an operator: what it takes, and what can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deformconv.ops.conv.spec import Gradients, check_grad_output, conv_spec
+from deformconv.ops.operator import Argument, Line, Operand, Operator, Parameter
+from deformconv.ops.window import window_of
+
+__all__ = ["DEFORM_CONV"]
+
+
+def _check(
+    operands: Mapping[str, Operand | None], parameters: Mapping[str, Any], rank: int | None = None, cached: bool = True
+) -> Any:
+    given: Any = operands
+    return conv_spec(**given, **parameters, rank=rank, cached=cached)
+
+
+def _pack(spec: Any) -> tuple[Any, ...]:
+    return spec.stride, _flat(spec.padding), spec.dilation, spec.groups, spec.offset_groups, spec.boundary
+
+
+def _unpack(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int | None,
+    offset_groups: int | None,
+    boundary: str,
+) -> dict[str, Any]:
+    return {
+        "stride": tuple(stride),
+        "padding": tuple(zip(padding[::2], padding[1::2], strict=True)),
+        "dilation": tuple(dilation),
+        "groups": groups,
+        "offset_groups": offset_groups,
+        "boundary": boundary,
+    }
+
+
+def _plain(parameters: Mapping[str, Any], shapes: Sequence[Any]) -> tuple[Any, ...]:
+    """The parameters as plain integers; of sizes, which may be symbols, it takes the kernel's alone."""
+    kernel_size = tuple(shapes[2][2:])
+    window = window_of(parameters["stride"], parameters["padding"], parameters["dilation"], kernel_size)
+    others = (parameters[name] for name in ("groups", "offset_groups", "boundary"))
+    return window.stride, _flat(window.padding), window.dilation, *others
+
+
+def _flat(padding: Sequence[tuple[int, int]]) -> list[int]:
+    return [amount for pair in padding for amount in pair]
+
+
+def _has_batch(rank: int | None, axes: Sequence[int | None]) -> bool | None:
+    """The weight says how many axes there are; one image may come without a batch axis, as nn.ConvNd takes it."""
+    input, _, weight, *_ = axes
+    assert input is not None and weight is not None  # neither may be left out
+    if rank not in (None, weight - 2):
+        return None
+    return {weight: True, weight - 1: False}.get(input)
+
+
+DEFORM_CONV = Operator(
+    name="deform_conv",
+    package="deformconv.ops.conv",
+    arguments=(
+        Argument("input", keeps_format=True),
+        Argument("offset", by_position=True, precise=True),
+        Argument("weight", by_image=False, keeps_format=True),
+        Argument("bias", optional=True, in_backward=False, by_image=False),
+        Argument("mask", optional=True, by_position=True, precise=True),
+    ),
+    parameters=(
+        Parameter("stride", "int[]", 1),
+        Parameter("padding", "int[]", 0),
+        Parameter("dilation", "int[]", 1),
+        Parameter("groups", "int?", None),
+        Parameter("offset_groups", "int?", None),
+        Parameter("boundary", "str", "zeros"),
+    ),
+    backends=(Line("cpu"), Line("portable"), Line("reference", by_name_only=True)),
+    gradients=Gradients,
+    check=_check,
+    check_grad_output=check_grad_output,
+    pack=_pack,
+    unpack=_unpack,
+    plain=_plain,
+    has_batch=_has_batch,
+)

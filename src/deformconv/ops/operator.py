@@ -1,0 +1,163 @@
+"""What an operator tells everybody else, once: its arguments, parameters, checks and backends.
+
+Dispatch, the front ends, the registration with PyTorch and `explain` are made from this and name no argument of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+from deformconv.errors import ShapeError
+
+__all__ = ["Argument", "Backend", "Line", "Operand", "Operator", "Parameter", "Spec", "same_shape"]
+
+
+class Operand(NamedTuple):
+    """What the checks need to know of an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str = "cpu"
+
+
+class Argument(NamedTuple):
+    """An array that an operator takes, and has a gradient by."""
+
+    name: str
+    optional: bool = False
+    in_backward: bool = True  # whether gradients depend on its values
+    by_image: bool = True  # whether its first axis is the batch
+    by_position: bool = False  # whether its axes from the third on are the output's
+    precise: bool = False  # whether it may be float32 beside others in half precision, as positions should be
+    keeps_format: bool = False  # whether its gradient lies in memory as it does: channels first or last
+
+
+class Parameter(NamedTuple):
+    """An argument that is no array."""
+
+    name: str
+    kind: Literal["int", "int?", "int[]", "float", "float?", "bool", "str"]  # in the words of PyTorch's schemas
+    default: Any
+
+
+class Line(NamedTuple):
+    """A line of an operator's list of backends: a module of that name in its folder."""
+
+    name: str
+    by_name_only: bool = False
+
+
+class Spec(Protocol):
+    """A checked call, a frozen dataclass: everything that shapes, dtypes and parameters determine."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def output_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arguments that were given, by name, in the operator's order."""
+        ...
+
+    def with_given(self, names: Collection[str]) -> Any:
+        """The same call with these optional arguments given as well."""
+        ...
+
+
+class Backend(Protocol):
+    """What a backend is: a module with these functions and values.
+
+    `forward` and `backward` get the spec in the dtype that the backend computes in, and arrays of that dtype. Results are new
+    arrays, and backward's are in the order of the operator's arguments, None where one is not wanted. One that takes NumPy's
+    memory is also told, by `library`, where the arrays came from. Native arrays carry no graph. A backend of native arrays may
+    have no `backward`: then the library differentiates its `forward`, part by part if it has `parts`, which cuts a call.
+    """
+
+    TAKES: Literal["numpy", "native"]  # NumPy arrays, or the arrays of the caller's library
+    DETERMINISTIC: bool  # whether results are the same bit for bit each time
+
+    def reasons_against(self, spec: Any, library: str, device: str, backward: bool) -> list[str]:
+        """Why this backend cannot run a call, as sentences; none if it can."""
+        ...
+
+    def how(self, spec: Any, library: str) -> list[str]:
+        """What there is to say of how a call is computed, as sentences."""
+        ...
+
+    def computes_in(self, dtype: str, library: str) -> str:
+        """The dtype that arrays of `dtype` are brought to before, and results brought back from."""
+        ...
+
+
+def same_shape(spec: Any, grad_output: Operand) -> None:
+    """Raise unless `grad_output` has the output's shape and the call's dtype."""
+    if tuple(grad_output.shape) != spec.output_shape:
+        raise ShapeError(f"`grad_output` has shape {tuple(grad_output.shape)}; expected the output's, {spec.output_shape}.")
+    check_grad_dtype(spec, grad_output)
+
+
+def check_grad_dtype(spec: Any, grad_output: Operand) -> None:
+    if grad_output.dtype != spec.dtype:
+        raise TypeError(f"`grad_output` is {grad_output.dtype}; expected the dtype of `input`, {spec.dtype}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """An operator, as everybody outside of its folder knows it."""
+
+    name: str  # "deform_conv": PyTorch's schema has it, and so has the folder's every text
+    package: str  # where its backends are; "portable", for any array library, is one of them
+    arguments: tuple[Argument, ...]
+    parameters: tuple[Parameter, ...]
+    backends: tuple[Line, ...]  # the first that can run a call runs it
+    gradients: Callable[..., Any]  # a named tuple with a field for each argument, None by default
+    # (operands by name, parameters by name, the rank of the function that was called, whether to remember) -> spec
+    check: Callable[[Mapping[str, Operand | None], Mapping[str, Any], int | None, bool], Any]
+    check_grad_output: Callable[[Any, Operand], None] = same_shape
+    # A call's parameters as PyTorch's registry keeps them, and back; `plain` from unchecked ones and the operands' shapes.
+    pack: Callable[[Any], tuple[Any, ...]] = lambda spec: ()
+    unpack: Callable[..., dict[str, Any]] = lambda *values: {}
+    plain: Callable[[Mapping[str, Any], Sequence[Any]], tuple[Any, ...]] = lambda parameters, shapes: ()
+    # (the rank of the function that was called, the arguments' numbers of axes) -> whether there is a batch axis; None where
+    # these numbers fit neither way
+    has_batch: Callable[[int | None, Sequence[int | None]], bool | None] = lambda rank, axes: True
+
+    names: tuple[str, ...] = field(init=False)  # the arguments'
+    optional: frozenset[str] = field(init=False)  # their names
+    in_backward: tuple[Argument, ...] = field(init=False)  # those that gradients depend on
+    defaults: dict[str, Any] = field(init=False)  # of the parameters
+
+    def __post_init__(self) -> None:
+        # Plain attributes, since compilers that read a call cannot follow functools.cached_property.
+        for name, value in {
+            "names": tuple(argument.name for argument in self.arguments),
+            "optional": frozenset(argument.name for argument in self.arguments if argument.optional),
+            "in_backward": tuple(argument for argument in self.arguments if argument.in_backward),
+            "defaults": {parameter.name: parameter.default for parameter in self.parameters},
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def wanted(self, spec: Any, names: Collection[str] | None) -> tuple[str, ...]:
+        """Check the names of wanted gradients; None means one for every argument that was given."""
+        given = spec.shapes
+        if names is None:
+            return tuple(name for name in self.names if name in given)
+        names = (names,) if isinstance(names, str) else tuple(names)
+        for name in names:
+            if name not in self.names:
+                raise ValueError(f"`wanted` names {name!r}; expected some of {', '.join(self.names)}.")
+            if name not in given:
+                raise ValueError(f"`wanted` names {name!r}, but no `{name}` was passed: pass it or do not ask.")
+        return names
+
+    def described(self, spec: Any) -> str:
+        """The shapes of a call in words; not of an argument that no gradient depends on, which others determine."""
+        shown = {argument.name for argument in self.in_backward}
+        return ", ".join(f"{name} {shape}" for name, shape in spec.shapes.items() if name in shown)

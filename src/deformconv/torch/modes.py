@@ -1,0 +1,163 @@
+"""What of PyTorch stands between a call and its tensors' memory, and which way the call takes then.
+
+Every question of this kind is asked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from deformconv.errors import BackendError
+from deformconv.torch.tensors import PLAIN
+
+__all__ = [
+    "Door", "active", "autocast", "compiling", "door", "exporting", "forward_mode", "is_special", "map_level", "mapped",
+    "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
+]  # fmt: skip
+
+# "memory": a backend reads the tensors' memory. "registered": PyTorch's dispatcher is called, and a compiler, tracer, mode or
+# subclass sees the operator. "transformed": torch.func's transforms see a Function. "decomposed": PyTorch's own operations
+# carry forward-mode derivatives. "onnx": a node of the standard is written.
+Door = Literal["memory", "registered", "transformed", "decomposed", "onnx"]
+
+
+def door(*tensors: Tensor | None) -> Door:
+    """The way that a call on these tensors takes."""
+    if not is_special(*tensors) and not forward_mode():
+        return "memory"
+    if exporting():
+        return "onnx"
+    if compiling():  # a compiler takes the registered operator, which finds out for itself
+        return "registered"
+    if forward_mode():
+        return "decomposed"
+    return "transformed" if transformed() else "registered"
+
+
+def active() -> bool:
+    """Whether anything but autograd is on: then a call looks closer."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_special(*tensors: Tensor | None) -> bool:
+    """Whether a call is more than its tensors' memory: traced, transformed, under a mode, or on wrapped tensors."""
+    return (
+        compiling()
+        or transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or traced()
+        or any(type(t) not in PLAIN and t is not None for t in tensors)
+    )
+
+
+def compiling() -> bool:
+    """Whether torch.compile or torch.export reads this call."""
+    return torch.compiler.is_compiling()
+
+
+def traced() -> bool:
+    """Whether torch.jit.trace records this call: sizes are tensors then."""
+    return torch._C._get_tracing_state() is not None
+
+
+def transformed() -> bool:
+    """Whether this runs within torch.func's grad, vjp or vmap."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed."""
+    return forward_ad._current_level >= 0
+
+
+def mapped(grad_output: Tensor) -> bool:
+    """Whether autograd runs backward for many gradients at once (`is_grads_batched`), by a vmap of its own."""
+    return (
+        type(grad_output) is Tensor
+        and torch._C._dispatch_isTensorSubclassLike(grad_output)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not transformed()
+    )
+
+
+def map_level() -> int:
+    """How many of autograd's own vmaps are within each other here."""
+    level: int = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> Any:
+    """A context in which autocast does not reach the operations that make up ours."""
+    return torch.autocast(device, enabled=False) if autocast(device) else nullcontext()
+
+
+def exporting() -> bool:
+    """Whether `torch.onnx.export(..., dynamo=True)` traces this call. The older exporter, which knows no such nodes, raises."""
+    found = torch.onnx.is_in_onnx_export()
+    if found and traced():
+        raise BackendError(
+            "torch.onnx.export(..., dynamo=False) cannot export deformconv's operators; expected dynamo=True, with "
+            "opset_version=19 or newer."
+        )
+    return found
+
+
+# For a compiler it is a constant, which it asks for while it reads a call of ours: what `torch.compiler.assume_constant_result`
+# says, without loading a compiler now.
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Sizes are plain numbers within: while torch.jit.trace records a call of ours, it needs nothing of its inside."""
+    torch_c: Any = torch._C
+    state = torch_c._get_tracing_state()
+    if state is None:
+        yield
+        return
+    torch_c._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch_c._set_tracing_state(state)
+
+
+def with_derivatives() -> Any:
+    """A context in which PyTorch can differentiate, as the portable form needs it, also within a kernel of an operator.
+
+    There the dispatcher has left out whatever comes before kernels, if a compiler or a mode called it.
+    """
+    if not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode):
+        return nullcontext()
+    excluded = torch._C._dispatch_tls_local_exclude_set() & _AUTOCAST
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def _autocast_keys() -> Any:
+    first, *others = (key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast"))
+    keys = torch._C.DispatchKeySet(first)
+    for key in others:
+        keys = keys.add(key)
+    return keys
+
+
+_AUTOCAST = _autocast_keys()

@@ -1,0 +1,136 @@
+"""PyTorch's own operations as a backend: the portable form of an operator, differentiated by PyTorch, to any order.
+
+What holds no graph is computed a part at a time, so that memory is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deformconv import dispatch
+from deformconv.ops.operator import Argument, Operator
+
+__all__ = ["backward", "backward_in_parts", "forward", "forward_in_parts", "second_backward", "second_backward_in_parts"]
+
+
+def forward(operator: Operator, spec: Any, *operands: Tensor | None) -> Tensor:
+    """The output, by operations that carry every derivative."""
+    output: Tensor = dispatch.load(operator, "portable").forward(spec, *operands)
+    return output
+
+
+def backward(
+    operator: Operator,
+    spec: Any,
+    grad_output: Tensor,
+    operands: Sequence[Tensor | None],
+    wanted: Collection[str],
+    compute: Callable[..., Any] | None = None,
+) -> Any:
+    """The wanted gradients of sum(grad_output * output), for the operands that gradients depend on."""
+    from torch.func import vjp
+
+    call: dict[str, Any] = dict.fromkeys(operator.names)
+    call |= zip((argument.name for argument in operator.in_backward), operands, strict=True)
+    given = spec.shapes
+    for argument in operator.arguments:  # the output is linear in those, so any value of theirs will do
+        if not argument.in_backward and argument.name in wanted and argument.name in given:
+            call[argument.name] = grad_output.new_zeros(given[argument.name])
+    names = [name for name, value in call.items() if name in wanted and value is not None]
+    if not names:
+        return operator.gradients()
+    run = compute or dispatch.load(operator, "portable").forward
+
+    def output(*tensors: Tensor) -> Tensor:
+        found: Tensor = run(spec, *(call | dict(zip(names, tensors, strict=True))).values())
+        return found
+
+    pull_back = vjp(output, *(call[name] for name in names))[1]
+    return operator.gradients(**dict(zip(names, pull_back(grad_output), strict=True)))
+
+
+def second_backward(
+    operator: Operator, spec: Any, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor],
+    needed: Sequence[int],
+) -> dict[int, Tensor]:  # fmt: skip
+    """The derivative of sum(cotangents * gradients) by some of grad_output and the operands that gradients depend on.
+
+    `gradients` are the wanted ones of `backward`, which computes them from these.
+    """
+    from torch.func import vjp
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        grad_output, *call = [tensors[needed.index(i)] if i in needed else value for i, value in enumerate(operands)]
+        found = backward(operator, spec, grad_output, call, wanted)
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    pull_back = vjp(gradients, *(operands[index] for index in needed))[1]
+    return dict(zip(needed, pull_back(tuple(cotangents)), strict=True))
+
+
+def forward_in_parts(operator: Operator, module: Any, spec: Any, operands: Sequence[Tensor | None]) -> Tensor:
+    """`forward` without a derivative, a part of the output at a time."""
+    first: Any = operands[0]
+    output: Tensor = first.new_empty(spec.output_shape)
+    for place, part in _parts(module, spec):
+        mine = [place.of(*pair) for pair in zip(operator.arguments, operands, strict=True)]
+        output[place.whole] = module.forward(part, *mine)
+    return output
+
+
+def backward_in_parts(
+    operator: Operator, module: Any, spec: Any, grad_output: Tensor, operands: Sequence[Tensor | None], wanted: Collection[str]
+) -> Any:
+    """`backward` without a derivative of its own, a part of the output at a time."""
+    given = spec.shapes
+    arguments = [argument for argument in operator.arguments if argument.name in wanted and argument.name in given]
+    results = {argument.name: grad_output.new_zeros(given[argument.name]) for argument in arguments}
+    for place, part in _parts(module, spec):
+        mine = [place.of(*pair) for pair in zip(operator.in_backward, operands, strict=True)]
+        found = backward(operator, part, grad_output[place.whole], mine, wanted, module.forward)
+        for argument in arguments:
+            results[argument.name][place.within(argument)] += getattr(found, argument.name)
+    return operator.gradients(**results)
+
+
+def second_backward_in_parts(
+    operator: Operator, spec: Any, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor],
+    needed: Sequence[int],
+) -> dict[int, Tensor]:  # fmt: skip
+    """`second_backward` without a derivative of its own, some images at a time."""
+    arguments = [Argument("grad_output"), *operator.in_backward]
+    by_name = {argument.name: argument for argument in operator.arguments}
+    results = {index: torch.zeros_like(operands[index]) for index in needed}
+    for place, part in _parts(dispatch.load(operator, "portable"), spec, whole_images=True):
+        mine = [place.of(*pair) for pair in zip(arguments, operands, strict=True)]
+        theirs = [place.of(by_name[name], value) for name, value in zip(wanted, cotangents, strict=True)]
+        for index, found in second_backward(operator, part, mine, wanted, theirs, needed).items():  # type: ignore[arg-type]
+            results[index][place.within(arguments[index])] += found
+    return results
+
+
+class _Place:
+    """Where a part of a call lies in the arrays of the whole: some images, and some positions along the output's first axis."""
+
+    def __init__(self, images: slice, rows: slice) -> None:
+        self.images, self.whole = images, (images, slice(None), rows)
+
+    def within(self, argument: Argument) -> Any:
+        if not argument.by_image:
+            return ...
+        return self.whole if argument.by_position else self.images
+
+    def of(self, argument: Argument, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[self.within(argument)]
+
+
+def _parts(module: Any, spec: Any, whole_images: bool = False) -> Iterator[tuple[_Place, Any]]:
+    if not hasattr(module, "parts"):
+        yield _Place(slice(None), slice(None)), spec
+        return
+    for images, rows, part in module.parts(spec, whole_images):
+        yield _Place(images, rows), part

@@ -1,0 +1,192 @@
+"""A call of any operator on plain tensors: checked, given to a backend, and brought to the dtype and memory format expected.
+
+All ways to an operator's kernels end here, so that they give the same bits. Half precision is computed in what the backend
+computes in and rounded once, at the end. The output has the memory format of the first argument, a gradient that of its own:
+a channels_last weight with a contiguous input gives a contiguous output, where nn.ConvNd gives a channels_last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deformconv import dispatch
+from deformconv.errors import ShapeError
+from deformconv.ops.operator import Operand, Operator
+from deformconv.runtime import openmp
+from deformconv.torch import modes, native
+from deformconv.torch.tensors import array_of, in_dtype, memory_format
+
+__all__ = [
+    "Plan", "backward", "checked", "forward", "plan_for", "plan_of", "raise_of_one_image", "second_backward", "spec_of",
+]  # fmt: skip
+
+# PyTorch's number of threads is that of its OpenMP team, where it has been built with OpenMP.
+openmp.lend("torch", openmp.Library("PyTorch", torch._C.__file__, torch.get_num_threads))
+
+_HALF = ("float16", "bfloat16")
+
+
+class Plan(NamedTuple):
+    """A checked call on plain tensors, and the backend that computes it."""
+
+    op: Any  # the operator, as it is registered
+    spec: Any  # in the dtype of the first argument
+    inner: Any  # in the dtype that is computed in
+    module: Any
+    backend: str | None  # as it was asked for
+    unbatched: bool = False
+
+
+def plan_of(
+    op: Any,
+    rank: int | None,
+    backend: str | None,
+    differentiable: bool,
+    parameters: Mapping[str, Any],
+    operands: Mapping[str, Operand | None],
+) -> Plan:
+    """Check a call and choose its backend."""
+    spec, unbatched = checked(op.operator, rank, parameters, operands)
+    device: Any = operands[op.operator.names[0]]
+    return plan_for(op, spec, device.device, differentiable, backend)._replace(unbatched=unbatched)
+
+
+def checked(
+    operator: Operator, rank: int | None, parameters: Mapping[str, Any], operands: Mapping[str, Operand | None]
+) -> tuple[Any, bool]:
+    """The checked call, with a batch axis, and whether it came without one."""
+    axes = [None if operand is None else len(operand.shape) for operand in operands.values()]
+    if operator.has_batch(rank, axes) is not False:
+        return spec_of(operator, operands, parameters, rank), False
+    first, *others = operator.arguments
+    input: Any = operands[first.name]
+    for argument in others:
+        other = operands[argument.name]
+        if argument.by_image and other is not None and len(other.shape) != len(input.shape):
+            raise ShapeError(
+                f"`{argument.name}` has {len(other.shape)} axes, shape {other.shape}, and `{first.name}` has "
+                f"{len(input.shape)}, shape {input.shape}: one image; expected a batch axis in both, or in neither."
+            )
+    batched = {argument.name: _with_batch(operands[argument.name], argument.by_image) for argument in operator.arguments}
+    try:
+        return spec_of(operator, batched, parameters, rank), True
+    except ShapeError as error:
+        raise_of_one_image(error, first.name, input)
+
+
+def raise_of_one_image(error: ShapeError, name: str, input: Operand) -> NoReturn:
+    """Say what an input without a batch axis was taken for, in case that is the mistake."""
+    axes = len(input.shape)
+    raise ShapeError(
+        f"{error} (`{name}` has {axes} axes, shape {tuple(input.shape)}: a {axes - 1}-D call takes it as one image without a "
+        "batch axis.)"
+    ) from None
+
+
+def _with_batch(operand: Operand | None, by_image: bool) -> Operand | None:
+    return operand._replace(shape=(1, *operand.shape)) if operand is not None and by_image else operand
+
+
+def plan_for(op: Any, spec: Any, device: str, differentiable: bool, backend: str | None) -> Plan:
+    """Choose the backend of a checked call."""
+    module = dispatch.choose(op.operator, spec, "torch", device, differentiable, backend)
+    return Plan(op, spec, in_(spec, module.computes_in(spec.dtype, "torch")), module, backend)
+
+
+def in_(spec: Any, dtype: str) -> Any:
+    """The call in another dtype."""
+    return spec if spec.dtype == dtype else replace(spec, dtype=dtype)
+
+
+def spec_of(
+    operator: Operator, operands: Mapping[str, Operand | None], parameters: Mapping[str, Any], rank: int | None = None
+) -> Any:
+    """The checked call. Beside half precision positions may be float32: bfloat16 knows a position of 20 to 0.125."""
+    first: Any = operands[operator.names[0]]
+    if first.dtype in _HALF:
+        precise = {argument.name for argument in operator.arguments if argument.precise}
+        operands = {
+            name: operand._replace(dtype=first.dtype) if operand and name in precise and operand.dtype == "float32" else operand
+            for name, operand in operands.items()
+        }
+    return operator.check(operands, parameters, rank, not modes.compiling())
+
+
+def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
+    """The output, for plain tensors with a batch axis; without a graph."""
+    op, spec, inner, module = plan[:4]
+    first: Any = operands[0]
+    # A contiguous tensor of several channels and pixels has channels 2 pixels or more apart: the check is for speed.
+    form = memory_format(first) if first.stride(1) == 1 else torch.contiguous_format
+    if module.TAKES == "native":
+        with torch.no_grad(), modes.without_autocast(first.device.type):
+            tensors = [in_dtype(inner.dtype, tensor) for tensor in operands]
+            output = native.forward_in_parts(op.operator, module, inner, tensors)
+    else:
+        arrays: list[Any]
+        if inner is spec:
+            arrays = [None if tensor is None else tensor.numpy(force=True) for tensor in operands]
+        else:
+            arrays = [array_of(inner.dtype, tensor) for tensor in operands]
+        output = torch.from_numpy(module.forward(inner, *arrays, library="torch"))
+    if inner is not spec:
+        output = output.to(first.dtype)
+    return output if output.is_contiguous(memory_format=form) else output.contiguous(memory_format=form)
+
+
+def backward(plan: Plan, grad_output: Tensor, operands: Sequence[Tensor | None], wanted: Collection[str]) -> Any:
+    """The wanted gradients, for plain tensors with a batch axis; without a graph."""
+    op, spec, inner, module = plan[:4]
+    operator: Operator = op.operator
+    first: Any = operands[0]
+    arrays: list[Any]
+    if module.TAKES == "native":
+        with modes.without_autocast(first.device.type), modes.with_derivatives():
+            grad, *arrays = (in_dtype(inner.dtype, tensor) for tensor in (grad_output, *operands))
+            if hasattr(module, "backward"):
+                found = module.backward(inner, grad, *arrays, wanted=wanted)
+            else:
+                found = native.backward_in_parts(operator, module, inner, grad, arrays, wanted)  # type: ignore[arg-type]
+    else:
+        if inner is spec:
+            arrays = [None if tensor is None else tensor.numpy(force=True) for tensor in (grad_output, *operands)]
+        else:
+            arrays = [array_of(inner.dtype, tensor) for tensor in (grad_output, *operands)]
+        with np.errstate(invalid="ignore", over="ignore"):  # infinities and NaN are data here
+            found = module.backward(inner, *arrays, wanted=wanted, library="torch")
+        found = [None if array is None else torch.from_numpy(array) for array in found]
+    like = dict(zip((argument.name for argument in operator.in_backward), operands, strict=True))
+    gradients = []
+    for argument, gradient in zip(operator.arguments, found, strict=True):
+        if gradient is not None:
+            tensor = like.get(argument.name)
+            tensor = first if tensor is None else tensor
+            gradient = gradient if inner is spec else gradient.to(tensor.dtype)
+            gradient = _formed(gradient, tensor) if argument.keeps_format else gradient.contiguous()
+        gradients.append(gradient)
+    return operator.gradients(*gradients)
+
+
+def _formed(gradient: Tensor, like: Tensor) -> Tensor:
+    if gradient.is_contiguous() and like.is_contiguous():  # the case of most calls, said quickly
+        return gradient
+    return gradient.contiguous(memory_format=memory_format(like))
+
+
+def second_backward(
+    op: Any, spec: Any, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor], needed: Sequence[int]
+) -> dict[int, Tensor]:
+    """The derivative of the gradients, on plain tensors, in the portable form."""
+    portable = dispatch.load(op.operator, "portable")
+    inner = in_(spec, portable.computes_in(spec.dtype, "torch"))
+    with modes.without_autocast(operands[0].device.type):
+        whole = [in_dtype(inner.dtype, tensor) for tensor in operands]
+        given: list[Any] = [in_dtype(inner.dtype, tensor) for tensor in cotangents]
+        results = native.second_backward_in_parts(op.operator, inner, whole, wanted, given, needed)
+    return {index: result.to(operands[index].dtype) for index, result in results.items()}

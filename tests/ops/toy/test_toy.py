@@ -1,0 +1,186 @@
+"""An operator that is described, and nothing more, has both front ends, derivatives, transforms and texts: no line under src
+knows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.ops.toy import native, numbers
+from tests.ops.toy.operator import SCALE
+
+from deformconv import BackendError, ShapeError
+from deformconv.numpy import run
+
+torch = pytest.importorskip("torch")
+calls = pytest.importorskip("deformconv.torch.calls")
+registry = pytest.importorskip("deformconv.torch.registry")
+
+OP = registry.Registered(SCALE)
+by_backend = pytest.mark.parametrize("backend", ["numbers", "portable"])
+by_bias = pytest.mark.parametrize("biased", [False, True])
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),  # PyTorch's own scripts, used by its forward-mode rules
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),  # opcheck looks at the .grad of what is no leaf
+]
+
+
+def scale(input: Any, mask: Any, bias: Any = None, power: Any = 1, *, backend: Any = None) -> Any:
+    """The public function of a front end: a signature, and where to go."""
+    return calls.call(OP, None, backend, (power,), (input, mask, bias))
+
+
+def tensors(biased: bool = True, requires_grad: bool = False) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 2, 5), (3, 1, 5)] + [(2,)] * biased
+    return [torch.rand(shape, generator=generator, dtype=torch.float64).requires_grad_(requires_grad) for shape in shapes]
+
+
+def truth(input: Any, mask: Any, bias: Any = None, power: int = 1) -> Any:
+    output = input * mask**power
+    return output if bias is None else output + bias[:, None]
+
+
+@by_backend
+@by_bias
+def test_numpy(backend: str, biased: bool) -> None:
+    arrays = [tensor.numpy() for tensor in tensors(biased)]
+    operands = dict(zip(SCALE.names, [*arrays, None], strict=False))
+    output = run.forward(SCALE, operands, {"power": 2}, backend)
+    np.testing.assert_allclose(output, truth(*arrays, power=2))
+    if backend == "portable":
+        with pytest.raises(BackendError, match="portable: NumPy has no automatic derivative"):
+            run.backward(SCALE, output, operands, {"power": 2}, backend, None)
+        return
+    gradients = run.backward(SCALE, np.ones_like(output), operands, {"power": 2}, backend, ["mask"])
+    np.testing.assert_allclose(gradients.mask, (2 * arrays[1] * arrays[0]).sum(1, keepdims=True))
+    assert gradients.input is None
+
+
+@by_backend
+@by_bias
+def test_derivatives_of_first_and_second_order(backend: str, biased: bool) -> None:
+    given = tensors(biased, requires_grad=True)
+    assert torch.equal(scale(*given, power=2, backend=backend), truth(*given, power=2))
+    assert torch.autograd.gradcheck(lambda *t: scale(*t, power=2, backend=backend), given)
+    assert torch.autograd.gradgradcheck(lambda *t: scale(*t, power=2, backend=backend), given)
+    grad_output = torch.rand(3, 2, 5, dtype=torch.float64)
+    found = calls.backward(OP, backend, (2,), grad_output, tuple([*given, None][:3]), None)
+    expected = torch.autograd.grad(truth(*given, power=2), given, grad_output)
+    for name, gradient in zip(SCALE.names, expected, strict=False):
+        assert torch.allclose(getattr(found, name), gradient)
+
+
+def test_the_memory_of_tensors_is_the_backend_s() -> None:
+    numbers.asked.clear()
+    given = tensors(requires_grad=True)
+    output = scale(*given)
+    assert type(output.grad_fn).__name__ == "ToyScaleFunctionBackward"
+    output.sum().backward()
+    assert numbers.asked == ["torch", "torch"]
+
+
+def test_a_backend_of_native_arrays_gets_the_tensors_in_their_dtype() -> None:
+    """Not NumPy's copies of them, from whatever device, and half precision only if the backend cannot take it."""
+    native.seen.clear()
+    given = [tensor.detach().bfloat16().requires_grad_() for tensor in tensors()]
+    output = scale(*given, power=2, backend="native")
+    output.sum().backward()
+    assert len(native.seen) == 2
+    for tensor in (*native.seen[0], *native.seen[1]):
+        assert type(tensor) is torch.Tensor and tensor.dtype is torch.bfloat16 and not tensor.requires_grad
+    assert [tensor.data_ptr() for tensor in native.seen[0]] == [tensor.data_ptr() for tensor in given]
+    expected = truth(*given, power=2)
+    assert torch.equal(output, expected)
+    for tensor, gradient in zip(given, torch.autograd.grad(expected.sum(), given), strict=True):
+        assert torch.allclose(tensor.grad, gradient, rtol=0.02)
+    assert "bfloat16, torch on cpu" in calls.explain(OP, "native", (2,), tuple(given))
+    with pytest.raises(BackendError, match=r"native: it takes PyTorch's tensors, not numpy's arrays"):
+        arrays = [tensor.numpy() for tensor in tensors()]
+        run.forward(SCALE, dict(zip(SCALE.names, arrays, strict=True)), {"power": 2}, "native")
+
+
+@by_bias
+def test_opcheck(biased: bool) -> None:
+    given = [*tensors(biased, requires_grad=True), None][:3]
+    torch.library.opcheck(OP.forward_op, (*given, 2, None))
+    grad_output = torch.rand(3, 2, 5, dtype=torch.float64)
+    torch.library.opcheck(OP.backward_op, (grad_output, given[0], given[1], 2, None, [True, True, biased]))
+
+
+def test_compile() -> None:
+    given = tensors(requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: scale(*t, power=2).sin(), backend="aot_eager", fullgraph=True)
+    found, expected = compiled(*given), scale(*given, power=2).sin()
+    assert torch.equal(found, expected)
+    for gradient, other in zip(
+        torch.autograd.grad(found.sum(), given), torch.autograd.grad(expected.sum(), given), strict=True
+    ):
+        assert torch.equal(gradient, other)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mapped", [(0, 0, None), (0, None, None), (None, None, 0), (1, 0, 0)])
+def test_vmap(mapped: tuple[int | None, ...]) -> None:
+    given = [
+        tensor if dim is None else torch.stack([tensor, 2 * tensor, 3 * tensor], dim)
+        for tensor, dim in zip(tensors(), mapped, strict=True)
+    ]
+    found = torch.func.vmap(scale, in_dims=mapped)(*given)
+    assert torch.allclose(found, torch.func.vmap(truth, in_dims=mapped)(*given))
+    gradient = torch.func.vmap(torch.func.grad(lambda *t: scale(*t).pow(2).sum(), (0, 1, 2)), in_dims=mapped)
+    expected = torch.func.vmap(torch.func.grad(lambda *t: truth(*t).pow(2).sum(), (0, 1, 2)), in_dims=mapped)
+    for one, other in zip(gradient(*given), expected(*given), strict=True):
+        assert torch.allclose(one, other)
+
+
+def test_mapped_images_are_one_call() -> None:
+    numbers.asked.clear()
+    torch.func.vmap(scale)(*(torch.stack([tensor] * 4) for tensor in tensors(biased=False)))
+    assert numbers.asked == ["torch"]
+
+
+def test_forward_mode_half_precision_fake_and_autocast() -> None:
+    given = tensors()
+    _, tangent = torch.func.jvp(lambda x: scale(x, *given[1:]), (given[0],), (torch.ones_like(given[0]),))
+    assert torch.allclose(tangent, given[1].expand_as(tangent))
+    half = scale(given[0].bfloat16(), given[1].float(), power=3)
+    assert half.dtype is torch.bfloat16
+    assert torch.equal(half, truth(given[0].bfloat16().float(), given[1].float(), power=3).bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert scale(given[0].float(), given[1].float()).dtype is torch.bfloat16
+    assert scale(*(tensor.to("meta") for tensor in given)).shape == (3, 2, 5)
+
+
+def test_texts() -> None:
+    given = tensors()
+    assert calls.explain(OP, None, (2,), tuple(given)).splitlines() == [
+        "input (3, 2, 5), mask (3, 1, 5); float64, torch on cpu",
+        "forward: numbers",
+        "  numbers: it multiplies 2 times",
+        "  portable: can run it, but numbers comes first",
+        '  native: can run it, but only when asked for by backend="native"',
+        "backward: numbers",
+        "  numbers: it multiplies 2 times",
+        "  portable: can run it, but numbers comes first",
+        '  native: can run it, but only when asked for by backend="native"',
+    ]
+    half = [tensor.half() for tensor in given]
+    assert "; float16 computed in float32, torch on cpu" in calls.explain(OP, None, (2,), tuple(half))
+    with pytest.raises(BackendError, match=r'="numbers" cannot run this call: input .*\n  numbers: it counts to 3, not to 4'):
+        scale(*given, power=4, backend="numbers")
+    with pytest.raises(ValueError, match='; expected "numbers", "portable", "native", or None'):
+        scale(*given, backend="cpu")
+    with pytest.raises(ShapeError, match=r"`mask` has shape \(3, 2, 5\); expected \(N, 1, L\)"):
+        scale(given[0], given[0])
+    with pytest.raises(TypeError, match=r"`mask` is a numpy.ndarray; expected a PyTorch tensor, as `input` and `bias` are"):
+        scale(given[0], given[1].numpy(), given[2])
+    with pytest.raises(TypeError, match="`mask` is None; expected a PyTorch tensor"):
+        scale(given[0], None)
+    with pytest.raises(ValueError, match="`wanted` names 'offset'; expected some of input, mask, bias"):
+        run.backward(SCALE, given[0].numpy(), {"input": given[0].numpy(), "mask": given[1].numpy(), "bias": None}, {"power": 1},
+                     None, ["offset"])  # fmt: skip
