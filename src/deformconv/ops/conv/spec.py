@@ -24,6 +24,7 @@ from deformconv.ops.window import (
     positions_along,
     same_padding,
 )
+from deformconv.sampling.rule import BOUNDARIES
 
 __all__ = [
     "BOUNDARIES",
@@ -39,7 +40,6 @@ __all__ = [
 
 GRADIENTS = ("input", "offset", "weight", "bias", "mask")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-BOUNDARIES = ("zeros", "inside")
 
 
 class Operand(NamedTuple):
