@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["REACH", "Corner", "base", "corners", "interpolate", "split"]
+__all__ = ["BOUNDARIES", "REACH", "Corner", "base", "corners", "interpolate", "split"]
 
+BOUNDARIES = ("zeros", "inside")
 REACH = 2.0**40  # the first offset that is out of reach; base + floor(offset) below it fits 64-bit integers
 
 

@@ -26,6 +26,7 @@ from deformconv.ops.window import (
     positions_along,
     resolved,
 )
+from deformconv.sampling.rule import BOUNDARIES
 
 __all__ = [
     "BOUNDARIES",
@@ -41,7 +42,6 @@ __all__ = [
 
 GRADIENTS = ("input", "offset", "weight", "bias", "mask")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-BOUNDARIES = ("zeros", "inside")
 
 
 class Gradients(NamedTuple):
