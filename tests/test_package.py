@@ -285,6 +285,7 @@ def test_public_names():
         deformconv.deform_convolution  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "framework, call", [("torch", "torch.DeformConv2d"), ("mxnet", "gluon.ModulatedDeformableConvolution")]
 )

@@ -164,6 +164,7 @@ class TestDoctor:
         assert "FAILED" not in text and ESCAPE not in text
         assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80
 
+    @pytest.mark.slow
     def test_without_torch(self):
         result = run("doctor", prelude="sys.modules['torch'] = None")
         assert result.returncode == 0, result.stdout + result.stderr

@@ -120,6 +120,7 @@ def test_a_model_one_cannot_edit_trains(counted):
     assert counted == {"forward": 20, "backward": 20}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["compile", "export", "trace", "vmap", "autocast"])
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")

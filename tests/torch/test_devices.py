@@ -92,6 +92,7 @@ def memory_events(profile):
     return [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case.batch], ids=lambda case: case.name)
 def test_the_meta_device(case):
     function, arrays, keywords, _ = call_of(case, requires_grad=True)

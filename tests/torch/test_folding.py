@@ -169,6 +169,7 @@ def small():
     return x, torch.rand(1, 4, 3, 3).double() * 0.8 + 0.1, weight, torch.rand(1, 2, 3, 3).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", [jacfwd, jacrev])
 @pytest.mark.parametrize("inner", [jacfwd, jacrev])
 def test_second_derivatives_by_all_modes(outer, inner):

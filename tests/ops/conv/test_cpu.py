@@ -101,6 +101,7 @@ def test_results_are_the_same_for_any_number_of_threads(case: Case, monkeypatch:
             np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_float32_at_width_1333_and_depth_4608() -> None:
     """The paper's image width, where adding base and offset in float32 alone costs 5e-5; then the largest layer's sum."""
     wide = Case("wide", (3, 1333), (3, 3), padding=1, in_channels=4, out_channels=4, batch=1)

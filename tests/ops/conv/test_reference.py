@@ -13,6 +13,8 @@ from tests.tolerances import assert_close
 from deformconv.ops.conv import reference
 from deformconv.ops.conv.spec import GRADIENTS
 
+pytestmark = pytest.mark.slow  # plain loops; the fast tests rely on the reference
+
 DIFFERENCED = [
     Case("1-D", (7,), (3,), stride=2, padding=((2, 1),), dilation=2, groups=2, offset_groups=2),
     Case("2-D", (4, 3), (3, 2), stride=(2, 1), padding=((1, 0), (0, 2)), dilation=(1, 2), groups=2),
