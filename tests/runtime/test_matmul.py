@@ -7,24 +7,18 @@ import itertools
 import numba
 import numpy as np
 import pytest
-from deformconv.runtime.product import BLOCK, FEW_ROWS, ROWS, VECTORS, multiply
-from deformconv.runtime.vectors import VECTOR_BYTES
 from tests.tolerances import assert_close
 
 from deformconv.runtime import cache
+from deformconv.runtime.matmul import BLOCK, FEW_ROWS, ROWS, VECTORS, Factor, Panels, multiply
+from deformconv.runtime.simd import VECTOR_BYTES, Rows
 
 by_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 @numba.njit(**cache.OPTIONS)
-def product(
-    a, a_start, a_row, a_step, a_jump, run, runs, rows, b, b_start, b_column, b_row, b_first,
-    c, c_start, c_row, columns, accumulate,
-):  # fmt: skip
-    multiply(
-        a, a_start, a_row, a_step, a_jump, run, runs, rows, b, b_start, b_column, b_row, b_first,
-        c, c_start, c_row, columns, accumulate,
-    )  # fmt: skip
+def product(a, rows, b, c, columns, accumulate):
+    multiply(a, rows, b, c, columns, accumulate)
 
 
 def up(number: int, multiple: int) -> int:
@@ -67,19 +61,17 @@ class Result:
     def __init__(self, rows: int, columns: int, dtype: str, fill: float) -> None:
         self.rows, self.columns = rows, columns
         self.room = up(rows % ROWS, FEW_ROWS) + rows // ROWS * ROWS, up(columns, vector(dtype))
-        self.start, self.row = 3, self.room[1] + 2
-        self.flat = np.full(self.start + (self.room[0] + 2) * self.row, fill, dtype)
-
-    @property
-    def array(self) -> np.ndarray:
-        return self.flat[self.start :].reshape(-1, self.row)
+        start, row = 3, self.room[1] + 2
+        self.memory = Rows(np.full(start + (self.room[0] + 2) * row, fill, dtype), start, row)
 
     def check(self, expected: np.ndarray, fill: float, dtype: str, what: str) -> None:
-        assert_close(self.array[: self.rows, : self.columns], expected, dtype, what)
-        beside = self.array.copy()
+        flat, start, row = self.memory
+        array = flat[start:].reshape(-1, row)
+        assert_close(array[: self.rows, : self.columns], expected, dtype, what)
+        beside = array.copy()
         beside[: self.room[0], : self.room[1]] = fill
         np.testing.assert_array_equal(beside, np.full_like(beside, fill), what)
-        np.testing.assert_array_equal(self.flat[: self.start], np.full(self.start, fill, dtype), what)
+        np.testing.assert_array_equal(flat[:start], np.full(start, fill, dtype), what)
 
 
 def test_a_block_fits_the_registers() -> None:
@@ -96,7 +88,8 @@ def test_every_number_of_rows_and_columns(dtype: str) -> None:
         flat_a = np.concatenate([np.full(5, np.nan), a.ravel(), np.full(ROWS * depth, np.nan)]).astype(dtype)
         flat_b = np.concatenate([np.full(4, np.nan, dtype), in_panels(b, dtype)])
         c = Result(rows, columns, dtype, np.nan)
-        product(flat_a, 5, depth, 1, 0, depth, 1, rows, flat_b, 4, depth, 0, 0, c.flat, c.start, c.row, columns, False)
+        left, right = Factor(flat_a, 5, depth, 1, 0, depth, 1), Panels(flat_b, 4, depth, 0, 0)
+        product(left, rows, right, c.memory, columns, False)
         c.check(a.astype("float64") @ b, np.nan, dtype, f"{rows} rows, {columns} columns")
 
 
@@ -107,9 +100,8 @@ def test_what_c_holds_is_added_to(dtype: str) -> None:
         a, b = matrix(rows, depth, dtype), matrix(depth, columns, dtype, seed=1)
         flat_a = np.concatenate([a.ravel(), np.zeros(ROWS * depth, dtype)])
         c = Result(rows, columns, dtype, 2)
-        product(
-            flat_a, 0, depth, 1, 0, depth, 1, rows, in_panels(b, dtype), 0, depth, 0, 0, c.flat, c.start, c.row, columns, True
-        )
+        left, right = Factor(flat_a, 0, depth, 1, 0, depth, 1), Panels(in_panels(b, dtype), 0, depth, 0, 0)
+        product(left, rows, right, c.memory, columns, True)
         c.check(2 + a.astype("float64") @ b, 2, dtype, f"{rows} rows, {columns} columns")
 
 
@@ -123,10 +115,8 @@ def test_the_depth_is_runs_of_steps(run: int, runs: int, dtype: str) -> None:
     a = np.concatenate([whole[i * (run + 4) : i * (run + 4) + run] for i in range(runs)] or [whole[:0]])[:, :rows].T
     b = matrix(first + depth + 1, columns, dtype, seed=1)
     c = Result(rows, columns, dtype, np.nan)
-    product(
-        whole.ravel(), 0, 1, room, (run + 4) * room, run, runs, rows, in_panels(b, dtype), 0, len(b), 0, first,
-        c.flat, c.start, c.row, columns, False,
-    )  # fmt: skip
+    left = Factor(whole.ravel(), 0, row=1, step=room, jump=(run + 4) * room, run=run, runs=runs)
+    product(left, rows, Panels(in_panels(b, dtype), 0, len(b), 0, first), c.memory, columns, False)
     c.check(a.astype("float64") @ b[first : first + depth], np.nan, dtype, "product")
 
 
@@ -139,7 +129,8 @@ def test_rows_of_b_may_lie_apart(dtype: str) -> None:
         b[:, :columns] = matrix(first + depth, columns, dtype, seed=1)
         flat_a = np.concatenate([a.ravel(), np.zeros(ROWS * depth, dtype)])
         c = Result(rows, columns, dtype, np.nan)
-        product(flat_a, 0, depth, 1, 0, depth, 1, rows, b.ravel(), 0, 1, b_row, first, c.flat, c.start, c.row, columns, False)
+        left, right = Factor(flat_a, 0, depth, 1, 0, depth, 1), Panels(b.ravel(), 0, 1, b_row, first)
+        product(left, rows, right, c.memory, columns, False)
         c.check(a.astype("float64") @ b[first:, :columns], np.nan, dtype, f"{columns} columns")
 
 
@@ -150,7 +141,8 @@ def test_a_number_that_is_none_stays_in_its_row_or_column(dtype: str) -> None:
     a[ROWS, 1], b[2, 4] = np.nan, np.nan
     flat_a = np.concatenate([a.ravel(), np.zeros(ROWS * depth, dtype)])
     c = Result(rows, columns, dtype, np.nan)
-    product(flat_a, 0, depth, 1, 0, depth, 1, rows, in_panels(b, dtype), 0, depth, 0, 0, c.flat, c.start, c.row, columns, False)
+    left, right = Factor(flat_a, 0, depth, 1, 0, depth, 1), Panels(in_panels(b, dtype), 0, depth, 0, 0)
+    product(left, rows, right, c.memory, columns, False)
     expected = np.full((rows, columns), float(depth))
     expected[ROWS], expected[:, 4] = np.nan, np.nan
     c.check(expected, np.nan, dtype, "product")

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import pytest
-from deformconv.runtime.vectors import (
+from tests.tolerances import assert_close
+
+from deformconv.runtime import cache
+from deformconv.runtime.simd import (
     INT,
     VECTOR_BYTES,
     Lanes,
     add_lanes,
     element,
-    emit_with,
-    fetch_add,
+    emits,
     for_channels,
     for_each,
     host_features,
     lanes_of,
+    named,
     prefetch,
     round_up,
     transpose_block,
-    wait_for,
 )
-from numba import types
-from numba.extending import intrinsic
-from tests.tolerances import assert_close
-
-from deformconv.runtime import cache
 
 compiled = numba.njit(**cache.OPTIONS)
 by_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -59,17 +54,14 @@ def test_a_vector_has_the_hosts_width() -> None:
 # Loops over channels.
 
 
-@intrinsic
-def _multiply_add(typing: Any, x: Any, y: Any, start: Any, factor: Any, width: Any) -> Any:
-    def emit(builder: Any, scalar: Any, x: Any, y: Any, start: Any, factor: Any, width: Any) -> None:
-        def step(do: Lanes, c: Any, sums: list[Any]) -> list[Any]:
-            place = builder.add(start, c)
-            do.store(do.multiply_add(do.spread(factor), do.load(x, c), do.load(y, place)), y, place)
-            return sums
+@emits
+def _multiply_add(builder: Any, scalar: Any, x: Any, y: Any, start: Any, factor: Any, width: Any) -> None:
+    def step(do: Lanes, c: Any, sums: list[Any]) -> list[Any]:
+        place = builder.add(start, c)
+        do.store(do.multiply_add(do.spread(factor), do.load(x, c), do.load(y, place)), y, place)
+        return sums
 
-        for_channels(builder, scalar, width, [], step)
-
-    return types.void(x, y, types.int64, x.dtype, types.int64), emit_with("x y start factor width", emit)
+    for_channels(builder, scalar, width, [], step)
 
 
 @compiled
@@ -99,21 +91,16 @@ def test_a_number_that_is_none_stays_in_its_lane(dtype: str) -> None:
         np.testing.assert_array_equal(y, np.where(np.arange(width) == place, np.nan, 2))
 
 
-@intrinsic
-def _dot_products(typing: Any, x: Any, starts: Any, y: Any, results: Any, width: Any) -> Any:
-    def emit(builder: Any, scalar: Any, x: Any, starts: list[Any], y: Any, results: Any, width: Any) -> None:
-        def step(do: Lanes, c: Any, sums: list[Any]) -> list[Any]:
-            d = do.load(y, c)
-            return [
-                do.multiply_add(d, do.load(x, builder.add(start, c)), total) for start, total in zip(starts, sums, strict=True)
-            ]
+@emits
+def _dot_products(builder: Any, scalar: Any, x: Any, starts: list[Any], y: Any, results: Any, width: Any) -> None:
+    def step(do: Lanes, c: Any, sums: list[Any]) -> list[Any]:
+        d = do.load(y, c)
+        return [do.multiply_add(d, do.load(x, builder.add(start, c)), total) for start, total in zip(starts, sums, strict=True)]
 
-        zero = Lanes(builder, scalar, lanes_of(scalar)).zero
-        totals = add_lanes(builder, for_channels(builder, scalar, width, [zero] * len(starts), step))
-        for number, total in enumerate(totals):
-            builder.store(total, element(builder, results, INT(number)))
-
-    return types.void(x, starts, y, results, types.int64), emit_with("x starts y results width", emit)
+    zero = Lanes(builder, scalar, lanes_of(scalar)).zero
+    totals = add_lanes(builder, for_channels(builder, scalar, width, [zero] * len(starts), step))
+    for number, total in enumerate(totals):
+        builder.store(total, element(builder, results, INT(number)))
 
 
 @compiled
@@ -144,17 +131,12 @@ def test_a_sum_that_is_no_number_spoils_no_other(count: int, dtype: str) -> None
             np.testing.assert_array_equal(results, np.where(np.arange(count) == row, np.nan, width))
 
 
-@intrinsic
-def _count_up(typing: Any, results: Any, start: Any, stop: Any) -> Any:
-    def emit(builder: Any, scalar: Any, results: Any, start: Any, stop: Any) -> None:
-        steps = [INT(0), INT(0)]  # how many there were, and the sum of their indices
-        found = for_each(
-            builder, start, stop, 3, steps, lambda i, sums: [builder.add(sums[0], INT(1)), builder.add(sums[1], i)]
-        )
-        for number, value in enumerate(found):
-            builder.store(value, element(builder, results, INT(number)))
-
-    return types.void(results, types.int64, types.int64), emit_with("results start stop", emit)
+@emits
+def _count_up(builder: Any, scalar: Any, results: Any, start: Any, stop: Any) -> None:
+    steps = [INT(0), INT(0)]  # how many there were, and the sum of their indices
+    found = for_each(builder, start, stop, 3, steps, lambda i, sums: [builder.add(sums[0], INT(1)), builder.add(sums[1], i)])
+    for number, value in enumerate(found):
+        builder.store(value, element(builder, results, INT(number)))
 
 
 @compiled
@@ -175,7 +157,7 @@ def test_a_loop_takes_whole_steps_and_says_where_it_ended(start: int, stop: int)
 
 @compiled
 def transpose(source, start, row, into, into_start, into_row, bias, bias_start):
-    transpose_block(source, start, row, into, into_start, into_row, bias, bias_start)
+    transpose_block(source, start, row, into, into_start, into_row, bias, bias_start, bias.size > 0)
 
 
 @by_dtype
@@ -207,50 +189,6 @@ def test_asking_for_a_cache_line_changes_nothing(dtype: str) -> None:
     np.testing.assert_array_equal(array, before)
 
 
-# Counters that threads share.
-
-
-@compiled
-def take(counters, which, taken):
-    for index in range(taken.size):
-        taken[index] = fetch_add(counters, which)
-
-
-@compiled
-def wait_then_read(counters, number, values, seen):
-    wait_for(counters, 1, number)
-    seen[0] = values[0]
-
-
-def test_each_number_of_a_counter_is_given_out_once() -> None:
-    counters = np.array([5, 100, 5])
-    taken = [np.empty(20_000, np.int64) for _ in range(4)]
-    take(counters, 1, taken[0][:0])  # compiled before the threads race
-    threads = [threading.Thread(target=functools.partial(take, counters, 1, part)) for part in taken]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert counters.tolist() == [5, 80_100, 5]
-    assert np.array_equal(np.sort(np.concatenate(taken)), np.arange(100, 80_100))
-    assert all((np.diff(part) > 0).all() for part in taken)
-
-
-def test_who_waits_sees_what_was_written_before_the_counter_rose() -> None:
-    counters, values, seen, one = np.zeros(2, np.int64), np.zeros(1), np.zeros(1), np.empty(1, np.int64)
-    wait_then_read(counters, 0, values, seen)  # there already: returns at once, and is compiled
-    take(counters, 0, one)
-    waiting = threading.Thread(target=wait_then_read, args=(counters, 3, values, seen), daemon=True)
-    waiting.start()
-    for _ in range(2):
-        take(counters, 1, one)
-    assert waiting.is_alive()
-    values[0] = 7
-    take(counters, 1, one)
-    waiting.join(timeout=60)
-    assert not waiting.is_alive() and seen[0] == 7
-
-
 @compiled
 def rounded(number, multiple):
     return round_up(number, multiple)
@@ -259,3 +197,18 @@ def rounded(number, multiple):
 @pytest.mark.parametrize("multiple", [1, 4, 16])
 def test_round_up(multiple: int) -> None:
     assert [rounded(number, multiple) for number in range(40)] == [-(-number // multiple) * multiple for number in range(40)]
+
+
+class Span(NamedTuple):
+    start: Any
+    stop: Any
+
+
+@compiled
+def length(numbers):
+    span = named(Span, numbers)
+    return span.stop - span.start
+
+
+def test_numbers_of_an_array_have_names() -> None:
+    assert length(np.array([3, 10, 99])) == 7
