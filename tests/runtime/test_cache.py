@@ -66,6 +66,32 @@ def copy(tmp_path: Path) -> Path:
     return root
 
 
+BITS = """
+import hashlib
+import numpy as np
+import deformconv
+random = np.random.default_rng(0)
+shapes = [(3, 37, 41, 29), (3, 30, 20, 29), (53, 37, 5, 3), (53,)]
+x, offset, weight, bias = (random.standard_normal(shape, np.float32) for shape in shapes)
+window = {"stride": (2, 1), "padding": 1}
+y = deformconv.deform_conv(x, offset, weight, bias, **window)
+gradients = deformconv.deform_conv_backward(y, x, offset, weight, bias, **window)
+for result in (y, *gradients[:4]):
+    print(hashlib.sha256(result.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_who_compiles_and_who_loads_compute_the_same_bits(tmp_path: Path) -> None:
+    environment = SURROUNDINGS | {"DEFORMCONV_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.run([sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, timeout=600, check=True)
+        for _ in range(2)
+    )
+    assert len(first.stdout.split()) == 5
+    assert first.stdout == second.stdout
+
+
 @pytest.mark.slow
 def test_a_new_process_hits_and_an_edited_kernel_misses(copy: Path) -> None:
     first = call(copy)

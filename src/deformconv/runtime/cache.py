@@ -275,6 +275,15 @@ def device(function: Callable[..., Any]) -> Any:
     return numba.njit(no_cpython_wrapper=True, **OPTIONS)(function)
 
 
+def in_order(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call, and whose sums are added in the order in which they are written.
+
+    Elsewhere the compiler may change the order, and the process that compiles a kernel took another one here than those that
+    loaded it.
+    """
+    return numba.njit(no_cpython_wrapper=True, **OPTIONS | {"fastmath": FAST_MATH - {"reassoc"}})(function)
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that Python calls, once per machine; it runs without the GIL."""
     dispatcher = numba.njit(**OPTIONS)(function)
