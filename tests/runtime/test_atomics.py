@@ -48,6 +48,7 @@ def test_who_waits_sees_what_was_written_before_the_counter_rose() -> None:
     waiting.start()
     for _ in range(2):
         take(counters, 1, one)
+    waiting.join(timeout=0.1)  # long enough to be wrong in
     assert waiting.is_alive()
     values[0] = 7
     take(counters, 1, one)

@@ -289,15 +289,15 @@ def test_the_ways_back_are_the_rules_derivatives(masked: bool, boundary: str, dt
         # not wanted, so that the result shows what they write there nevertheless.
         kept_x, kept_offset, kept_mask = d_x.array.copy(), d_offset.array.copy(), d_mask.copy()
         no_x, no_offset = d_x._replace(array=d_x.array[:0]), d_offset._replace(array=d_offset.array[:0])
-        d_offset.array.fill(7)
+        for array in (d_offset.array, d_mask, a.column.array):
+            array.fill(7)
         go_back(*operands, no_x, width, d_offset, d_mask[:0], 1)
         np.testing.assert_array_equal(d_offset.array, kept_offset)
-        np.testing.assert_array_equal(d_mask, kept_mask)
-        for array in (d_mask, a.column.array):
-            array.fill(7)
+        assert (d_mask == 7).all()
+        d_offset.array.fill(7)
         go_back(*operands, no_x, width, no_offset, d_mask, 1)
         np.testing.assert_array_equal(d_mask, kept_mask)
-        np.testing.assert_array_equal(d_offset.array, kept_offset)
+        assert (d_offset.array == 7).all()
         np.testing.assert_array_equal(d_x.array, kept_x)
         a.check_column(tile, what)
 
