@@ -37,9 +37,16 @@ def _grad(call: Call, tensors: Tensors) -> Any:
 
 
 def _compile(call: Call, tensors: Tensors) -> Any:
+    nodes: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, given: Any) -> Any:
+        nodes.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
     torch._dynamo.reset()
-    result = torch.compile(call, backend="aot_eager", fullgraph=True)(*tensors)
+    result = torch.compile(call, backend=backend, fullgraph=True)(*tensors)
     torch._dynamo.reset()
+    assert DEFORM_CONV.forward_op in nodes
     return result
 
 
@@ -163,3 +170,22 @@ def test_the_door_and_the_result(mode: str, masked: bool, monkeypatch: pytest.Mo
         assert torch.allclose(found, expected)
     else:
         assert torch.equal(found, expected)
+
+
+def test_the_door_of_each_mode() -> None:
+    plain = torch.ones(2, 3)
+    assert modes.door(plain, None) == modes.door(torch.nn.Parameter(plain)) == "memory"
+    assert modes.door(plain.as_subclass(type("Other", (torch.Tensor,), {}))) == "registered"
+    asked = []
+    torch.func.vmap(lambda x: asked.append(modes.door(x)) or x)(plain)
+    torch.func.jvp(lambda x: asked.append(modes.door(x)) or x, (plain,), (plain,))
+    torch.jit.trace(lambda x: asked.append(modes.door(x)) or x * 2, plain, check_trace=False)
+    assert asked == ["transformed", "decomposed", "registered"]
+
+
+def test_an_export_to_onnx_leaves_by_its_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modes, "exporting", lambda: True)
+    plain = torch.ones(2, 3)
+    asked = []
+    torch.func.vmap(lambda x: asked.append(modes.door(x)) or x)(plain)
+    assert asked == ["onnx"] and modes.door(plain) == "memory"

@@ -45,7 +45,7 @@ class Progress:
     """Hears what is being done; this one keeps it to itself."""
 
     def begin(self, steps: int) -> None:
-        """So many steps follow."""
+        """A number of steps follows."""
 
     def step(self, what: str) -> None:
         """One step begins."""

@@ -23,6 +23,7 @@ from mxnet.ndarray.ndarray import _DTYPE_MX_TO_NP
 from deformconv import dispatch
 from deformconv.errors import BackendError, ShapeError
 from deformconv.gluon.arrays import device, view, write
+from deformconv.numpy import run
 from deformconv.ops.operator import Operand, Operator
 
 __all__ = ["check_device", "in_gluon_words", "in_our_words", "register"]
@@ -87,7 +88,7 @@ class _Computation(mx.operator.CustomOp):
             return
         arrays: dict[str, Any] = dict.fromkeys(self._operator.names)
         arrays |= zip(self._operands, map(view, in_data), strict=True)
-        output = self._module(backward=False).forward(self._spec, *arrays.values())
+        output = run.forward_on(self._module(backward=False), self._spec, list(arrays.values()))
         write(out_data[0], req[0], output)
 
     @_told
@@ -105,7 +106,8 @@ class _Computation(mx.operator.CustomOp):
             return
         arrays = {name: view(array) for name, array in zip(self._operands, in_data, strict=True)}
         saved = [arrays.get(argument.name) for argument in self._operator.in_backward]
-        gradients = self._module(backward=True).backward(self._spec, view(out_grad[0]), *saved, wanted=wanted)
+        module = self._module(backward=True)
+        gradients = run.backward_on(self._operator, module, self._spec, view(out_grad[0]), saved, wanted)
         for name, request, array in zip(self._operands, req, in_grad, strict=True):
             if request != "null":
                 write(array, request, getattr(gradients, name))

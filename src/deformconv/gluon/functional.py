@@ -113,7 +113,7 @@ def call(
     weight_shape: tuple[int, ...] | None = None,
 ) -> Any:
     """Run the operator or write its symbol; `weight_shape`, where known, is for a Symbol that carries none, 0 what is open."""
-    operands = {key: value for key, value in operands.items() if value is not None or key not in ("bias", "mask")}
+    operands = {key: value for key, value in operands.items() if value is not None or key not in DEFORM_CONV.optional}
     symbolic = _are_symbols(operands)
     if symbolic:
         parameters = _checked(parameters, backend)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,14 +12,14 @@ import numpy as np
 from deformconv import dispatch
 from deformconv.ops.operator import Operand, Operator
 
-__all__ = ["any_torch", "backward", "explain", "forward"]
+__all__ = ["any_torch", "backward", "backward_on", "explain", "forward", "forward_on"]
 
 
 def forward(operator: Operator, operands: dict[str, Any], parameters: dict[str, Any], backend: str | None) -> Any:
     """Check a call and compute its output."""
     arrays = _arrays(operator, operands)
     spec = _spec(operator, arrays, parameters)
-    return dispatch.choose(operator, spec, "numpy", "cpu", False, backend).forward(spec, *arrays.values())
+    return forward_on(dispatch.choose(operator, spec, "numpy", "cpu", False, backend), spec, list(arrays.values()))
 
 
 def backward(
@@ -36,7 +37,31 @@ def backward(
     operator.check_grad_output(spec, _operand(grad))
     names = operator.wanted(spec, wanted)
     module = dispatch.choose(operator, spec, "numpy", "cpu", True, backend)
-    return module.backward(spec, grad, *(arrays[argument.name] for argument in operator.in_backward), wanted=names)
+    return backward_on(operator, module, spec, grad, [arrays[argument.name] for argument in operator.in_backward], names)
+
+
+def forward_on(module: Any, spec: Any, arrays: Sequence[Any]) -> Any:
+    """The output by a backend, in the arrays' dtype whatever the backend computes in."""
+    inner = module.computes_in(spec.dtype, "numpy")
+    if inner == spec.dtype:
+        return module.forward(spec, *arrays)
+    output = module.forward(replace(spec, dtype=inner), *_in(inner, arrays))
+    return output.astype(spec.dtype)
+
+
+def backward_on(
+    operator: Operator, module: Any, spec: Any, grad_output: Any, arrays: Sequence[Any], wanted: Collection[str]
+) -> Any:
+    """The wanted gradients by a backend, likewise."""
+    inner = module.computes_in(spec.dtype, "numpy")
+    if inner == spec.dtype:
+        return module.backward(spec, grad_output, *arrays, wanted=wanted)
+    found = module.backward(replace(spec, dtype=inner), *_in(inner, [grad_output, *arrays]), wanted=wanted)
+    return operator.gradients(*(None if gradient is None else gradient.astype(spec.dtype) for gradient in found))
+
+
+def _in(dtype: str, arrays: Sequence[Any]) -> list[Any]:
+    return [None if array is None else array.astype(dtype) for array in arrays]
 
 
 def explain(operator: Operator, operands: dict[str, Any], parameters: dict[str, Any], backend: str | None) -> str:

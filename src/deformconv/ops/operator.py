@@ -27,11 +27,17 @@ class Argument(NamedTuple):
 
     name: str
     optional: bool = False
-    in_backward: bool = True  # whether gradients depend on its values
+    # Its gradient from grad_output alone, where none depends on its values: no backward pass sees it then. It is optional.
+    gradient: Callable[[Any], Any] | None = None
     by_image: bool = True  # whether its first axis is the batch
     by_position: bool = False  # whether its axes from the third on are the output's
     precise: bool = False  # whether it may be float32 beside others in half precision, as positions should be
     keeps_format: bool = False  # whether its gradient lies in memory as it does: channels first or last
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether gradients depend on its values."""
+        return self.gradient is None
 
 
 class Parameter(NamedTuple):
@@ -74,14 +80,28 @@ class Spec(Protocol):
 class Backend(Protocol):
     """What a backend is: a module with these functions and values.
 
-    `forward` and `backward` get the spec in the dtype that the backend computes in, and arrays of that dtype. Results are new
-    arrays, and backward's are in the order of the operator's arguments, None where one is not wanted. One that takes NumPy's
-    memory is also told, by `library`, where the arrays came from. Native arrays carry no graph. A backend of native arrays may
-    have no `backward`: then the library differentiates its `forward`, part by part if it has `parts`, which cuts a call.
+    `forward(spec, *operands)` and `backward(spec, grad_output, *operands, wanted=...)` get the spec in the dtype that the
+    backend computes in, and arrays of that dtype; only beside half precision those that are `precise` may be float32. Results
+    are new arrays, and backward's are in the order of the operator's arguments, None where one is not wanted. A backend that
+    takes NumPy's memory and can run another library's call is told, by `library`, where the arrays came from. Native arrays
+    carry no graph. A backend of native arrays may have no `backward`: then PyTorch differentiates its `forward`, part by part
+    if it has `parts`, which cuts a call.
     """
 
-    TAKES: Literal["numpy", "native"]  # NumPy arrays, or the arrays of the caller's library
-    DETERMINISTIC: bool  # whether results are the same bit for bit each time
+    @property
+    def TAKES(self) -> Literal["numpy", "native"]:
+        """NumPy arrays, or the arrays of the caller's library."""
+        ...
+
+    @property
+    def DETERMINISTIC(self) -> bool:
+        """Whether results are the same bit for bit each time."""
+        ...
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The output."""
+        ...
 
     def reasons_against(self, spec: Any, library: str, device: str, backward: bool) -> list[str]:
         """Why this backend cannot run a call, as sentences; none if it can."""
@@ -105,14 +125,16 @@ def same_shape(spec: Any, grad_output: Operand) -> None:
 
 def check_grad_dtype(spec: Any, grad_output: Operand) -> None:
     if grad_output.dtype != spec.dtype:
-        raise TypeError(f"`grad_output` is {grad_output.dtype}; expected the dtype of `input`, {spec.dtype}.")
+        raise TypeError(
+            f"`grad_output` is {grad_output.dtype}; expected the dtype of `{next(iter(spec.shapes))}`, {spec.dtype}."
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Operator:
     """An operator, as everybody outside of its folder knows it."""
 
-    name: str  # "deform_conv": PyTorch's schema has it, and so has the folder's every text
+    name: str  # "deform_conv": the public functions' and PyTorch's schema's
     package: str  # where its backends are; "portable", for any array library, is one of them
     arguments: tuple[Argument, ...]
     parameters: tuple[Parameter, ...]
@@ -135,6 +157,9 @@ class Operator:
     defaults: dict[str, Any] = field(init=False)  # of the parameters
 
     def __post_init__(self) -> None:
+        for argument in self.arguments:
+            if not (argument.in_backward or argument.optional):
+                raise ValueError(f"`{argument.name}` is left out of the backward pass, so it must be optional.")
         # Plain attributes, since compilers that read a call cannot follow functools.cached_property.
         for name, value in {
             "names": tuple(argument.name for argument in self.arguments),

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deformconv.errors import ShapeError
-from deformconv.ops.window import by, count, integers, n_of, paddings, same_padding
+from deformconv.ops.window import by, count, integers, n_of, paddings, resolved
 
 __all__ = ["regular_points", "sampling_points"]
 
@@ -80,10 +80,7 @@ def regular_points(
     D = len(output_size)
     kernel = integers("kernel_size", kernel_size, D, 1)
     strides, dilations = integers("stride", stride, D, 1), integers("dilation", dilation, D, 1)
-    pairs = paddings(padding, D)
-    if pairs == "same":
-        pairs = same_padding(kernel, strides, dilations)
-    before = (0,) * D if isinstance(pairs, str) else tuple(pair[0] for pair in pairs)
+    before = [pair[0] for pair in resolved(paddings(padding, D), kernel, strides, dilations)]
     points = np.empty((prod(kernel), D, *output_size))
     for axis in range(D):
         taps = np.indices(kernel)[axis].reshape(-1, *(1,) * D) * dilations[axis]  # (K, 1, ...)

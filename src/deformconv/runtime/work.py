@@ -36,7 +36,7 @@ class Share(NamedTuple):
 
 
 def share(items: int, threads: int, multiplications: int, dtype: str, scratch: tuple[int, int] = (0, 0)) -> Share:
-    """Share out so many items of as many multiply-adds together; `scratch` is a thread's int32 numbers and reals."""
+    """Share out `items` items, `multiplications` multiply-adds altogether; `scratch` is a thread's int32 numbers and reals."""
     threads = max(1, min(threads, items)) if is_shared(multiplications) else 1
     burst = int(BURST * items / max(multiplications * NANOSECONDS, 1))
     integers, reals = (-(-number // ALIGNMENT) * ALIGNMENT for number in scratch)  # a thread's row begins at a cache line

@@ -27,7 +27,7 @@ def call(
     parameters: tuple[Any, ...],
     operands: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """Check a call, of a function for `rank` axes, and compute it. A small call takes as long as this text does."""
+    """Check a call, of a function for `rank` axes, and compute it. Most of the time of a small call is spent here."""
     if modes.active():
         return _special_call(op, rank, backend, parameters, operands)
     keys: list[Any] = []
@@ -44,7 +44,7 @@ def call(
             keys.append((tensor.shape, tensor.dtype, tensor.is_cpu or tensor.device))
     except RuntimeError:  # PyTorch's: a nested tensor has no shape
         return _special_call(op, rank, backend, parameters, operands)
-    if not _are_plain(parameters) or not (backend is None or type(backend) is str):
+    if not _are_plain(op.plain, parameters) or not (backend is None or type(backend) is str):
         return _special_call(op, rank, backend, parameters, operands)
     differentiable = differentiable and torch.is_grad_enabled()
     plan = _plan(op, rank, backend, differentiable, parameters, tuple(keys))
@@ -70,7 +70,7 @@ def _plan(
     parameters: tuple[Any, ...],
     keys: tuple[Any, ...],
 ) -> Plan:
-    """The plan of a call that takes no look at the tensors for: their shapes, dtypes and devices are enough."""
+    """The plan of a call, for which its tensors' shapes, dtypes and devices (`keys`) are enough."""
     operands: dict[str, Operand | None] = {}
     for name, key in zip(op.operator.names, keys, strict=True):
         if key is None:
@@ -81,11 +81,11 @@ def _plan(
     return run.plan_of(op, rank, backend, differentiable, _named(op.operator, parameters), operands)
 
 
-def _are_plain(parameters: tuple[Any, ...]) -> bool:
-    """Whether these are integers, strings, or tuples of integers or of pairs of them: to a hash, 1.0 and True are 1."""
-    for value in parameters:
+def _are_plain(expected: tuple[frozenset[type], ...], parameters: tuple[Any, ...]) -> bool:
+    """Whether these are of the types expected, or tuples of integers or of pairs of them: to a hash, 1.0 and True are 1."""
+    for types, value in zip(expected, parameters, strict=True):
         kind = type(value)
-        if kind is int or kind is str or value is None:
+        if kind in types or value is None:
             continue
         if kind is not tuple:
             return False
@@ -105,7 +105,7 @@ def _special_call(
     tensors.check_tensors(operator, **dict(zip(operator.names, operands, strict=True)))
     named = _named(operator, parameters)
     first: Any = operands[0]
-    if torch._C._is_any_autocast_enabled() and modes.autocast(first.device.type):
+    if modes.any_autocast() and modes.autocast(first.device.type):
         operands = _cast_for_autocast(operator, operands)
     door = modes.door(*operands)
     if door == "memory":

@@ -264,11 +264,7 @@ def _call(
 def check_layer_input(input: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, rank: int) -> None:
     """Raise what the operator would for these two, before a layer predicts its offsets."""
     special = (
-        type(input) not in PLAIN
-        or type(weight) not in PLAIN
-        or modes.compiling()
-        or modes.traced()
-        or torch._C._is_any_autocast_enabled()
+        type(input) not in PLAIN or type(weight) not in PLAIN or modes.compiling() or modes.traced() or modes.any_autocast()
     )
     if not special:
         try:

@@ -17,7 +17,8 @@ from deformconv.errors import BackendError
 from deformconv.torch.tensors import PLAIN
 
 __all__ = [
-    "Door", "active", "autocast", "compiling", "door", "exporting", "forward_mode", "is_special", "map_level", "mapped",
+    "Door", "active", "any_autocast", "autocast", "compiling", "door", "exporting", "forward_mode", "is_special", "map_level",
+    "mapped",
     "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
 ]  # fmt: skip
 
@@ -45,7 +46,7 @@ def active() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
+        or any_autocast()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
@@ -98,6 +99,11 @@ def map_level() -> int:
     level: int = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     return level
+
+
+def any_autocast() -> bool:
+    """Whether autocast is on for any type of device: a quick question, before that for one of them."""
+    return torch._C._is_any_autocast_enabled()
 
 
 def autocast(device: str) -> bool:

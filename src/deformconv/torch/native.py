@@ -6,6 +6,8 @@ What holds no graph is computed a part at a time, so that memory is bounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +19,16 @@ from deformconv.ops.operator import Argument, Operator
 __all__ = ["backward", "backward_in_parts", "forward", "forward_in_parts", "second_backward", "second_backward_in_parts"]
 
 
-def forward(operator: Operator, spec: Any, *operands: Tensor | None) -> Tensor:
-    """The output, by operations that carry every derivative."""
-    output: Tensor = dispatch.load(operator, "portable").forward(spec, *operands)
-    return output
+def forward(operator: Operator, spec: Any, *operands: Any) -> Tensor:
+    """The output, by operations that carry every derivative, in the dtype that the portable form computes in."""
+    portable = dispatch.load(operator, "portable")
+    dtype = portable.computes_in(spec.dtype, "torch")
+    if dtype == spec.dtype:
+        output: Tensor = portable.forward(spec, *operands)
+        return output
+    inner = [None if tensor is None else tensor.to(getattr(torch, dtype)) for tensor in operands]
+    output = portable.forward(replace(spec, dtype=dtype), *inner)
+    return output.to(operands[0].dtype)
 
 
 def backward(
@@ -36,21 +44,22 @@ def backward(
 
     call: dict[str, Any] = dict.fromkeys(operator.names)
     call |= zip((argument.name for argument in operator.in_backward), operands, strict=True)
-    given = spec.shapes
-    for argument in operator.arguments:  # the output is linear in those, so any value of theirs will do
-        if not argument.in_backward and argument.name in wanted and argument.name in given:
-            call[argument.name] = grad_output.new_zeros(given[argument.name])
+    gradients = {
+        argument.name: argument.gradient(grad_output)
+        for argument in operator.arguments
+        if argument.gradient is not None and argument.name in wanted and argument.name in spec.shapes
+    }
     names = [name for name, value in call.items() if name in wanted and value is not None]
     if not names:
-        return operator.gradients()
-    run = compute or dispatch.load(operator, "portable").forward
+        return operator.gradients(**gradients)
+    run = compute or partial(forward, operator)
 
     def output(*tensors: Tensor) -> Tensor:
         found: Tensor = run(spec, *(call | dict(zip(names, tensors, strict=True))).values())
         return found
 
     pull_back = vjp(output, *(call[name] for name in names))[1]
-    return operator.gradients(**dict(zip(names, pull_back(grad_output), strict=True)))
+    return operator.gradients(**gradients, **dict(zip(names, pull_back(grad_output), strict=True)))
 
 
 def second_backward(
@@ -74,8 +83,12 @@ def second_backward(
 
 def forward_in_parts(operator: Operator, module: Any, spec: Any, operands: Sequence[Tensor | None]) -> Tensor:
     """`forward` without a derivative, a part of the output at a time."""
+    output: Tensor
+    if not hasattr(module, "parts"):
+        output = module.forward(spec, *operands)
+        return output
     first: Any = operands[0]
-    output: Tensor = first.new_empty(spec.output_shape)
+    output = first.new_empty(spec.output_shape)
     for place, part in _parts(module, spec):
         mine = [place.of(*pair) for pair in zip(operator.arguments, operands, strict=True)]
         output[place.whole] = module.forward(part, *mine)
@@ -86,6 +99,8 @@ def backward_in_parts(
     operator: Operator, module: Any, spec: Any, grad_output: Tensor, operands: Sequence[Tensor | None], wanted: Collection[str]
 ) -> Any:
     """`backward` without a derivative of its own, a part of the output at a time."""
+    if not hasattr(module, "parts"):
+        return backward(operator, spec, grad_output, operands, wanted, module.forward)
     given = spec.shapes
     arguments = [argument for argument in operator.arguments if argument.name in wanted and argument.name in given]
     results = {argument.name: grad_output.new_zeros(given[argument.name]) for argument in arguments}

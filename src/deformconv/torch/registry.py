@@ -24,6 +24,16 @@ from deformconv.torch.vmap import fold_backward, fold_forward
 __all__ = ["Registered"]
 
 _library = torch.library.Library("deformconv", "DEF")
+# The types of parameters whose values can be the key of a plan; None and tuples of integers can as well.
+_PLAIN: dict[str, frozenset[type]] = {
+    "int": frozenset((int,)),
+    "int?": frozenset((int,)),
+    "int[]": frozenset((int, str)),  # one number for all axes, or "same"
+    "float": frozenset((float, int)),
+    "float?": frozenset((float, int)),
+    "bool": frozenset((bool,)),
+    "str": frozenset((str,)),
+}
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -49,6 +59,7 @@ class Registered:
     ) -> None:
         self.operator, self.export, self._flops = operator, export, flops
         self._fold_forward, self._fold_backward = fold_forward, fold_backward
+        self.plain = tuple(_PLAIN[parameter.kind] for parameter in operator.parameters)
         self.optional = tuple(argument.optional for argument in operator.arguments)
         self._count = len(operator.arguments)
         self._saved = [number for number, argument in enumerate(operator.arguments) if argument.in_backward]
@@ -66,7 +77,7 @@ class Registered:
             (self.backward_op, self._backward_kernel, self._backward_fake, self._backward_vmap, self._backward_autograd),
         ):
             self._register(op, *rules)
-        # A class for each operator, since graphs are printed with its name.
+        # A class for each operator: an eager output's grad_fn is printed with its name.
         self.function: Any = type(f"{name.title().replace('_', '')}Function", (EagerFunction,), {})
 
     @staticmethod

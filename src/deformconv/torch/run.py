@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deformconv import dispatch
 from deformconv.errors import ShapeError
-from deformconv.ops.operator import Operand, Operator
+from deformconv.ops.operator import Argument, Operand, Operator
 from deformconv.runtime import openmp
 from deformconv.torch import modes, native
 from deformconv.torch.tensors import array_of, in_dtype, memory_format
@@ -126,7 +126,7 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
     form = memory_format(first) if first.stride(1) == 1 else torch.contiguous_format
     if module.TAKES == "native":
         with torch.no_grad(), modes.without_autocast(first.device.type):
-            tensors = [in_dtype(inner.dtype, tensor) for tensor in operands]
+            tensors = [_brought(*pair, inner) for pair in zip(op.operator.arguments, operands, strict=True)]
             output = native.forward_in_parts(op.operator, module, inner, tensors)
     else:
         arrays: list[Any]
@@ -135,7 +135,7 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
         else:
             arrays = [array_of(inner.dtype, tensor) for tensor in operands]
         output = torch.from_numpy(module.forward(inner, *arrays, library="torch"))
-    if inner is not spec:
+    if output.dtype is not first.dtype:
         output = output.to(first.dtype)
     return output if output.is_contiguous(memory_format=form) else output.contiguous(memory_format=form)
 
@@ -148,7 +148,8 @@ def backward(plan: Plan, grad_output: Tensor, operands: Sequence[Tensor | None],
     arrays: list[Any]
     if module.TAKES == "native":
         with modes.without_autocast(first.device.type), modes.with_derivatives():
-            grad, *arrays = (in_dtype(inner.dtype, tensor) for tensor in (grad_output, *operands))
+            grad = in_dtype(inner.dtype, grad_output)
+            arrays = [_brought(*pair, inner) for pair in zip(operator.in_backward, operands, strict=True)]
             if hasattr(module, "backward"):
                 found = module.backward(inner, grad, *arrays, wanted=wanted)
             else:
@@ -167,10 +168,17 @@ def backward(plan: Plan, grad_output: Tensor, operands: Sequence[Tensor | None],
         if gradient is not None:
             tensor = like.get(argument.name)
             tensor = first if tensor is None else tensor
-            gradient = gradient if inner is spec else gradient.to(tensor.dtype)
+            gradient = gradient if gradient.dtype is tensor.dtype else gradient.to(tensor.dtype)
             gradient = _formed(gradient, tensor) if argument.keeps_format else gradient.contiguous()
         gradients.append(gradient)
     return operator.gradients(*gradients)
+
+
+def _brought(argument: Argument, tensor: Tensor | None, inner: Any) -> Tensor | None:
+    """The tensor in the dtype that is computed in, without a graph; positions keep float32 beside half precision."""
+    if tensor is not None and argument.precise and inner.dtype in _HALF and tensor.dtype is torch.float32:
+        return tensor.detach()
+    return in_dtype(inner.dtype, tensor)
 
 
 def _formed(gradient: Tensor, like: Tensor) -> Tensor:

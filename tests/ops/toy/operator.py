@@ -62,7 +62,7 @@ SCALE = Operator(
     arguments=(
         Argument("input", keeps_format=True),
         Argument("mask", precise=True, by_position=True),
-        Argument("bias", optional=True, in_backward=False, by_image=False),
+        Argument("bias", optional=True, gradient=lambda grad: grad.sum(axis=(0, 2)), by_image=False),
     ),
     parameters=(Parameter("power", "int", 1),),
     backends=(Line("numbers"), Line("portable"), Line("native", by_name_only=True)),

@@ -3,6 +3,7 @@ knows it."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.ops.toy.operator import SCALE
 
 from deformconv import BackendError, ShapeError
 from deformconv.numpy import run
+from deformconv.ops.operator import Argument
 
 torch = pytest.importorskip("torch")
 calls = pytest.importorskip("deformconv.torch.calls")
@@ -84,7 +86,7 @@ def test_the_memory_of_tensors_is_the_backend_s() -> None:
 
 
 def test_a_backend_of_native_arrays_gets_the_tensors_in_their_dtype() -> None:
-    """Not NumPy's copies of them, from whatever device, and half precision only if the backend cannot take it."""
+    """No copies of NumPy's, and half precision as it is, since this backend can take it."""
     native.seen.clear()
     given = [tensor.detach().bfloat16().requires_grad_() for tensor in tensors()]
     output = scale(*given, power=2, backend="native")
@@ -101,6 +103,42 @@ def test_a_backend_of_native_arrays_gets_the_tensors_in_their_dtype() -> None:
     with pytest.raises(BackendError, match=r"native: it takes PyTorch's tensors, not numpy's arrays"):
         arrays = [tensor.numpy() for tensor in tensors()]
         run.forward(SCALE, dict(zip(SCALE.names, arrays, strict=True)), {"power": 2}, "native")
+
+
+def test_masks_keep_their_precision_beside_half() -> None:
+    native.seen.clear()
+    input, mask, bias = tensors()
+    given = [input.bfloat16().requires_grad_(), mask.float().requires_grad_(), bias.bfloat16().requires_grad_()]
+    output = scale(*given, power=2, backend="native")
+    output.sum().backward()
+    assert output.dtype is torch.bfloat16
+    for _, mask, *_ in (native.seen[0], native.seen[1][1:]):
+        assert mask.dtype is torch.float32
+    assert [tensor.grad.dtype for tensor in given] == [tensor.dtype for tensor in given]
+    torch.library.opcheck(OP.forward_op, (*(tensor.detach() for tensor in given), 2, "native"))
+
+
+def test_half_precision_is_rounded_once_on_every_way() -> None:
+    x, mask, tangent = (tensor.bfloat16() for tensor in (*tensors(biased=False), torch.rand(3, 2, 5)))
+    output, derivative = torch.func.jvp(lambda x: scale(x, mask, power=3), (x,), (tangent,))
+    assert output.dtype is derivative.dtype is torch.bfloat16
+    assert torch.equal(output, truth(x.float(), mask.float(), power=3).bfloat16())
+    assert torch.equal(derivative, truth(tangent.float(), mask.float(), power=3).bfloat16())
+    operands = {"input": x.float().half().numpy(), "mask": mask.float().half().numpy(), "bias": None}
+    found = run.forward(SCALE, operands, {"power": 3}, "portable")
+    exact = truth(*(array.astype("float32") for array in (operands["input"], operands["mask"])), power=3)
+    assert found.dtype == "float16" and (found == exact.astype("float16")).all()
+
+
+def test_what_onnx_has_no_node_for_says_so() -> None:
+    with pytest.raises(BackendError, match="toy_scale cannot be exported to ONNX, which has no such node"):
+        OP.write_onnx(None)
+
+
+def test_what_no_backward_pass_sees_is_optional() -> None:
+    argument = Argument("bias", gradient=lambda grad: grad)
+    with pytest.raises(ValueError, match="`bias` is left out of the backward pass, so it must be optional"):
+        dataclasses.replace(SCALE, arguments=(argument,))
 
 
 @by_bias

@@ -87,7 +87,7 @@ def _plan(spec: ConvSpec, number: int) -> Any:
 
 
 def _multiplications(spec: ConvSpec) -> int:
-    """Multiply-adds of a forward pass, those of the sampling counted as so many."""
+    """Multiply-adds of a forward pass; to sample a corner counts as four."""
     return spec.batch * spec.positions * spec.taps * spec.in_channels * (spec.out_channels // spec.groups + 4 * 2**spec.rank)
 
 

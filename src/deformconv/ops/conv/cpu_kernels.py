@@ -362,7 +362,9 @@ class Block(NamedTuple):
 
 @kernel
 def backward(counter, limit, thread, plan, order, arrays, reals, integers):
-    """One item is a block of channels in each of every `replicas`-th part of an image: no two items write to the same place.
+    """One item is a block of channels in every `replicas`-th part of all images.
+
+    Parts are copies of d_x and replicas are copies of d_weight, so that no two threads add to the same number.
 
     Arguments as in `forward`, with a BackwardCut and BackwardArrays. At first everybody together makes the copies.
     """

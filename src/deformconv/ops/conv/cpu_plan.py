@@ -74,7 +74,7 @@ class Plan(NamedTuple):
 
 
 def plan(spec: ConvSpec, threads: int, multiplications: int) -> Plan:
-    """The plan for so many threads and multiply-adds of a forward pass.
+    """The plan for a number of threads; `multiplications` are the multiply-adds of a forward pass.
 
     The number of threads matters to the forward pass alone, where no sum depends on how positions are cut.
     """

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from deformconv.errors import ShapeError
 from deformconv.ops.conv.spec import BOUNDARIES
-from deformconv.ops.window import count, integers, paddings, same_padding
+from deformconv.ops.window import count, integers, paddings, resolved
 
 __all__ = [
     "MASK_SCALE",
@@ -123,8 +123,7 @@ def layer_padding(
 ) -> LayerPadding:
     pairs = paddings(padding, len(kernel_size))
     if isinstance(pairs, str):
-        amounts = same_padding(kernel_size, stride, dilation) if pairs == "same" else ((0, 0),) * len(kernel_size)
-        return LayerPadding(pairs, amounts)
+        return LayerPadding(pairs, resolved(pairs, kernel_size, stride, dilation))
     made = LayerPadding(pairs, pairs)
     return made._replace(shown=tuple(before for before, _ in pairs)) if made.symmetric else made
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deformconv.ops.conv.spec import Gradients, check_grad_output, conv_spec
 from deformconv.ops.operator import Argument, Line, Operand, Operator, Parameter
 from deformconv.ops.window import window_of
+
+if TYPE_CHECKING:  # each of them is a backend
+    from deformconv.ops.conv import cpu, portable, reference
+    from deformconv.ops.operator import Backend
+
+    _cpu: Backend = cpu
+    _portable: Backend = portable
+    _reference: Backend = reference
 
 __all__ = ["DEFORM_CONV"]
 
@@ -49,6 +57,10 @@ def _plain(parameters: Mapping[str, Any], shapes: Sequence[Any]) -> tuple[Any, .
     return window.stride, _flat(window.padding), window.dilation, *others
 
 
+def _sum_over_positions(grad_output: Any) -> Any:
+    return grad_output.sum(axis=(0, *range(2, grad_output.ndim)))
+
+
 def _flat(padding: Sequence[tuple[int, int]]) -> list[int]:
     return [amount for pair in padding for amount in pair]
 
@@ -69,7 +81,7 @@ DEFORM_CONV = Operator(
         Argument("input", keeps_format=True),
         Argument("offset", by_position=True, precise=True),
         Argument("weight", by_image=False, keeps_format=True),
-        Argument("bias", optional=True, in_backward=False, by_image=False),
+        Argument("bias", optional=True, gradient=_sum_over_positions, by_image=False),
         Argument("mask", optional=True, by_position=True, precise=True),
     ),
     parameters=(

@@ -144,7 +144,7 @@ def conv_spec(
     """Check a call and derive everything that its shapes and parameters determine.
 
     `rank` is the rank of the function that was called (deform_conv2d: 2), or None where the weight decides.
-    A compiler that reads this text wants no cache: it warns of one.
+    `cached=False` is for torch.compile, which reads this function and warns of caches.
     Raises ShapeError, TypeError (dtypes, numbers that are no integers) or ValueError (devices, boundary).
     An input without channels is refused, though torch's conv2d returns an empty output for one: groups and
     offset groups cannot be inferred from it, and it is nearly always a mistake in slicing.
