@@ -238,7 +238,8 @@ imported = {name for name in imported if not hasattr(sys.modules[name], "__path_
 
 def assigned(module):
     assignments = [node for node in ast.parse(open(module.__file__).read()).body if isinstance(node, ast.Assign)]
-    return {name.id for node in assignments for name in ast.walk(node) if isinstance(name, ast.Name)}
+    names = [name for node in assignments for name in ast.walk(node) if isinstance(name, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Store)}
 
 ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "deformconv"}
 constants = {name: assigned(module) for name, module in ours.items()}
