@@ -232,9 +232,9 @@ import ast, json, sys, types
 import deformconv
 before = set(sys.modules)
 from deformconv.ops.conv import cpu_kernels
-from deformconv.runtime import cache, launch
 imported = {name for name in set(sys.modules) - before if name.startswith("deformconv.")}
 imported = {name for name in imported if not hasattr(sys.modules[name], "__path__")}  # a package's own file is empty
+from deformconv.runtime import cache, launch
 
 def assigned(module):
     assignments = [node for node in ast.parse(open(module.__file__).read()).body if isinstance(node, ast.Assign)]
