@@ -19,6 +19,8 @@ from deformconv.torch.tensors import HALF, PLAIN, dtype_name, requires_grad, wit
 
 __all__ = ["backward", "call", "explain"]
 
+_STRIDED = torch.strided
+
 
 def call(
     op: Registered,
@@ -31,23 +33,27 @@ def call(
     if modes.active():
         return _special_call(op, rank, backend, parameters, operands)
     keys: list[Any] = []
-    tensor: Any
     differentiable = False
+    tensor: Any
     try:
-        for tensor, optional in zip(operands, op.optional, strict=True):
-            if tensor is None and optional:
+        for tensor in operands:
+            if tensor is None:
                 keys.append(None)
                 continue
-            if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+            if type(tensor) not in PLAIN or tensor.layout is not _STRIDED:
                 return _special_call(op, rank, backend, parameters, operands)
-            differentiable = differentiable or tensor.requires_grad
+            if tensor.requires_grad:
+                differentiable = True
             keys.append((tensor.shape, tensor.dtype, tensor.is_cpu or tensor.device))
     except RuntimeError:  # PyTorch's: a nested tensor has no shape
         return _special_call(op, rank, backend, parameters, operands)
-    if not _are_plain(op.plain, parameters) or not (backend is None or type(backend) is str):
+    types = tuple(map(type, parameters))
+    if not (types in op.plain_types or _are_plain(op, types, parameters)) or not (backend is None or type(backend) is str):
         return _special_call(op, rank, backend, parameters, operands)
     differentiable = differentiable and torch.is_grad_enabled()
     plan = _plan(op, rank, backend, differentiable, parameters, tuple(keys))
+    if plan is None:
+        return _special_call(op, rank, backend, parameters, operands)
     return _plain_call(plan, differentiable, operands)
 
 
@@ -69,11 +75,13 @@ def _plan(
     differentiable: bool,
     parameters: tuple[Any, ...],
     keys: tuple[Any, ...],
-) -> Plan:
-    """The plan of a call, for which its tensors' shapes, dtypes and devices (`keys`) are enough."""
+) -> Plan | None:
+    """The plan of a call, for which its tensors' shapes, dtypes and devices (`keys`) are enough; None if one is missing."""
     operands: dict[str, Operand | None] = {}
     for name, key in zip(op.operator.names, keys, strict=True):
         if key is None:
+            if name not in op.operator.optional:
+                return None
             operands[name] = None
             continue
         shape, dtype, device = key
@@ -81,11 +89,11 @@ def _plan(
     return run.plan_of(op, rank, backend, differentiable, _named(op.operator, parameters), operands)
 
 
-def _are_plain(expected: tuple[frozenset[type], ...], parameters: tuple[Any, ...]) -> bool:
+def _are_plain(op: Registered, types: tuple[type, ...], parameters: tuple[Any, ...]) -> bool:
     """Whether these are of the types expected, or tuples of integers or of pairs of them: to a hash, 1.0 and True are 1."""
-    for types, value in zip(expected, parameters, strict=True):
-        kind = type(value)
-        if kind in types or value is None:
+    several = False
+    for expected, kind, value in zip(op.expected_types, types, parameters, strict=True):
+        if kind in expected or value is None:
             continue
         if kind is not tuple:
             return False
@@ -94,6 +102,9 @@ def _are_plain(expected: tuple[frozenset[type], ...], parameters: tuple[Any, ...
             kinds = {type(part) for pair in value for part in pair}
         if kinds != {int}:
             return False
+        several = True
+    if not several:
+        op.plain_types.add(types)
     return True
 
 

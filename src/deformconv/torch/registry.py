@@ -25,7 +25,7 @@ __all__ = ["Registered"]
 
 _library = torch.library.Library("deformconv", "DEF")
 # The types of parameters whose values can be the key of a plan; None and tuples of integers can as well.
-_PLAIN: dict[str, frozenset[type]] = {
+_TYPES: dict[str, frozenset[type]] = {
     "int": frozenset((int,)),
     "int?": frozenset((int,)),
     "int[]": frozenset((int, str)),  # one number for all axes, or "same"
@@ -59,8 +59,8 @@ class Registered:
     ) -> None:
         self.operator, self.export, self._flops = operator, export, flops
         self._fold_forward, self._fold_backward = fold_forward, fold_backward
-        self.plain = tuple(_PLAIN[parameter.kind] for parameter in operator.parameters)
-        self.optional = tuple(argument.optional for argument in operator.arguments)
+        self.expected_types = tuple(_TYPES[parameter.kind] for parameter in operator.parameters)
+        self.plain_types: set[tuple[type, ...]] = set()  # of whole calls' parameters, as they were seen and found plain
         self._count = len(operator.arguments)
         self._saved = [number for number, argument in enumerate(operator.arguments) if argument.in_backward]
         name, values = operator.name, [f"{parameter.kind} {parameter.name}" for parameter in operator.parameters]

@@ -120,23 +120,20 @@ def spec_of(
 
 def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
     """The output, for plain tensors with a batch axis; without a graph."""
-    op, spec, inner, module = plan[:4]
+    op, spec, inner, module, _, _ = plan
     first: Any = operands[0]
     # A contiguous tensor of several channels and pixels has channels 2 pixels or more apart: the check is for speed.
     form = memory_format(first) if first.stride(1) == 1 else torch.contiguous_format
     if module.TAKES == "native":
         with torch.no_grad(), modes.without_autocast(first.device.type):
             tensors = [_brought(*pair, inner) for pair in zip(op.operator.arguments, operands, strict=True)]
-            output = native.forward_in_parts(op.operator, module, inner, tensors)
+            output = native.forward_in_parts(op.operator, module, inner, tensors).to(first.dtype)
+    elif inner is spec:
+        arrays: list[Any] = [None if tensor is None else tensor.numpy(force=True) for tensor in operands]
+        output = torch.from_numpy(module.forward(spec, *arrays, library="torch"))
     else:
-        arrays: list[Any]
-        if inner is spec:
-            arrays = [None if tensor is None else tensor.numpy(force=True) for tensor in operands]
-        else:
-            arrays = [array_of(inner.dtype, tensor) for tensor in operands]
-        output = torch.from_numpy(module.forward(inner, *arrays, library="torch"))
-    if output.dtype is not first.dtype:
-        output = output.to(first.dtype)
+        arrays = [array_of(inner.dtype, tensor) for tensor in operands]
+        output = torch.from_numpy(module.forward(inner, *arrays, library="torch")).to(first.dtype)
     return output if output.is_contiguous(memory_format=form) else output.contiguous(memory_format=form)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from typing import Any
 
 import numpy as np
@@ -185,3 +187,12 @@ def test_sizes_without_a_hash() -> None:
 
 def test_grad_output_of_the_output_s_shape() -> None:
     check_grad_output(spec_of(), Operand((2, 6, 6, 7), "float32"))
+
+
+def test_a_spec_keeps_its_hash_for_itself() -> None:
+    spec = make(Case("2-D", (4, 5), (2, 2))).spec
+    again = pickle.loads(pickle.dumps(spec))
+    hash(spec)
+    assert again == spec and hash(again) == hash(spec)
+    assert "_hash" not in pickle.loads(pickle.dumps(spec)).__dict__  # texts have another hash in another process
+    assert hash(dataclasses.replace(spec, batch=7)) != hash(spec)
