@@ -11,7 +11,7 @@ from torch import Tensor
 from deformconv.torch import run
 from deformconv.torch.functional import DEFORM_CONV
 from deformconv.torch.run import Plan
-from deformconv.torch.tensors import operand
+from deformconv.torch.tensors import described
 
 __all__ = ["kernels"]
 
@@ -65,6 +65,5 @@ def _call(
     masks = mask if use_mask else None
     operator, tensors = DEFORM_CONV.operator, (input, offset, weight, bias, masks)
     values = (stride, padding, dilation, int(groups), int(offset_groups), "zeros")
-    operands = {name: None if t is None else operand(t) for name, t in zip(operator.names, tensors, strict=True)}
-    spec = run.spec_of(operator, operands, dict(zip(operator.defaults, values, strict=True)), 2)
+    spec = run.spec_of(operator, described(operator, tensors), dict(zip(operator.defaults, values, strict=True)), 2)
     return run.plan_for(DEFORM_CONV, spec, "cpu", True, None), input, offset, weight, bias, masks

@@ -11,7 +11,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from deformconv.errors import ShapeError
 
-__all__ = ["Argument", "Backend", "Line", "Operand", "Operator", "Parameter", "Spec", "same_shape"]
+__all__ = ["HALF", "Argument", "Backend", "Line", "Operand", "Operator", "Parameter", "Spec", "half_in_float32", "same_shape"]
+
+
+HALF = ("float16", "bfloat16")
 
 
 class Operand(NamedTuple):
@@ -114,6 +117,11 @@ class Backend(Protocol):
     def computes_in(self, dtype: str, library: str) -> str:
         """The dtype that arrays of `dtype` are brought to before, and results brought back from."""
         ...
+
+
+def half_in_float32(dtype: str, library: str) -> str:
+    """What most backends compute in: PyTorch's half precision is brought to float32 and rounded once, at the end."""
+    return "float32" if dtype in HALF and library == "torch" else dtype
 
 
 def same_shape(spec: Any, grad_output: Operand) -> None:

@@ -121,7 +121,7 @@ def _special_call(
     door = modes.door(*operands)
     if door == "memory":
         differentiable = requires_grad(*operands)
-        plan = run.plan_of(op, rank, backend, differentiable, named, _described(operator, operands))
+        plan = run.plan_of(op, rank, backend, differentiable, named, tensors.described(operator, operands))
         return _plain_call(plan, differentiable, operands)
     has_batch = operator.has_batch(rank, [None if tensor is None else tensor.ndim for tensor in operands])
     if has_batch is not True:
@@ -162,7 +162,7 @@ def backward(
     """Check a call and compute the wanted gradients; None means all. They have a gradient if a tensor requires one."""
     operator = op.operator
     tensors.check_tensors(operator, grad_output=grad_output, **dict(zip(operator.names, operands, strict=True)))
-    spec, unbatched = run.checked(operator, None, _named(operator, parameters), _described(operator, operands))
+    spec, unbatched = run.checked(operator, None, _named(operator, parameters), tensors.described(operator, operands))
     if unbatched:
         grad_output, operands = grad_output[None], tuple(_batched(operator, operands))
     operator.check_grad_output(spec, tensors.operand(grad_output))
@@ -186,12 +186,8 @@ def _named(operator: Operator, parameters: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(operator.defaults, parameters, strict=True))
 
 
-def _described(operator: Operator, operands: Sequence[Tensor | None]) -> dict[str, Operand | None]:
-    return {n: None if t is None else tensors.operand(t) for n, t in zip(operator.names, operands, strict=True)}
-
-
 def _spec(operator: Operator, rank: int | None, parameters: Mapping[str, Any], operands: Sequence[Tensor | None]) -> Any:
-    return run.checked(operator, rank, parameters, _described(operator, operands))[0]
+    return run.checked(operator, rank, parameters, tensors.described(operator, operands))[0]
 
 
 def _batched(operator: Operator, operands: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from deformconv.errors import ShapeError
 from deformconv.ops.conv import operator
 from deformconv.ops.conv.spec import Gradients, Operand, check_input
+from deformconv.ops.operator import HALF
 from deformconv.torch import calls, export, folding, modes, run
 from deformconv.torch.registry import Registered
 from deformconv.torch.tensors import PLAIN, check_tensors, dtype_name, operand
@@ -298,7 +299,7 @@ def _check_layer_input(input: Any, weight: Any, **window: Any) -> None:
         return  # sizes are tensors then
     operands = [operand(input), operand(weight)]
     if input.dtype != weight.dtype and modes.autocast(input.device.type):
-        operands = [o._replace(dtype="float32") if o.dtype in ("float16", "bfloat16") else o for o in operands]
+        operands = [o._replace(dtype="float32") if o.dtype in HALF else o for o in operands]
     _check_layer_operands(operands, window)
 
 

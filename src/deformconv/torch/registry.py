@@ -18,7 +18,7 @@ from deformconv.errors import BackendError
 from deformconv.ops.operator import Operator
 from deformconv.torch import autograd, modes, run
 from deformconv.torch.autograd import EagerFunction, OperatorFunction
-from deformconv.torch.tensors import device_of, memory_format, operand, requires_grad
+from deformconv.torch.tensors import described, device_of, memory_format, operand, requires_grad
 from deformconv.torch.vmap import fold_backward, fold_forward
 
 __all__ = ["Registered"]
@@ -122,9 +122,7 @@ class Registered:
 
     def spec(self, operands: Sequence[Tensor | None], values: Sequence[Any]) -> Any:
         """Check a call on tensors, with its parameters as the registry keeps them."""
-        names = self.operator.names
-        found = {name: None if t is None else operand(t) for name, t in zip(names, operands, strict=True)}
-        return run.spec_of(self.operator, found, self.operator.unpack(*values))
+        return run.spec_of(self.operator, described(self.operator, operands), self.operator.unpack(*values))
 
     def _backward_spec(self, grad_output: Tensor, saved: Sequence[Tensor | None], values: Sequence[Any]) -> Any:
         """The checked call of a backward pass, which may be asked for the gradient by an argument that it does not see."""

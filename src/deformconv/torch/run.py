@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deformconv import dispatch
 from deformconv.errors import ShapeError
-from deformconv.ops.operator import Argument, Operand, Operator
+from deformconv.ops.operator import HALF, Argument, Operand, Operator
 from deformconv.runtime import openmp
 from deformconv.torch import modes, native
 from deformconv.torch.tensors import array_of, in_dtype, memory_format
@@ -28,8 +28,6 @@ __all__ = [
 
 # PyTorch's number of threads is that of its OpenMP team, where it has been built with OpenMP.
 openmp.lend("torch", openmp.Library("PyTorch", torch._C.__file__, torch.get_num_threads))
-
-_HALF = ("float16", "bfloat16")
 
 
 class Plan(NamedTuple):
@@ -109,7 +107,7 @@ def spec_of(
 ) -> Any:
     """The checked call. Beside half precision positions may be float32: bfloat16 knows a position of 20 to 0.125."""
     first: Any = operands[operator.names[0]]
-    if first.dtype in _HALF:
+    if first.dtype in HALF:
         precise = {argument.name for argument in operator.arguments if argument.precise}
         operands = {
             name: operand._replace(dtype=first.dtype) if operand and name in precise and operand.dtype == "float32" else operand
@@ -173,7 +171,7 @@ def backward(plan: Plan, grad_output: Tensor, operands: Sequence[Tensor | None],
 
 def _brought(argument: Argument, tensor: Tensor | None, inner: Any) -> Tensor | None:
     """The tensor in the dtype that is computed in, without a graph; positions keep float32 beside half precision."""
-    if tensor is not None and argument.precise and inner.dtype in _HALF and tensor.dtype is torch.float32:
+    if tensor is not None and argument.precise and inner.dtype in HALF and tensor.dtype is torch.float32:
         return tensor.detach()
     return in_dtype(inner.dtype, tensor)
 

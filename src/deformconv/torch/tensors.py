@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch._prims_common import suggest_memory_format
 from deformconv.ops.operator import Operand, Operator
 
 __all__ = [
-    "HALF", "PLAIN", "array_of", "check_tensors", "device_of", "dtype_name", "in_dtype", "memory_format", "operand",
-    "requires_grad", "with_batch",
+    "HALF", "PLAIN", "array_of", "check_tensors", "described", "device_of", "dtype_name", "in_dtype", "memory_format",
+    "operand", "requires_grad", "with_batch",
 ]  # fmt: skip
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # what has nothing of its own between its functions and its memory
@@ -24,6 +25,11 @@ _DTYPES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float
 def operand(tensor: Tensor) -> Operand:
     """What the checks need to know of a tensor."""
     return Operand(tuple(tensor.shape), dtype_name(tensor.dtype), device_of(tensor))
+
+
+def described(operator: Operator, operands: Sequence[Tensor | None]) -> dict[str, Operand | None]:
+    """What the checks need to know of an operator's operands, by name."""
+    return {name: None if t is None else operand(t) for name, t in zip(operator.names, operands, strict=True)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -54,12 +60,10 @@ def in_dtype(dtype: str, tensor: Tensor | None) -> Tensor | None:
 
 def array_of(dtype: str, tensor: Tensor | None) -> np.ndarray | None:
     """The tensor's memory, or its numbers in the dtype that is computed in."""
-    if tensor is None:
+    brought = in_dtype(dtype, tensor)
+    if brought is None:
         return None
-    tensor = tensor.detach()
-    if tensor.dtype is not getattr(torch, dtype):
-        tensor = tensor.to(getattr(torch, dtype))
-    array: np.ndarray = tensor.numpy(force=True)
+    array: np.ndarray = brought.numpy(force=True)
     return array
 
 

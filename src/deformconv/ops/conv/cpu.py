@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
+from deformconv.ops.operator import half_in_float32 as computes_in
 from deformconv.runtime import arrays, threads
 from deformconv.runtime.memory import arena, room
 from deformconv.runtime.openmp import team_for
@@ -25,7 +26,7 @@ __all__ = ["DETERMINISTIC", "DTYPES", "TAKES", "backward", "computes_in", "forwa
 
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
-DTYPES, HALF = ("float32", "float64"), ("float16", "bfloat16")
+DTYPES = ("float32", "float64")
 _PIXELS, _REACH = 2**31 - 1, 2**29  # `sampling.corners` counts in int32; see REACH there
 
 
@@ -51,11 +52,6 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
                 f"axis {axis} spans {reach} pixels with padding, window and stride, and its positions are 32-bit numbers"
             )
     return reasons
-
-
-def computes_in(dtype: str, library: str) -> str:
-    """PyTorch's half precision is brought to float32 and rounded once, at the end."""
-    return "float32" if dtype in HALF and library == "torch" else dtype
 
 
 def how(spec: ConvSpec, library: str) -> list[str]:

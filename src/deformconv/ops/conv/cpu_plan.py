@@ -83,7 +83,7 @@ def plan(spec: ConvSpec, threads: int, multiplications: int) -> Plan:
     x = _layout(spec)
     x_size = x.blocks * spec.batch * x.pitch * x.width
     common = spec.input_size, _numbers(geometry), _numbers(_shape(spec)), _numbers(x)
-    forward = _forward(spec, threads, multiplications, x, common)
+    forward = _forward(spec, threads, multiplications, x, x_size, common)
     return Plan(x, x_size, forward, _backward(spec, threads, multiplications, x, common))
 
 
@@ -126,7 +126,7 @@ def _layout(spec: ConvSpec) -> Layout:
     return Layout(span, width, channels // span * ceil(span / width), spec.pixels, spec.pixels + 1)
 
 
-def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, common: tuple[Any, ...]) -> Forward:
+def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, x_size: int, common: tuple[Any, ...]) -> Forward:
     item = np.dtype(spec.dtype).itemsize
     vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
     # Pieces of a large group that are about equal; of small ones as many as a block has, and all taps if possible.
@@ -162,7 +162,7 @@ def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, comm
     )
     packed = taps * spec.in_channels * group_row
     shared = share(strands * strand, threads, multiplications, spec.dtype, scratch(tile))
-    size = room(x.blocks * spec.batch * x.pitch * x.width, spec.dtype) + room(packed, spec.dtype) + shared.bytes
+    size = room(x_size, spec.dtype) + room(packed, spec.dtype) + shared.bytes
     return Forward((*common, _numbers(cut)), packed, size, shared)
 
 

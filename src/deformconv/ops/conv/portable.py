@@ -15,6 +15,8 @@ from array_api_compat import array_namespace, is_numpy_array
 from array_api_compat import device as device_of
 
 from deformconv.ops.conv.spec import ConvSpec
+from deformconv.ops.operator import HALF
+from deformconv.ops.operator import half_in_float32 as computes_in
 from deformconv.sampling import gather
 
 __all__ = ["DETERMINISTIC", "TAKES", "computes_in", "forward", "how", "parts", "reasons_against"]
@@ -23,7 +25,6 @@ Array = Any
 
 TAKES: Literal["native"] = "native"
 DETERMINISTIC = False  # PyTorch adds up the input's gradient by atomics on a GPU
-HALF = ("float16", "bfloat16")
 CHUNK = 1 << 24  # samples at once, where memory is to be bounded
 # Those that have the standard's functions; NumPy and torch are tested.
 LIBRARIES = ("cupy", "jax", "numpy", "torch")
@@ -38,11 +39,6 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
     if backward and library != "torch":
         return [f"deform_conv_backward is for torch; differentiate deform_conv with {library} itself."]
     return []
-
-
-def computes_in(dtype: str, library: str) -> str:
-    """PyTorch rounds half precision once, at the end; other libraries' is brought to float32 within."""
-    return "float32" if dtype in HALF and library == "torch" else dtype
 
 
 def how(spec: ConvSpec, library: str) -> list[str]:
