@@ -202,4 +202,4 @@ def explain(
 
 
 def _parameters(*values: Any) -> dict[str, Any]:
-    return dict(zip(DEFORM_CONV.defaults, values, strict=True))
+    return dict(zip(DEFORM_CONV.parameter_names, values, strict=True))

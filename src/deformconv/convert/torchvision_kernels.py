@@ -65,5 +65,5 @@ def _call(
     masks = mask if use_mask else None
     operator, tensors = DEFORM_CONV.operator, (input, offset, weight, bias, masks)
     values = (stride, padding, dilation, int(groups), int(offset_groups), "zeros")
-    spec = run.spec_of(operator, described(operator, tensors), dict(zip(operator.defaults, values, strict=True)), 2)
+    spec = run.spec_of(operator, described(operator, tensors), dict(zip(operator.parameter_names, values, strict=True)), 2)
     return run.plan_for(DEFORM_CONV, spec, "cpu", True, None), input, offset, weight, bias, masks

@@ -130,13 +130,13 @@ def _parameters(operator: Operator, op_type: str, attributes: tuple[tuple[str, s
     values = dict(attributes)
     # Beside ours come those of `mxnet.AttrScope`, all between double underscores.
     names = {name for name in values if not name.startswith("__")}
-    if names != {*operator.defaults, *OTHERS}:
+    if names != {*operator.parameter_names, *OTHERS}:
         raise TypeError(
             f"the operator {op_type!r} has the attributes {', '.join(sorted(names)) or 'none'}; expected a symbol that "
             f"`deformconv.gluon.{operator.name}` made, in this version."
         )
     read = {name: literal_eval(values[name]) for name in names}
-    own = {name: read[name] for name in operator.defaults}
+    own = {name: read[name] for name in operator.parameter_names}
     return _Parameters(**{name: read[name] for name in OTHERS}, values=own)
 
 

@@ -48,7 +48,6 @@ class Parameter(NamedTuple):
 
     name: str
     kind: Literal["int", "int?", "int[]", "float", "float?", "bool", "str"]  # in the words of PyTorch's schemas
-    default: Any
 
 
 class Line(NamedTuple):
@@ -162,7 +161,7 @@ class Operator:
     names: tuple[str, ...] = field(init=False)  # the arguments'
     optional: frozenset[str] = field(init=False)  # their names
     in_backward: tuple[Argument, ...] = field(init=False)  # those that gradients depend on
-    defaults: dict[str, Any] = field(init=False)  # of the parameters
+    parameter_names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         for argument in self.arguments:
@@ -173,7 +172,7 @@ class Operator:
             "names": tuple(argument.name for argument in self.arguments),
             "optional": frozenset(argument.name for argument in self.arguments if argument.optional),
             "in_backward": tuple(argument for argument in self.arguments if argument.in_backward),
-            "defaults": {parameter.name: parameter.default for parameter in self.parameters},
+            "parameter_names": tuple(parameter.name for parameter in self.parameters),
         }.items():
             object.__setattr__(self, name, value)
 

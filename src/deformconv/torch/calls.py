@@ -183,7 +183,7 @@ def explain(op: Registered, backend: str | None, parameters: tuple[Any, ...], op
 
 
 def _named(operator: Operator, parameters: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(operator.defaults, parameters, strict=True))
+    return dict(zip(operator.parameter_names, parameters, strict=True))
 
 
 def _spec(operator: Operator, rank: int | None, parameters: Mapping[str, Any], operands: Sequence[Tensor | None]) -> Any:

@@ -64,7 +64,7 @@ SCALE = Operator(
         Argument("mask", precise=True, by_position=True),
         Argument("bias", optional=True, gradient=lambda grad: grad.sum(axis=(0, 2)), by_image=False),
     ),
-    parameters=(Parameter("power", "int", 1),),
+    parameters=(Parameter("power", "int"),),
     backends=(Line("numbers"), Line("portable"), Line("native", by_name_only=True)),
     gradients=Gradients,
     check=check,
