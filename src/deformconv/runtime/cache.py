@@ -284,6 +284,15 @@ def in_order(function: Callable[..., Any]) -> Any:
     return numba.njit(no_cpython_wrapper=True, **OPTIONS | {"fastmath": FAST_MATH - {"reassoc"}})(function)
 
 
+def as_written(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call, and whose operations are rounded one by one.
+
+    Elsewhere the compiler may fuse a product with a sum, and does it for vectors and for the numbers after the last vector in
+    different ways: a number's result would depend on how many there are beside it.
+    """
+    return numba.njit(no_cpython_wrapper=True, **OPTIONS | {"fastmath": False})(function)
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that Python calls, once per machine; it runs without the GIL."""
     dispatcher = numba.njit(**OPTIONS)(function)

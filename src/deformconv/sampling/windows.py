@@ -7,7 +7,7 @@ from numba.cpython.unsafe.tuple import tuple_setitem
 from deformconv.runtime.cache import device
 from deformconv.sampling.corners import place_samples
 
-__all__ = ["BEFORE", "DILATION", "INPUT", "KERNEL", "OUTPUT", "STRIDE", "place_tap", "place_tile"]
+__all__ = ["BEFORE", "DILATION", "INPUT", "KERNEL", "OUTPUT", "STRIDE", "place_tap", "place_tile", "tap_shifts"]
 
 # The rows of `geometry`, an int64 array of D columns.
 INPUT, KERNEL, STRIDE, BEFORE, DILATION, OUTPUT = range(6)
@@ -35,8 +35,14 @@ def place_tile(size, geometry, first, count, table):
 @device
 def place_tap(size, geometry, inside, tap, count, offset, table):
     """Fill the table with one tap's samples; row `axis` of `offset` has the tap's offsets along that axis, one a position."""
+    place_samples(size, tap_shifts(size, geometry, tap), inside, count, offset, table)
+
+
+@device
+def tap_shifts(size, geometry, tap):
+    """Where a tap lies within its window along each axis."""
     shifts, rest = size, tap
     for axis in range(len(size) - 1, -1, -1):
         shifts = tuple_setitem(shifts, axis, rest % geometry[KERNEL, axis] * geometry[DILATION, axis])
         rest //= geometry[KERNEL, axis]
-    place_samples(size, shifts, inside, count, offset, table)
+    return shifts

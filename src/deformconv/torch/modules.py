@@ -23,7 +23,7 @@ from deformconv.ops.conv.layer import (
     predicted,
     uniform_bound,
 )
-from deformconv.torch import modes
+from deformconv.torch import modes, prediction
 from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.tensors import HALF
 
@@ -169,16 +169,33 @@ class _DeformConvNd(nn.Module):
         self._check_input(input, weight)
         input = self._padded(input)
         if offset is None:
+            if (output := self._forward_at_once(input, weight)) is not None:
+                return output
             offset, mask = self._predict(input)
         return type(self)._operator(
             input, offset, weight, self.bias, self.stride, self._operator_padding, self.dilation, mask,
             groups=self.groups, offset_groups=self.offset_groups, boundary=self.boundary,
         )  # fmt: skip
 
+    def _forward_at_once(self, input: Tensor, weight: Tensor) -> Tensor | None:
+        """The output, prediction and convolution in one kernel; None where something must see what lies between."""
+        own, predictor = type(self), self.offset_conv
+        usual = own._predict is _DeformConvNd._predict and type(predictor) is own._offset_convolution
+        if predictor is None or not usual or not prediction.is_plain(predictor):
+            return None
+        if (predictor.stride, predictor.dilation) != (self.stride, self.dilation):
+            return None
+        return prediction.forward(
+            input, (weight, self.bias, predictor.weight, predictor.bias), self._predicted,
+            (self.stride, self._operator_padding, self.dilation, self.groups, self.offset_groups, self.boundary),
+            (self.mask_scale, self.max_offset),
+        )  # fmt: skip
+
     def offsets_and_mask(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what the layer predicts for `input`: offsets in input pixels, and the mask or, in v1, None.
 
-        `layer(input, *layer.offsets_and_mask(input))` is `layer(input)`.
+        `layer(input, *layer.offsets_and_mask(input))` computes what `layer(input)` computes; without gradients the latter
+        predicts and convolves in one kernel, which rounds some sums otherwise.
         """
         self._check_input(input, self.weight)
         offset, mask = self._predict(self._padded(input))

@@ -23,7 +23,8 @@ from deformconv.torch import modes, native
 from deformconv.torch.tensors import array_of, in_dtype, memory_format
 
 __all__ = [
-    "Plan", "backward", "checked", "forward", "plan_for", "plan_of", "raise_of_one_image", "second_backward", "spec_of",
+    "Plan", "backward", "checked", "forward", "in_memory_format", "plan_for", "plan_of", "raise_of_one_image",
+    "second_backward", "spec_of",
 ]  # fmt: skip
 
 # PyTorch's number of threads is that of its OpenMP team, where it has been built with OpenMP.
@@ -120,8 +121,6 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
     """The output, for plain tensors with a batch axis; without a graph."""
     op, spec, inner, module, _, _ = plan
     first: Any = operands[0]
-    # A contiguous tensor of several channels and pixels has channels 2 pixels or more apart: the check is for speed.
-    form = memory_format(first) if first.stride(1) == 1 else torch.contiguous_format
     if module.TAKES == "native":
         with torch.no_grad(), modes.without_autocast(first.device.type):
             tensors = [_brought(*pair, inner) for pair in zip(op.operator.arguments, operands, strict=True)]
@@ -132,6 +131,13 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
     else:
         arrays = [array_of(inner.dtype, tensor) for tensor in operands]
         output = torch.from_numpy(module.forward(inner, *arrays, library="torch")).to(first.dtype)
+    return in_memory_format(output, first)
+
+
+def in_memory_format(output: Tensor, first: Tensor) -> Tensor:
+    """The output in the memory format of the call's first tensor."""
+    # A contiguous tensor of several channels and pixels has channels 2 pixels or more apart: the check is for speed.
+    form = memory_format(first) if first.stride(1) == 1 else torch.contiguous_format
     return output if output.is_contiguous(memory_format=form) else output.contiguous(memory_format=form)
 
 

@@ -7,10 +7,11 @@ is the same bit for bit whatever the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import product
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,10 @@ from deformconv.runtime.memory import arena, room
 from deformconv.runtime.openmp import team_for
 from deformconv.runtime.work import COPY, is_shared, run, share
 
-__all__ = ["DETERMINISTIC", "DTYPES", "TAKES", "backward", "computes_in", "forward", "how", "reasons_against", "warmup"]
+__all__ = [
+    "DETERMINISTIC", "DTYPES", "TAKES", "backward", "computes_in", "forward", "forward_layer", "how", "reasons_against",
+    "warmup",
+]  # fmt: skip
 
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
@@ -77,6 +81,19 @@ def _plans() -> Any:
     return cpu_plan
 
 
+@cache
+def _layer_kernel() -> Any:
+    with threads.importing:
+        from deformconv.ops.conv import cpu_layer
+    return cpu_layer.forward
+
+
+@lru_cache(maxsize=256)
+def _layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
+    predictor = spec.batch * spec.positions * spec.taps * spec.in_channels * channels
+    return _plans().layer_plan(spec, channels, number, _multiplications(spec) + predictor)
+
+
 @lru_cache(maxsize=256)
 def _plan(spec: ConvSpec, number: int) -> Any:
     return _plans().plan(spec, number, _multiplications(spec))
@@ -99,24 +116,66 @@ def forward(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mas
     team = team_for(library)
     plan = _plan(spec, team.threads)
     cut, kernels = plan.forward, _kernels()
-    weight, weight_last = arrays.flat_channels(weight)
-    offset, mask, image_offset, image_mask = _samples(spec, offset, mask)
-    none = arrays.none_of(spec.dtype)
+    offset, mask, *distances = _samples(spec, offset, mask)
     with arena(cut.bytes) as memory:
-        given = kernels.ForwardArrays(
-            input=input,
-            x=memory.empty(plan.x_size, spec.dtype),
-            offset=offset,
-            mask=mask,
-            weight=weight,
-            packed=memory.empty(cut.weight_size, spec.dtype),
-            bias=none if bias is None else arrays.flat(bias),
-            output=flat_output,
-            empty=none,
-        )
-        order = input_last, weight_last, input_last, image_offset, image_mask
-        arguments = cut.arguments, order, tuple(given), *cut.share.scratch(memory, spec.dtype)
+        own = memory.empty(plan.x_size, spec.dtype), memory.empty(cut.weight_size, spec.dtype)
+        given, weight_last = _forward_arrays(spec, own, input, offset, weight, bias, mask, flat_output)
+        order = input_last, weight_last, input_last, *distances
+        arguments = cut.arguments, order, given, *cut.share.scratch(memory, spec.dtype)
         run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank))
+    return output
+
+
+def _forward_arrays(
+    spec: ConvSpec, own: Sequence[np.ndarray], input: Any, offset: Any, weight: Any, bias: Any, mask: Any, output: Any
+) -> tuple[tuple[np.ndarray, ...], bool]:
+    """A forward kernel's arrays, and whether the weight's channels come last; `own` is room for copies of input and weight."""
+    weight, weight_last = arrays.flat_channels(weight)
+    none = arrays.none_of(spec.dtype)
+    x, packed = own
+    bias = none if bias is None else arrays.flat(bias)
+    given = _kernels().ForwardArrays(
+        input=input, x=x, offset=offset, mask=mask, weight=weight, packed=packed, bias=bias, output=output, empty=none
+    )
+    return tuple(given), weight_last
+
+
+def forward_layer(
+    spec: ConvSpec,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    predictor_weight: Any,
+    predictor_bias: Any,
+    activation: tuple[float, float | None],
+    library: str = "numpy",
+) -> np.ndarray:
+    """The output of a layer that predicts its offsets and, if the call is masked, its masks.
+
+    The predictor is a convolution over the same window of the input: weight (channels, C_in, *kernel), and a bias or None.
+    `activation` are the scale of masks, and the bound of offsets or None.
+    """
+    input, input_last = arrays.flat_channels(input)
+    output, flat_output = arrays.empty_channels(spec.output_shape, spec.dtype, input_last)
+    if output.size == 0:
+        return output
+    team = team_for(library)
+    channels, none, (mask_scale, max_offset) = len(predictor_weight), arrays.none_of(spec.dtype), activation
+    plan = _layer_plan(spec, channels, team.threads)
+    image, offsets = channels * spec.positions, prod(spec.offset_shape[1:])
+    with arena(plan.bytes) as memory:
+        predicted, *own, packed = (
+            memory.empty(size, spec.dtype) for size in (plan.predicted_size, plan.x_size, plan.weight_size, plan.predictor_size)
+        )
+        mask = predicted[offsets:] if spec.masked else none
+        given, weight_last = _forward_arrays(spec, own, input, predicted, weight, bias, mask, flat_output)
+        order = input_last, weight_last, input_last, image, image
+        predictor_bias = none if predictor_bias is None else arrays.flat(predictor_bias)
+        predictor = arrays.flat(predictor_weight), packed, predictor_bias
+        squash = np.array((mask_scale, max_offset or 0), spec.dtype)
+        scratch = plan.share.scratch(memory, spec.dtype)
+        arguments = plan.arguments, order, (given, predictor), squash, *scratch
+        run(_layer_kernel(), arguments, plan.share, team, (spec.dtype, spec.rank))
     return output
 
 
@@ -243,7 +302,7 @@ def warmup(
     ranks: Iterable[int] = (1, 2, 3),
     notify: Callable[[str], None] | None = None,
 ) -> None:
-    """Compile, or load, every kernel that a forward and a backward call takes, for the given dtypes and ranks.
+    """Compile, or load, every kernel that an operator's calls and a layer's take, for the given dtypes and ranks.
 
     `notify` is called with a line before each of them.
     """
@@ -264,7 +323,9 @@ def warmup(
                 spec = conv_spec(x_, offset_, weight_, mask=mask_)
                 y = forward(spec, x, offset, weight, None, mask)
                 backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
-            for kernel in (kernels.forward, kernels.backward, kernels.collect):
+                predictor = np.zeros((rank + 1, 1, *ones), dtype)
+                forward_layer(spec, x, weight, None, predictor, None, (1.0, None))
+            for kernel in (kernels.forward, kernels.backward, kernels.collect, _layer_kernel()):
                 compile_for_teams(kernel)
     finally:
         notice.announce = told

@@ -178,7 +178,9 @@ def forward(counter, limit, thread, plan, order, arrays, reals, integers):
         # Threads take items in turn: each of them gets mostly neighbours, whose samples it has in its caches.
         number = item % cut.strands * cut.strand + item // cut.strands
         if number < shape.images * cut.tiles:
-            one_tile(samples, cut, arrays, sums, column, number // cut.tiles, number % cut.tiles * cut.tile)
+            tile = tile_at(number, shape, cut)
+            place_tile(plan[0], plan[1], tile.first, tile.count, table)
+            one_tile(samples, cut, arrays, sums, column, tile)
 
 
 @device
@@ -197,28 +199,45 @@ def copy_forward(counter, shape, order, layout, cut, arrays, square):
     """Copy the input and pack the weight, everybody together; `square` is scratch of a vector's lanes squared."""
     item = fetch_add(counter, BEGUN)
     while item < cut.copies:
-        if item >= cut.panels:
-            copy_in(
-                item - cut.panels, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
-            )  # fmt: skip
-        elif shape.depthwise:
-            pack_depthwise(arrays.weight, shape.channels, shape.taps, arrays.packed)
-        else:
-            pack_forward(
-                item, arrays.weight, order.weight_last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps,
-                arrays.packed, square, arrays.empty,
-            )  # fmt: skip
+        copy_item(item, shape, order, layout, cut, arrays, square)
         fetch_add(counter, ENDED)
         item = fetch_add(counter, BEGUN)
     wait_for(counter, ENDED, cut.copies)
 
 
 @device
-def one_tile(samples, cut, arrays, sums, column, n, first):
+def copy_item(item, shape, order, layout, cut, arrays, square):
+    """Pack a panel of the weight, or copy a run of the input."""
+    if item < cut.panels:
+        pack_panel(item, shape, arrays.weight, order.weight_last, arrays.packed, square, arrays.empty)
+        return
+    copy_in(
+        item - cut.panels, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
+    )  # fmt: skip
+
+
+@device
+def pack_panel(item, shape, weight, last, packed, square, empty):
+    """Pack a panel of a weight for the product of the forward pass."""
+    if shape.depthwise:
+        pack_depthwise(weight, shape.channels, shape.taps, packed)
+        return
+    pack_forward(
+        item, weight, last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps, packed, square, empty
+    )  # fmt: skip
+
+
+@device
+def tile_at(number, shape, cut):
+    """A tile of the forward pass, of all images' tiles."""
+    first = number % cut.tiles * cut.tile
+    return Tile(number // cut.tiles, first, min(cut.tile, shape.positions - first))
+
+
+@device
+def one_tile(samples, cut, arrays, sums, column, tile):
     """Compute and write the output of one tile, chunk by chunk."""
     shape = samples.shape
-    tile = Tile(n, first, min(cut.tile, shape.positions - first))
-    place_tile(samples.size, samples.geometry, first, tile.count, samples.table)
     if shape.depthwise:
         zero(sums, 0, tile.count * shape.outputs)
     start = 0
@@ -234,7 +253,7 @@ def one_tile(samples, cut, arrays, sums, column, n, first):
             multiply_chunk(shape, cut.group_row, tile, chunk, rows, arrays.packed, sums)
         start = end
     write_output(
-        sums, cut.group_row, shape.groups, shape.group_outputs, n, first, tile.count,
+        sums, cut.group_row, shape.groups, shape.group_outputs, tile.n, tile.first, tile.count,
         arrays.output, samples.order.output_last, shape.positions, arrays.bias,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ The words of plan and kernels:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from deformconv.runtime.simd import VECTOR_BYTES
 from deformconv.runtime.work import Share, share
 from deformconv.sampling.corners import table_sizes
 
-__all__ = ["Backward", "Forward", "Plan", "collect_items", "plan"]
+__all__ = ["Backward", "Forward", "LayerForward", "Plan", "collect_items", "layer_plan", "plan"]
 
 _BLOCK_BYTES = 256  # a row of a block of channels
 _DEPTH = 288  # samples of a position that are multiplied at once
@@ -64,6 +65,18 @@ class Backward(NamedTuple):
     share: Share
 
 
+class LayerForward(NamedTuple):
+    """How the forward pass of a layer that predicts its offsets is cut."""
+
+    arguments: tuple[Any, ...]  # the kernel's `plan`
+    x_size: int
+    weight_size: int  # numbers of the packed weight
+    predictor_size: int  # of the predictor's packed weight
+    predicted_size: int  # of the offsets and masks
+    bytes: int  # of all these, and of scratch memory
+    share: Share
+
+
 class Plan(NamedTuple):
     """How a call is cut, in both directions."""
 
@@ -78,13 +91,31 @@ def plan(spec: ConvSpec, threads: int, multiplications: int) -> Plan:
 
     The number of threads matters to the forward pass alone, where no sum depends on how positions are cut.
     """
-    before = [before for before, _ in spec.padding]
-    geometry = [spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size]
-    x = _layout(spec)
-    x_size = x.blocks * spec.batch * x.pitch * x.width
-    common = spec.input_size, _numbers(geometry), _numbers(_shape(spec)), _numbers(x)
+    x, x_size, common = _common(spec)
     forward = _forward(spec, threads, multiplications, x, x_size, common)
     return Plan(x, x_size, forward, _backward(spec, threads, multiplications, x, common))
+
+
+def layer_plan(spec: ConvSpec, channels: int, threads: int, multiplications: int) -> LayerForward:
+    """The plan of a layer's forward pass; `channels` are those of the predictor."""
+    x, x_size, common = _common(spec)
+    vector = VECTOR_BYTES // np.dtype(spec.dtype).itemsize
+    product, row = _product(spec, x), _up(channels, vector)
+    cut, (integers, reals) = _cut_forward(spec, threads, product, row)
+    taps_at_once = min(spec.taps, max(1, _DEPTH // x.width))
+    predictor_cut = cut._replace(taps_at_once=taps_at_once, group_row=row, panels=ceil(channels / (VECTORS * vector)))
+    predictor = _shape(replace(spec, out_channels=channels, groups=1))._replace(depthwise=False)
+    weight_size, predictor_size = (spec.taps * spec.in_channels * width for width in (product.group_row, row))
+    predicted_size = spec.batch * channels * spec.positions
+    scratch = integers + taps_at_once * cut.tile, reals
+    shared = share(cut.strands * cut.strand, threads, multiplications, spec.dtype, scratch)
+    sizes = x_size, weight_size, predictor_size, predicted_size
+    return LayerForward(
+        (*common, _numbers(cut), _numbers(predictor), _numbers(predictor_cut)),
+        *sizes,
+        sum(room(size, spec.dtype) for size in sizes) + shared.bytes,
+        shared,
+    )
 
 
 def collect_items(spec: ConvSpec, d_input: int, d_weight: int, d_offset: int, d_mask: int) -> int:
@@ -92,6 +123,15 @@ def collect_items(spec: ConvSpec, d_input: int, d_weight: int, d_offset: int, d_
     weights = spec.out_channels if d_weight else 0
     runs = spec.batch * ceil(spec.pixels / RUN) if d_input else 0
     return weights + runs + ceil(d_offset / SUMS) + ceil(d_mask / SUMS)
+
+
+def _common(spec: ConvSpec) -> tuple[Layout, int, tuple[Any, ...]]:
+    """How the input's copy lies in memory, its size, and the beginning of every kernel's `plan`."""
+    before = [before for before, _ in spec.padding]
+    geometry = [spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size]
+    x = _layout(spec)
+    x_size = x.blocks * spec.batch * x.pitch * x.width
+    return x, x_size, (spec.input_size, _numbers(geometry), _numbers(_shape(spec)), _numbers(x))
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -126,44 +166,79 @@ def _layout(spec: ConvSpec) -> Layout:
     return Layout(span, width, channels // span * ceil(span / width), spec.pixels, spec.pixels + 1)
 
 
-def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, x_size: int, common: tuple[Any, ...]) -> Forward:
-    item = np.dtype(spec.dtype).itemsize
+class _Product(NamedTuple):
+    """How the product of a tile's samples and a weight is cut into chunks, and the room that it takes."""
+
+    chunk: int
+    chunk_span: int
+    taps_at_once: int
+    group_row: int
+    groups: int
+    panels: int
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row of sums."""
+        return self.groups * self.group_row
+
+
+def _product(spec: ConvSpec, x: Layout) -> _Product:
     vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
     # Pieces of a large group that are about equal; of small ones as many as a block has, and all taps if possible.
     piece = _up(ceil(x.span / ceil(x.span / _DEPTH)), vector)
     chunk, depth = (min(piece, x.span), _DEPTH) if x.span == group_channels else (x.width, 2 * _DEPTH)
     taps_at_once = 1 if depthwise or chunk < min(group_channels, x.span) else max(1, min(taps, depth // chunk))
-    taps_at_once = ceil(taps / ceil(taps / taps_at_once))
-    group_row = 1 if depthwise else _up(group_outputs, vector)
+    return _Product(
+        chunk=chunk,
+        chunk_span=max(group_channels, chunk),
+        taps_at_once=ceil(taps / ceil(taps / taps_at_once)),
+        group_row=1 if depthwise else _up(group_outputs, vector),
+        groups=spec.groups,
+        panels=1 if depthwise else spec.groups * ceil(group_outputs / (VECTORS * vector)),
+    )
+
+
+def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, x_size: int, common: tuple[Any, ...]) -> Forward:
+    product = _product(spec, x)
+    cut, scratch = _cut_forward(spec, threads, product)
+    packed = spec.taps * spec.in_channels * product.group_row
+    shared = share(cut.strands * cut.strand, threads, multiplications, spec.dtype, scratch)
+    size = room(x_size, spec.dtype) + room(packed, spec.dtype) + shared.bytes
+    return Forward((*common, _numbers(cut)), packed, size, shared)
+
+
+def _cut_forward(spec: ConvSpec, threads: int, product: _Product, most_sums: int = 0) -> tuple[ForwardCut, tuple[int, int]]:
+    """How a forward pass is cut, and the int32 numbers and reals of a thread's scratch memory.
+
+    That has room for `most_sums` sums of a position, if these are more than the product's.
+    """
+    item = np.dtype(spec.dtype).itemsize
+    vector = VECTOR_BYTES // item
 
     def scratch(tile: int) -> tuple[int, int]:
         integers, reals = table_sizes(spec.rank, tile)
-        column = tile * chunk * taps_at_once
-        return integers, _up(reals, vector) + max(_up(tile * spec.groups * group_row, vector) + column, vector * vector)
+        sums = _up(tile * max(product.row, most_sums), vector)
+        column = tile * product.chunk * product.taps_at_once
+        return integers, _up(reals, vector) + max(sums + column, vector * vector)
 
     tile = _forward_tile(spec, threads)
     while tile > FEW_ROWS and scratch(tile)[1] * item > _TILE_BYTES:
         tile = _up(tile // 2, FEW_ROWS)
     tiles = ceil(spec.positions / tile)
     strands = max(1, min(threads, spec.batch * tiles))
-    strand = ceil(spec.batch * tiles / strands)
-    panels = 1 if depthwise else spec.groups * ceil(group_outputs / (VECTORS * vector))
     cut = ForwardCut(
-        chunk=chunk,
-        chunk_span=max(group_channels, chunk),
-        taps_at_once=taps_at_once,
+        chunk=product.chunk,
+        chunk_span=product.chunk_span,
+        taps_at_once=product.taps_at_once,
         tile=tile,
         tiles=tiles,
         strands=strands,
-        strand=strand,
-        group_row=group_row,
-        panels=panels,
-        copies=panels + spec.batch * ceil(spec.pixels / RUN),
+        strand=ceil(spec.batch * tiles / strands),
+        group_row=product.group_row,
+        panels=product.panels,
+        copies=product.panels + spec.batch * ceil(spec.pixels / RUN),
     )
-    packed = taps * spec.in_channels * group_row
-    shared = share(strands * strand, threads, multiplications, spec.dtype, scratch(tile))
-    size = room(x_size, spec.dtype) + room(packed, spec.dtype) + shared.bytes
-    return Forward((*common, _numbers(cut)), packed, size, shared)
+    return cut, scratch(tile)
 
 
 def _forward_tile(spec: ConvSpec, threads: int) -> int:

@@ -25,6 +25,7 @@ from deformconv.ops.window import (
     paddings,
     positions_along,
     resolved,
+    window_of,
 )
 from deformconv.sampling.rule import BOUNDARIES
 
@@ -38,6 +39,7 @@ __all__ = [
     "check_grad_output",
     "check_input",
     "conv_spec",
+    "layer_spec",
 ]
 
 GRADIENTS = ("input", "offset", "weight", "bias", "mask")
@@ -175,6 +177,26 @@ def conv_spec(
     except TypeError:
         pass  # symbolic sizes have no hash; a TypeError of the checks is raised again below
     return _spec(*call)
+
+
+def layer_spec(
+    input: Operand, weight: Operand, bias: Operand | None, masked: bool,
+    stride: Any, padding: Any, dilation: Any, groups: int, offset_groups: int, boundary: str,
+) -> ConvSpec:  # fmt: skip
+    """The checked call of a layer that predicts its offsets, whose arguments have been checked."""
+    kernel_size = tuple(weight.shape[2:])
+    window = window_of(stride, padding, dilation, kernel_size)
+    output_size = _output_size(input, kernel_size, window.stride, window.padding, window.dilation)
+    taps = offset_groups * prod(kernel_size)
+
+    def made(channels: int) -> Operand:
+        return input._replace(shape=(input.shape[0], channels, *output_size))
+
+    return conv_spec(
+        input, made(taps * len(kernel_size)), weight, bias, made(taps) if masked else None,
+        stride=window.stride, padding=window.padding, dilation=window.dilation,
+        groups=groups, offset_groups=offset_groups, boundary=boundary,
+    )  # fmt: skip
 
 
 def check_input(
