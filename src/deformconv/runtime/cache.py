@@ -35,6 +35,8 @@ from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
+from deformconv.runtime.linking import COMPILER
+
 
 def _load_numba_without_scipy() -> None:
     """Import Numba's array functions, but not SciPy's linear algebra, which takes longer than all the rest.
@@ -272,7 +274,7 @@ OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH, "no_cfu
 
 def device(function: Callable[..., Any]) -> Any:
     """Compile a function that kernels call."""
-    return numba.njit(no_cpython_wrapper=True, **OPTIONS)(function)
+    return numba.njit(no_cpython_wrapper=True, pipeline_class=COMPILER, **OPTIONS)(function)
 
 
 def in_order(function: Callable[..., Any]) -> Any:
@@ -281,7 +283,8 @@ def in_order(function: Callable[..., Any]) -> Any:
     Elsewhere the compiler may change the order, and the process that compiles a kernel took another one here than those that
     loaded it.
     """
-    return numba.njit(no_cpython_wrapper=True, **OPTIONS | {"fastmath": FAST_MATH - {"reassoc"}})(function)
+    options = OPTIONS | {"fastmath": FAST_MATH - {"reassoc"}}
+    return numba.njit(no_cpython_wrapper=True, pipeline_class=COMPILER, **options)(function)
 
 
 def as_written(function: Callable[..., Any]) -> Any:
