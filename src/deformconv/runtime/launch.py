@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba
 from llvmlite import ir
@@ -13,9 +13,11 @@ from numba.core.callconv import excinfo_ptr_t
 from numba.extending import intrinsic
 
 from deformconv.runtime.cache import kernel
-from deformconv.runtime.openmp import Team
 from deformconv.runtime.simd import INT, data_and_type, element
 from deformconv.runtime.threads import LEFT, NEXT, STOP, counters
+
+if TYPE_CHECKING:
+    from deformconv.runtime.openmp import Team
 
 __all__ = ["compile_for_teams", "run_on_team"]
 
@@ -23,6 +25,17 @@ _BYTES = ir.IntType(8).as_pointer()
 _NUMBER = ir.IntType(32)
 _SECONDS = ir.DoubleType()
 _NONE_LEFT = 1 << 62  # more than any number of items
+
+
+class _Start(NamedTuple):
+    """What a kernel is started with on a team, all int64."""
+
+    started: Any  # how many threads the team has, at most
+    threads: Any  # how many of them work
+    parallel: Any  # the address of GOMP_parallel
+    thread_number: Any  # that of omp_get_thread_num
+    clock: Any  # that of omp_get_wtime
+    function: Any  # the kernel's
 
 
 _addresses: dict[tuple[Any, ...], int] = {}
@@ -46,15 +59,15 @@ def run_on_team(
     """
     runtime = team.runtime
     assert runtime is not None  # threads of our own do not come here
-    addresses = runtime.parallel, runtime.thread_number, runtime.clock
     counter = counters()
     address = _addresses.get((compiled, *kind))
     if address is None:
         address = _addresses[(compiled, *kind)] = _address_of(compiled, (counter, burst, 0, *arguments))
+    start = tuple(_Start(team.started, threads, runtime.parallel, runtime.thread_number, runtime.clock, address))
     first = 0
     while first < items:
         began = time.perf_counter()
-        waited = _launch(*addresses, team.started, threads, address, (counter, burst, 0, *arguments))
+        waited = _launch(start, (counter, burst, 0, *arguments))
         left = min(int(counter[LEFT]), items)
         runtime.note(waited, (time.perf_counter() - began - waited) * threads / (left - first))
         counter[NEXT] = first = left
@@ -71,41 +84,39 @@ def _address_of(compiled: Any, arguments: tuple[Any, ...]) -> int:
 def compile_for_teams(compiled: Any) -> None:
     """Compile, or load, what it takes to run a kernel on a team, for all types of arguments that the kernel is compiled for."""
     for signature in compiled.signatures:
-        _launch.compile((*(types.int64,) * 6, types.BaseTuple.from_types(signature)))
+        _launch.compile((types.UniTuple(types.int64, len(_Start._fields)), types.BaseTuple.from_types(signature)))
 
 
 @kernel
-def _launch(parallel, thread_number, clock, started, threads, function, arguments):
-    """Call the kernel at the address `function` on a team, and return the seconds that the caller has waited for it.
+def _launch(start, arguments):
+    """Call a kernel on a team as `start` says, a _Start as a tuple, and return the seconds that the caller has waited for it.
 
-    The team has up to `started` threads, of which the first `threads` work. `parallel`, `thread_number` and `clock` are the
-    addresses of GOMP_parallel, omp_get_thread_num and omp_get_wtime. The first three `arguments` of the kernel are (counter,
-    limit, thread). The caller, who is thread 0, takes `limit` items at the most. When it has done, no other thread takes
-    another one, and `counter[LEFT]` is the number of the first item that nobody has taken. The caller waits from its own last
-    item to the others'. What a thread raises ends the others' work too, and is raised here.
+    The first three `arguments` of the kernel are (counter, limit, thread). The caller, who is thread 0, takes `limit` items at
+    the most. When it has done, no other thread takes another one, and `counter[LEFT]` is the number of the first item that
+    nobody has taken. The caller waits from its own last item to the others'. What a thread raises ends the others' work too,
+    and is raised here.
     """
-    return _call_on_team(parallel, thread_number, clock, started, threads, function, arguments)
+    return _call_on_team(start, arguments)
 
 
 @intrinsic
-def _call_on_team(typing, parallel, thread_number, clock, started, threads, function, arguments):
+def _call_on_team(typing, start, arguments):
     def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        parallel, thread_number, clock, started, threads, function, packed = given
-        kinds = signature.args[6].types
-        task = _Task(context, kinds)
-        values = cgutils.unpack_tuple(builder, packed)
-        place = task.store(builder, [*values, threads, function, thread_number, clock])
+        start, values = (cgutils.unpack_tuple(builder, packed) for packed in given)
+        called = _Start(*start)
+        task = _Task(context, signature.args[1].types)
+        place = task.store(builder, [*start, *values])
         body = _member(task, builder.module)
         kind = ir.FunctionType(ir.VoidType(), [body.type, _BYTES, _NUMBER, _NUMBER])
-        begin = builder.inttoptr(parallel, kind.as_pointer())
-        builder.call(begin, [body, builder.bitcast(place, _BYTES), builder.trunc(started, _NUMBER), _NUMBER(0)])
+        begin = builder.inttoptr(called.parallel, kind.as_pointer())
+        builder.call(begin, [body, builder.bitcast(place, _BYTES), builder.trunc(called.started, _NUMBER), _NUMBER(0)])
         code, excinfo, ended = task.outcome(builder, place)
         status = context.call_conv._get_return_status(builder, code, excinfo)
         with builder.if_then(status.is_error, likely=False):
             context.call_conv.return_status_propagate(builder, status)
-        return builder.fsub(_now(builder, clock), ended)
+        return builder.fsub(_now(builder, called.clock), ended)
 
-    return types.float64(parallel, thread_number, clock, started, threads, function, arguments), emit
+    return types.float64(start, arguments), emit
 
 
 def _now(builder: Any, clock: Any) -> Any:
@@ -114,7 +125,7 @@ def _now(builder: Any, clock: Any) -> Any:
 
 
 class _Task:
-    """What the team's threads are handed: the kernel's arguments, how many threads work, and three addresses.
+    """What the team's threads are handed: what the kernel is started with, and its arguments.
 
     And room for what they leave behind: the status and the exception of a thread that raised one, and when the caller had
     no work left.
@@ -132,8 +143,9 @@ class _Task:
         self.type = place.type
         return place
 
-    def load(self, builder: Any, place: Any) -> list[Any]:
-        return [builder.load(self._field(builder, place, number)) for number in range(self.count)]
+    def load(self, builder: Any, place: Any) -> tuple[_Start, list[Any]]:
+        values = [builder.load(self._field(builder, place, number)) for number in range(self.count)]
+        return _Start(*values[: len(_Start._fields)]), values[len(_Start._fields) :]
 
     def outcome(self, builder: Any, place: Any) -> list[Any]:
         """The status, what describes the exception if it is one, and when the caller had ended."""
@@ -161,17 +173,16 @@ def _member(task: _Task, module: Any) -> Any:
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     place = builder.bitcast(function.args[0], task.type)
-    *values, threads, kernel, thread_number, clock = task.load(builder, place)
+    start, (counter, limit, _, *others) = task.load(builder, place)
     asks = ir.FunctionType(_NUMBER, []).as_pointer()
-    thread = builder.sext(builder.call(builder.inttoptr(thread_number, asks), []), INT)
-    with builder.if_then(builder.icmp_signed(">=", thread, threads)):
+    thread = builder.sext(builder.call(builder.inttoptr(start.thread_number, asks), []), INT)
+    with builder.if_then(builder.icmp_signed(">=", thread, start.threads)):
         builder.ret_void()
     first = builder.icmp_signed("==", thread, INT(0))
-    counter, limit, _, *others = values
     limit = builder.select(first, limit, INT(_NONE_LEFT))
     kind = context.call_conv.get_function_type(types.none, task.kinds)
     status, _ = context.call_conv.call_function(
-        builder, builder.inttoptr(kernel, kind.as_pointer()), types.none, task.kinds, [counter, limit, thread, *others]
+        builder, builder.inttoptr(start.function, kind.as_pointer()), types.none, task.kinds, [counter, limit, thread, *others]
     )
     counters, _ = data_and_type(context, builder, task.kinds[0], counter)
     with builder.if_then(status.is_error, likely=False):
@@ -181,6 +192,6 @@ def _member(task: _Task, module: Any) -> Any:
         left = builder.atomic_rmw("xchg", element(builder, counters, INT(NEXT)), INT(_NONE_LEFT), "acq_rel")
         with builder.if_then(first):
             builder.store(left, element(builder, counters, INT(LEFT)))
-            task.end(builder, place, _now(builder, clock))
+            task.end(builder, place, _now(builder, start.clock))
     builder.ret_void()
     return function

@@ -27,6 +27,7 @@ __all__ = [
     "data_and_type",
     "element",
     "emits",
+    "emits_result",
     "for_channels",
     "for_each",
     "for_positions",
@@ -165,14 +166,22 @@ def emits(emit: Any) -> Any:
     Of an array `emit` gets the address of its numbers, of a tuple its elements, under their names if they have some, and of
     anything else the value. `scalar` is the type of the arrays' reals.
     """
+    return _intrinsic(types.void, emit)
 
+
+def emits_result(kind: Any) -> Any:
+    """As `emits`, for a function that returns a result of this type."""
+    return functools.partial(_intrinsic, kind)
+
+
+def _intrinsic(result: Any, emit: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pairs = zip(signature.args, arguments, strict=True)
-        emit(builder, _reals(context, signature.args), *(_operand(context, builder, *pair) for pair in pairs))
-        return context.get_dummy_value()
+        value = emit(builder, _reals(context, signature.args), *(_operand(context, builder, *pair) for pair in pairs))
+        return context.get_dummy_value() if result is types.void else value
 
     def define(typing: Any, *kinds: Any) -> Any:
-        return types.void(*(types.int64 if isinstance(kind, types.Integer) else kind for kind in kinds)), generate
+        return result(*(types.int64 if isinstance(kind, types.Integer) else kind for kind in kinds)), generate
 
     functools.update_wrapper(define, emit)
     # Numba reads the operands' names behind the first parameter, its typing context.
