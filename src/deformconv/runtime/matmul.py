@@ -7,6 +7,7 @@ because no loop that Numba compiles is kept in registers reliably.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from deformconv.runtime.cache import device
@@ -66,48 +67,67 @@ class Panels(NamedTuple):
     first: Any
 
 
+class _Block:
+    """Emits a register block: `shape` accumulators that stay in registers for the whole depth of A and B."""
+
+    def __init__(self, builder: Any, scalar: Any, shape: BlockShape, a: Factor, b: Any, b_step: Any) -> None:
+        self.builder, self.shape, self.a, self.b, self.b_step = builder, shape, a, b, b_step
+        self.do = Lanes(builder, scalar, lanes_of(scalar))
+
+    def multiply(self, starts: list[Any], b_start: Any) -> list[Any]:
+        """The sums, row by row, of the rows of A that begin at `starts` and the rows of B from `b_start` on."""
+        sums = [self.do.zero] * (self.shape.rows * self.shape.vectors)
+        runs = partial(self._run, starts)
+        _, _, *totals = for_each(self.builder, INT(0), self.a.runs, 1, [b_start, *sums], runs)
+        return totals
+
+    def _run(self, starts: list[Any], run: Any, carried: list[Any]) -> list[Any]:
+        b_index, *sums = carried
+        shift = self.builder.mul(run, self.a.jump)
+        steps = partial(self._step, [self.builder.add(start, shift) for start in starts])
+        _, _, b_index, *sums = for_each(self.builder, INT(0), self.a.run, 1, [INT(0), b_index, *sums], steps)
+        return [b_index, *sums]
+
+    def _step(self, starts: list[Any], _: Any, carried: list[Any]) -> list[Any]:
+        """One row of B, and one number of each row of A."""
+        do, add, vectors = self.do, self.builder.add, self.shape.vectors
+        a_offset, b_index, *sums = carried
+        row_of_b = [do.load(self.b.array, add(b_index, INT(v * do.width))) for v in range(vectors)]
+        results = []
+        for r, start in enumerate(starts):
+            number = do.spread(self.builder.load(element(self.builder, self.a.array, add(start, a_offset))))
+            results += [do.multiply_add(number, row_of_b[v], sums[r * vectors + v]) for v in range(vectors)]
+        return [add(a_offset, self.a.step), add(b_index, self.b_step), *results]
+
+    def write(self, totals: list[Any], c: Any, start: Any, accumulate: Any) -> None:
+        """Add the sums to those that C has from `start` on, or overwrite them.
+
+        What C held is added last: a sum over many calls then loses no more than a sum of their results. And where C is
+        overwritten it is never read: it may be fresh, unwritten memory.
+        """
+        do, add, times = self.do, self.builder.add, self.builder.mul
+        rows, vectors = map(range, self.shape)
+        places = [add(add(start, times(INT(r), c.row)), INT(v * do.width)) for r in rows for v in vectors]
+        with self.builder.if_else(accumulate) as (adding, overwriting):
+            with adding:
+                for place, total in zip(places, totals, strict=True):
+                    do.store(self.builder.fadd(do.load(c.array, place), total), c.array, place)
+            with overwriting:
+                for place, total in zip(places, totals, strict=True):
+                    do.store(total, c.array, place)
+
+
 def _register_block(rows: int, vectors: int) -> Any:
     """The intrinsic for a block of `rows` rows and `vectors` vectors."""
 
     @emits
     def multiply_block(builder, scalar, a, row, b, b_start, b_step, c, column, accumulate):
         """C[row:, column:] (+)= A[row:] @ B, whose rows lie `b_step` apart from `b_start` on."""
-        lanes = lanes_of(scalar)
-        do = Lanes(builder, scalar, lanes)
         add, times = builder.add, builder.mul
+        block = _Block(builder, scalar, BlockShape(rows, vectors), a, b, b_step)
         a_start, c_start = add(a.start, times(row, a.row)), add(add(c.start, column), times(row, c.row))
-        rows_of_a = [add(a_start, times(INT(r), a.row)) for r in range(rows)]
-        sums = [do.zero] * (rows * vectors)
-
-        def next_run(outer: Any, carried: list[Any]) -> list[Any]:
-            b_index, *sums = carried
-            shift = times(outer, a.jump)
-            starts = [add(start, shift) for start in rows_of_a]
-
-            def next_step(step: Any, carried: list[Any]) -> list[Any]:
-                a_offset, b_index, *sums = carried
-                row_of_b = [do.load(b.array, add(b_index, INT(v * lanes))) for v in range(vectors)]
-                results = []
-                for r, start in enumerate(starts):
-                    number = do.spread(builder.load(element(builder, a.array, add(start, a_offset))))
-                    for v in range(vectors):
-                        results.append(do.multiply_add(number, row_of_b[v], sums[r * vectors + v]))
-                return [add(a_offset, a.step), add(b_index, b_step), *results]
-
-            _, _, b_index, *sums = for_each(builder, INT(0), a.run, 1, [INT(0), b_index, *sums], next_step)
-            return [b_index, *sums]
-
-        _, _, *totals = for_each(builder, INT(0), a.runs, 1, [b_start, *sums], next_run)
-        # What C held is added last: a sum over many calls then loses no more than a sum of their results. And where C is
-        # overwritten it is never read: it may be fresh, unwritten memory.
-        places = [add(add(c_start, times(INT(r), c.row)), INT(v * lanes)) for r in range(rows) for v in range(vectors)]
-        with builder.if_else(accumulate) as (adding, overwriting):
-            with adding:
-                for place, total in zip(places, totals, strict=True):
-                    do.store(builder.fadd(do.load(c.array, place), total), c.array, place)
-            with overwriting:
-                for place, total in zip(places, totals, strict=True):
-                    do.store(total, c.array, place)
+        totals = block.multiply([add(a_start, times(INT(r), a.row)) for r in range(rows)], b_start)
+        block.write(totals, c, c_start, accumulate)
 
     return multiply_block
 
