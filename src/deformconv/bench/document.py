@@ -7,8 +7,9 @@ import os
 import platform
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
+
+from deformconv.runtime.host import processor_name
 
 __all__ = ["join", "machine", "read", "section"]
 
@@ -25,7 +26,7 @@ def machine() -> dict[str, Any]:
 
     features = [name for name in sorted(simd.host_features()) if name.startswith(VECTORS)]
     return {
-        "processor": processor(),
+        "processor": processor_name(),
         "vector features": features,
         "cores": processors.available_processors(),
         "cores present": os.cpu_count(),
@@ -34,20 +35,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
     }
-
-
-def processor() -> str:
-    """The processor's name; its numbers too, where a virtual machine hides the name."""
-    try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    found: dict[str, str] = {}
-    for key, _, value in lines:
-        found.setdefault(key.strip(), value.strip())
-    name = found.get("model name", platform.machine())
-    numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
-    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def _memory() -> int:

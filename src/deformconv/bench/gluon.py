@@ -22,6 +22,7 @@ import numpy as np
 
 from deformconv.accuracy import error
 from deformconv.bench.cases import TOLERANCE
+from deformconv.runtime.host import processor_name
 from deformconv.runtime.processors import available_processors
 
 SHAPE, CHANNELS = (2, 64, 56, 56), 64  # N, C, H, W and C_out
@@ -121,14 +122,13 @@ def _agree(processes: dict[str, _Process]) -> None:
 
 
 def _machine() -> dict[str, str]:
-    processor = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     libraries = {name: version(name) for name in ("mxnet", "numpy", "numba")}
-    return {"processor": processor, "processors": str(available_processors()), "python": platform.python_version(), **libraries}
+    return {
+        "processor": processor_name(),
+        "processors": str(available_processors()),
+        "python": platform.python_version(),
+        **libraries,
+    }
 
 
 def measure(rounds: int) -> dict[str, Any]:

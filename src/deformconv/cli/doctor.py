@@ -86,9 +86,10 @@ def _versions() -> Lines:
 
 def _processor() -> Lines:
     from deformconv.runtime import processors
+    from deformconv.runtime.host import processor_name
     from deformconv.runtime.openmp import team_for
 
-    yield "name", _processor_name()
+    yield "name", processor_name()
     if find_spec("numba") is not None:
         from llvmlite import binding
 
@@ -115,16 +116,6 @@ def _processor() -> Lines:
 def _thread_variables() -> str:
     names = ("DEFORMCONV_NUM_THREADS", "DEFORMCONV_THREADS", "OMP_NUM_THREADS")
     return "".join(f", {name}={value}" for name in names if (value := os.environ.get(name)))
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
 
 
 def _cache() -> Lines:
