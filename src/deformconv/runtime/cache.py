@@ -274,7 +274,7 @@ OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH, "no_cfu
 
 def device(function: Callable[..., Any]) -> Any:
     """Compile a function that kernels call."""
-    return numba.njit(no_cpython_wrapper=True, pipeline_class=COMPILER, **OPTIONS)(function)
+    return _compiled(function, FAST_MATH)
 
 
 def in_order(function: Callable[..., Any]) -> Any:
@@ -283,8 +283,7 @@ def in_order(function: Callable[..., Any]) -> Any:
     Elsewhere the compiler may change the order, and the process that compiles a kernel took another one here than those that
     loaded it.
     """
-    options = OPTIONS | {"fastmath": FAST_MATH - {"reassoc"}}
-    return numba.njit(no_cpython_wrapper=True, pipeline_class=COMPILER, **options)(function)
+    return _compiled(function, FAST_MATH - {"reassoc"})
 
 
 def as_written(function: Callable[..., Any]) -> Any:
@@ -293,7 +292,12 @@ def as_written(function: Callable[..., Any]) -> Any:
     Elsewhere the compiler may fuse a product with a sum, and does it for vectors and for the numbers after the last vector in
     different ways: a number's result would depend on how many there are beside it.
     """
-    return numba.njit(no_cpython_wrapper=True, **OPTIONS | {"fastmath": False})(function)
+    return _compiled(function, False)
+
+
+def _compiled(function: Callable[..., Any], fast_math: set[str] | bool) -> Any:
+    options = OPTIONS | {"fastmath": fast_math}
+    return numba.njit(no_cpython_wrapper=True, pipeline_class=COMPILER, **options)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:

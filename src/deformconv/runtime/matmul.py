@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from deformconv.runtime.cache import device
 from deformconv.runtime.simd import INT, VECTOR_BYTES, Lanes, element, emits, for_each, host_features, lanes_of, prefetch
 
-__all__ = ["BLOCK", "FEW_ROWS", "ROWS", "VECTORS", "BlockShape", "Factor", "Panels", "multiply"]
+__all__ = ["BLOCK", "Block", "FEW_ROWS", "ROWS", "VECTORS", "BlockShape", "Factor", "Panels", "multiply"]
 
 
 class BlockShape(NamedTuple):
@@ -67,28 +67,27 @@ class Panels(NamedTuple):
     first: Any
 
 
-class _Block:
-    """Emits a register block: `shape` accumulators that stay in registers for the whole depth of A and B."""
+class Block:
+    """Emits a register block: `shape` accumulators that stay in registers while the depth of A and B streams past."""
 
-    def __init__(self, builder: Any, scalar: Any, shape: BlockShape, a: Factor, b: Any, b_step: Any) -> None:
+    def __init__(self, builder: Any, scalar: Any, shape: BlockShape, a: Any, b: Any, b_step: Any) -> None:
         self.builder, self.shape, self.a, self.b, self.b_step = builder, shape, a, b, b_step
         self.do = Lanes(builder, scalar, lanes_of(scalar))
 
-    def multiply(self, starts: list[Any], b_start: Any) -> list[Any]:
-        """The sums, row by row, of the rows of A that begin at `starts` and the rows of B from `b_start` on."""
-        sums = [self.do.zero] * (self.shape.rows * self.shape.vectors)
-        runs = partial(self._run, starts)
-        _, _, *totals = for_each(self.builder, INT(0), self.a.runs, 1, [b_start, *sums], runs)
-        return totals
+    @property
+    def zeros(self) -> list[Any]:
+        """Sums of nothing, row by row."""
+        return [self.do.zero] * (self.shape.rows * self.shape.vectors)
 
-    def _run(self, starts: list[Any], run: Any, carried: list[Any]) -> list[Any]:
-        b_index, *sums = carried
-        shift = self.builder.mul(run, self.a.jump)
-        steps = partial(self._step, [self.builder.add(start, shift) for start in starts])
-        _, _, b_index, *sums = for_each(self.builder, INT(0), self.a.run, 1, [INT(0), b_index, *sums], steps)
-        return [b_index, *sums]
+    def run(self, starts: list[Any], depth: Any, a_step: Any, b_index: Any, sums: list[Any]) -> list[Any]:
+        """Add the products of `depth` numbers of each row of A, from `starts` on, and as many rows of B, from `b_index` on.
 
-    def _step(self, starts: list[Any], _: Any, carried: list[Any]) -> list[Any]:
+        Returns where B's next row begins, and the sums.
+        """
+        step = partial(self._step, starts, a_step)
+        return for_each(self.builder, INT(0), depth, 1, [INT(0), b_index, *sums], step)[2:]
+
+    def _step(self, starts: list[Any], a_step: Any, _: Any, carried: list[Any]) -> list[Any]:
         """One row of B, and one number of each row of A."""
         do, add, vectors = self.do, self.builder.add, self.shape.vectors
         a_offset, b_index, *sums = carried
@@ -97,7 +96,7 @@ class _Block:
         for r, start in enumerate(starts):
             number = do.spread(self.builder.load(element(self.builder, self.a.array, add(start, a_offset))))
             results += [do.multiply_add(number, row_of_b[v], sums[r * vectors + v]) for v in range(vectors)]
-        return [add(a_offset, self.a.step), add(b_index, self.b_step), *results]
+        return [add(a_offset, a_step), add(b_index, self.b_step), *results]
 
     def write(self, totals: list[Any], c: Any, start: Any, accumulate: Any) -> None:
         """Add the sums to those that C has from `start` on, or overwrite them.
@@ -124,9 +123,16 @@ def _register_block(rows: int, vectors: int) -> Any:
     def multiply_block(builder, scalar, a, row, b, b_start, b_step, c, column, accumulate):
         """C[row:, column:] (+)= A[row:] @ B, whose rows lie `b_step` apart from `b_start` on."""
         add, times = builder.add, builder.mul
-        block = _Block(builder, scalar, BlockShape(rows, vectors), a, b, b_step)
+        block = Block(builder, scalar, BlockShape(rows, vectors), a, b, b_step)
         a_start, c_start = add(a.start, times(row, a.row)), add(add(c.start, column), times(row, c.row))
-        totals = block.multiply([add(a_start, times(INT(r), a.row)) for r in range(rows)], b_start)
+        rows_of_a = [add(a_start, times(INT(r), a.row)) for r in range(rows)]
+
+        def next_run(run: Any, carried: list[Any]) -> list[Any]:
+            b_index, *sums = carried
+            shift = times(run, a.jump)
+            return block.run([add(start, shift) for start in rows_of_a], a.run, a.step, b_index, sums)
+
+        _, _, *totals = for_each(builder, INT(0), a.runs, 1, [b_start, *block.zeros], next_run)
         block.write(totals, c, c_start, accumulate)
 
     return multiply_block

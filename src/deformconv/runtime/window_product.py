@@ -11,8 +11,8 @@ from typing import Any
 from llvmlite import ir
 
 from deformconv.runtime.cache import device
-from deformconv.runtime.matmul import FEW_ROWS, ROWS, VECTORS
-from deformconv.runtime.simd import INT, VECTOR_BYTES, Lanes, Rows, element, emits, for_each, for_positions, lanes_of
+from deformconv.runtime.matmul import FEW_ROWS, ROWS, VECTORS, Block, BlockShape
+from deformconv.runtime.simd import INT, VECTOR_BYTES, Rows, element, emits, for_each, for_positions, lanes_of
 
 __all__ = ["multiply_pixels", "place_pixels"]
 
@@ -52,37 +52,17 @@ def _register_block(rows: int, vectors: int) -> Any:
 
         B's rows lie side by side, those of the next tap `b_tap` numbers further.
         """
-        lanes = lanes_of(scalar)
-        do = Lanes(builder, scalar, lanes)
         add, times = builder.add, builder.mul
+        block = Block(builder, scalar, BlockShape(rows, vectors), x, b, INT(vectors * lanes_of(scalar)))
 
         def next_tap(tap: Any, sums: list[Any]) -> list[Any]:
             first = add(add(places.start, times(tap, places.row)), row)
-            numbers = [builder.load(element(builder, places.array, add(first, INT(r)))) for r in range(rows)]
-            starts = [add(x.start, times(builder.sext(number, INT), x.row)) for number in numbers]
+            pixels = [builder.load(element(builder, places.array, add(first, INT(r)))) for r in range(rows)]
+            starts = [add(x.start, times(builder.sext(pixel, INT), x.row)) for pixel in pixels]
+            return block.run(starts, width, INT(1), add(b.start, times(tap, b_tap)), sums)[1:]
 
-            def next_channel(channel: Any, carried: list[Any]) -> list[Any]:
-                b_index, *sums = carried
-                row_of_b = [do.load(b.array, add(b_index, INT(v * lanes))) for v in range(vectors)]
-                results = []
-                for r, start in enumerate(starts):
-                    number = do.spread(builder.load(element(builder, x.array, add(start, channel))))
-                    for v in range(vectors):
-                        results.append(do.multiply_add(number, row_of_b[v], sums[r * vectors + v]))
-                return [add(b_index, INT(vectors * lanes)), *results]
-
-            return for_each(builder, INT(0), width, 1, [add(b.start, times(tap, b_tap)), *sums], next_channel)[2:]
-
-        _, *totals = for_each(builder, INT(0), taps, 1, [do.zero] * (rows * vectors), next_tap)
-        c_start = add(add(c.start, column), times(row, c.row))
-        into = [add(add(c_start, times(INT(r), c.row)), INT(v * lanes)) for r in range(rows) for v in range(vectors)]
-        with builder.if_else(accumulate) as (adding, overwriting):
-            with adding:
-                for place, total in zip(into, totals, strict=True):
-                    do.store(builder.fadd(do.load(c.array, place), total), c.array, place)
-            with overwriting:
-                for place, total in zip(into, totals, strict=True):
-                    do.store(total, c.array, place)
+        _, *totals = for_each(builder, INT(0), taps, 1, block.zeros, next_tap)
+        block.write(totals, c, add(add(c.start, column), times(row, c.row)), accumulate)
 
     return multiply_block
 
