@@ -108,8 +108,8 @@ def test_a_new_process_hits_and_an_edited_kernel_misses(copy: Path) -> None:
     # The function that changes is in another file than the kernel that has it inlined.
     rule = copy / "deformconv" / "sampling" / "corners.py"
     text = rule.read_text()
-    assert "REACH = 2.0**30" in text
-    rule.write_text(text.replace("REACH = 2.0**30", "REACH = 2.0**29"))
+    assert "INT32_REACH = 2.0**30" in text
+    rule.write_text(text.replace("INT32_REACH = 2.0**30", "INT32_REACH = 2.0**29"))
     edited = call(copy)
     assert set(edited["compiled"]) == KERNELS
     assert len(edited["files"]) == 1 and edited["files"] != first["files"]

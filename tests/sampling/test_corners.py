@@ -13,7 +13,7 @@ from tests.tolerances import assert_close
 from deformconv.runtime import cache
 from deformconv.runtime.simd import VECTOR_BYTES, Rows
 from deformconv.sampling import rule
-from deformconv.sampling.corners import Table, blend, differentiate, pull_back, table_in, table_sizes
+from deformconv.sampling.corners import Table, blend, differentiate, place_at, pull_back, table_in, table_sizes
 from deformconv.sampling.windows import place_tap, place_tile
 
 by_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -35,6 +35,11 @@ def fill_within(size, tile, integers, reals):
 def fill_table(size, geometry, inside, first, count, tap, offset, table):
     place_tile(size, geometry, first, count, table)
     place_tap(size, geometry, inside, tap, count, offset, table)
+
+
+@compiled
+def fill_table_at(size, inside, count, position, table):
+    place_at(size, inside, count, position, table)
 
 
 @compiled
@@ -187,6 +192,28 @@ def test_fractions_are_those_of_the_offsets(dtype: str, D: int) -> None:
         fraction = np.where(near, np.where(near, offset, 0) - np.floor(np.where(near, offset, 0)), 0)
         expected = np.where(np.isnan(offset), np.nan, fraction).astype(dtype)
         np.testing.assert_array_equal(tile.run(tile.table.weights, tile.corners + axis), expected)
+
+
+@by_rank
+@by_dtype
+@by_boundary
+def test_a_table_of_absolute_positions_is_the_rule(boundary: str, dtype: str, D: int) -> None:
+    size, random = (5, 4, 3)[:D], np.random.default_rng(D)
+    count, pixels = 2 * vector(dtype) + 3, int(np.prod(size))
+    position = random.uniform(-2, 7, (D, count)).astype(dtype)
+    chosen = random.random(position.shape) < 0.3
+    position[chosen] = random.choice(ODD, size=int(chosen.sum()))
+    table = unwritten_table(D, count, dtype)
+    fill_table_at(size, boundary == "inside", count, Rows(position.ravel(), 0, count), table)
+    image = random.normal(size=(2, *size))
+    rows = np.concatenate([image.reshape(2, pixels), np.zeros((2, 1))], axis=1)  # the last is all that is outside
+    corners = 1 << D
+    for t in range(count):
+        expected, _ = rule.interpolate_at(image, [float(coordinate) for coordinate in position[:, t]], boundary)
+        found = sum(
+            float(table.weights[corner * count + t]) * rows[:, table.rows[corner * count + t]] for corner in range(corners)
+        )
+        assert_close(found, expected, dtype)
 
 
 class Arrays:

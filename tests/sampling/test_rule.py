@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deformconv.sampling.rule import REACH, base, corners, interpolate, split
+from deformconv.sampling.rule import BOUNDARIES, REACH, base, check_boundary, corners, interpolate, interpolate_at, split
 
 
 def test_base() -> None:
@@ -70,3 +72,45 @@ def test_interpolation_by_hand() -> None:
     value, d_value = interpolate(pixels, [0, 1], [0.25, -0.5], "zeros")
     assert value == pytest.approx(0.75 * 1.5 + 0.25 * 6)
     assert d_value[:, 0] == pytest.approx([6 - 1.5, 0.75 * 1 + 0.25 * 4])
+
+
+COORDINATES = [-2.0, -1.0, -0.25, 0.0, 0.5, 1.0, 2.75, 3.0, 1e30, -REACH, np.inf, -np.inf, np.nan]
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_an_absolute_position_is_an_offset_from_any_pixel(boundary: str) -> None:
+    """These coordinates and their differences from pixel 5 are exact, so that both forms give the same bits."""
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 3))
+    for position in product(COORDINATES, repeat=2):
+        whole = interpolate_at(pixels, position, boundary)
+        split_up = interpolate(pixels, [5, -3], [position[0] - 5, position[1] + 3], boundary)
+        for one, other in zip(whole, split_up, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("D", [1, 2, 3])
+def test_derivatives_at_an_absolute_position_are_finite_differences(D: int, boundary: str) -> None:
+    random, step = np.random.default_rng(D), 1e-6
+    pixels = random.normal(size=(2, *(4, 3, 5)[:D]))
+    found = 0
+    for _ in range(100):
+        position = random.uniform(-1.5, 5.5, D)
+        if np.abs(position - np.round(position)).min() < 1e-3:
+            continue  # beside a kink
+        _, d_value = interpolate_at(pixels, position.tolist(), boundary)
+        for axis in range(D):
+            there, back = position.copy(), position.copy()
+            there[axis] += step
+            back[axis] -= step
+            values = [interpolate_at(pixels, at.tolist(), boundary)[0] for at in (there, back)]
+            np.testing.assert_allclose(d_value[axis], (values[0] - values[1]) / (2 * step), atol=1e-8)
+            found += bool(d_value[axis].any())
+    assert found > 20
+
+
+def test_unknown_boundaries() -> None:
+    for boundary in BOUNDARIES:
+        check_boundary(boundary)
+    with pytest.raises(ValueError, match=r"^`boundary` is 'border'; expected 'zeros' or 'inside', or None for a reason\.$"):
+        check_boundary("border", ", or None for a reason")

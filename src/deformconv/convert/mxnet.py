@@ -16,8 +16,8 @@ import numpy as np
 from deformconv.convert.params_file import as_array, read_params
 from deformconv.errors import ShapeError
 from deformconv.ops.conv.layer import layer_padding
-from deformconv.ops.conv.spec import BOUNDARIES
 from deformconv.ops.window import by, count
+from deformconv.sampling.rule import check_boundary
 
 if TYPE_CHECKING:
     from deformconv.torch import DeformConv2d
@@ -357,9 +357,10 @@ def _check_is_parameter(module: Any, name: str, part: str) -> None:
 
 
 def _boundary(given: str | None, modulated: bool) -> str:
-    if given is not None and given not in BOUNDARIES:
-        raise ValueError(f"`boundary` is {given!r}; expected 'zeros' or 'inside', or None for MXNet's own.")
-    return BOUNDARY[modulated] if given is None else given
+    if given is None:
+        return BOUNDARY[modulated]
+    check_boundary(given, ", or None for MXNet's own")
+    return given
 
 
 def _check_boundary(layer: DeformConv2d, given: str | None, verb: str) -> None:

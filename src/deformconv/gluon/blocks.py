@@ -16,8 +16,9 @@ from deformconv.gluon.arrays import operand
 from deformconv.gluon.custom import in_gluon_words
 from deformconv.gluon.functional import check_array, deform_conv
 from deformconv.ops.conv.layer import MASK_SCALE, Predicted, activated, check_divides, predicted
-from deformconv.ops.conv.spec import BOUNDARIES, Operand, check_input
+from deformconv.ops.conv.spec import Operand, check_input
 from deformconv.ops.window import count, integers
+from deformconv.sampling.rule import check_boundary
 
 __all__ = ["DeformableConvolution", "ModulatedDeformableConvolution"]
 
@@ -61,8 +62,7 @@ class _Deformable:
         boundary: str | None = None,
     ) -> None:
         self._boundary = self.version_boundary if boundary is None else boundary
-        if self._boundary not in BOUNDARIES:
-            raise ValueError(f"`boundary` is {boundary!r}; expected {' or '.join(map(repr, BOUNDARIES))}.")
+        check_boundary(self._boundary)
         if layout != "NCHW":
             raise ValueError(f"`layout` is {layout!r}; expected 'NCHW', the only one that MXNet's own operator runs as well.")
         kernel_size = integers("kernel_size", kernel_size, 2, 1)

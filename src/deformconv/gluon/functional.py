@@ -14,8 +14,9 @@ from deformconv.errors import ShapeError
 from deformconv.gluon.arrays import operand
 from deformconv.gluon.custom import check_device, in_gluon_words, in_our_words, register
 from deformconv.ops.conv.operator import DEFORM_CONV
-from deformconv.ops.conv.spec import BOUNDARIES, ConvSpec, conv_spec
+from deformconv.ops.conv.spec import ConvSpec, conv_spec
 from deformconv.ops.window import count, integers, paddings
+from deformconv.sampling.rule import check_boundary
 
 __all__ = ["deform_conv"]
 
@@ -186,9 +187,7 @@ def check_array(name: str, array: NDArray) -> None:
 
 def _checked(parameters: dict[str, Any], backend: str | None) -> dict[str, Any]:
     """Check what can be checked without shapes, where the symbol is written and not where it is run."""
-    if parameters["boundary"] not in BOUNDARIES:
-        expected = " or ".join(map(repr, BOUNDARIES))
-        raise ValueError(f"`boundary` is {parameters['boundary']!r}; expected {expected}.")
+    check_boundary(parameters["boundary"])
     dispatch.check_name(DEFORM_CONV, backend)
     checked = dict(parameters)
     for name in ("stride", "padding", "dilation"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from llvmlite import ir
+from numba.cpython.unsafe.tuple import tuple_setitem
 
 from deformconv.runtime.cache import device
 from deformconv.runtime.simd import (
@@ -28,11 +29,14 @@ from deformconv.runtime.simd import (
     lanes_of,
 )
 
-__all__ = ["REACH", "Table", "blend", "differentiate", "place_samples", "pull_back", "table_in", "table_sizes"]
+__all__ = [
+    "INT32_REACH", "Table", "blend", "differentiate", "place_at", "place_samples", "pull_back", "table_in", "table_sizes",
+]  # fmt: skip
 
-# Positions are int32 here. An axis with its padding and window has less than 2**29 of them (`cpu.reasons_against`), so an
-# offset of this size leads outside from everywhere, and no sum of an origin, a tap and a floor overflows.
-REACH = 2.0**30
+# `sampling.rule.REACH` for positions that are int32. An axis with its padding and window has less than 2**29 pixels (the
+# backend sees to that), so an offset of this size leads outside from everywhere, and no sum of an origin, a tap and a floor
+# overflows.
+INT32_REACH = 2.0**30
 
 
 class Table(NamedTuple):
@@ -92,6 +96,18 @@ def place_samples(builder, scalar, size, shifts, inside, count, offset, table):
     for_positions(builder, scalar, count, step)
 
 
+@device
+def place_at(size, inside, count, position, table):
+    """Fill the table with samples at absolute positions; row `axis` of `position` has the coordinates along that axis."""
+    origins = (1 << len(size)) * table.tile
+    shifts = size
+    for axis in range(len(size)):
+        shifts = tuple_setitem(shifts, axis, 0)
+        for t in range(count):
+            table.rows[origins + axis * table.tile + t] = 0
+    place_samples(size, shifts, inside, count, position, table)
+
+
 class _Samples:
     """Emits the corners of a vector of positions, axis by axis."""
 
@@ -107,7 +123,7 @@ class _Samples:
     def split(self, axis, origin, shift, offset):
         """Split the coordinates along one axis, and return their fractions."""
         do, whole, builder = self.do, self.whole, self.do.builder
-        near = builder.fcmp_ordered("<", call_vector(builder, "llvm.fabs", offset), do.constant(REACH))  # no NaN is
+        near = builder.fcmp_ordered("<", call_vector(builder, "llvm.fabs", offset), do.constant(INT32_REACH))  # no NaN is
         reached = builder.select(near, offset, do.zero)
         floor = call_vector(builder, "llvm.floor", reached)
         low = builder.add(builder.add(origin, self._spread(shift)), builder.fptosi(floor, whole.type))

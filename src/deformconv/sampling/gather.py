@@ -18,7 +18,7 @@ from array_api_compat import device as device_of
 
 from deformconv.sampling.rule import REACH
 
-__all__ = ["interpolate"]
+__all__ = ["interpolate", "interpolate_at"]
 
 Array = Any
 
@@ -51,6 +51,14 @@ def interpolate(pixels: Array, base: Sequence[Array], offset: Sequence[Array], b
         term = weight[..., None] * xp.reshape(row, (*weight.shape, C))
         value = term if value is None else value + term
     return value
+
+
+def interpolate_at(pixels: Array, position: Sequence[Array], boundary: str) -> Array:
+    """Sample `pixels` (B, C, *S) at absolute positions, as (B, *Q, C): a floating-point array (B, *Q) for each axis."""
+    xp = array_namespace(pixels)
+    shape = (1,) * (len(position[0].shape) - 1)
+    pixel_0 = xp.zeros(shape, dtype=xp.arange(0).dtype, device=device_of(pixels))  # of the library's default integer
+    return interpolate(pixels, [pixel_0] * len(position), position, boundary)
 
 
 def _corners(

@@ -9,6 +9,10 @@ and the two are never added: near pixel 1333 a float32 sum is off by 1e-4. Inste
 
 so that every question about the map's border is one about integers.
 
+**Absolute position.** Where no window gives an integer base (a bin of a box, a location that a network predicts),
+`q` is one float. It is an offset from pixel 0: corner = floor(q), fraction = q - floor(q), and all that is said
+here of an offset holds for it. Its precision is that of its dtype, so the caller computes it with care.
+
 **Value.** Multilinear interpolation between the 2**D pixels at `corner` or `corner + 1` along each axis, with
 the weights `1 - fraction` and `fraction`. A pixel of weight 0 is still read: 0 * inf is NaN.
 
@@ -33,9 +37,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["BOUNDARIES", "REACH", "Corner", "base", "corners", "interpolate", "split"]
+__all__ = ["BOUNDARIES", "REACH", "Corner", "base", "check_boundary", "corners", "interpolate", "interpolate_at", "split"]
 
-BOUNDARIES = ("zeros", "inside")
+BOUNDARIES = ("zeros", "inside")  # the one list: operators, layers and converters check against it
 REACH = 2.0**40  # the first offset that is out of reach; base + floor(offset) below it fits 64-bit integers
 
 
@@ -47,13 +51,19 @@ class Corner(NamedTuple):
     d_weight: tuple[float, ...]  # the weight's derivative along each axis
 
 
+def check_boundary(boundary: Any, others: str = "") -> None:
+    """Raise ValueError unless this is a boundary's name; `others` are words for what the caller takes beside."""
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"`boundary` is {boundary!r}; expected {' or '.join(map(repr, BOUNDARIES))}{others}.")
+
+
 def base(position: int, tap: int, stride: int, padding_before: int, dilation: int) -> int:
     """Where a tap stands before its offset, along one axis."""
     return position * stride - padding_before + tap * dilation
 
 
 def split(base: int, offset: float) -> tuple[int, float]:
-    """The corner and the fraction of a position along one axis."""
+    """The corner and the fraction of a position along one axis; of an absolute position where `base` is 0."""
     floor = math.floor(offset)
     return base + floor, offset - floor
 
@@ -97,3 +107,10 @@ def interpolate(
         value += corner.weight * pixels[at]
         d_value += np.multiply.outer(corner.d_weight, pixels[at])
     return value, d_value
+
+
+def interpolate_at(
+    pixels: np.ndarray[Any, Any], position: Sequence[float], boundary: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The same at an absolute position, D numbers in pixels."""
+    return interpolate(pixels, (0,) * len(position), position, boundary)

@@ -27,7 +27,7 @@ from deformconv.ops.window import (
     resolved,
     window_of,
 )
-from deformconv.sampling.rule import BOUNDARIES
+from deformconv.sampling.rule import BOUNDARIES, check_boundary
 
 __all__ = [
     "BOUNDARIES",
@@ -243,8 +243,7 @@ def _spec(
     offset_groups: int | None,
     boundary: str,
 ) -> ConvSpec:
-    if boundary not in BOUNDARIES:
-        raise ValueError(f"`boundary` is {boundary!r}; expected 'zeros' or 'inside'.")
+    check_boundary(boundary)
     _check_dtypes_and_devices(input, offset=offset, weight=weight, bias=bias, mask=mask)
     batch, in_channels, *sizes = input.shape
     out_channels, _, *kernel = weight.shape
