@@ -38,9 +38,9 @@ def backends(monkeypatch):
         return module
 
     monkeypatch.setattr(dispatch, "load", load)
-    dispatch._choose.cache_clear()
+    dispatch._cached_first.cache_clear()
     yield types.SimpleNamespace(reasons=reasons, asked=asked)
-    dispatch._choose.cache_clear()
+    dispatch._cached_first.cache_clear()
 
 
 def chosen(requested=None):

@@ -7,7 +7,6 @@ kernel's fault behind a slower result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -15,7 +14,14 @@ from typing import Any, NamedTuple
 from deformconv.errors import BackendError
 from deformconv.ops.operator import Operator
 
-__all__ = ["Verdict", "check_name", "choose", "explain", "load", "verdicts"]
+__all__ = ["Deterministic", "Verdict", "check_name", "choose", "explain", "load", "verdicts"]
+
+
+class Deterministic(NamedTuple):
+    """A setting of the caller's library by which results are to be the same bit for bit each time."""
+
+    setting: str  # as a user writes it
+    warn_only: bool = False  # whether a backend that is not deterministic may run, if no other can
 
 
 class Verdict(NamedTuple):
@@ -29,40 +35,54 @@ class Verdict(NamedTuple):
         return f"{self.backend}: {'; '.join(self.sentences)}"
 
 
-def choose(operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None = None) -> Any:
+def choose(
+    operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None = None,
+    deterministic: Deterministic | None = None,
+) -> Any:  # fmt: skip
     """Return the backend for a call; `requested` names it, None takes the first that can run it.
 
+    Of a backend that is not deterministic, where that is asked for and a warning is enough, the caller warns.
     Raises ValueError for an unknown name, BackendError if no backend, or not the requested one, can run it.
     """
     check_name(operator, requested)  # before the cache, to which a list for a name would be a key without a hash
-    return _choose(operator, spec, library, device, backward, requested)
-
-
-@lru_cache(maxsize=1024)
-def _choose(operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None) -> Any:
-    for line in operator.backends:
-        if requested == line.name or (requested is None and not line.by_name_only):
-            module = load(operator, line.name)
-            if not module.reasons_against(spec, library, device, backward):
-                return module
+    found = _cached_first(operator, spec, library, device, backward, requested, deterministic)
+    if found is not None:
+        return found[1]
     failed = "No backend can" if requested is None else f'backend="{requested}" cannot'
-    reasons = "".join(f"\n  {verdict}" for verdict in verdicts(operator, spec, library, device, backward, requested))
+    others = verdicts(operator, spec, library, device, backward, requested, deterministic)
+    reasons = "".join(f"\n  {verdict}" for verdict in others)
     call = f"{operator.described(spec)}; {spec.dtype}, {library} on {device}, {_direction(backward)}"
     raise BackendError(f"{failed} run this call: {call}.{reasons}")
 
 
+def _first(
+    operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None,
+    deterministic: Deterministic | None,
+) -> tuple[str, Any] | None:  # fmt: skip
+    """The name and the module of the backend that runs a call."""
+    other = None
+    for line in operator.backends:
+        if requested == line.name or (requested is None and not line.by_name_only):
+            module = load(operator, line.name)
+            if not module.reasons_against(spec, library, device, backward):
+                if deterministic is None or module.DETERMINISTIC:
+                    return line.name, module
+                other = other or (line.name, module)
+    return other if deterministic is not None and deterministic.warn_only else None
+
+
+_cached_first = lru_cache(maxsize=1024)(_first)
+
+
 def verdicts(
-    operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None = None
-) -> list[Verdict]:
+    operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None = None,
+    deterministic: Deterministic | None = None,
+) -> list[Verdict]:  # fmt: skip
     """What there is to say of each backend of the operator; one at most runs the call."""
     check_name(operator, requested)
-    return list(_verdicts(operator, spec, library, device, backward, requested))
-
-
-def _verdicts(
-    operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None
-) -> Iterator[Verdict]:
-    chosen = ""
+    first = _first(operator, spec, library, device, backward, requested, deterministic)
+    chosen = "" if first is None else first[0]
+    found = []
     for name, by_name_only in operator.backends:
         module = load(operator, name)
         reasons = [reason.rstrip(".") for reason in module.reasons_against(spec, library, device, backward)]
@@ -70,21 +90,24 @@ def _verdicts(
             reasons = [f'can run it, but backend="{requested}" was asked for']
         elif not reasons and by_name_only and requested is None:
             reasons = [f'can run it, but only when asked for by backend="{name}"']
-        elif not reasons and chosen:
+        elif not reasons and deterministic is not None and not module.DETERMINISTIC:
+            reasons = [f"its results differ in their last bits each time, and {deterministic.setting} is set"]
+        elif not reasons and name != chosen:
             reasons = [f"can run it, but {chosen} comes first"]
-        if reasons:
-            yield Verdict(name, False, tuple(reasons))
-        else:
-            chosen = name
-            yield Verdict(name, True, tuple(module.how(spec, library)))
+        runs = name == chosen
+        found.append(Verdict(name, runs, (*module.how(spec, library), *reasons) if runs else tuple(reasons)))
+    return found
 
 
-def explain(operator: Operator, spec: Any, library: str, device: str, requested: str | None = None) -> str:
+def explain(
+    operator: Operator, spec: Any, library: str, device: str, requested: str | None = None,
+    deterministic: Deterministic | None = None,
+) -> str:  # fmt: skip
     """Say for forward and backward which backend runs, and each other one's reason not to."""
     lines = []
     dtype = spec.dtype
     for backward in (False, True):
-        found = verdicts(operator, spec, library, device, backward, requested)
+        found = verdicts(operator, spec, library, device, backward, requested, deterministic)
         runs = next((verdict for verdict in found if verdict.runs), None)
         lines.append(f"{_direction(backward)}: {'no backend can run it' if runs is None else runs.backend}")
         if runs is not None:

@@ -97,7 +97,10 @@ class Backend(Protocol):
 
     @property
     def DETERMINISTIC(self) -> bool:
-        """Whether results are the same bit for bit each time."""
+        """Whether results are the same bit for bit each time, where the caller's library is told to be deterministic.
+
+        Else the backend is passed over then. One that is made of the library's own operations leaves it to them.
+        """
         ...
 
     @property

@@ -39,6 +39,8 @@ class EagerFunction(torch.autograd.Function):
             return None, *_backward(plan.op, plan.spec, plan.backend, grad_output, operands, wanted)
         if modes.is_special(grad_output, *operands):
             return None, *plan.op.backward(plan.spec, plan.backend, grad_output, operands, wanted)
+        if not plan.module.DETERMINISTIC and modes.deterministic() is not None:  # it may have been set since the forward pass
+            plan = run.plan_for(plan.op, plan.spec, device_of(grad_output), True, plan.backend)
         return None, *run.backward(plan, grad_output, operands, wanted)
 
 

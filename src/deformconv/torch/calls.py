@@ -179,7 +179,7 @@ def explain(op: Registered, backend: str | None, parameters: tuple[Any, ...], op
     operator = op.operator
     tensors.check_tensors(operator, **dict(zip(operator.names, operands, strict=True)))
     spec = _spec(operator, None, _named(operator, parameters), operands)
-    return dispatch.explain(operator, spec, "torch", tensors.device_of(operands[0]), backend)
+    return dispatch.explain(operator, spec, "torch", tensors.device_of(operands[0]), backend, modes.deterministic())
 
 
 def _named(operator: Operator, parameters: tuple[Any, ...]) -> dict[str, Any]:

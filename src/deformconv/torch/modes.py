@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from deformconv.dispatch import Deterministic
 from deformconv.errors import BackendError
 from deformconv.torch.tensors import PLAIN
 
 __all__ = [
-    "Door", "active", "any_autocast", "autocast", "compiling", "door", "exporting", "forward_mode", "is_special", "map_level",
-    "mapped",
-    "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
+    "Door", "active", "any_autocast", "autocast", "compiling", "deterministic", "door", "exporting",
+    "forward_mode", "is_special", "map_level",
+    "mapped", "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
 ]  # fmt: skip
 
 # "memory": a backend reads the tensors' memory. "registered": PyTorch's dispatcher is called, and a compiler, tracer, mode or
@@ -50,6 +51,7 @@ def active() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or torch._C._get_deterministic_algorithms()
     )
 
 
@@ -114,6 +116,15 @@ def autocast(device: str) -> bool:
 def without_autocast(device: str) -> Any:
     """A context in which autocast does not reach the operations that make up ours."""
     return torch.autocast(device, enabled=False) if autocast(device) else nullcontext()
+
+
+def deterministic() -> Deterministic | None:
+    """Whether torch.use_deterministic_algorithms is set, and in which way."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return None
+    if torch.is_deterministic_algorithms_warn_only_enabled():
+        return Deterministic("torch.use_deterministic_algorithms(True, warn_only=True)", warn_only=True)
+    return Deterministic("torch.use_deterministic_algorithms(True)")
 
 
 def exporting() -> bool:

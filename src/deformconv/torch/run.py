@@ -7,6 +7,7 @@ a channels_last weight with a contiguous input gives a contiguous output, where 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
@@ -94,7 +95,15 @@ def _with_batch(operand: Operand | None, by_image: bool) -> Operand | None:
 
 def plan_for(op: Any, spec: Any, device: str, differentiable: bool, backend: str | None) -> Plan:
     """Choose the backend of a checked call."""
-    module = dispatch.choose(op.operator, spec, "torch", device, differentiable, backend)
+    deterministic = modes.deterministic()
+    module = dispatch.choose(op.operator, spec, "torch", device, differentiable, backend, deterministic)
+    if deterministic is not None and not module.DETERMINISTIC:
+        name = module.__name__.rpartition(".")[2]
+        warnings.warn(
+            f"{op.operator.name} runs on the backend {name!r}, whose results differ in their last bits each time, though "
+            f"{deterministic.setting} is set: no deterministic backend can run the call.",
+            stacklevel=2,
+        )
     return Plan(op, spec, in_(spec, module.computes_in(spec.dtype, "torch")), module, backend)
 
 

@@ -13,7 +13,7 @@ from tests.ops.toy.operator import SCALE
 
 from deformconv import BackendError, ShapeError
 from deformconv.numpy import run
-from deformconv.ops.operator import Argument
+from deformconv.ops.operator import Argument, Line
 
 torch = pytest.importorskip("torch")
 calls = pytest.importorskip("deformconv.torch.calls")
@@ -192,6 +192,80 @@ def test_forward_mode_half_precision_fake_and_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert scale(given[0].float(), given[1].float()).dtype is torch.bfloat16
     assert scale(*(tensor.to("meta") for tensor in given)).shape == (3, 2, 5)
+
+
+@pytest.fixture
+def deterministic() -> Any:
+    """Set PyTorch's deterministic mode, as torch.use_deterministic_algorithms does, until the test ends."""
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
+NATIVE_FIRST = registry.Registered(
+    dataclasses.replace(SCALE, name="toy_scale_native_first", backends=(Line("native"), Line("numbers"), Line("portable")))
+)
+
+
+def scale_native_first(*operands: Any) -> Any:
+    return calls.call(NATIVE_FIRST, None, None, (2,), operands)
+
+
+def test_a_backend_that_is_not_deterministic_is_passed_over_where_pytorch_is_told_to_be(deterministic: Any) -> None:
+    given = tensors(requires_grad=True)
+    native.seen.clear()
+    before = scale_native_first(*given)  # by `native`, which a backward pass in the mode must not run either
+    assert len(native.seen) == 1
+    deterministic(True)
+    numbers.asked.clear()
+    before.sum().backward()
+    scale_native_first(*given).sum().backward()
+    torch.func.vmap(scale_native_first)(*(torch.stack([tensor.detach()] * 4) for tensor in given))
+    calls.backward(NATIVE_FIRST, None, (2,), torch.ones(3, 2, 5, dtype=torch.float64), tuple(given), None)
+    assert len(native.seen) == 1 and numbers.asked == ["torch"] * 8
+    assert calls.explain(NATIVE_FIRST, None, (2,), tuple(given)).splitlines()[1:4] == [
+        "forward: numbers",
+        "  numbers: it multiplies 2 times",
+        "  native: its results differ in their last bits each time, and torch.use_deterministic_algorithms(True) is set",
+    ]
+    deterministic(False)
+    scale_native_first(*given)
+    assert len(native.seen) == 2
+
+
+def test_a_backend_that_is_not_deterministic_raises_when_it_is_named(deterministic: Any) -> None:
+    given = tensors(requires_grad=True)
+    before = scale(*given, backend="native")
+    deterministic(True)
+    text = r"native: its results differ in their last bits each time, and torch.use_deterministic_algorithms\(True\) is set"
+    assert "forward: no backend can run it" in calls.explain(OP, "native", (1,), tuple(given))
+    with pytest.raises(BackendError, match=f'backend="native" cannot run this call(.|\n)*{text}'):
+        scale(*given, backend="native")
+    with pytest.raises(BackendError, match=text):
+        before.sum().backward()
+    with pytest.raises(BackendError, match=text):
+        OP.forward_op(*given, 1, "native")
+
+
+def test_a_backend_that_is_not_deterministic_warns_where_a_warning_is_asked_for(deterministic: Any) -> None:
+    given = tensors(requires_grad=True)
+    deterministic(True, warn_only=True)
+    native.seen.clear()
+    text = (
+        "toy_scale runs on the backend 'native', whose results differ in their last bits each time, though "
+        r"torch.use_deterministic_algorithms\(True, warn_only=True\) is set"
+    )
+    with pytest.warns(UserWarning, match=text):
+        output = scale(*given, backend="native")
+    with pytest.warns(UserWarning, match=text):
+        output.sum().backward()
+    assert len(native.seen) == 2
+    scale_native_first(*given)  # another can run it: nothing to warn of
+    assert len(native.seen) == 2
+    setting = "torch.use_deterministic_algorithms(True, warn_only=True)"
+    assert calls.explain(OP, "native", (1,), tuple(given)).splitlines()[1:3] == [
+        "forward: native",
+        f"  native: its results differ in their last bits each time, and {setting} is set",
+    ]
 
 
 def test_texts() -> None:

@@ -24,7 +24,8 @@ __all__ = ["DETERMINISTIC", "TAKES", "computes_in", "forward", "how", "parts", "
 Array = Any
 
 TAKES: Literal["native"] = "native"
-DETERMINISTIC = False  # PyTorch adds up the input's gradient by atomics on a GPU
+# On a GPU PyTorch adds up the input's gradient by atomics, unless torch.use_deterministic_algorithms(True) is set.
+DETERMINISTIC = True
 CHUNK = 1 << 24  # samples at once, where memory is to be bounded
 # Those that have the standard's functions; NumPy and torch are tested.
 LIBRARIES = ("cupy", "jax", "numpy", "torch")
