@@ -299,7 +299,9 @@ def call(size):
         return deformconv.deform_conv(x, offset, weight, padding=1)
     return deformconv.deform_conv_backward(x, x, offset, weight, padding=1).weight
 expected = call(32)
-print("ready", flush=True)
+began = time.monotonic()
+call(500)
+print(4 * (time.monotonic() - began), flush=True)
 try:
     while True:
         call(1000)
@@ -312,7 +314,8 @@ except KeyboardInterrupt:
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
+    # The seconds of a whole call, from one with a quarter of the pixels, on a machine as busy as this one is now.
+    whole = float(child.stdout.readline())
     time.sleep(1.0)
     began = time.monotonic()
     child.send_signal(signal.SIGINT)
@@ -322,7 +325,7 @@ except KeyboardInterrupt:
         child.kill()
     heard, right = rest.split() or (None, errors)
     assert right == "True"
-    assert float(heard) - began < 1.5
+    assert float(heard) - began < max(1.5, whole / 3)
 
 
 def test_a_call_of_long_items_is_left_to_workers() -> None:
@@ -361,8 +364,8 @@ began = time.perf_counter()
 call()
 once = time.perf_counter() - began
 signal.signal(signal.SIGALRM, signal.default_int_handler)
-chance, interrupted, end = random.Random(0), 0, time.monotonic() + TEST_SECONDS
-while time.monotonic() < end:
+chance, interrupted, start = random.Random(0), 0, time.monotonic()
+while (seconds := time.monotonic() - start) < TEST_SECONDS or (interrupted <= 20 and seconds < 60):  # busy machines take longer
     if threads.IDLE < 1:
         deformconv.set_num_threads(chance.choice([1, 2, 4]))
     try:
