@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from deformconv.errors import BackendError
-from deformconv.ops.operator import Operator
+from deformconv.ops.operator import Operator, Spec
 
 __all__ = ["Deterministic", "Verdict", "check_name", "choose", "explain", "load", "verdicts"]
 
@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
 
 
 def choose(
-    operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None = None,
+    operator: Operator, spec: Spec, library: str, device: str, backward: bool, requested: str | None = None,
     deterministic: Deterministic | None = None,
 ) -> Any:  # fmt: skip
     """Return the backend for a call; `requested` names it, None takes the first that can run it.
@@ -56,7 +56,7 @@ def choose(
 
 
 def _first(
-    operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None,
+    operator: Operator, spec: Spec, library: str, device: str, backward: bool, requested: str | None,
     deterministic: Deterministic | None,
 ) -> tuple[str, Any] | None:  # fmt: skip
     """The name and the module of the backend that runs a call."""
@@ -75,7 +75,7 @@ _cached_first = lru_cache(maxsize=1024)(_first)
 
 
 def verdicts(
-    operator: Operator, spec: Any, library: str, device: str, backward: bool, requested: str | None = None,
+    operator: Operator, spec: Spec, library: str, device: str, backward: bool, requested: str | None = None,
     deterministic: Deterministic | None = None,
 ) -> list[Verdict]:  # fmt: skip
     """What there is to say of each backend of the operator; one at most runs the call."""
@@ -100,7 +100,7 @@ def verdicts(
 
 
 def explain(
-    operator: Operator, spec: Any, library: str, device: str, requested: str | None = None,
+    operator: Operator, spec: Spec, library: str, device: str, requested: str | None = None,
     deterministic: Deterministic | None = None,
 ) -> str:  # fmt: skip
     """Say for forward and backward which backend runs, and each other one's reason not to."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deformconv import dispatch
-from deformconv.ops.operator import Operand, Operator
+from deformconv.ops.operator import Operand, Operator, Spec
 
 __all__ = ["any_torch", "backward", "backward_on", "explain", "forward", "forward_on"]
 
@@ -32,7 +32,7 @@ def backward(
 ) -> Any:
     """Check a call and compute the wanted gradients; None means all."""
     arrays = _arrays(operator, operands)
-    grad = _array("grad_output", grad_output)
+    grad = _array(operator, "grad_output", grad_output)
     spec = _spec(operator, arrays, parameters)
     operator.check_grad_output(spec, _operand(grad))
     names = operator.wanted(spec, wanted)
@@ -40,7 +40,7 @@ def backward(
     return backward_on(operator, module, spec, grad, [arrays[argument.name] for argument in operator.in_backward], names)
 
 
-def forward_on(module: Any, spec: Any, arrays: Sequence[Any]) -> Any:
+def forward_on(module: Any, spec: Spec, arrays: Sequence[Any]) -> Any:
     """The output by a backend, in the arrays' dtype whatever the backend computes in."""
     inner = module.computes_in(spec.dtype, "numpy")
     if inner == spec.dtype:
@@ -50,7 +50,7 @@ def forward_on(module: Any, spec: Any, arrays: Sequence[Any]) -> Any:
 
 
 def backward_on(
-    operator: Operator, module: Any, spec: Any, grad_output: Any, arrays: Sequence[Any], wanted: Collection[str]
+    operator: Operator, module: Any, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Collection[str]
 ) -> Any:
     """The wanted gradients by a backend, likewise."""
     inner = module.computes_in(spec.dtype, "numpy")
@@ -75,32 +75,32 @@ def any_torch(*values: Any) -> bool:
     return any(hasattr(type(value), "__torch_function__") for value in values)
 
 
-def _spec(operator: Operator, arrays: dict[str, Any], parameters: dict[str, Any]) -> Any:
+def _spec(operator: Operator, arrays: dict[str, Any], parameters: dict[str, Any]) -> Spec:
     operands = {name: None if array is None else _operand(array) for name, array in arrays.items()}
     return operator.check(operands, parameters, None, True)
 
 
 def _arrays(operator: Operator, operands: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: None if value is None and name in operator.optional else _array(name, value) for name, value in operands.items()
+        name: None if value is None and name in operator.optional else _array(operator, name, value)
+        for name, value in operands.items()
     }
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def _array(operator: Operator, name: str, value: Any) -> np.ndarray:
     if not isinstance(value, np.ndarray):
         if value is None:
             raise TypeError(f"`{name}` is None; expected a NumPy array or a PyTorch tensor.")
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         if kind.startswith("mxnet."):
-            advice = "For MXNet's arrays and symbols there is `deformconv.gluon.deform_conv`."
+            advice = f"For MXNet's arrays and symbols there is `deformconv.gluon.{operator.name}`."
         else:
             advice = f"Pass `numpy.asarray({name}, dtype=...)`."
         raise TypeError(f"`{name}` is a {kind}; expected a NumPy array or a PyTorch tensor. {advice}")
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            f"`{name}` is a masked array, whose own mask would be ignored; expected a plain array: pass "
-            f"`{name}.filled(0)`, or leave samples out by the argument `mask`."
-        )
+        text = f"`{name}` is a masked array, whose own mask would be ignored; expected a plain array: pass `{name}.filled(0)`"
+        factors = [argument.name for argument in operator.arguments if argument.leaves_out]
+        raise TypeError(text + "".join(f", or leave samples out by the argument `{factor}`" for factor in factors) + ".")
     if not value.dtype.isnative:
         return value.astype(value.dtype.newbyteorder("="))
     return value if type(value) is np.ndarray else np.asarray(value)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from deformconv.errors import ShapeError
 
@@ -35,6 +35,7 @@ class Argument(NamedTuple):
     by_image: bool = True  # whether its first axis is the batch
     by_position: bool = False  # whether its axes from the third on are the output's
     precise: bool = False  # whether it may be float32 beside others in half precision, as positions should be
+    leaves_out: bool = False  # whether a 0 in it leaves a sample out
     keeps_format: bool = False  # whether its gradient lies in memory as it does: channels first or last
 
     @property
@@ -60,6 +61,10 @@ class Line(NamedTuple):
 class Spec(Protocol):
     """A checked call, a frozen dataclass: everything that shapes, dtypes and parameters determine."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __hash__(self) -> int: ...
+
     @property
     def dtype(self) -> str: ...
 
@@ -74,7 +79,7 @@ class Spec(Protocol):
         """The shapes of the arguments that were given, by name, in the operator's order."""
         ...
 
-    def with_given(self, names: Collection[str]) -> Any:
+    def with_given(self, names: Collection[str]) -> Spec:
         """The same call with these optional arguments given as well."""
         ...
 
@@ -126,14 +131,14 @@ def half_in_float32(dtype: str, library: str) -> str:
     return "float32" if dtype in HALF and library == "torch" else dtype
 
 
-def same_shape(spec: Any, grad_output: Operand) -> None:
+def same_shape(spec: Spec, grad_output: Operand) -> None:
     """Raise unless `grad_output` has the output's shape and the call's dtype."""
     if tuple(grad_output.shape) != spec.output_shape:
         raise ShapeError(f"`grad_output` has shape {tuple(grad_output.shape)}; expected the output's, {spec.output_shape}.")
     check_grad_dtype(spec, grad_output)
 
 
-def check_grad_dtype(spec: Any, grad_output: Operand) -> None:
+def check_grad_dtype(spec: Spec, grad_output: Operand) -> None:
     if grad_output.dtype != spec.dtype:
         raise TypeError(
             f"`grad_output` is {grad_output.dtype}; expected the dtype of `{next(iter(spec.shapes))}`, {spec.dtype}."
@@ -151,7 +156,7 @@ class Operator:
     backends: tuple[Line, ...]  # the first that can run a call runs it
     gradients: Callable[..., Any]  # a named tuple with a field for each argument, None by default
     # (operands by name, parameters by name, the rank of the function that was called, whether to remember) -> spec
-    check: Callable[[Mapping[str, Operand | None], Mapping[str, Any], int | None, bool], Any]
+    check: Callable[[Mapping[str, Operand | None], Mapping[str, Any], int | None, bool], Spec]
     check_grad_output: Callable[[Any, Operand], None] = same_shape
     # A call's parameters as PyTorch's registry keeps them, and back; `plain` from unchecked ones and the operands' shapes.
     pack: Callable[[Any], tuple[Any, ...]] = lambda spec: ()
@@ -179,7 +184,7 @@ class Operator:
         }.items():
             object.__setattr__(self, name, value)
 
-    def wanted(self, spec: Any, names: Collection[str] | None) -> tuple[str, ...]:
+    def wanted(self, spec: Spec, names: Collection[str] | None) -> tuple[str, ...]:
         """Check the names of wanted gradients; None means one for every argument that was given."""
         given = spec.shapes
         if names is None:
@@ -192,7 +197,7 @@ class Operator:
                 raise ValueError(f"`wanted` names {name!r}, but no `{name}` was passed: pass it or do not ask.")
         return names
 
-    def described(self, spec: Any) -> str:
+    def described(self, spec: Spec) -> str:
         """The shapes of a call in words; not of an argument that no gradient depends on, which others determine."""
         shown = {argument.name for argument in self.in_backward}
         return ", ".join(f"{name} {shape}" for name, shape in spec.shapes.items() if name in shown)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from deformconv.errors import BackendError
+from deformconv.ops.operator import Spec
 from deformconv.torch import modes, native, run
 from deformconv.torch.run import Plan
 from deformconv.torch.tensors import device_of, requires_grad
 
-__all__ = ["EagerFunction", "OperatorFunction", "backward", "decomposed"]
+__all__ = ["BackwardFunction", "EagerFunction", "OperatorFunction", "backward", "decomposed", "functions"]
 
 
 class EagerFunction(torch.autograd.Function):
@@ -51,7 +52,7 @@ class OperatorFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(op: Any, spec: Any, backend: str | None, *operands: Tensor | None) -> Tensor:
+    def forward(op: Any, spec: Spec, backend: str | None, *operands: Tensor | None) -> Tensor:
         output: Tensor = op.forward(spec, backend, *operands)
         return output
 
@@ -66,9 +67,9 @@ class OperatorFunction(torch.autograd.Function):
         return None, None, None, *_backward(ctx.op, ctx.spec, ctx.backend, grad_output, ctx.saved_tensors, wanted)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, op: Any, spec: Any, backend: str | None, *operands: Tensor | None) -> tuple[Tensor, int]:
-        def one(spec: Any, *operands: Tensor | None) -> Tensor:
-            result: Tensor = OperatorFunction.apply(op, spec, backend, *operands)
+    def vmap(info: Any, in_dims: Any, op: Any, spec: Spec, backend: str | None, *operands: Tensor | None) -> tuple[Tensor, int]:
+        def one(spec: Spec, *operands: Tensor | None) -> Tensor:
+            result: Tensor = op.function.apply(op, spec, backend, *operands)
             return result
 
         return op.fold_forward(one, spec, info.batch_size, in_dims[3:], operands), 0
@@ -82,7 +83,7 @@ class BackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        op: Any, spec: Any, backend: str | None, wanted: tuple[str, ...], grad_output: Tensor, *operands: Tensor | None
+        op: Any, spec: Spec, backend: str | None, wanted: tuple[str, ...], grad_output: Tensor, *operands: Tensor | None
     ) -> tuple[Tensor, ...]:
         gradients = op.backward(spec, backend, grad_output, operands, wanted)
         return tuple(gradient for gradient in gradients if gradient is not None)
@@ -106,9 +107,9 @@ class BackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, op: Any, spec: Any, backend: str | None, wanted: tuple[str, ...], *operands: Tensor | None
+        info: Any, in_dims: Any, op: Any, spec: Spec, backend: str | None, wanted: tuple[str, ...], *operands: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        def one(spec: Any, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]) -> Any:
+        def one(spec: Spec, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]) -> Any:
             return _backward(op, spec, backend, grad_output, operands, wanted)
 
         gradients = op.fold_backward(one, spec, info.batch_size, in_dims[4:], operands, wanted)
@@ -116,8 +117,16 @@ class BackwardFunction(torch.autograd.Function):
         return found, (0,) * len(found)
 
 
+def functions(name: str) -> tuple[Any, Any, Any]:
+    """An operator's own EagerFunction, OperatorFunction and BackwardFunction: a graph shows their names."""
+    title = name.title().replace("_", "")
+    bases = (f"{title}Function", EagerFunction), (f"{title}Function", OperatorFunction), (f"{title}Backward", BackwardFunction)
+    eager, function, backward = (type(name, (base,), {}) for name, base in bases)
+    return eager, function, backward
+
+
 def backward(
-    op: Any, spec: Any, backend: str | None, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]
+    op: Any, spec: Spec, backend: str | None, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]
 ) -> Any:
     """The gradients for tensors of any kind."""
     if modes.forward_mode() or requires_grad(grad_output, *operands) or modes.transformed():
@@ -129,7 +138,7 @@ def backward(
 
 
 def _backward(
-    op: Any, spec: Any, backend: str | None, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]
+    op: Any, spec: Spec, backend: str | None, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]
 ) -> Any:
     """The gradients, which can be differentiated in turn."""
     mapped = modes.mapped(grad_output)
@@ -139,17 +148,17 @@ def _backward(
         with modes.without_autocast(grad_output.device.type):
             return native.backward(op.operator, spec, grad_output, operands, wanted)
     names = tuple(name for name in op.operator.names if name in wanted)
-    found = BackwardFunction.apply(op, spec, backend, names, grad_output, *operands)
+    found = op.backward_function.apply(op, spec, backend, names, grad_output, *operands)
     return op.operator.gradients(**dict(zip(names, found, strict=True)))
 
 
 def _fold_mapped(
-    op: Any, spec: Any, backend: str | None, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]
+    op: Any, spec: Spec, backend: str | None, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]
 ) -> Any:
     """The gradients for many gradients of the output at once, in one call."""
     grad_output = torch._remove_batch_dim(grad_output, 1, 1, 0)
 
-    def one(spec: Any, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]) -> Any:
+    def one(spec: Spec, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]) -> Any:
         return backward(op, spec, backend, grad_output, operands, wanted)
 
     dims = (0, *(None for _ in operands))
@@ -158,7 +167,7 @@ def _fold_mapped(
     return op.operator.gradients(*(None if g is None else torch._add_batch_dim(g, 0, 1) for g in found))
 
 
-def decomposed(op: Any, spec: Any, backend: str | None, *operands: Tensor | None) -> Tensor:
+def decomposed(op: Any, spec: Spec, backend: str | None, *operands: Tensor | None) -> Tensor:
     """The portable form as it is, whose operations carry every derivative."""
     if backend not in (None, "portable"):
         raise BackendError(

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from deformconv import dispatch
-from deformconv.ops.operator import Operand, Operator
+from deformconv.ops.operator import Operand, Operator, Spec
 from deformconv.torch import autograd, modes, run, tensors
-from deformconv.torch.autograd import OperatorFunction
 from deformconv.torch.registry import Registered
 from deformconv.torch.run import Plan
 from deformconv.torch.tensors import HALF, PLAIN, dtype_name, requires_grad, with_batch
@@ -61,7 +60,7 @@ def _plain_call(plan: Plan, differentiable: bool, operands: Sequence[Tensor | No
     if plan.unbatched:
         operands = _batched(plan.op.operator, operands)
     if differentiable:
-        output: Tensor = plan.op.function.apply(plan, *operands)
+        output: Tensor = plan.op.eager_function.apply(plan, *operands)
     else:
         output = run.forward(plan, *operands)
     return output[0] if plan.unbatched else output
@@ -119,6 +118,8 @@ def _special_call(
     if modes.any_autocast() and modes.autocast(first.device.type):
         operands = _cast_for_autocast(operator, operands)
     door = modes.door(*operands)
+    if door == "onnx":
+        op.exporter()  # for its errors
     if door == "memory":
         differentiable = requires_grad(*operands)
         plan = run.plan_of(op, rank, backend, differentiable, named, tensors.described(operator, operands))
@@ -147,7 +148,7 @@ def _through(
         return op.write_onnx(spec, *operands)
     if door == "decomposed":
         return autograd.decomposed(op, spec, backend, *operands)
-    output: Tensor = OperatorFunction.apply(op, spec, backend, *operands)
+    output: Tensor = op.function.apply(op, spec, backend, *operands)
     return output
 
 
@@ -186,7 +187,7 @@ def _named(operator: Operator, parameters: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(operator.parameter_names, parameters, strict=True))
 
 
-def _spec(operator: Operator, rank: int | None, parameters: Mapping[str, Any], operands: Sequence[Tensor | None]) -> Any:
+def _spec(operator: Operator, rank: int | None, parameters: Mapping[str, Any], operands: Sequence[Tensor | None]) -> Spec:
     return run.checked(operator, rank, parameters, tensors.described(operator, operands))[0]
 
 

@@ -1,4 +1,4 @@
-"""ONNX: `torch.onnx.export` writes standard DeformConv nodes, with no table of translations to pass."""
+"""Deformable convolution in ONNX: torch.onnx.export writes standard DeformConv nodes, with no table of translations to pass."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch import Tensor
 
 from deformconv.errors import BackendError
 from deformconv.ops.conv.spec import ConvSpec
+from deformconv.torch.registry import Export
 from deformconv.torch.tensors import HALF
 
-__all__ = ["deform_conv"]
-
-_FIRST_OPSET = 19
+__all__ = ["EXPORT", "deform_conv"]
 
 
 def deform_conv(
@@ -45,6 +44,9 @@ def deform_conv(
     return result.to(dtype) if dtype in HALF else result
 
 
+EXPORT = Export(deform_conv, first_opset=19)
+
+
 def _as_2d(spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     spec = replace(
         spec,
@@ -66,10 +68,10 @@ def _as_2d(spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: 
 def _check(spec: ConvSpec, opset: int | None) -> None:
     if spec.boundary != "zeros":
         raise BackendError(f'boundary="{spec.boundary}" cannot be exported: ONNX\'s DeformConv knows boundary="zeros" only.')
-    if opset is not None and opset < _FIRST_OPSET:
+    if opset is not None and opset < EXPORT.first_opset:
         raise BackendError(
             f"This export is for ONNX opset {opset}, which has no DeformConv; expected "
-            f"torch.onnx.export(..., opset_version={_FIRST_OPSET}) or newer."
+            f"torch.onnx.export(..., opset_version={EXPORT.first_opset}) or newer."
         )
     if spec.rank == 3:
         warnings.warn(

@@ -35,7 +35,7 @@ DEFORM_CONV = Registered(
     operator.DEFORM_CONV,
     fold_forward=folding.fold_forward,
     fold_backward=folding.fold_backward,
-    export=export.deform_conv,
+    export=export.EXPORT,
     flops=(_forward_flops, _backward_flops),
 )
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deformconv.dispatch import Deterministic
-from deformconv.errors import BackendError
 from deformconv.torch.tensors import PLAIN
 
 __all__ = [
@@ -128,14 +127,8 @@ def deterministic() -> Deterministic | None:
 
 
 def exporting() -> bool:
-    """Whether `torch.onnx.export(..., dynamo=True)` traces this call. The older exporter, which knows no such nodes, raises."""
-    found = torch.onnx.is_in_onnx_export()
-    if found and traced():
-        raise BackendError(
-            "torch.onnx.export(..., dynamo=False) cannot export deformconv's operators; expected dynamo=True, with "
-            "opset_version=19 or newer."
-        )
-    return found
+    """Whether torch.onnx.export reads this call: within torch.jit.trace it is the older exporter."""
+    return torch.onnx.is_in_onnx_export()
 
 
 # For a compiler it is a constant, which it asks for while it reads a call of ours: what `torch.compiler.assume_constant_result`

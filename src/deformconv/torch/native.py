@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from deformconv import dispatch
-from deformconv.ops.operator import Argument, Operator
+from deformconv.ops.operator import Argument, Operator, Spec
 
 __all__ = ["backward", "backward_in_parts", "forward", "forward_in_parts", "second_backward", "second_backward_in_parts"]
 
 
-def forward(operator: Operator, spec: Any, *operands: Any) -> Tensor:
+def forward(operator: Operator, spec: Spec, *operands: Any) -> Tensor:
     """The output, by operations that carry every derivative, in the dtype that the portable form computes in."""
     portable = dispatch.load(operator, "portable")
     dtype = portable.computes_in(spec.dtype, "torch")
@@ -33,7 +33,7 @@ def forward(operator: Operator, spec: Any, *operands: Any) -> Tensor:
 
 def backward(
     operator: Operator,
-    spec: Any,
+    spec: Spec,
     grad_output: Tensor,
     operands: Sequence[Tensor | None],
     wanted: Collection[str],
@@ -63,7 +63,7 @@ def backward(
 
 
 def second_backward(
-    operator: Operator, spec: Any, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor],
+    operator: Operator, spec: Spec, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor],
     needed: Sequence[int],
 ) -> dict[int, Tensor]:  # fmt: skip
     """The derivative of sum(cotangents * gradients) by some of grad_output and the operands that gradients depend on.
@@ -81,71 +81,75 @@ def second_backward(
     return dict(zip(needed, pull_back(tuple(cotangents)), strict=True))
 
 
-def forward_in_parts(operator: Operator, module: Any, spec: Any, operands: Sequence[Tensor | None]) -> Tensor:
+def forward_in_parts(operator: Operator, module: Any, spec: Spec, operands: Sequence[Tensor | None]) -> Tensor:
     """`forward` without a derivative, a part of the output at a time."""
     output: Tensor
-    if not hasattr(module, "parts"):
+    parts = _parts(module, spec)
+    if parts is None:
         output = module.forward(spec, *operands)
         return output
     first: Any = operands[0]
     output = first.new_empty(spec.output_shape)
-    for place, part in _parts(module, spec):
-        mine = [place.of(*pair) for pair in zip(operator.arguments, operands, strict=True)]
-        output[place.whole] = module.forward(part, *mine)
+    for where, part in parts:
+        mine = [where.of(*pair) for pair in zip(operator.arguments, operands, strict=True)]
+        output[where.in_output] = module.forward(part, *mine)
     return output
 
 
 def backward_in_parts(
-    operator: Operator, module: Any, spec: Any, grad_output: Tensor, operands: Sequence[Tensor | None], wanted: Collection[str]
+    operator: Operator, module: Any, spec: Spec, grad_output: Tensor, operands: Sequence[Tensor | None], wanted: Collection[str]
 ) -> Any:
     """`backward` without a derivative of its own, a part of the output at a time."""
-    if not hasattr(module, "parts"):
+    parts = _parts(module, spec)
+    if parts is None:
         return backward(operator, spec, grad_output, operands, wanted, module.forward)
     given = spec.shapes
     arguments = [argument for argument in operator.arguments if argument.name in wanted and argument.name in given]
     results = {argument.name: grad_output.new_zeros(given[argument.name]) for argument in arguments}
-    for place, part in _parts(module, spec):
-        mine = [place.of(*pair) for pair in zip(operator.in_backward, operands, strict=True)]
-        found = backward(operator, part, grad_output[place.whole], mine, wanted, module.forward)
+    for where, part in parts:
+        mine = [where.of(*pair) for pair in zip(operator.in_backward, operands, strict=True)]
+        found = backward(operator, part, grad_output[where.in_output], mine, wanted, module.forward)
         for argument in arguments:
-            results[argument.name][place.within(argument)] += getattr(found, argument.name)
+            results[argument.name][where.within(argument)] += getattr(found, argument.name)
     return operator.gradients(**results)
 
 
 def second_backward_in_parts(
-    operator: Operator, spec: Any, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor],
+    operator: Operator, spec: Spec, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor],
     needed: Sequence[int],
 ) -> dict[int, Tensor]:  # fmt: skip
     """`second_backward` without a derivative of its own, some images at a time."""
+    parts = _parts(dispatch.load(operator, "portable"), spec, whole_images=True)
+    if parts is None:
+        return second_backward(operator, spec, operands, wanted, cotangents, needed)
     arguments = [Argument("grad_output"), *operator.in_backward]
     by_name = {argument.name: argument for argument in operator.arguments}
     results = {index: torch.zeros_like(operands[index]) for index in needed}
-    for place, part in _parts(dispatch.load(operator, "portable"), spec, whole_images=True):
-        mine = [place.of(*pair) for pair in zip(arguments, operands, strict=True)]
-        theirs = [place.of(by_name[name], value) for name, value in zip(wanted, cotangents, strict=True)]
+    for where, part in parts:
+        mine = [where.of(*pair) for pair in zip(arguments, operands, strict=True)]
+        theirs = [where.of(by_name[name], value) for name, value in zip(wanted, cotangents, strict=True)]
         for index, found in second_backward(operator, part, mine, wanted, theirs, needed).items():  # type: ignore[arg-type]
-            results[index][place.within(arguments[index])] += found
+            results[index][where.within(arguments[index])] += found
     return results
 
 
-class _Place:
-    """Where a part of a call lies in the arrays of the whole: some images, and some positions along the output's first axis."""
+class _Where:
+    """Where a part of a call lies in the whole's arrays: some images, and some positions along the output's first axis."""
 
     def __init__(self, images: slice, rows: slice) -> None:
-        self.images, self.whole = images, (images, slice(None), rows)
+        self.images, self.in_output = images, (images, slice(None), rows)
 
     def within(self, argument: Argument) -> Any:
         if not argument.by_image:
             return ...
-        return self.whole if argument.by_position else self.images
+        return self.in_output if argument.by_position else self.images
 
     def of(self, argument: Argument, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[self.within(argument)]
 
 
-def _parts(module: Any, spec: Any, whole_images: bool = False) -> Iterator[tuple[_Place, Any]]:
+def _parts(module: Any, spec: Spec, whole_images: bool = False) -> Iterator[tuple[_Where, Any]] | None:
+    """The parts that a backend cuts a call into, where it cuts calls."""
     if not hasattr(module, "parts"):
-        yield _Place(slice(None), slice(None)), spec
-        return
-    for images, rows, part in module.parts(spec, whole_images):
-        yield _Place(images, rows), part
+        return None
+    return ((_Where(images, rows), part) for images, rows, part in module.parts(spec, whole_images))

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from deformconv.errors import BackendError
-from deformconv.ops.operator import Operator
+from deformconv.ops.operator import Operator, Spec
 from deformconv.torch import autograd, modes, run
-from deformconv.torch.autograd import EagerFunction, OperatorFunction
 from deformconv.torch.tensors import described, device_of, memory_format, operand, requires_grad
 from deformconv.torch.vmap import fold_backward, fold_forward
 
-__all__ = ["Registered"]
+__all__ = ["Export", "Registered"]
 
 _library = torch.library.Library("deformconv", "DEF")
 # The types of parameters whose values can be the key of a plan; None and tuples of integers can as well.
@@ -37,13 +36,20 @@ _TYPES: dict[str, frozenset[type]] = {
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
+class Export(NamedTuple):
+    """How an operator's calls are written as nodes of ONNX."""
+
+    write: Callable[..., Tensor]  # spec, operands -> output
+    first_opset: int  # that has such nodes
+
+
 class Registered:
     """An operator as PyTorch knows it.
 
     Args:
         operator: what it takes and what can run it.
         fold_forward, fold_backward: how vmap's axis becomes part of one call, if it can be more than a larger batch or a loop.
-        export: writes a call as a node of ONNX, if there is one: spec, operands -> output.
+        export: how a call is written as a node of ONNX, if there is one.
         flops: the multiplications and additions of a forward call, (shapes of the operands, shape of the output) -> number,
             and of a backward call, (shape of grad_output, shapes of the operands, names of wanted gradients) -> number.
     """
@@ -54,7 +60,7 @@ class Registered:
         *,
         fold_forward: Callable[..., Tensor] | None = None,
         fold_backward: Callable[..., Any] | None = None,
-        export: Callable[..., Tensor] | None = None,
+        export: Export | None = None,
         flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
     ) -> None:
         self.operator, self.export, self._flops = operator, export, flops
@@ -77,8 +83,7 @@ class Registered:
             (self.backward_op, self._backward_kernel, self._backward_fake, self._backward_vmap, self._backward_autograd),
         ):
             self._register(op, *rules)
-        # A class for each operator: an eager output's grad_fn is printed with its name.
-        self.function: Any = type(f"{name.title().replace('_', '')}Function", (EagerFunction,), {})
+        self.eager_function, self.function, self.backward_function = autograd.functions(name)
 
     @staticmethod
     def _register(op: Any, kernel: Any, fake: Any, vmap: Any, derivative: Any) -> None:
@@ -98,33 +103,42 @@ class Registered:
         result: Tensor = self.forward_op(*operands, *values, backend)
         return result
 
-    def forward(self, spec: Any, backend: str | None, *operands: Tensor | None) -> Tensor:
+    def forward(self, spec: Spec, backend: str | None, *operands: Tensor | None) -> Tensor:
         """Call the operator on checked tensors."""
         return self.call(backend, self.operator.pack(spec), *operands)
 
     def backward(
-        self, spec: Any, backend: str | None, grad_output: Tensor, operands: Sequence[Tensor | None], wanted: Collection[str]
+        self, spec: Spec, backend: str | None, grad_output: Tensor, operands: Sequence[Tensor | None], wanted: Collection[str]
     ) -> Any:
         """Call the backward operator, which returns what is wanted and nothing else."""
         flags = [name in wanted for name in self.operator.names]
         results = iter(self.backward_op(grad_output, *operands, *self.operator.pack(spec), backend, flags))
         return self.operator.gradients(*(next(results) if flag else None for flag in flags))
 
-    def write_onnx(self, spec: Any, *operands: Tensor | None) -> Tensor:
-        """The call as a node of ONNX."""
+    def exporter(self) -> Export:
+        """What writes nodes of ONNX; it raises where there are none, and in the older exporter, which knows no such nodes."""
         if self.export is None:
             raise BackendError(f"{self.operator.name} cannot be exported to ONNX, which has no such node.")
-        return self.export(spec, *operands)
+        if not modes.compiling() and modes.traced():
+            raise BackendError(
+                "torch.onnx.export(..., dynamo=False) cannot export deformconv's operators; expected dynamo=True, with "
+                f"opset_version={self.export.first_opset} or newer."
+            )
+        return self.export
+
+    def write_onnx(self, spec: Spec, *operands: Tensor | None) -> Tensor:
+        """The call as a node of ONNX."""
+        return self.exporter().write(spec, *operands)
 
     def saved(self, operands: Sequence[Any]) -> list[Any]:
         """The operands that gradients depend on."""
         return [operands[number] for number in self._saved]
 
-    def spec(self, operands: Sequence[Tensor | None], values: Sequence[Any]) -> Any:
+    def spec(self, operands: Sequence[Tensor | None], values: Sequence[Any]) -> Spec:
         """Check a call on tensors, with its parameters as the registry keeps them."""
         return run.spec_of(self.operator, described(self.operator, operands), self.operator.unpack(*values))
 
-    def _backward_spec(self, grad_output: Tensor, saved: Sequence[Tensor | None], values: Sequence[Any]) -> Any:
+    def _backward_spec(self, grad_output: Tensor, saved: Sequence[Tensor | None], values: Sequence[Any]) -> Spec:
         """The checked call of a backward pass, which may be asked for the gradient by an argument that it does not see."""
         operands: list[Tensor | None] = [None] * self._count
         for number, tensor in zip(self._saved, saved, strict=True):
@@ -175,7 +189,7 @@ class Registered:
         if requires_grad(*operands):
             with modes.untraced():
                 spec = self.spec(operands, values)
-            result: Tensor = OperatorFunction.apply(self, spec, backend, *operands)
+            result: Tensor = self.function.apply(self, spec, backend, *operands)
             return result
         result = self.forward_op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
         return result
@@ -191,14 +205,14 @@ class Registered:
 
     # vmap
 
-    def fold_forward(self, one: Any, spec: Any, B: int, dims: Sequence[int | None], operands: Sequence[Any]) -> Tensor:
+    def fold_forward(self, one: Any, spec: Spec, B: int, dims: Sequence[int | None], operands: Sequence[Any]) -> Tensor:
         """The outputs of B calls, B in front, by `one` call of the operator or several."""
         if self._fold_forward is not None:
             return self._fold_forward(one, spec, B, dims, operands)
         return fold_forward(self.operator, one, spec, B, dims, operands)
 
     def fold_backward(
-        self, one: Any, spec: Any, B: int, dims: Sequence[int | None], operands: Sequence[Any], wanted: Sequence[str]
+        self, one: Any, spec: Spec, B: int, dims: Sequence[int | None], operands: Sequence[Any], wanted: Sequence[str]
     ) -> Any:
         """The gradients of B calls, B in front; `operands` are grad_output and what gradients depend on."""
         if self._fold_backward is not None:
@@ -210,7 +224,7 @@ class Registered:
         dims = in_dims[: self._count]
         spec = self.spec([_without(*pair) for pair in zip(operands, dims, strict=True)], values)
 
-        def one(spec: Any, *operands: Tensor | None) -> Tensor:
+        def one(spec: Spec, *operands: Tensor | None) -> Tensor:
             return self.forward(spec, backend, *operands)
 
         return self.fold_forward(one, spec, info.batch_size, dims, operands), 0
@@ -222,7 +236,7 @@ class Registered:
         assert grad is not None  # it is not optional
         spec = self._backward_spec(grad, others, values)
 
-        def one(spec: Any, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]) -> Any:
+        def one(spec: Spec, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]) -> Any:
             return self.backward(spec, backend, grad_output, operands, wanted)
 
         gradients = self.fold_backward(one, spec, info.batch_size, dims, operands, wanted)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deformconv import dispatch
 from deformconv.errors import ShapeError
-from deformconv.ops.operator import HALF, Argument, Operand, Operator
+from deformconv.ops.operator import HALF, Argument, Operand, Operator, Spec
 from deformconv.runtime import openmp
 from deformconv.torch import modes, native
 from deformconv.torch.tensors import array_of, in_dtype, memory_format
@@ -36,8 +36,8 @@ class Plan(NamedTuple):
     """A checked call on plain tensors, and the backend that computes it."""
 
     op: Any  # the operator, as it is registered
-    spec: Any  # in the dtype of the first argument
-    inner: Any  # in the dtype that is computed in
+    spec: Spec  # in the dtype of the first argument
+    inner: Spec  # in the dtype that is computed in
     module: Any
     backend: str | None  # as it was asked for
     unbatched: bool = False
@@ -59,7 +59,7 @@ def plan_of(
 
 def checked(
     operator: Operator, rank: int | None, parameters: Mapping[str, Any], operands: Mapping[str, Operand | None]
-) -> tuple[Any, bool]:
+) -> tuple[Spec, bool]:
     """The checked call, with a batch axis, and whether it came without one."""
     axes = [None if operand is None else len(operand.shape) for operand in operands.values()]
     if operator.has_batch(rank, axes) is not False:
@@ -93,7 +93,7 @@ def _with_batch(operand: Operand | None, by_image: bool) -> Operand | None:
     return operand._replace(shape=(1, *operand.shape)) if operand is not None and by_image else operand
 
 
-def plan_for(op: Any, spec: Any, device: str, differentiable: bool, backend: str | None) -> Plan:
+def plan_for(op: Any, spec: Spec, device: str, differentiable: bool, backend: str | None) -> Plan:
     """Choose the backend of a checked call."""
     deterministic = modes.deterministic()
     module = dispatch.choose(op.operator, spec, "torch", device, differentiable, backend, deterministic)
@@ -107,14 +107,14 @@ def plan_for(op: Any, spec: Any, device: str, differentiable: bool, backend: str
     return Plan(op, spec, in_(spec, module.computes_in(spec.dtype, "torch")), module, backend)
 
 
-def in_(spec: Any, dtype: str) -> Any:
+def in_(spec: Spec, dtype: str) -> Spec:
     """The call in another dtype."""
     return spec if spec.dtype == dtype else replace(spec, dtype=dtype)
 
 
 def spec_of(
     operator: Operator, operands: Mapping[str, Operand | None], parameters: Mapping[str, Any], rank: int | None = None
-) -> Any:
+) -> Spec:
     """The checked call. Beside half precision positions may be float32: bfloat16 knows a position of 20 to 0.125."""
     first: Any = operands[operator.names[0]]
     if first.dtype in HALF:
@@ -184,7 +184,7 @@ def backward(plan: Plan, grad_output: Tensor, operands: Sequence[Tensor | None],
     return operator.gradients(*gradients)
 
 
-def _brought(argument: Argument, tensor: Tensor | None, inner: Any) -> Tensor | None:
+def _brought(argument: Argument, tensor: Tensor | None, inner: Spec) -> Tensor | None:
     """The tensor in the dtype that is computed in, without a graph; positions keep float32 beside half precision."""
     if tensor is not None and argument.precise and inner.dtype in HALF and tensor.dtype is torch.float32:
         return tensor.detach()
@@ -198,7 +198,7 @@ def _formed(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 def second_backward(
-    op: Any, spec: Any, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor], needed: Sequence[int]
+    op: Any, spec: Spec, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor], needed: Sequence[int]
 ) -> dict[int, Tensor]:
     """The derivative of the gradients, on plain tensors, in the portable form."""
     portable = dispatch.load(op.operator, "portable")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deformconv.ops.operator import Argument, Operator
+from deformconv.ops.operator import Argument, Operator, Spec
 
 __all__ = ["all_in_front", "fold_backward", "fold_forward", "in_front"]
 
@@ -21,7 +21,7 @@ __all__ = ["all_in_front", "fold_backward", "fold_forward", "in_front"]
 def fold_forward(
     operator: Operator,
     one: Callable[..., Tensor],
-    spec: Any,
+    spec: Spec,
     B: int,
     dims: Sequence[int | None],
     operands: Sequence[Tensor | None],
@@ -36,7 +36,7 @@ def fold_forward(
 def fold_backward(
     operator: Operator,
     one: Callable[..., Any],
-    spec: Any,
+    spec: Spec,
     B: int,
     dims: Sequence[int | None],
     operands: Sequence[Tensor | None],

@@ -85,6 +85,27 @@ def test_the_memory_of_tensors_is_the_backend_s() -> None:
     assert numbers.asked == ["torch", "torch"]
 
 
+def test_a_graph_names_the_operator() -> None:
+    given = tensors(requires_grad=True)
+    seen = OP.forward_op(*given, 1, None)  # as whoever looks on calls it
+    assert type(seen.grad_fn).__name__ == "ToyScaleFunctionBackward"
+    (gradient,) = torch.autograd.grad(seen.sum(), given[:1], create_graph=True)
+    assert type(gradient.grad_fn).__name__ == "ToyScaleBackwardBackward"
+    names = []
+    torch.func.grad(lambda x: (y := scale(x, *given[1:]), names.append(type(y.grad_fn).__name__))[0].sum())(given[0])
+    assert len(names) == 1 and "ToyScale" in names[0]
+
+
+def test_the_oldest_opset_is_the_operator_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = registry.Registered(
+        dataclasses.replace(SCALE, name="toy_scale_node"), export=registry.Export(lambda spec, *operands: spec, first_opset=99)
+    )
+    assert op.write_onnx("a spec") == "a spec"
+    monkeypatch.setattr(registry.modes, "traced", lambda: True)
+    with pytest.raises(BackendError, match=r"dynamo=False\) cannot export .*; expected dynamo=True, with opset_version=99 or"):
+        op.write_onnx("a spec")
+
+
 def test_a_backend_of_native_arrays_gets_the_tensors_in_their_dtype() -> None:
     """No copies of NumPy's, and half precision as it is, since this backend can take it."""
     native.seen.clear()
@@ -266,6 +287,18 @@ def test_a_backend_that_is_not_deterministic_warns_where_a_warning_is_asked_for(
         "forward: native",
         f"  native: its results differ in their last bits each time, and {setting} is set",
     ]
+
+
+def test_texts_for_numpy_name_what_the_operator_has() -> None:
+    operands = {"input": np.ma.masked_array(np.ones((1, 1, 2))), "mask": np.ones((1, 1, 2)), "bias": None}
+    with pytest.raises(TypeError) as caught:
+        run.forward(SCALE, operands, {"power": 1}, None)
+    assert str(caught.value) == (
+        "`input` is a masked array, whose own mask would be ignored; expected a plain array: pass `input.filled(0)`."
+    )
+    array = type("NDArray", (), {"__module__": "mxnet.ndarray.ndarray"})()
+    with pytest.raises(TypeError, match=r"For MXNet's arrays and symbols there is `deformconv.gluon.toy_scale`\.$"):
+        run.forward(SCALE, operands | {"input": array}, {"power": 1}, None)
 
 
 def test_texts() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deformconv.ops.conv.spec import Gradients, check_grad_output, conv_spec
+from deformconv.ops.conv.spec import ConvSpec, Gradients, check_grad_output, conv_spec
 from deformconv.ops.operator import Argument, Line, Operand, Operator, Parameter
 from deformconv.ops.window import window_of
 
@@ -22,12 +22,12 @@ __all__ = ["DEFORM_CONV"]
 
 def _check(
     operands: Mapping[str, Operand | None], parameters: Mapping[str, Any], rank: int | None = None, cached: bool = True
-) -> Any:
+) -> ConvSpec:
     given: Any = operands
     return conv_spec(**given, **parameters, rank=rank, cached=cached)
 
 
-def _pack(spec: Any) -> tuple[Any, ...]:
+def _pack(spec: ConvSpec) -> tuple[Any, ...]:
     return spec.stride, _flat(spec.padding), spec.dilation, spec.groups, spec.offset_groups, spec.boundary
 
 
@@ -82,7 +82,7 @@ DEFORM_CONV = Operator(
         Argument("offset", by_position=True, precise=True),
         Argument("weight", by_image=False, keeps_format=True),
         Argument("bias", optional=True, gradient=_sum_over_positions, by_image=False),
-        Argument("mask", optional=True, by_position=True, precise=True),
+        Argument("mask", optional=True, by_position=True, precise=True, leaves_out=True),
     ),
     parameters=(
         Parameter("stride", "int[]"),
