@@ -21,7 +21,7 @@ from tests.tolerances import assert_close, error
 import deformconv
 from deformconv.gluon import deform_conv, functional
 from deformconv.gluon.arrays import view, write
-from deformconv.gluon.functional import DeformConvProp
+from deformconv.gluon.functional import DEFORM_CONV
 from deformconv.ops.conv import cpu
 
 BOUNDARY = {False: "inside", True: "zeros"}  # MXNet's rule, by whether there is a mask
@@ -297,7 +297,7 @@ def test_contexts(capfd):
     symbol = deform_conv(mx.sym.var("data"), mx.sym.var("offset"), mx.sym.var("weight"), padding=1)
     attributes = {name: text for name, text in symbol.get_children()[0].list_attr().items() if name != "op_type"}
     with pytest.raises(deformconv.BackendError):
-        DeformConvProp(**attributes).create_operator(mx.gpu(0), [x.shape, offset.shape, weight.shape], [0, 0, 0])
+        DEFORM_CONV.prop(**attributes).create_operator(mx.gpu(0), [x.shape, offset.shape, weight.shape], [0, 0, 0])
     assert capfd.readouterr().err == f"deformconv.errors.BackendError: {message}\n"
 
 

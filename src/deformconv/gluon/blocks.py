@@ -13,8 +13,8 @@ from mxnet.ndarray import NDArray
 
 from deformconv.errors import ShapeError
 from deformconv.gluon.arrays import operand
-from deformconv.gluon.custom import in_gluon_words
-from deformconv.gluon.functional import check_array, deform_conv
+from deformconv.gluon.calls import check_array
+from deformconv.gluon.functional import DEFORM_CONV, deform_conv
 from deformconv.ops.conv.layer import MASK_SCALE, Predicted, activated, check_divides, predicted
 from deformconv.ops.conv.spec import Operand, check_input
 from deformconv.ops.window import count, integers
@@ -140,7 +140,7 @@ class _Deformable:
                 rank=None,
             )  # fmt: skip
         except (ShapeError, TypeError, ValueError) as error:
-            raise in_gluon_words(error) from None
+            raise DEFORM_CONV.in_gluon_words(error) from None
 
 
 class DeformableConvolution(_Deformable, cnn.DeformableConvolution):

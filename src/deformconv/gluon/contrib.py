@@ -13,7 +13,8 @@ import mxnet as mx
 from mxnet.symbol import Symbol
 
 from deformconv.errors import ShapeError
-from deformconv.gluon.functional import call
+from deformconv.gluon import calls
+from deformconv.gluon.functional import DEFORM_CONV
 from deformconv.ops.window import count, integers
 
 __all__ = ["DeformableConvolution", "ModulatedDeformableConvolution"]
@@ -159,4 +160,4 @@ def _call(
         "padding": integers("pad", pad or 0, D, 0),
         "dilation": integers("dilate", dilate or 1, D, 1),
     }
-    return call(operands, window | groups, name=name, weight_shape=(outputs, 0, *kernel))
+    return calls.call(DEFORM_CONV, operands, window | groups, None, name, {"weight_shape": (outputs, 0, *kernel)})

@@ -10,7 +10,7 @@ import atexit
 import re
 import sys
 from ast import literal_eval
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple
@@ -24,12 +24,12 @@ from deformconv import dispatch
 from deformconv.errors import BackendError, ShapeError
 from deformconv.gluon.arrays import device, view, write
 from deformconv.numpy import run
-from deformconv.ops.operator import Operand, Operator
+from deformconv.ops.operator import Operand, Operator, Spec
 
-__all__ = ["check_device", "in_gluon_words", "in_our_words", "register"]
+__all__ = ["Registered", "check_device"]
 
-# What a symbol keeps as text beside the operator's parameters, in graphs that may be saved: names and their meaning stay.
-OTHERS = ("operands", "backend", "weight_shape")
+# What every operator's symbols keep as text beside its parameters, in graphs that may be saved: names and their meaning stay.
+OTHERS = ("operands", "backend")
 
 
 @atexit.register
@@ -39,17 +39,54 @@ def _finish() -> None:
         mx.nd.waitall()
 
 
-def in_gluon_words(error: Exception) -> Exception:
-    """The same error, calling the first argument `data`, as MXNet does."""
-    return type(error)(re.sub(r"\binput(?=[`\[,])", "data", str(error)))
+# (shapes by MXNet's names, the operator's parameters, what else its symbols keep) -> None
+Complete = Callable[[dict[str, list[int]], dict[str, Any], dict[str, Any]], None]
 
 
-def in_our_words(named: dict[str, Any]) -> dict[str, Any]:
-    """The same values, with the first argument's name of other front ends."""
-    return {"input" if name == "data" else name: value for name, value in named.items()}
+class Registered:
+    """An operator as MXNet knows it.
+
+    Args:
+        operator: what it takes and what can run it.
+        op_type: the custom operator's name in MXNet; graphs that are saved have it.
+        complete: fills in, in place, what known shapes determine of the others: MXNet infers a block's deferred parameters
+            that way. A shape that is not known is empty.
+        words: MXNet's names of arguments, where they are not the operator's.
+        kept: the names of what else a symbol keeps, for `complete`.
+        check_parameters: checks what it can without shapes, where a symbol is written, and returns the parameters.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        op_type: str,
+        complete: Complete,
+        words: Mapping[str, str],
+        kept: tuple[str, ...] = (),
+        check_parameters: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
+        self.operator, self.op_type, self.complete, self.kept = operator, op_type, complete, kept
+        self.check_parameters = check_parameters
+        self._words = dict(words)
+        self._ours = {word: name for name, word in words.items()}
+        first = operator.names[0]
+        self.first = self._words.get(first, first)  # MXNet's name of the first argument
+        self.prop = type(f"{op_type}_Prop", (_Prop,), {"_op": self})
+        mx.operator.register(op_type)(self.prop)
+
+    def in_gluon_words(self, error: Exception) -> Exception:
+        """The same error, calling arguments as MXNet does."""
+        text = str(error)
+        for name, word in self._words.items():
+            text = re.sub(rf"\b{name}(?=[`\[,])", word, text)
+        return type(error)(text)
+
+    def in_our_words(self, named: dict[str, Any]) -> dict[str, Any]:
+        """The same values, by the operator's own names of arguments."""
+        return {self._ours.get(name, name): value for name, value in named.items()}
 
 
-def check_device(context: Any, name: str = "data") -> None:
+def check_device(context: Any, name: str) -> None:
     """Raise unless the context's memory is one that the kernels reach."""
     found = device(context)
     if not found.startswith("cpu"):
@@ -60,15 +97,15 @@ def check_device(context: Any, name: str = "data") -> None:
 
 
 def _told(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Write an exception's text on stderr, since MXNet does not pass it on."""
+    """Write the text of a method's exception on stderr, since MXNet does not pass it on."""
 
     @wraps(method)
-    def call(*arguments: Any, **keywords: Any) -> Any:
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
         try:
-            return method(*arguments, **keywords)
+            return method(self, *arguments, **keywords)
         except (ShapeError, BackendError, TypeError, ValueError) as error:
             kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-            print(f"{kind}: {in_gluon_words(error)}", file=sys.stderr, flush=True)
+            print(f"{kind}: {self._op.in_gluon_words(error)}", file=sys.stderr, flush=True)
             raise
 
     return call
@@ -77,10 +114,10 @@ def _told(method: Callable[..., Any]) -> Callable[..., Any]:
 class _Computation(mx.operator.CustomOp):
     """One call's computation: forward, and backward from the inputs alone."""
 
-    def __init__(self, operator: Operator, spec: Any, backend: str | None, operands: Sequence[str]) -> None:
+    def __init__(self, op: Registered, spec: Spec, backend: str | None, operands: Sequence[str]) -> None:
         super().__init__()
-        self._operator, self._spec, self._backend = operator, spec, backend
-        self._operands = tuple(in_our_words(dict.fromkeys(operands)))
+        self._op, self._operator, self._spec, self._backend = op, op.operator, spec, backend
+        self._operands = tuple(op.in_our_words(dict.fromkeys(operands)))
 
     @_told
     def forward(self, is_train: bool, req: list[str], in_data: list[Any], out_data: list[Any], aux: list[Any]) -> None:
@@ -121,37 +158,24 @@ class _Parameters(NamedTuple):
 
     operands: tuple[str, ...]
     backend: str | None
-    weight_shape: tuple[int, ...] | None
+    kept: dict[str, Any]  # what this operator's symbols keep beside
     values: dict[str, Any]  # the operator's own parameters
 
 
 @lru_cache(maxsize=256)
-def _parameters(operator: Operator, op_type: str, attributes: tuple[tuple[str, str], ...]) -> _Parameters:
-    values = dict(attributes)
+def _parameters(op: Registered, attributes: tuple[tuple[str, str], ...]) -> _Parameters:
+    values, operator = dict(attributes), op.operator
     # Beside ours come those of `mxnet.AttrScope`, all between double underscores.
     names = {name for name in values if not name.startswith("__")}
-    if names != {*operator.parameter_names, *OTHERS}:
+    if names != {*operator.parameter_names, *OTHERS, *op.kept}:
         raise TypeError(
-            f"the operator {op_type!r} has the attributes {', '.join(sorted(names)) or 'none'}; expected a symbol that "
+            f"the operator {op.op_type!r} has the attributes {', '.join(sorted(names)) or 'none'}; expected a symbol that "
             f"`deformconv.gluon.{operator.name}` made, in this version."
         )
     read = {name: literal_eval(values[name]) for name in names}
     own = {name: read[name] for name in operator.parameter_names}
-    return _Parameters(**{name: read[name] for name in OTHERS}, values=own)
-
-
-Complete = Callable[[dict[str, list[int]], dict[str, Any]], None]
-
-
-def register(operator: Operator, op_type: str, complete: Complete) -> type:
-    """Make an operator known to MXNet as the custom operator `op_type`.
-
-    `complete` fills in, in place, what known shapes determine of the others: MXNet infers a block's deferred parameters that
-    way. It gets the shapes by name, those that are not known empty, and the operator's parameters.
-    """
-    kind = type(f"{op_type}_Prop", (_Prop,), {"_operator": operator, "_op_type": op_type, "_complete": staticmethod(complete)})
-    mx.operator.register(op_type)(kind)
-    return kind
+    kept = {name: read[name] for name in op.kept}
+    return _Parameters(**{name: read[name] for name in OTHERS}, kept=kept, values=own)
 
 
 class _Prop(mx.operator.CustomOpProp):
@@ -161,9 +185,7 @@ class _Prop(mx.operator.CustomOpProp):
     last declaration of any operator for all of them, and then fails on v1's backward pass after a forward pass of v2.
     """
 
-    _operator: Operator
-    _op_type: str
-    _complete: Complete
+    _op: Registered
 
     def __init__(self, **attributes: str) -> None:
         super().__init__(need_top_grad=True)
@@ -172,7 +194,7 @@ class _Prop(mx.operator.CustomOpProp):
 
     @property
     def _parameters(self) -> _Parameters:
-        return _parameters(self._operator, self._op_type, self._attributes)
+        return _parameters(self._op, self._attributes)
 
     @property
     def _operands(self) -> tuple[str, ...]:
@@ -188,9 +210,7 @@ class _Prop(mx.operator.CustomOpProp):
     @_told
     def infer_shape(self, in_shape: list[list[int]]) -> tuple[list[Any], list[Any], list[Any]]:
         shapes = dict(zip(self._operands, map(list, in_shape), strict=True))
-        if not shapes.get("weight", True):
-            shapes["weight"] += self._parameters.weight_shape or ()
-        self._complete(shapes, self._parameters.values)
+        self._op.complete(shapes, self._parameters.values, self._parameters.kept)
         if all(shape and min(shape) > 0 for shape in shapes.values()):
             output = list(self._spec(shapes, dict.fromkeys(shapes, "float32")).output_shape)
         else:
@@ -209,11 +229,12 @@ class _Prop(mx.operator.CustomOpProp):
         types = [np.dtype(_DTYPE_MX_TO_NP[number]).name for number in in_dtypes]
         spec = self._spec(shapes, dict(zip(self._operands, types, strict=True)))
         # Choosing here says why no backend can run before anything does.
-        check_device(ctx)
+        check_device(ctx, self._op.first)
         backend = self._parameters.backend
-        dispatch.choose(self._operator, spec, "numpy", "cpu", False, backend)
-        return _Computation(self._operator, spec, backend, self._operands)
+        dispatch.choose(self._op.operator, spec, "numpy", "cpu", False, backend)
+        return _Computation(self._op, spec, backend, self._operands)
 
-    def _spec(self, shapes: dict[str, list[int]], types: dict[str, str]) -> Any:
-        known = in_our_words({name: Operand(tuple(shape), types[name]) for name, shape in shapes.items()})
-        return self._operator.check(dict.fromkeys(self._operator.names) | known, self._parameters.values, None, True)
+    def _spec(self, shapes: dict[str, list[int]], types: dict[str, str]) -> Spec:
+        known = self._op.in_our_words({name: Operand(tuple(shape), types[name]) for name, shape in shapes.items()})
+        operator = self._op.operator
+        return operator.check(dict.fromkeys(operator.names) | known, self._parameters.values, None, True)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import operator
+from operator import index
 from typing import Any
 
-import mxnet as mx
-from mxnet.ndarray import NDArray
-from mxnet.symbol import Symbol
-
-from deformconv import dispatch
-from deformconv.errors import ShapeError
-from deformconv.gluon.arrays import operand
-from deformconv.gluon.custom import check_device, in_gluon_words, in_our_words, register
-from deformconv.ops.conv.operator import DEFORM_CONV
-from deformconv.ops.conv.spec import ConvSpec, conv_spec
+from deformconv.gluon import calls
+from deformconv.gluon.custom import Registered
+from deformconv.ops.conv import operator
 from deformconv.ops.window import count, integers, paddings
 from deformconv.sampling.rule import check_boundary
 
-__all__ = ["deform_conv"]
-
-OP_TYPE = "deformconv"  # graphs that are saved have it
+__all__ = ["DEFORM_CONV", "deform_conv"]
 
 
-def _complete(shapes: dict[str, list[int]], parameters: dict[str, Any]) -> None:
-    """The weight's input channels and the bias' size from the other shapes."""
+def _complete(shapes: dict[str, list[int]], parameters: dict[str, Any], kept: dict[str, Any]) -> None:
+    """The weight's input channels and the bias' size from the other shapes.
+
+    A symbol may keep the weight's shape, with 0 for what is open, for a variable that carries none.
+    """
     data, weight = shapes["data"], shapes["weight"]
+    if not weight:
+        weight += kept["weight_shape"] or ()
     if len(weight) > 1:
         if weight[1] < 1 and len(data) > 1 and data[1] > 0:
             weight[1] = data[1] // (parameters["groups"] or 1)
@@ -33,7 +29,30 @@ def _complete(shapes: dict[str, list[int]], parameters: dict[str, Any]) -> None:
             shapes["bias"] = [weight[0]]
 
 
-DeformConvProp = register(DEFORM_CONV, OP_TYPE, _complete)
+def _checked(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Check what can be checked without shapes, where the symbol is written and not where it is run."""
+    check_boundary(parameters["boundary"])
+    checked = dict(parameters)
+    for name in ("stride", "padding", "dilation"):
+        checked[name] = _number_or_numbers(name, parameters[name])
+    for name in ("groups", "offset_groups"):
+        if parameters[name] is not None:
+            checked[name] = count(name, parameters[name])
+    return checked
+
+
+def _number_or_numbers(name: str, value: Any) -> Any:
+    """A parameter of the window, checked; one number for all axes stays one, since only the shapes know how many axes."""
+    several = isinstance(value, (tuple, list, str))
+    # A flat list of 4 or 6 is a mistake, of which `paddings` says so.
+    D = {1: 1, 3: 3, 6: 3}.get(len(value), 2) if isinstance(value, (tuple, list)) else 2
+    checked = paddings(value, D) if name == "padding" else integers(name, value, D, 1)
+    return checked if several else index(value)
+
+
+DEFORM_CONV = Registered(
+    operator.DEFORM_CONV, "deformconv", _complete, words={"input": "data"}, kept=("weight_shape",), check_parameters=_checked
+)
 
 
 def deform_conv(
@@ -103,105 +122,4 @@ def deform_conv(
         "offset_groups": offset_groups,
         "boundary": boundary,
     }
-    return call(operands, parameters, backend, name)
-
-
-def call(
-    operands: dict[str, Any],
-    parameters: dict[str, Any],
-    backend: str | None = None,
-    name: str | None = None,
-    weight_shape: tuple[int, ...] | None = None,
-) -> Any:
-    """Run the operator or write its symbol; `weight_shape`, where known, is for a Symbol that carries none, 0 what is open."""
-    operands = {key: value for key, value in operands.items() if value is not None or key not in DEFORM_CONV.optional}
-    symbolic = _are_symbols(operands)
-    if symbolic:
-        parameters = _checked(parameters, backend)
-    else:
-        spec = _spec(operands, parameters, backend)
-        parameters = {key: getattr(spec, key) for key in parameters}
-    settings = parameters | {"backend": backend, "operands": tuple(operands), "weight_shape": weight_shape}
-    attributes = {key: repr(value) for key, value in settings.items()}
-    # mxnet.np's arrays are NDArrays, and its symbols Symbols, which an operator of one's own takes in the older form only.
-    values = {key: _plain_layout(value.as_nd_ndarray()) for key, value in operands.items()}
-    if symbolic:
-        result = mx.sym.Custom(**values, op_type=OP_TYPE, **attributes)
-    else:
-        result = mx.nd.Custom(*values.values(), op_type=OP_TYPE, **attributes)
-    result = _plain_layout(result, name)
-    return result.as_np_ndarray() if isinstance(operands["data"], (mx.np.ndarray, mx.sym.np._Symbol)) else result
-
-
-def _plain_layout(value: Any, name: str | None = None) -> Any:
-    """The same numbers, in MXNet's own order whatever follows or precedes, and in memory that lives as long as it is read.
-
-    Arrays that a convolution or another operator of oneDNN wrote may lie in its blocked order. For an operator in Python MXNet
-    1.9.1 reorders them into temporary memory, and frees it before that operator, on a thread of its own, has read it: forward
-    for its inputs, backward for the output's gradient. So an operator without oneDNN copies each of them. In a graph that must
-    not be one that MXNet runs in place, or else the array keeps its order; but a variable is not overwritten, and only a
-    product infers its shape backwards.
-    """
-    if isinstance(value, Symbol) and value.get_children() is not None:
-        return mx.sym.slice_axis(value, axis=0, begin=0, end=None, name=name)
-    F = mx.sym if isinstance(value, Symbol) else mx.nd
-    return F._internal._mul_scalar(value, scalar=1.0)
-
-
-def _are_symbols(operands: dict[str, Any]) -> bool:
-    """Whether the operands are Symbols; they may as well be NDArrays, but nothing else and not both."""
-    kind = Symbol if isinstance(operands["data"], Symbol) else NDArray
-    for name, value in operands.items():
-        if not isinstance(value, kind):
-            if value is None:
-                raise TypeError(f"`{name}` is None; expected an MXNet {kind.__name__}.")
-            found = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-            text = f"`{name}` is a {found}; expected an MXNet {kind.__name__}"
-            if name != "data":
-                text += ", as `data` is"
-            text += "." if isinstance(value, (Symbol, NDArray)) else f": pass `mxnet.nd.array({name})`."
-            raise TypeError(text)
-    return kind is Symbol
-
-
-def _spec(operands: dict[str, Any], parameters: dict[str, Any], backend: str | None) -> ConvSpec:
-    """Check a call on arrays before MXNet sees it, since MXNet passes on no text."""
-    for name, array in operands.items():
-        check_array(name, array)
-    shapes: dict[str, Any] = in_our_words({name: operand(array) for name, array in operands.items()})
-    try:
-        spec = conv_spec(**shapes, **parameters)
-    except (ShapeError, TypeError, ValueError) as error:
-        raise in_gluon_words(error) from None
-    for backward in {False, mx.autograd.is_recording()}:
-        dispatch.choose(DEFORM_CONV, spec, "numpy", "cpu", backward, backend)
-    return spec
-
-
-def check_array(name: str, array: NDArray) -> None:
-    """Raise unless the kernels can reach the array's memory."""
-    check_device(array.context, name)
-    if array.stype != "default":
-        raise TypeError(f"`{name}` is stored as {array.stype}; expected a dense array: `{name}.tostype('default')`.")
-
-
-def _checked(parameters: dict[str, Any], backend: str | None) -> dict[str, Any]:
-    """Check what can be checked without shapes, where the symbol is written and not where it is run."""
-    check_boundary(parameters["boundary"])
-    dispatch.check_name(DEFORM_CONV, backend)
-    checked = dict(parameters)
-    for name in ("stride", "padding", "dilation"):
-        checked[name] = _number_or_numbers(name, parameters[name])
-    for name in ("groups", "offset_groups"):
-        if parameters[name] is not None:
-            checked[name] = count(name, parameters[name])
-    return checked
-
-
-def _number_or_numbers(name: str, value: Any) -> Any:
-    """A parameter of the window, checked; one number for all axes stays one, since only the shapes know how many axes."""
-    several = isinstance(value, (tuple, list, str))
-    # A flat list of 4 or 6 is a mistake, of which `paddings` says so.
-    D = {1: 1, 3: 3, 6: 3}.get(len(value), 2) if isinstance(value, (tuple, list)) else 2
-    checked = paddings(value, D) if name == "padding" else integers(name, value, D, 1)
-    return checked if several else operator.index(value)
+    return calls.call(DEFORM_CONV, operands, parameters, backend, name, {"weight_shape": None})
