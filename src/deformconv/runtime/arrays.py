@@ -15,24 +15,24 @@ __all__ = ["aligned_empty", "empty_channels", "flat", "flat_channels", "flat_ima
 
 @cache
 def none_of(dtype: str) -> np.ndarray:
-    """What stands for an array that there is none of."""
+    """An empty array, which kernels take for an array that was not given."""
     return np.empty(0, dtype)
 
 
 class _Memory:
-    """An array's memory as a flat, writable array, so that a read-only one does not take kernels of its own.
+    """An array's memory, declared flat and writable, though nothing writes to it.
 
-    Nothing writes to it.
+    Numba would compile kernels a second time for read-only arrays.
     """
 
     def __init__(self, array: np.ndarray, shape: tuple[int, ...]) -> None:
         self.array = array  # keeps the memory
-        place = (array.ctypes.data, False)
-        self.__array_interface__ = {"shape": shape, "typestr": array.dtype.str, "data": place, "version": 3}
+        data = (array.ctypes.data, False)  # the address, and whether it is read-only
+        self.__array_interface__ = {"shape": shape, "typestr": array.dtype.str, "data": data, "version": 3}
 
 
 def flat(array: Any) -> np.ndarray:
-    """The array's numbers in C order, aligned, in the machine's byte order, as kernels are compiled for."""
+    """The array's numbers in C order, aligned and in the machine's byte order, which kernels are compiled for."""
     if array.flags.carray and array.dtype.isnative:
         result: np.ndarray = array.reshape(-1)
         return result
@@ -41,7 +41,10 @@ def flat(array: Any) -> np.ndarray:
 
 
 def flat_images(array: Any) -> tuple[np.ndarray, int]:
-    """A flat array of all images, and the distance between two; no copy if an image has no gaps, as in a slice of channels."""
+    """A flat array of all images, and the distance between two of them, in numbers.
+
+    It is no copy if each image is contiguous, as in a slice of channels.
+    """
     image = array.size // len(array)
     step, rest = divmod(array.strides[0], array.itemsize)
     flags = array[0].flags
@@ -61,7 +64,7 @@ def flat_channels(array: Any) -> tuple[np.ndarray, bool]:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """As np.empty; where rows are whole cache lines, a vector that crosses two of them costs a fifth of a forward call."""
+    """np.empty at the beginning of a cache line. Vectors that cross cache lines can cost a fifth of a forward call."""
     size = prod(shape) * np.dtype(dtype).itemsize
     return aligned(size).view(dtype).reshape(shape)
 

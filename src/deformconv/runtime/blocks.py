@@ -1,8 +1,8 @@
 """Channels last, in blocks: the order in which kernels read and write images, and the copies in and out of it.
 
-Flat, rows[block, n, p, c]: a block has `width` channels, the last one of every `span` channels what is left of them, and an
-image `pitch` rows, zeros beyond its pixels. The caller's arrays, flat too, have their channels first, (N, C, P), or with `last`
-set last, (N, P, C).
+`rows` is flat, with the axes [block, n, p, c]. A block has `width` channels. Every `span` channels begin a new block, so that
+the block before may have fewer. An image has `pitch` rows: one for each pixel, and then zeros. The caller's arrays are flat,
+too. Their axes are (N, C, P), or (N, P, C) where `last` is set.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ RUN = 64  # positions that an item of a copy takes
 
 
 class Layout(NamedTuple):
-    """How channels lie in blocks.
+    """How channels lie in blocks: `width` in each, and a new block after every `span` channels.
 
-    A block has `width` channels; the last one of every `span` channels has what is left of them. So a block's rows fill whole
-    cache lines wherever they lie, which those of all channels together do not when their distance is a power of two.
+    So a block's rows lie close together. Rows of all channels, often at a distance of a power of two, would compete for a few
+    sets of the cache.
     """
 
     span: int
     width: int
     blocks: int
     pixels: int  # of an image
-    pitch: int  # rows of an image
+    pitch: int  # rows of an image, of zeros too
 
 
 @device
@@ -53,7 +53,7 @@ def transpose(rows, columns, source, start, row, into, into_start, into_row, bia
 
 @device
 def block_of(layout, channel):
-    """The block that a channel lies in, and its number there."""
+    """The block that a channel lies in, and the channel's number within it."""
     within = channel % layout.span
     blocks_a_span = (layout.span + layout.width - 1) // layout.width
     return channel // layout.span * blocks_a_span + within // layout.width, within % layout.width
@@ -85,14 +85,14 @@ def copy_in(item, array, last, channels, images, rows, layout, empty):
             source = (n * channels + start) * positions + first
             transpose(end - start, count, array, source, positions, rows, image + first * width, width, empty, 0)
         if first + count == positions:
-            for place in range(image + positions * width, image + layout.pitch * width):
-                rows[place] = 0
+            for index in range(image + positions * width, image + layout.pitch * width):
+                rows[index] = 0
         start, block = end, block + 1
 
 
 @device
-def copy_out(item, rows, layout, parts, array, last, channels, images, empty):
-    """The way back for a run of positions, summed over `parts` sets of blocks."""
+def copy_out(item, rows, layout, sets, array, last, channels, images, empty):
+    """Copy a run of an image's positions out of blocks: the sum of `sets` sets of blocks, which follow each other in `rows`."""
     width, positions = layout.width, layout.pixels
     runs = (positions + RUN - 1) // RUN
     n, first = item // runs, item % runs * RUN
@@ -101,7 +101,7 @@ def copy_out(item, rows, layout, parts, array, last, channels, images, empty):
     while start < channels:
         end = block_end(start, channels, layout.span, width)
         source = ((block * images + n) * layout.pitch + first) * width
-        _add_parts(rows, source, count * width, parts)
+        _add_sets(rows, source, count * width, sets)
         if last:
             for t in range(count):
                 into = (n * positions + first + t) * channels + start
@@ -114,9 +114,9 @@ def copy_out(item, rows, layout, parts, array, last, channels, images, empty):
 
 
 @device
-def _add_parts(rows, start, size, parts):
-    """Add the other parts' numbers to those of the first one."""
-    for part in range(1, parts):
-        more = part * (rows.size // parts)
-        for place in range(start, start + size):
-            rows[place] += rows[place + more]
+def _add_sets(rows, start, size, sets):
+    """Add the other sets' numbers to those of the first set."""
+    for number in range(1, sets):
+        more = number * (rows.size // sets)
+        for index in range(start, start + size):
+            rows[index] += rows[index + more]

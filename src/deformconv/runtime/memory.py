@@ -1,7 +1,7 @@
 """Memory that a call works in and gives back.
 
 Fresh memory costs a page fault for every page that is touched, which for large arrays is more than what is computed in them. So
-what a call needs beside its results comes from here, and the next call finds it as it was left.
+what a call needs beside its results comes from here. It holds whatever an earlier call left in it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class arena:
         return Arena(self._memory)
 
     def __exit__(self, *_: object) -> None:
-        # As many pieces as there were calls at once, in a server with several threads say.
+        # In time there are as many pieces as there were calls at once, in a server with several threads for instance.
         memory = self._memory
         if memory.size + (sum(piece.size for piece in tuple(_kept)) if _kept else 0) <= KEPT:
             _kept.append(memory)

@@ -20,14 +20,14 @@ from deformconv.runtime.processors import get_num_threads
 
 __all__ = ["BEGUN", "ENDED", "LEFT", "NEXT", "STOP", "Work", "counters", "importing", "run"]
 
-# `work(counter, limit, thread)` takes at most `limit` items and returns early when none is left. `thread` is another number for
-# each thread of the call, from 0 on. `counter` is int64: at NEXT the number of the next item, taken atomically; at STOP 1 once
-# the call has failed, for work whose items take long to look at; at LEFT the first item that a pause has left (`launch`).
-# BEGUN and ENDED are 0 at first and the work's own.
+# `work(counter, limit, thread)` does at most `limit` items and returns early when none is left. `thread` numbers the threads of
+# a call from 0. `counter` is an int64 array. counter[NEXT] is the number of the next item, which threads take atomically.
+# counter[STOP] is 1 once the call has failed; work whose items take long looks at it in between. counter[LEFT] is the first
+# item that a pause has left undone (`launch`). counter[BEGUN] and counter[ENDED] begin at 0 and are for the work's own use.
 NEXT, STOP, BEGUN, ENDED, LEFT = range(5)
 Work = Callable[[np.ndarray, int, int], Any]
 
-IDLE = 10.0  # seconds after which workers end that are more than `set_num_threads` asks for now
+IDLE = 10.0  # seconds without need of them, after which workers beyond the number that `set_num_threads` asks for end
 
 
 def counters() -> np.ndarray:
@@ -36,9 +36,9 @@ def counters() -> np.ndarray:
 
 
 class _Job:
-    """One worker's share of a call; the first who takes it, a worker or the caller who no longer needs it, has it.
+    """One worker's share of a call. It belongs to whoever takes it first: a worker, or the caller, which withdraws it.
 
-    A signal's handler may raise between any two steps of the caller. So each step can be taken again.
+    A signal's handler may raise between any two steps of the caller. So every step can be repeated.
     """
 
     __slots__ = ("work", "counter", "items", "thread", "taken", "ended", "done", "error")
@@ -51,7 +51,7 @@ class _Job:
         self.error: BaseException | None = None
 
     def take(self, who: str) -> bool:
-        """Whether the job is theirs, now or since before."""
+        """Take the job for `who` if nobody has it, and return whether it is theirs."""
         return self.taken.setdefault(None, who) == who
 
     def run(self) -> None:
@@ -68,7 +68,8 @@ class _Job:
         """Withdraw the job if no worker has begun it and it is not `wanted`, else wait for its end."""
         if wanted or not self.take("caller"):
             while not self.ended:
-                if self.done.acquire(timeout=0.1):  # in vain if a wait that a signal ended has it
+                # It times out where a signal's handler raised in an earlier wait, after that had acquired the lock.
+                if self.done.acquire(timeout=0.1):
                     self.done.release()
 
 
@@ -95,9 +96,9 @@ class _Workers:
             del job  # its arrays must not live until the next one comes
 
     def _leave(self) -> bool:
-        """Whether the worker that asks is one too many, and has been for a while: then it is one of `threads` no longer.
+        """Whether the calling worker is one too many, and has been for a while; if so, it is removed from `threads`.
 
-        It is the pool that waits, not the worker: the queue hands jobs to all workers in turn, so none is idle for long.
+        The time is counted for all workers together: the queue hands jobs to them in turn, so that none is idle for long.
         """
         if time.monotonic() - self.all_needed < IDLE:
             return False
@@ -115,7 +116,7 @@ class _Workers:
             self.lock.release()
 
     def submit(self, jobs: list[_Job], needed: bool) -> None:
-        """Queue jobs, and start workers for them; without any worker a caller may go on alone unless they are `needed`."""
+        """Queue jobs and start workers for them. If no worker can be started, this raises where workers are `needed`."""
         with self.lock:
             for job in jobs:
                 self.jobs.put(job)

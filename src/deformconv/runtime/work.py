@@ -13,11 +13,11 @@ from deformconv.runtime.openmp import Team
 
 __all__ = ["COPY", "Share", "is_shared", "run", "share"]
 
-# Nanoseconds of a multiply-add, roughly: to decide what is too small to share out, and how often to listen for Ctrl-C.
-NANOSECONDS = 0.03
-COPY = 20  # a number moved, in multiply-adds
-SHARED_FROM = 100_000  # nanoseconds by this estimate
-BURST = 60_000_000  # likewise; a fast processor needs a third of it
+# A rough estimate of work in time decides what is too small to share out, and how often to listen for Ctrl-C.
+NANOSECONDS = 0.03  # of a multiply-add
+COPY = 20  # multiply-adds that take as long as moving one number
+SHARED_FROM = 100_000  # estimated nanoseconds, from which work is shared out
+BURST = 60_000_000  # estimated nanoseconds between two moments of listening; a fast processor needs a third of them
 
 
 class Share(NamedTuple):
@@ -26,8 +26,8 @@ class Share(NamedTuple):
     items: int
     threads: int
     burst: int  # items that the caller takes before it listens for Ctrl-C
-    reals: int  # that every thread needs for itself
-    integers: int  # int32 numbers, likewise
+    reals: int  # real numbers of scratch memory that every thread needs
+    integers: int  # int32 numbers of scratch memory that every thread needs
     bytes: int  # of all threads' scratch memory
 
     def scratch(self, memory: Arena, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +36,10 @@ class Share(NamedTuple):
 
 
 def share(items: int, threads: int, multiplications: int, dtype: str, scratch: tuple[int, int] = (0, 0)) -> Share:
-    """Share out `items` items, `multiplications` multiply-adds altogether; `scratch` is a thread's int32 numbers and reals."""
+    """Share out `items` items of `multiplications` multiply-adds altogether.
+
+    `scratch` is how many int32 numbers and how many reals a thread needs.
+    """
     threads = max(1, min(threads, items)) if is_shared(multiplications) else 1
     burst = int(BURST * items / max(multiplications * NANOSECONDS, 1))
     integers, reals = (-(-number // ALIGNMENT) * ALIGNMENT for number in scratch)  # a thread's row begins at a cache line
@@ -45,7 +48,7 @@ def share(items: int, threads: int, multiplications: int, dtype: str, scratch: t
 
 
 def is_shared(multiplications: int) -> bool:
-    """Whether it is more work than sharing it out costs."""
+    """Whether work takes longer than sharing it out."""
     return multiplications * NANOSECONDS > SHARED_FROM
 
 
@@ -58,7 +61,7 @@ def _launch() -> Any:
 
 
 def run(kernel: Any, arguments: tuple[Any, ...], share: Share, team: Team, kind: tuple[Any, ...]) -> None:
-    """Do a kernel's work, on an OpenMP team or on threads of our own; the arguments' types are a function of `kind`."""
+    """Do a kernel's work, on an OpenMP team or on threads of our own; `kind` determines the arguments' types."""
     if team.runtime is not None and share.threads > 1 and share.burst and not team.runtime.is_resting:
         _launch().run_on_team(kernel, arguments, kind, share.items, threads=share.threads, burst=share.burst, team=team)
         return
