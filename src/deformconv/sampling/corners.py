@@ -1,8 +1,8 @@
-"""Sampling for the CPU: from positions to corners and weights, reading them, and the ways back.
+"""Sampling for the CPU: from positions to corners and weights, reading the corners, and the gradients of both.
 
-The rules are those of `sampling.rule`. Inside, channels come last, in blocks (`runtime.blocks`): a sample is 2^D rows of
-channels times 2^D weights, and the loop over channels fills whole vectors. Every image of a block ends with a row of zeros that
-stands for all that is outside the map.
+`sampling.rule` says what is computed. Kernels keep channels last, in blocks (`runtime.blocks`): a sample is 2^D rows of
+channels times 2^D weights, and the loop over channels fills whole vectors. Every image of a block ends with a row of zeros,
+which corners outside the map read.
 
 A tile is a run of positions of one image, and a `Table` holds one sample of each of them. Corners count in binary: the first
 axis is the highest bit, and a set bit means the high corner of that axis. The tuple `size` (the input's size, D numbers)
@@ -40,13 +40,13 @@ INT32_REACH = 2.0**30
 
 
 class Table(NamedTuple):
-    """The samples of one tap and offset group at a tile's positions, in flat arrays of the thread's own.
+    """The samples of one tap and offset group at a tile's positions, in flat arrays that no other thread uses.
 
-    Each is a few runs of `tile` numbers, one a position.
+    Each array is a few runs of `tile` numbers, one number for each position:
 
-        rows      [0, 2^D)           the pixel of each corner within the image, that of the zeros if it is outside
-                  [2^D, 2^D + D)     the position before offset and tap on each axis, an integer
-        weights   [0, 2^D)           the product of the axes' weights, NaN where a coordinate is
+        rows      [0, 2^D)           each corner's pixel in the image, or the row of zeros if the corner is outside
+                  [2^D, 2^D + D)     the position on each axis before offset and tap, an integer
+        weights   [0, 2^D)           each corner's weight: the product over the axes, NaN where a coordinate is NaN
                   [2^D, 2^D + D)     fraction = offset - floor(offset) on each axis
                   [2^D + D, ...)     2^D dot products of the backward pass
     """
@@ -57,14 +57,14 @@ class Table(NamedTuple):
 
 
 def table_sizes(axes: int, tile: int) -> tuple[int, int]:
-    """How many int32 numbers and how many reals the table for a tile of `tile` positions takes."""
+    """The number of int32 numbers and the number of reals in the table for a tile of `tile` positions."""
     corners = 1 << axes
     return (corners + axes) * tile, (2 * corners + axes) * tile
 
 
 @device
 def table_in(size, tile, integers, reals):
-    """A table for a tile of `tile` positions, in the first numbers of a thread's memory."""
+    """A table for a tile of `tile` positions, at the beginning of a thread's memory."""
     axes, corners = len(size), 1 << len(size)
     return Table(integers[: (corners + axes) * tile], reals[: (2 * corners + axes) * tile], tile)
 
@@ -89,9 +89,9 @@ def place_samples(builder, scalar, size, shifts, inside, count, offset, table):
             fraction = samples.split(axis, origin, shifts[axis], value)
             do.store(fraction, table.weights, add(times(INT(runs + axis), table.tile), t))
         for corner, (row, weight) in enumerate(samples.corners()):
-            place = add(times(INT(corner), table.tile), t)
-            samples.whole.store(row, table.rows, place)
-            do.store(weight, table.weights, place)
+            index = add(times(INT(corner), table.tile), t)
+            samples.whole.store(row, table.rows, index)
+            do.store(weight, table.weights, index)
 
     for_positions(builder, scalar, count, step)
 
@@ -128,7 +128,7 @@ class _Samples:
         floor = call_vector(builder, "llvm.floor", reached)
         low = builder.add(builder.add(origin, self._spread(shift)), builder.fptosi(floor, whole.type))
         length = self._spread(self.size[axis])
-        # As unsigned numbers, those below zero are beyond every size.
+        # As an unsigned number, a negative one is beyond every size.
         low_counts = builder.and_(near, builder.icmp_unsigned("<", low, length))
         above = builder.add(low, whole.constant(1))
         last = builder.and_(self.inside, builder.icmp_signed("==", above, length))
@@ -140,12 +140,12 @@ class _Samples:
         pair = ((low, low_counts, builder.fsub(do.constant(1.0), fraction)), (high, high_counts, fraction))
         self.found = [
             (
-                builder.add(builder.mul(row, length), place),
+                builder.add(builder.mul(row, length), pixel),
                 counts if whether is None else builder.and_(whether, counts),
                 factor if weight is None else builder.fmul(weight, factor),
             )
             for row, whether, weight in self.found
-            for place, counts, factor in pair
+            for pixel, counts, factor in pair
         ]
         return fraction
 
@@ -159,10 +159,10 @@ def _corners(builder, size, table, t, x):
     """For one position, where each corner's row of channels begins, and its weight."""
     starts, factors = [], []
     for corner in range(1 << len(size)):
-        place = builder.add(builder.mul(INT(corner), table.tile), t)
-        pixel = builder.sext(builder.load(element(builder, table.rows, place)), INT)
+        index = builder.add(builder.mul(INT(corner), table.tile), t)
+        pixel = builder.sext(builder.load(element(builder, table.rows, index)), INT)
         starts.append(builder.add(x.start, builder.mul(pixel, x.row)))
-        factors.append(builder.load(element(builder, table.weights, place)))
+        factors.append(builder.load(element(builder, table.weights, index)))
     return starts, factors
 
 
@@ -213,16 +213,16 @@ def _pull_back_position(builder, scalar, size, table, t, x, scale, column, d_col
             do.store(_blended(do, values, factors, scale), column.array, add(into, c))
             if scattering:
                 scaled = do.multiply(do.spread(scale), d)
-                # One after the other: two corners may be the same row.
+                # In turn, each read after the one before is written: two corners may be the same row.
                 for corner, factor in zip(starts, factors, strict=True):
-                    place = add(add(corner, shift), c)
-                    do.store(do.multiply_add(do.spread(factor), scaled, do.load(d_x.array, place)), d_x.array, place)
+                    index = add(add(corner, shift), c)
+                    do.store(do.multiply_add(do.spread(factor), scaled, do.load(d_x.array, index)), d_x.array, index)
             return [do.multiply_add(d, value, dot) for value, dot in zip(values, dots, strict=True)]
 
         dots = add_lanes(builder, for_channels(builder, scalar, width, [zero] * len(starts), step))
         for corner, dot in enumerate(dots):
-            place = add(builder.mul(INT((1 << len(size)) + len(size) + corner), table.tile), t)
-            builder.store(dot, element(builder, table.weights, place))
+            index = add(builder.mul(INT((1 << len(size)) + len(size) + corner), table.tile), t)
+            builder.store(dot, element(builder, table.weights, index))
 
     with builder.if_else(scatter) as (scattering, reading):
         with scattering:
@@ -233,11 +233,11 @@ def _pull_back_position(builder, scalar, size, table, t, x, scale, column, d_col
 
 @device
 def pull_back(size, table, count, x, mask, mask_start, column, d_column, d_x, width):
-    """One pass over the corners' rows, forwards and backwards.
+    """The forward and the backward pass in one pass over the corners' rows.
 
-    It blends as `blend` does, notes the dot products of d_column[t] with each corner's row in the table, which are all that
-    the gradients of offset and mask need, and adds mask * weight * d_column[t] to the rows of `d_x`, whose rows are as far
-    apart as those of `x`, if it is not empty.
+    It blends as `blend` does. It writes the dot product of d_column[t] with each corner's row into the table: the gradients of
+    offset and mask need nothing else. And it adds mask * weight * d_column[t] to the corners' rows of `d_x`, unless that is
+    empty; its rows are as far apart as the rows of `x`.
     """
     scatter = d_x.array.size > 0
     for t in range(count):
@@ -266,16 +266,17 @@ def _differentiate(
             fractions = [run(corners + axis) for axis in range(axes)]
             scale = _mask_or_one(do, mask, add(mask_start, t), masked)
             for along in range(axes):
-                place = add(add(d_offset.start, times(INT(along), d_offset.row)), t)
-                do.store(do.multiply(_slope(do, dots, fractions, along), scale), d_offset.array, place)
+                index = add(add(d_offset.start, times(INT(along), d_offset.row)), t)
+                do.store(do.multiply(_slope(do, dots, fractions, along), scale), d_offset.array, index)
 
     for_positions(builder, scalar, count, step)
 
 
-def _mask_or_one(do, mask, place, masked):
+def _mask_or_one(do, mask, index, masked):
+    """The masks from an index on, or ones where there is no mask."""
     builder, before = do.builder, do.builder.block
     with builder.if_then(masked):
-        masks = do.load(mask, place)
+        masks = do.load(mask, index)
         loading = builder.block
     scale = builder.phi(do.type)
     scale.add_incoming(do.constant(1.0), before)
@@ -285,7 +286,7 @@ def _mask_or_one(do, mask, place, masked):
 
 @device
 def differentiate(size, table, count, mask, mask_start, d_offset, d_mask, d_mask_start):
-    """d_offset[axis, t] and d_mask[t] of one tap from its dot products; an empty result is not wanted.
+    """d_offset[axis, t] and d_mask[t] of one tap from its dot products; results that are not wanted are empty.
 
     The interpolation is linear in each axis' fraction f: along the axis that is differentiated a pair of corners contributes
     high - low, along any other (1 - f) * low + f * high. `d_offset` are Rows, one of positions for each axis.
@@ -300,14 +301,14 @@ def _slope(do, dots, fractions, along):
     """Merge the corners' dot products in pairs, axis by axis from the last one."""
     builder = do.builder
     for axis in range(len(fractions) - 1, -1, -1):
-        part, merged = fractions[axis], []
+        fraction, merged = fractions[axis], []
         for low, high in zip(dots[::2], dots[1::2], strict=True):
             if axis == along:
-                # With one axis nothing but this carries a coordinate's NaN on.
+                # The slope is free of the fraction: with one axis, only this hands on the NaN of a coordinate.
                 slope = builder.fsub(high, low)
-                merged.append(builder.select(builder.fcmp_unordered("uno", part, part), part, slope))
+                merged.append(builder.select(builder.fcmp_unordered("uno", fraction, fraction), fraction, slope))
             else:
-                rest = builder.fsub(do.constant(1.0), part)
-                merged.append(do.multiply_add(part, high, do.multiply(rest, low)))
+                rest = builder.fsub(do.constant(1.0), fraction)
+                merged.append(do.multiply_add(fraction, high, do.multiply(rest, low)))
         dots = merged
     return dots[0]

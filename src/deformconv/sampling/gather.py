@@ -1,7 +1,7 @@
 """The sampling rule (see `deformconv.sampling.rule`) as gathers, for any array library.
 
-Everything is differentiable by the library itself, to any order, and no step depends on the values of an
-offset. Sizes and axes are those of the arguments: C channels, D axes of `*S` pixels, positions `*Q`.
+The library itself can differentiate everything, to any order, and no step depends on the values of an offset.
+Arrays have B images, C channels, D axes of `*S` pixels, and positions `*Q`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def interpolate(pixels: Array, base: Sequence[Array], offset: Sequence[Array], b
     outside = prod(size) * B  # the row of zeros at the end of the table
     rows = xp.reshape(xp.permute_dims(pixels, (0, *range(2, len(size) + 2), 1)), (outside, C))
     zeros = xp.zeros((1, C), dtype=pixels.dtype, device=device_of(pixels))
-    table = xp.concat([rows, zeros])  # one row of channels per pixel: corners outside read zeros, a constant
+    table = xp.concat([rows, zeros])  # a row of channels for each pixel; corners outside read zeros, which are constant
 
     image = xp.arange(B, device=device_of(pixels))
     image = xp.reshape(image, (B,) + (1,) * len(base[0].shape))
@@ -46,7 +46,7 @@ def interpolate(pixels: Array, base: Sequence[Array], offset: Sequence[Array], b
             inside = inside & end_inside
         weight = reduce(xp.multiply, [weight for _, _, weight in ends])
         if value is None:
-            weight = weight + poison  # once is enough
+            weight = weight + poison  # one corner's NaN makes the sum NaN
         row = xp.take(table, xp.reshape(xp.where(inside, pixel, outside), (-1,)), axis=0)
         term = weight[..., None] * xp.reshape(row, (*weight.shape, C))
         value = term if value is None else value + term
@@ -64,14 +64,14 @@ def interpolate_at(pixels: Array, position: Sequence[Array], boundary: str) -> A
 def _corners(
     xp: Any, base: Sequence[Array], offset: Sequence[Array], size: Sequence[int], boundary: str
 ) -> tuple[Array, Array, list[list[tuple[Array, Array, Array]]]]:
-    """Which samples count, what makes a NaN of them, and per axis its two ends: (index, inside, weight)."""
+    """Which samples count; NaN where a coordinate is, else 0; and for each axis its two ends: (index, inside, weight)."""
     zero = xp.zeros((), dtype=offset[0].dtype, device=device_of(offset[0]))
-    # Comparisons with NaN are false. Offsets are replaced before they are used, not only their results after,
-    # because a derivative of 0 times the NaN or infinity of an unused branch would be NaN.
+    # Comparisons with NaN are false. An offset out of reach is replaced before it is used. To replace results would not do:
+    # the derivative of the branch that is not taken is 0 times infinity or NaN, which is NaN.
     counts = reduce(and_, [xp.abs(axis_offset) < REACH for axis_offset in offset])
     is_nan = reduce(or_, [xp.isnan(axis_offset) for axis_offset in offset])
-    # Zero with zero derivative but for NaN, where the square's derivative 2 * NaN reaches every axis.
-    # As a weight it meets only the row of zeros, so that the pixels' derivative stays free of it.
+    # It is 0 with derivative 0, but where a coordinate is NaN: there the square's derivative, 2 * NaN, reaches every axis.
+    # As a weight it meets only the row of zeros there, so that the pixels' derivative stays free of NaN.
     poison = reduce(add, [xp.where(is_nan, axis_offset, zero) for axis_offset in offset]) ** 2
 
     axes = []

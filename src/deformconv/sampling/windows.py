@@ -1,4 +1,4 @@
-"""Where a sliding window puts its taps, for the CPU: the positions that `sampling.corners` samples at."""
+"""Where a sliding window puts its taps, for the CPU: the positions at which `sampling.corners` samples."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ INPUT, KERNEL, STRIDE, BEFORE, DILATION, OUTPUT = range(6)
 
 @device
 def place_tile(size, geometry, first, count, table):
-    """Note in the table where each position of the tile has the origin of its window: position * stride - padding."""
+    """Write the origin of each position's window into the table: position * stride - padding."""
     axes = len(size)
     rows, first_run, tile = table.rows, 1 << axes, table.tile
-    places, rest = size, first
+    position, rest = size, first
     for axis in range(axes - 1, -1, -1):
-        places = tuple_setitem(places, axis, rest % geometry[OUTPUT, axis])
+        position = tuple_setitem(position, axis, rest % geometry[OUTPUT, axis])
         rest //= geometry[OUTPUT, axis]
     for t in range(count):
         carry = 1
         for axis in range(axes - 1, -1, -1):
-            place = places[axis]
-            rows[(first_run + axis) * tile + t] = place * geometry[STRIDE, axis] - geometry[BEFORE, axis]
-            place += carry
-            carry = 1 if place == geometry[OUTPUT, axis] else 0
-            places = tuple_setitem(places, axis, 0 if carry else place)
+            along = position[axis]
+            rows[(first_run + axis) * tile + t] = along * geometry[STRIDE, axis] - geometry[BEFORE, axis]
+            along += carry
+            carry = 1 if along == geometry[OUTPUT, axis] else 0
+            position = tuple_setitem(position, axis, 0 if carry else along)
 
 
 @device
 def place_tap(size, geometry, inside, tap, count, offset, table):
-    """Fill the table with one tap's samples; row `axis` of `offset` has the tap's offsets along that axis, one a position."""
+    """Fill the table with one tap's samples; row `axis` of `offset` has an offset along that axis for each position."""
     place_samples(size, tap_shifts(size, geometry, tap), inside, count, offset, table)
 
 
