@@ -41,7 +41,7 @@ def backward(
 
 
 def forward_on(module: Any, spec: Spec, arrays: Sequence[Any]) -> Any:
-    """The output by a backend, in the arrays' dtype whatever the backend computes in."""
+    """A backend's output, in the arrays' dtype whatever the backend computes in."""
     inner = module.computes_in(spec.dtype, "numpy")
     if inner == spec.dtype:
         return module.forward(spec, *arrays)
@@ -52,7 +52,7 @@ def forward_on(module: Any, spec: Spec, arrays: Sequence[Any]) -> Any:
 def backward_on(
     operator: Operator, module: Any, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Collection[str]
 ) -> Any:
-    """The wanted gradients by a backend, likewise."""
+    """A backend's gradients, in the arrays' dtype whatever the backend computes in."""
     inner = module.computes_in(spec.dtype, "numpy")
     if inner == spec.dtype:
         return module.backward(spec, grad_output, *arrays, wanted=wanted)
@@ -71,7 +71,7 @@ def explain(operator: Operator, operands: dict[str, Any], parameters: dict[str, 
 
 
 def any_torch(*values: Any) -> bool:
-    """Whether the torch room must answer; torch itself need not be imported to know it."""
+    """Whether a value is a PyTorch tensor or acts as one; it does not import PyTorch to find out."""
     return any(hasattr(type(value), "__torch_function__") for value in values)
 
 

@@ -1,8 +1,8 @@
 """Any operator's derivatives.
 
-Backward keeps the inputs only and computes again what it needs. Gradients are computed by the backend that computed the
-output; derivatives of gradients by PyTorch's own differentiation of the portable form, which has all orders and costs nothing
-until it is asked for. Forward mode runs the portable form as it is.
+The forward pass saves its inputs only, and the backward pass computes again what it needs beside them. Gradients come from
+the backend that computed the output. Derivatives of gradients come from PyTorch, which differentiates the portable form to
+any order, and cost nothing until they are asked for. Forward mode runs the portable form as it is.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class EagerFunction(torch.autograd.Function):
 
 
 class OperatorFunction(torch.autograd.Function):
-    """The registered operator for whoever looks on: behind its Autograd key, and under torch.func's transforms.
+    """The registered operator's derivative: behind its Autograd key, and under torch.func's transforms.
 
-    Those ask for a Function in three parts.
+    Transforms demand a Function whose forward, setup_context and vmap are separate methods.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class OperatorFunction(torch.autograd.Function):
 class BackwardFunction(torch.autograd.Function):
     """The gradients as a function of what they are computed from, so that they can be differentiated.
 
-    `operands` are grad_output and what gradients depend on. It returns the wanted ones only.
+    `operands` are grad_output and what gradients depend on. It returns the wanted gradients alone.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ def _backward(
 def _fold_mapped(
     op: Any, spec: Spec, backend: str | None, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]
 ) -> Any:
-    """The gradients for many gradients of the output at once, in one call."""
+    """One call for all the gradients of the output that autograd's own vmap goes through (`is_grads_batched`)."""
     grad_output = torch._remove_batch_dim(grad_output, 1, 1, 0)
 
     def one(spec: Spec, grad_output: Tensor, operands: Sequence[Any], wanted: Collection[str]) -> Any:
@@ -168,7 +168,7 @@ def _fold_mapped(
 
 
 def decomposed(op: Any, spec: Spec, backend: str | None, *operands: Tensor | None) -> Tensor:
-    """The portable form as it is, whose operations carry every derivative."""
+    """The output in PyTorch's own operations, which carry every derivative."""
     if backend not in (None, "portable"):
         raise BackendError(
             f'backend="{backend}" cannot run under forward-mode differentiation, nor under torch.func within '

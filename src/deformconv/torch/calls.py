@@ -1,4 +1,4 @@
-"""How a public function's call reaches an operator: past everything where nothing looks on, else by the door that fits."""
+"""How a call of a public function reaches an operator: at once where tensors are plain, else by the door that fits."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _plan(
     parameters: tuple[Any, ...],
     keys: tuple[Any, ...],
 ) -> Plan | None:
-    """The plan of a call, for which its tensors' shapes, dtypes and devices (`keys`) are enough; None if one is missing."""
+    """The plan of a call from its tensors' shapes, dtypes and devices (`keys`); None if a required tensor is missing."""
     operands: dict[str, Operand | None] = {}
     for name, key in zip(op.operator.names, keys, strict=True):
         if key is None:
@@ -89,7 +89,10 @@ def _plan(
 
 
 def _are_plain(op: Registered, types: tuple[type, ...], parameters: tuple[Any, ...]) -> bool:
-    """Whether these are of the types expected, or tuples of integers or of pairs of them: to a hash, 1.0 and True are 1."""
+    """Whether parameters may be the key of a plan: of the types expected, or tuples of integers or of pairs of integers.
+
+    Other types may not, because a cache takes 1.0 and True for 1.
+    """
     several = False
     for expected, kind, value in zip(op.expected_types, types, parameters, strict=True):
         if kind in expected or value is None:
@@ -98,7 +101,7 @@ def _are_plain(op: Registered, types: tuple[type, ...], parameters: tuple[Any, .
             return False
         kinds = set(map(type, value))
         if kinds == {tuple}:
-            kinds = {type(part) for pair in value for part in pair}
+            kinds = {type(amount) for pair in value for amount in pair}
         if kinds != {int}:
             return False
         several = True
@@ -126,7 +129,7 @@ def _special_call(
         return _plain_call(plan, differentiable, operands)
     has_batch = operator.has_batch(rank, [None if tensor is None else tensor.ndim for tensor in operands])
     if has_batch is not True:
-        _spec(operator, rank, named, operands)  # for its errors: the rest expects these axes
+        _spec(operator, rank, named, operands)  # for its errors, since what follows expects a batch axis
         operands = tuple(_batched(operator, operands))
     output = _through(door, op, rank, backend, named, operands)
     return output if has_batch else output[0]
@@ -197,7 +200,7 @@ def _batched(operator: Operator, operands: Sequence[Tensor | None]) -> list[Tens
 
 
 def _cast_for_autocast(operator: Operator, operands: Sequence[Any]) -> tuple[Any, ...]:
-    """Autocast's rule for convolutions; but coordinates and masks are float32, which half precision is too coarse for."""
+    """Autocast's rule for convolutions; but positions and masks stay float32, since half precision is too coarse for them."""
     dtype = torch.get_autocast_dtype(operands[0].device.type)
     cast = []
     for argument, tensor in zip(operator.arguments, operands, strict=True):

@@ -22,7 +22,7 @@ __all__ = ["EXPORT", "deform_conv"]
 def deform_conv(
     spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """The call as a DeformConv node. 1-D is 2-D with a height of 1; half precision is computed in float32, as here."""
+    """The call as a DeformConv node: 1-D as 2-D of height 1, half precision in float32, as this library computes it."""
     _check(spec, _opset())
     if spec.rank == 1:
         return _as_2d(spec, input, offset, weight, bias, mask).squeeze(2)
@@ -82,7 +82,7 @@ def _check(spec: ConvSpec, opset: int | None) -> None:
 
 
 def _opset() -> int | None:
-    """The opset that is exported for: an argument of a function of PyTorch's that called this one."""
+    """The opset that is exported for. It is an argument of one of PyTorch's functions further up the stack."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("torch.onnx.") and "opset_version" in frame.f_locals:

@@ -5,7 +5,7 @@
 - Both: groups, each with its own offset groups. So are gradients of one weight for many outputs, which must not be
   added up.
 
-`run` is what `vmap` calls `one`: it calls the operator on tensors without the mapped axis.
+`run` calls the operator on tensors without the mapped axis; in the file `vmap` it is called `one`.
 """
 
 from __future__ import annotations

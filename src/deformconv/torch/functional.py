@@ -21,7 +21,7 @@ from deformconv.torch.tensors import PLAIN, check_tensors, dtype_name, operand
 
 
 def _forward_flops(shapes: Sequence[Any], output: Any) -> int:
-    """Two for each multiply-add, as PyTorch counts a convolution: interpolation is left out."""
+    """Two operations for each multiply-add, as PyTorch counts a convolution's; interpolation is left out."""
     return 2 * prod(shapes[2]) * output[0] * prod(output[2:])
 
 
@@ -251,7 +251,7 @@ def _call(
     boundary: str,
     backend: str | None,
 ) -> Tensor:
-    """What the public functions, `function` among them, have in common."""
+    """What all public functions do; `function` is the one that was called."""
     operands = (input, offset, weight, bias, mask)
     if has_torch_function(operands):
         return handle_torch_function(
@@ -263,7 +263,7 @@ def _call(
 
 
 def check_layer_input(input: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, rank: int) -> None:
-    """Raise what the operator would for these two, before a layer predicts its offsets."""
+    """Raise what the operator would raise for this input and weight, before a layer predicts its offsets."""
     special = (
         type(input) not in PLAIN or type(weight) not in PLAIN or modes.compiling() or modes.traced() or modes.any_autocast()
     )
@@ -275,7 +275,7 @@ def check_layer_input(input: Any, weight: Any, stride: Any, padding: Any, dilati
                 stride, padding, dilation, groups, rank,
             )  # fmt: skip
         except (TypeError, RuntimeError):
-            pass  # a layout, say, or a nested tensor, which has no shape; whatever is wrong is found again
+            pass  # a nested tensor, for instance, has no shape: the checks below find it again, and say it
     _check_layer_input(input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, rank=rank)
 
 

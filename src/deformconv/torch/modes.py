@@ -1,6 +1,6 @@
-"""What of PyTorch stands between a call and its tensors' memory, and which way the call takes then.
+"""What of PyTorch stands between a call and its tensors' memory, and which way a call takes because of it.
 
-Every question of this kind is asked here.
+No other file asks PyTorch for its modes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def door(*tensors: Tensor | None) -> Door:
 
 
 def active() -> bool:
-    """Whether anything but autograd is on: then a call looks closer."""
+    """Whether anything but autograd is on, which a call must look at more closely."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -103,7 +103,7 @@ def map_level() -> int:
 
 
 def any_autocast() -> bool:
-    """Whether autocast is on for any type of device: a quick question, before that for one of them."""
+    """Whether autocast is on for any type of device; faster to ask than `autocast`."""
     return torch._C._is_any_autocast_enabled()
 
 
@@ -131,14 +131,14 @@ def exporting() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-# For a compiler it is a constant, which it asks for while it reads a call of ours: what `torch.compiler.assume_constant_result`
-# says, without loading a compiler now.
+# A compiler that reads a call of ours evaluates this once and takes the result for a constant. The same mark is made by
+# `torch.compiler.assume_constant_result`, which loads the compiler.
 exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Sizes are plain numbers within: while torch.jit.trace records a call of ours, it needs nothing of its inside."""
+    """A context that torch.jit.trace does not record, and in which sizes are plain numbers; it records our call as a whole."""
     torch_c: Any = torch._C
     state = torch_c._get_tracing_state()
     if state is None:
@@ -152,9 +152,9 @@ def untraced() -> Iterator[None]:
 
 
 def with_derivatives() -> Any:
-    """A context in which PyTorch can differentiate, as the portable form needs it, also within a kernel of an operator.
+    """A context in which PyTorch can differentiate the portable form, also within a registered operator's kernel.
 
-    There the dispatcher has left out whatever comes before kernels, if a compiler or a mode called it.
+    If a compiler or a mode called that kernel, the dispatcher has excluded all that comes before kernels, autograd included.
     """
     if not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode):
         return nullcontext()

@@ -1,6 +1,6 @@
-"""PyTorch's own operations as a backend: the portable form of an operator, differentiated by PyTorch, to any order.
+"""PyTorch's own operations as a backend: the portable form of an operator, which PyTorch differentiates to any order.
 
-What holds no graph is computed a part at a time, so that memory is bounded.
+Where no graph is recorded, it computes a part of the call at a time, so that memory is bounded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["backward", "backward_in_parts", "forward", "forward_in_parts", "seco
 
 
 def forward(operator: Operator, spec: Spec, *operands: Any) -> Tensor:
-    """The output, by operations that carry every derivative, in the dtype that the portable form computes in."""
+    """The output, by operations that carry every derivative; in the dtype that the portable form computes in, then back."""
     portable = dispatch.load(operator, "portable")
     dtype = portable.computes_in(spec.dtype, "torch")
     if dtype == spec.dtype:
@@ -66,9 +66,9 @@ def second_backward(
     operator: Operator, spec: Spec, operands: Sequence[Any], wanted: Sequence[str], cotangents: Sequence[Tensor],
     needed: Sequence[int],
 ) -> dict[int, Tensor]:  # fmt: skip
-    """The derivative of sum(cotangents * gradients) by some of grad_output and the operands that gradients depend on.
+    """The derivative of sum(cotangents * gradients), where `gradients` are the wanted results of `backward`.
 
-    `gradients` are the wanted ones of `backward`, which computes them from these.
+    `operands` are grad_output and the operands that gradients depend on; `needed` are the numbers of those to derive by.
     """
     from torch.func import vjp
 

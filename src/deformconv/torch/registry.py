@@ -1,7 +1,7 @@
 """An operator and its backward in PyTorch's registry, where compilers, exporters, tracers and modes see them.
 
-`deformconv::NAME` and `deformconv::NAME_backward` have a kernel for every device, a fake kernel that knows shapes alone,
-derivatives, a rule for vmap and a count of operations. Eager calls take a shorter way, past the dispatcher, to the same `run`.
+`deformconv::NAME` and `deformconv::NAME_backward` have a kernel for every device, a fake kernel that computes shapes alone,
+derivatives, a rule for vmap and a count of operations. Eager calls go past PyTorch's dispatcher to the same `run`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Registered:
         self.operator, self.export, self._flops = operator, export, flops
         self._fold_forward, self._fold_backward = fold_forward, fold_backward
         self.expected_types = tuple(_TYPES[parameter.kind] for parameter in operator.parameters)
-        self.plain_types: set[tuple[type, ...]] = set()  # of whole calls' parameters, as they were seen and found plain
+        self.plain_types: set[tuple[type, ...]] = set()  # the types of parameters of calls that were found plain
         self._count = len(operator.arguments)
         self._saved = [number for number, argument in enumerate(operator.arguments) if argument.in_backward]
         name, values = operator.name, [f"{parameter.kind} {parameter.name}" for parameter in operator.parameters]
@@ -139,7 +139,10 @@ class Registered:
         return run.spec_of(self.operator, described(self.operator, operands), self.operator.unpack(*values))
 
     def _backward_spec(self, grad_output: Tensor, saved: Sequence[Tensor | None], values: Sequence[Any]) -> Spec:
-        """The checked call of a backward pass, which may be asked for the gradient by an argument that it does not see."""
+        """The checked call of a backward pass, as if every argument that it does not see had been given.
+
+        It may be asked for the gradient by such an argument.
+        """
         operands: list[Tensor | None] = [None] * self._count
         for number, tensor in zip(self._saved, saved, strict=True):
             operands[number] = tensor
@@ -183,7 +186,7 @@ class Registered:
 
     def _forward_autograd(self, keyset: Any, *arguments: Any) -> Tensor:
         operands, values, backend = self._split(arguments)
-        # Here a transform is one that a compiler records, which the Function cannot be part of.
+        # A transform that is on here is recorded by a compiler, which cannot record the Function.
         if modes.forward_mode() or modes.transformed():
             return autograd.decomposed(self, self.spec(operands, values), backend, *operands)
         if requires_grad(*operands):
@@ -266,7 +269,7 @@ class Registered:
         }
         for packet, formula in formulas.items():
             counter.register_flop_formula(packet)(formula)
-        for mode in _get_current_dispatch_mode_stack():  # each has copied the registry when it was made
+        for mode in _get_current_dispatch_mode_stack():  # a counter copied the registry when it was made
             registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
             registry.update((packet, counter.flop_registry[packet]) for packet in formulas)
 
@@ -275,7 +278,7 @@ class Registered:
         return self._flops[0](arguments[: self._count], out_shape)
 
     def _backward_flops(self, *arguments: Any, **_: Any) -> int:
-        assert self._flops is not None  # as above
+        assert self._flops is not None  # registered only if there is one
         grad_output, saved, _values, _backend, wanted = self._split_backward(arguments)
         return self._flops[1](grad_output, saved, wanted)
 

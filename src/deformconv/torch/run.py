@@ -1,8 +1,8 @@
 """A call of any operator on plain tensors: checked, given to a backend, and brought to the dtype and memory format expected.
 
-All ways to an operator's kernels end here, so that they give the same bits. Half precision is computed in what the backend
-computes in and rounded once, at the end. The output has the memory format of the first argument, a gradient that of its own:
-a channels_last weight with a contiguous input gives a contiguous output, where nn.ConvNd gives a channels_last one.
+All ways to an operator's kernels end here, so that they give the same bits. Half precision is computed in the dtype that the
+backend asks for, and rounded once, at the end. The output has the memory format of the first argument, a gradient that of its
+argument. So a channels_last weight with a contiguous input gives a contiguous output, where nn.ConvNd gives a channels_last one.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def checked(
 
 
 def raise_of_one_image(error: ShapeError, name: str, input: Operand) -> NoReturn:
-    """Say what an input without a batch axis was taken for, in case that is the mistake."""
+    """Raise the error, and add that the input was taken for one image without a batch axis: that may be the mistake."""
     axes = len(input.shape)
     raise ShapeError(
         f"{error} (`{name}` has {axes} axes, shape {tuple(input.shape)}: a {axes - 1}-D call takes it as one image without a "
@@ -115,7 +115,7 @@ def in_(spec: Spec, dtype: str) -> Spec:
 def spec_of(
     operator: Operator, operands: Mapping[str, Operand | None], parameters: Mapping[str, Any], rank: int | None = None
 ) -> Spec:
-    """The checked call. Beside half precision positions may be float32: bfloat16 knows a position of 20 to 0.125."""
+    """The checked call. Positions beside half precision may be float32: bfloat16 has a position of 20 to 0.125 pixels."""
     first: Any = operands[operator.names[0]]
     if first.dtype in HALF:
         precise = {argument.name for argument in operator.arguments if argument.precise}
@@ -145,7 +145,7 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
 
 def in_memory_format(output: Tensor, first: Tensor) -> Tensor:
     """The output in the memory format of the call's first tensor."""
-    # A contiguous tensor of several channels and pixels has channels 2 pixels or more apart: the check is for speed.
+    # Only for speed: in a contiguous tensor of several channels and pixels, the stride of channels is 2 or more.
     form = memory_format(first) if first.stride(1) == 1 else torch.contiguous_format
     return output if output.is_contiguous(memory_format=form) else output.contiguous(memory_format=form)
 
@@ -192,7 +192,7 @@ def _brought(argument: Argument, tensor: Tensor | None, inner: Spec) -> Tensor |
 
 
 def _formed(gradient: Tensor, like: Tensor) -> Tensor:
-    if gradient.is_contiguous() and like.is_contiguous():  # the case of most calls, said quickly
+    if gradient.is_contiguous() and like.is_contiguous():  # true of most calls, and quick to ask
         return gradient
     return gradient.contiguous(memory_format=memory_format(like))
 

@@ -17,7 +17,7 @@ __all__ = [
     "operand", "requires_grad", "with_batch",
 ]  # fmt: skip
 
-PLAIN = frozenset((Tensor, torch.nn.Parameter))  # what has nothing of its own between its functions and its memory
+PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass may have functions of its own, or no memory
 HALF = (torch.float16, torch.bfloat16)
 _DTYPES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 
@@ -41,7 +41,7 @@ def device_of(tensor: Any) -> str:
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The memory format of what is computed from a tensor, as convolutions have it."""
+    """The memory format of what is computed from a tensor: what PyTorch's convolutions choose."""
     return suggest_memory_format(tensor)
 
 
@@ -68,7 +68,7 @@ def array_of(dtype: str, tensor: Tensor | None) -> np.ndarray | None:
 
 
 def check_tensors(operator: Operator, **operands: Any) -> None:
-    """Raise unless these are tensors with memory of the plain kind; only optional arguments may be None."""
+    """Raise unless these are dense tensors; only optional arguments may be None."""
     for name, value in operands.items():
         if isinstance(value, Tensor):
             if value.is_nested:

@@ -1,7 +1,7 @@
 """vmap for any operator: mapped images are a larger batch, and anything else is a loop.
 
-Rules here get tensors with the mapped axis at `dims`, or None where a tensor is not mapped, and `one`, which calls the operator
-on tensors without it; they return results with the mapped axis in front.
+The rules get tensors, the mapped axis of each (`dims`, None where a tensor is not mapped), and `one`, which calls the operator
+on tensors without that axis. They return results with the mapped axis in front.
 """
 
 from __future__ import annotations
