@@ -22,7 +22,7 @@ def replace_layers(model: nn.Module) -> nn.Module:
     - mmcv.ops.DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d and ModulatedDeformConv2dPack;
     - kornia's DeformableConv2d, of ALIKED;
 
-    not their subclasses, whose `forward` may be another: for those of torchvision there is
+    not their subclasses, whose `forward` may be another: for torchvision's subclasses there is
     `accelerate_torchvision`. Predictors of offsets are called `offset_conv` afterwards.
 
     Args:
@@ -97,7 +97,7 @@ def _check_plain(name: str, module: nn.Module) -> None:
 
 
 def _like(theirs: nn.Module, ours: nn.Module) -> nn.Module:
-    """Ours in the mode of theirs and with its hooks: the very dicts, which the hooks' handles remove them from."""
+    """Give our layer the other one's mode and hooks: the same dicts, from which the hooks' handles remove them."""
     for name, value in vars(theirs).items():
         if "_hooks" in name or name == "_is_full_backward_hook":
             setattr(ours, name, value)
@@ -110,7 +110,7 @@ def _like(theirs: nn.Module, ours: nn.Module) -> nn.Module:
 def _layer(
     theirs: Any, weight: Any, bias: Any, offset_groups: int | None, offset_conv: Any = None, **keywords: Any
 ) -> nn.Module:
-    """Our layer with these parameters; what shapes it is read from the other layer."""
+    """Our layer with these parameters; its sizes and its window are read from the other layer."""
     from deformconv.torch import DeformConv2d
 
     groups = theirs.groups

@@ -1,7 +1,7 @@
 """MXNet's deformable layers and ours: names, the predictor's groups, the masks' scale, the boundary.
 
 Two ways of naming are known. Gluon's blocks: `<name>.deformable_conv_weight` and `<name>.offset_weight` in the files of
-`save_parameters`, with `_` for the point in those of `export`. Symbols as in Deformable-ConvNets: `<name>_weight` and
+`save_parameters`, with `_` for the point in the files of `export`. Symbols as in Deformable-ConvNets: `<name>_weight` and
 `<name>_offset_weight`. Weights have the same layout in both libraries.
 """
 
@@ -262,7 +262,7 @@ def _layer(arrays: dict[str, np.ndarray], name: str, groups: int, modulated: boo
 def _version(
     key: str, channels: int, taps: int, inputs: int, modulated: bool | None, offset_groups: int | None
 ) -> tuple[bool, int]:
-    """Whether there are masks, and how many offset groups: by the number of predicted channels."""
+    """Whether there are masks, and how many offset groups, from the number of predicted channels."""
     possible = [
         (masked, channels // ((2 + masked) * taps))
         for masked in (False, True)
@@ -345,7 +345,7 @@ def _check_layer(layer: Any) -> Any:
 
 
 def _check_is_parameter(module: Any, name: str, part: str) -> None:
-    """Refuse what a hook computes before each call: a stale copy to read, and lost if it is written to."""
+    """Refuse a parameter that a hook computes before each call: reading it gives an old copy, and what is written is lost."""
     from torch.nn.utils import parametrize
 
     if name not in module._parameters and not parametrize.is_parametrized(module, name):
@@ -396,7 +396,7 @@ def _fill(layer: Any, found: _Arrays, weight_scale: float) -> None:
 
 
 def _assign(module: Any, name: str, array: np.ndarray | None, part: str) -> None:
-    """Write numbers, or zeros for None; into what a parametrization computes the parameter from, if it has one."""
+    """Write numbers, or zeros for None; where a parametrization computes the parameter, into what it computes it from."""
     import torch
     from torch.nn.utils import parametrize
 
