@@ -2,7 +2,7 @@
 
 All ways to an operator's kernels end here, so that they give the same bits. Half precision is computed in the dtype that the
 backend asks for, and rounded once, at the end. The output has the memory format of the first argument, a gradient that of its
-argument. So a channels_last weight with a contiguous input gives a contiguous output, where nn.ConvNd gives a channels_last one.
+argument: a channels_last weight beside a contiguous input gives a contiguous output; nn.ConvNd gives a channels_last one.
 """
 
 from __future__ import annotations
