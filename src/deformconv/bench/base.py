@@ -79,7 +79,7 @@ def trees_of(revision: str) -> Iterator[Trees]:
         archive = folder / "sources.zip"
         _git(root, "archive", "--format=zip", f"--output={archive}", commit, PACKAGE)
         zipfile.ZipFile(archive).extractall(folder)
-        # A folder of its own, since the names of machine code in a shared one are only as good as that commit's digest.
+        # A folder of its own: in a shared one, machine code of one commit could have a name that the other commit looks for.
         cache = {"DEFORMCONV_CACHE_DIR": str(folder / "kernels")}
         trees = Trees(Tree(base, folder, _importing(folder) | cache), Tree(here, root, _importing(root)))
         for tree in trees:
@@ -113,7 +113,7 @@ def _importing(folder: Path) -> dict[str, str]:
 
 
 def _check_import(tree: Tree) -> None:
-    """What finds an editable install may come before PYTHONPATH: then a commit would be compared with itself."""
+    """Raise if an editable install comes before PYTHONPATH: then a commit would be compared with itself."""
     ran = subprocess.run(
         [sys.executable, "-c", "import deformconv; print(deformconv.__file__)"],
         capture_output=True, text=True, check=False, cwd=tree.folder, env={**os.environ, **tree.variables},
@@ -140,7 +140,7 @@ def _layers(trees: Trees, cases: Sequence[Case], directions: Sequence[str], plan
     progress.begin(len(cases) * len(directions))
     started = (Truth.name, trees.here), (Deformconv.name, trees.base), (Deformconv.name, trees.here)
     for tree in trees:
-        # The process that compiles a kernel may round otherwise than those that find it on disk: neither is to be such a one.
+        # A process that compiles a kernel may round otherwise than one that finds it on disk: so both find theirs there.
         with closing(Process(Deformconv.name, plan.threads, tree.folder, **tree.variables)) as first, suppress(Failure):
             for case, direction in product(cases, directions):
                 results_of(first, case, direction)
@@ -156,7 +156,7 @@ def _layers(trees: Trees, cases: Sequence[Case], directions: Sequence[str], plan
 
 
 def _layer_row(case: Case, direction: str, truth: Any, base: Any, here: Any, plan: Plan) -> dict[str, Any]:
-    """Both times, if both results are right, and by how much those differ whose bits do."""
+    """Both times, if both results are right, and how far results are apart whose bits differ."""
     results = compare({"base": Entry(base, case), "here": Entry(here, case)}, direction, truth, plan.pace)
     row = {"layer": case._asdict(), "direction": direction, "results": results}
     if not any("reason" in result for result in results.values()):
@@ -171,7 +171,7 @@ def _commits(trees: Trees) -> dict[str, Any]:
 
 
 def differing(rows: Sequence[Row]) -> bool:
-    """Whether a result of here is not, bit for bit, that of the base."""
+    """Whether a result differs in a bit from the base's."""
     return any(row.get("differences") or not row.get("same results", True) for row in rows)
 
 

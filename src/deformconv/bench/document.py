@@ -16,7 +16,7 @@ __all__ = ["join", "machine", "read", "section"]
 PACKAGES = (
     "deformconv", "numpy", "numba", "torch", "torchvision", "kornia", "onnxruntime", "onnx", "openvino",
 )  # fmt: skip
-# Those of LLVM's names for a processor's features that are about vectors.
+# LLVM's names for the features of a processor that are about vectors.
 VECTORS = ("sse4.2", "avx", "amx", "fma", "f16c", "neon", "sve", "dotprod", "vsx")
 
 

@@ -32,7 +32,7 @@ def ratio(row: Row, over: Sequence[str], under: Sequence[str]) -> float | None:
 
 
 class Goal(NamedTuple):
-    """A mean that matters: of which cases, of what over what."""
+    """A mean that matters: over which cases, and of the ratio of which times."""
 
     what: str
     direction: str
@@ -53,7 +53,7 @@ GOALS = (
 
 
 class Mean(NamedTuple):
-    """A goal's geometric mean, and its least and greatest ratio with their cases."""
+    """A goal's geometric mean, and the least and the greatest ratio with their cases."""
 
     goal: Goal
     mean: float

@@ -137,13 +137,13 @@ def compare(entries: Mapping[str, Entry], direction: str, truth: Any, pace: Pace
         results[label] = _checked(process, case, direction, expected[case] if peer.deforms else None)
     right = {label: entries[label].process for label, result in results.items() if "reason" not in result}
     for label, times in _alternate(right, direction, pace).items():
-        # A library that fails now is as little of use as one that failed before.
+        # A library that fails while it is timed is left out, like one that failed in the check.
         results[label] = times if "reason" in times else results[label] | times
     return results
 
 
 def _checked(process: Any, case: Any, direction: str, expected: dict[str, Any] | None) -> dict[str, Any]:
-    """The error of what it computes; why it may not be timed, if it may not."""
+    """The error of what an entry computes, and the reason why it may not be timed, if there is one."""
     peer = peer_of(process.library)
     try:
         found = results_of(process, case, direction)
@@ -188,7 +188,7 @@ def _alternate(processes: Mapping[str, Any], direction: str, pace: Pace) -> dict
     for label, process in processes.items():
         with _failures(failed, label):
             once = process.ask("time", direction=direction, calls=1)[0]
-            # A long call is known well enough.
+            # One call of a long case is measured well enough.
             if once < pace.seconds:
                 once = median(process.ask("time", direction=direction, calls=3))
             calls[label] = max(1, min(MOST_CALLS, round(pace.seconds / once)))

@@ -17,11 +17,11 @@ PROCESS = Path("/proc/self")
 def peak(call: Callable[[], Any]) -> int:
     """The bytes by which a call makes this process larger, at the most."""
     gc.collect()
-    # What was freed but kept by the allocator would be used again, unseen.
+    # The allocator would use again what it has kept of freed memory, and the process would not grow.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        (PROCESS / "clear_refs").write_text("5")  # from here on, VmHWM is the peak from here on
+        (PROCESS / "clear_refs").write_text("5")  # VmHWM now begins anew: it is the peak since this moment
         before = _status("VmRSS")
         call()
         return _status("VmHWM") - before

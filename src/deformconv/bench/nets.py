@@ -128,7 +128,7 @@ class NetPeer(Peer):
         x = torch.randn(case.batch, case.channels, *case.size, generator=generator).to(dtype)
         shape = (net.fc.out_features,) if case.depth else x.shape[1:]
         grad_output = torch.randn(case.batch, *shape, generator=generator).to(dtype)
-        # The smallest of steps: it takes as long as any other, and the net stays what it is.
+        # So small a rate that the net stays as it is; the step takes as long as any other.
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-12, momentum=0.9)
         # A block stands inside of a net, where its input has a gradient; a ResNet's input is an image.
         return _Made(net, x.requires_grad_(not case.depth), grad_output, optimizer)
@@ -258,7 +258,7 @@ class DenseNet(NetPeer):
 
 
 class TruthNet(NetPeer):
-    """What the results are compared with: array operations."""
+    """The net that results are compared with: deformable layers in array operations."""
 
     name, title = "truth-net", "truth"
 

@@ -22,7 +22,7 @@ from deformconv.runtime.memory import aligned
 
 __all__ = ["Machine", "floor", "measure", "table"]
 
-# A product like those of the kernels: a tile of positions, a panel's depth, and operands that fit the second-level cache.
+# A product as kernels compute them: a tile of positions, a panel's depth, and operands that fit the second-level cache.
 ROWS, DEPTH, COLUMNS = 192, 256, 128
 COPIED = 256 << 20
 

@@ -1,7 +1,7 @@
 """One library in a process of its own: it prepares a case, shows its results, and times blocks of calls on request.
 
 Requests and answers are lines of JSON on standard input and output; an answer is {"answer": ...} or {"error": "..."}.
-They keep their form, since `deformconv bench --base` sends those of today to an older commit's worker.
+Their form must stay: `deformconv bench --base` sends today's requests to an older commit's worker.
 """
 
 from __future__ import annotations
