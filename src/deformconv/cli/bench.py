@@ -168,7 +168,7 @@ def _measure(name: str, plan: Plan, bar: Bar, trees: base.Trees | None) -> list[
 def _is_wrong(rows: Sequence[figures.Row]) -> bool:
     """Whether a result of ours was refused, or a cache was damaged."""
     for row in rows:
-        # Labels that are no library's are ours too: kinds of offsets, numbers of threads.
+        # Labels that are no library's are results of ours: kinds of offsets, numbers of threads.
         ours = [result for label, result in row.get("results", {}).items() if label == "deformconv" or label not in PEERS]
         sound = row.get("results agree", True) and row.get("cache is whole", True)
         if not sound or any("reason" in result for result in ours):

@@ -23,12 +23,12 @@ from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 __all__ = ["run"]
 
 PACKAGES = ("numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "mxnet", "matplotlib", "rich")
-# Those of the host's vector extensions that decide how fast kernels are.
+# The vector extensions that decide how fast kernels are.
 EXTENSIONS = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")
 
 WINDOW: dict[str, Any] = {"stride": (1, 2), "padding": ((0, 0), (1, 1))}
 
-Lines = Iterator[tuple[str, str]]  # what, and what is found of it
+Lines = Iterator[tuple[str, str]]  # what is looked at, and what was found
 
 
 def run() -> int:
