@@ -32,7 +32,7 @@ class Digits(NamedTuple):
     labels: npt.NDArray[np.int64]  # (N,), 0 to 9
 
     def take(self, chosen: npt.NDArray[np.intp]) -> Digits:
-        """Those of the digits."""
+        """The digits of these numbers."""
         return Digits(self.images[chosen], self.labels[chosen])
 
 
@@ -57,7 +57,7 @@ def split(digits: Digits, held_out: int = 1000, seed: int = 0) -> tuple[Digits, 
     random = np.random.default_rng(seed)
     order = random.permutation(len(digits.labels))
     labels = digits.labels[order]
-    # A scan's rank among those of its own label: holding out the lowest ranks holds out every label alike.
+    # A scan's rank among the scans of its label: holding out the lowest ranks holds out equally many of each label.
     rank = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -81,7 +81,7 @@ class Placement:
     shift_x: Floats  # canvas pixels, to the right
 
     def take(self, chosen: npt.NDArray[np.intp]) -> Placement:
-        """Those of the placements."""
+        """The placements of these numbers."""
         fields = (self.scale, self.rotation, self.shift_y, self.shift_x)
         return Placement(*(field[chosen] for field in fields))
 
@@ -96,9 +96,9 @@ def placements(
 ) -> Placement:
     """Random placements: scale log-uniform, rotation uniform in +-rotation, position with the ink inside.
 
-    A digit of MNIST fits 20 x 20 pixels and has its centre of mass, not its middle, in the scan's centre: it
-    reaches up to 12 pixels. A square that does so and turns reaches `12 * scale * (|cos| + |sin|)`, and the
-    shift may use what that leaves of half the canvas.
+    A digit of MNIST fits 20 x 20 pixels, with its centre of mass, not its middle, in the scan's centre: it
+    reaches up to 12 pixels from there. A square of that size, scaled and turned, reaches
+    `12 * scale * (|cos| + |sin|)`, and the shift is at most what remains of half the canvas.
     """
     drawn_scale = np.exp(random.uniform(math.log(scale[0]), math.log(scale[1]), count))
     drawn_rotation = random.uniform(-rotation, rotation, count)
@@ -113,7 +113,7 @@ def place(images: Floats, placement: Placement, canvas: int = CANVAS) -> Images:
     A scan that is made smaller is averaged over a grid of samples in each canvas pixel: thin strokes survive.
     """
     placed = np.empty((len(images), canvas, canvas), np.float32)
-    # Samples a pixel and axis: enough that neighbouring samples are at most one scan pixel apart.
+    # Samples for each canvas pixel along an axis: so many that two neighbours are at most one scan pixel apart.
     samples = np.ceil(1 / np.minimum(placement.scale, 1)).astype(np.intp)
     for count in np.unique(samples):
         members = np.flatnonzero(samples == count)

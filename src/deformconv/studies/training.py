@@ -18,7 +18,7 @@ from deformconv.torch import DeformConv2d, parameter_groups
 
 __all__ = ["KINDS", "DigitNet", "Run", "Schedule", "accuracy", "multiply_adds", "scores", "train"]
 
-# The layers after which a net has these many output positions.
+# The output positions of each of a net's convolutions.
 POSITIONS = (20 * 20, 20 * 20, 20 * 20, 10 * 10, 10 * 10)
 
 
