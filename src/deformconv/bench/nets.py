@@ -121,8 +121,8 @@ class NetPeer(Peer):
         torch.manual_seed(0)
         net = _resnet(case.depth) if case.depth else _block(case.channels)
         predictors = torch.Generator().manual_seed(1)
-        for place, name, conv in _places(net, case.depth):
-            setattr(place, name, self._replaced(conv, predictors))
+        for owner, name, conv in _replaceable(net, case.depth):
+            setattr(owner, name, self._replaced(conv, predictors))
         net = net.to(dtype)
         generator = torch.Generator().manual_seed(2)
         x = torch.randn(case.batch, case.channels, *case.size, generator=generator).to(dtype)
@@ -187,14 +187,14 @@ def _resnet(depth: int) -> Any:
     return getattr(models, f"resnet{depth}")()
 
 
-def _places(net: Any, depth: int) -> list[tuple[Any, str, Any]]:
+def _replaceable(net: Any, depth: int) -> list[tuple[Any, str, Any]]:
     """The convolutions that deformable layers replace: the module and the attribute that hold each, and itself."""
-    parts = [getattr(net, stage) for stage in STAGES[depth][0]] if depth else [net]
+    stages = [getattr(net, stage) for stage in STAGES[depth][0]] if depth else [net]
     return [
-        (place, name, child)
-        for part in parts
-        for place in part.modules()
-        for name, child in place.named_children()
+        (owner, name, child)
+        for stage in stages
+        for owner in stage.modules()
+        for name, child in owner.named_children()
         if getattr(child, "kernel_size", None) == (3, 3)
     ]
 

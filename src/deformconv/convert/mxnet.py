@@ -155,10 +155,10 @@ def load_mxnet(
     _check_layer(layer)
     found = _layer(_read(params), name, layer.groups, layer.modulated, layer.offset_groups)
     _check_boundary(layer, boundary, "was computed")
-    for part, ours, theirs in (("weight", layer.weight, found.weight), ("bias", layer.bias, found.bias)):
+    for kind, ours, theirs in (("weight", layer.weight, found.weight), ("bias", layer.bias, found.bias)):
         if theirs is not None and (ours is None or tuple(ours.shape) != theirs.shape):
             expected = "none, for a layer with bias=False" if ours is None else f"the layer's, {tuple(ours.shape)}"
-            raise ShapeError(f"the {part} of {name!r} has shape {theirs.shape}; expected {expected}.")
+            raise ShapeError(f"the {kind} of {name!r} has shape {theirs.shape}; expected {expected}.")
     _fill(layer, found, mask_scale / layer.mask_scale if layer.modulated else 1.0)
 
 
@@ -206,7 +206,7 @@ def layer_to_mxnet(
         "offset_bias": None if predictor.bias is None else _numpy(predictor.bias),
     }
     separator = "" if not name else "." if style == "gluon" else "_"
-    return {f"{name}{separator}{part}": array for part, array in arrays.items() if array is not None}
+    return {f"{name}{separator}{kind}": array for kind, array in arrays.items() if array is not None}
 
 
 def _read(params: Params) -> dict[str, np.ndarray]:
@@ -226,7 +226,7 @@ def _keys(arrays: dict[str, np.ndarray], name: str) -> dict[str, str]:
                 "offset_bias": f"{name}{separator}offset_bias",
             }
             if keys["weight"] in arrays and keys["offset_weight"] in arrays:
-                return {part: key for part, key in keys.items() if key in arrays}
+                return {kind: key for kind, key in keys.items() if key in arrays}
     return {}
 
 
@@ -236,11 +236,11 @@ def _layer(arrays: dict[str, np.ndarray], name: str, groups: int, modulated: boo
     if not keys:
         there = ", ".join(map(repr, mxnet_layers(arrays))) or "none"
         raise ValueError(f"`name` is {name!r}; expected one of the deformable layers in `params`: {there}.")
-    parts = {part: arrays[key] for part, key in keys.items()}
-    weight, offset_weight = parts["weight"], parts["offset_weight"]
-    for part in ("weight", "offset_weight"):
-        if parts[part].ndim != 4:
-            raise ShapeError(f"{keys[part]!r} has shape {parts[part].shape}; expected 4 axes: a 2-D layer's.")
+    found = {kind: arrays[key] for kind, key in keys.items()}
+    weight, offset_weight = found["weight"], found["offset_weight"]
+    for kind in ("weight", "offset_weight"):
+        if found[kind].ndim != 4:
+            raise ShapeError(f"{keys[kind]!r} has shape {found[kind].shape}; expected 4 axes: a 2-D layer's.")
     outputs, inputs = weight.shape[0], weight.shape[1] * groups
     if outputs % groups:
         raise ShapeError(f"`groups` is {groups}; expected a divisor of {outputs}, axis 0 of {keys['weight']!r} {weight.shape}.")
@@ -252,11 +252,11 @@ def _layer(arrays: dict[str, np.ndarray], name: str, groups: int, modulated: boo
     taps = weight.shape[2] * weight.shape[3]
     version = _version(keys["offset_weight"], offset_weight.shape[0], taps, inputs, modulated, offset_groups)
     dense = _dense(offset_weight, inputs, keys["offset_weight"], groups)
-    for part, array in (("bias", weight), ("offset_bias", offset_weight)):
-        if part in parts and parts[part].shape != (len(array),):
+    for kind, array in (("bias", weight), ("offset_bias", offset_weight)):
+        if kind in found and found[kind].shape != (len(array),):
             expected = f"({len(array)},), one for each output channel"
-            raise ShapeError(f"{keys[part]!r} has shape {parts[part].shape}; expected {expected}.")
-    return _Arrays(weight, parts.get("bias"), dense, parts.get("offset_bias"), *version)
+            raise ShapeError(f"{keys[kind]!r} has shape {found[kind].shape}; expected {expected}.")
+    return _Arrays(weight, found.get("bias"), dense, found.get("offset_bias"), *version)
 
 
 def _version(
@@ -293,10 +293,10 @@ def _dense(weight: np.ndarray, inputs: int, key: str, groups: int) -> np.ndarray
             f"{key!r} has shape {weight.shape}, so each predicted channel reads {seen} of C_in = {inputs} (groups={groups}); "
             f"expected {inputs}, or a part of them in groups that divide both {inputs} and {outputs}."
         )
-    parts = inputs // seen
+    predictor_groups = inputs // seen
     dense = np.zeros((outputs, inputs, *kernel), weight.dtype)
-    for group in range(parts):
-        rows = slice(group * outputs // parts, (group + 1) * outputs // parts)
+    for group in range(predictor_groups):
+        rows = slice(group * outputs // predictor_groups, (group + 1) * outputs // predictor_groups)
         dense[rows, group * seen : (group + 1) * seen] = weight[rows]
     return dense
 
@@ -338,19 +338,19 @@ def _check_layer(layer: Any) -> Any:
             f"`layer` has padding={layer.padding!r}, which is {amounts}; MXNet's deformable layers pad by the same number "
             "on both sides of an axis."
         )
-    for part, module in (("", layer), ("offset_conv.", layer.offset_conv)):
+    for prefix, module in (("", layer), ("offset_conv.", layer.offset_conv)):
         for name in ("weight", "bias"):
-            _check_is_parameter(module, name, part)
+            _check_is_parameter(module, name, prefix)
     return layer.offset_conv
 
 
-def _check_is_parameter(module: Any, name: str, part: str) -> None:
+def _check_is_parameter(module: Any, name: str, prefix: str) -> None:
     """Refuse a parameter that a hook computes before each call: reading it gives an old copy, and what is written is lost."""
     from torch.nn.utils import parametrize
 
     if name not in module._parameters and not parametrize.is_parametrized(module, name):
         raise ValueError(
-            f"`layer` has a {part}{name} that is computed from other parameters, as the older weight_norm, spectral_norm and "
+            f"`layer` has a {prefix}{name} that is computed from other parameters, as the older weight_norm, spectral_norm and "
             "pruning do; expected a parameter. Make it one first: torch.nn.utils.remove_weight_norm, remove_spectral_norm, "
             "or torch.nn.utils.prune.remove."
         )
@@ -381,21 +381,21 @@ def _fill(layer: Any, found: _Arrays, weight_scale: float) -> None:
     predictor = layer.offset_conv
     before = [(parameter, parameter.detach().clone()) for parameter in layer.parameters()]
     with torch.no_grad():
-        for part, module, name, array in (
+        for what, module, name, array in (
             ("weight", layer, "weight", weight),
             ("bias", layer, "bias", found.bias),
             ("offset_conv.weight", predictor, "weight", found.offset_weight),
             ("offset_conv.bias", predictor, "bias", found.offset_bias),
         ):
             try:
-                _assign(module, name, array, part)
+                _assign(module, name, array, what)
             except ValueError:
                 for parameter, value in before:
                     parameter.copy_(value)
                 raise
 
 
-def _assign(module: Any, name: str, array: np.ndarray | None, part: str) -> None:
+def _assign(module: Any, name: str, array: np.ndarray | None, what: str) -> None:
     """Write numbers, or zeros for None; where a parametrization computes the parameter, into what it computes it from."""
     import torch
     from torch.nn.utils import parametrize
@@ -416,7 +416,7 @@ def _assign(module: Any, name: str, array: np.ndarray | None, part: str) -> None
     if not kept:
         kinds = " and ".join(type(step).__name__.lstrip("_") for step in module.parametrizations[name])
         raise ValueError(
-            f"`layer` has a parametrization of {part}, {kinds}, that cannot hold MXNet's numbers, and is left as it was. "
+            f"`layer` has a parametrization of {what}, {kinds}, that cannot hold MXNet's numbers, and is left as it was. "
             "Remove it first: torch.nn.utils.parametrize.remove_parametrizations."
         ) from error
 

@@ -109,10 +109,10 @@ def as_array(value: Any) -> np.ndarray:
 
 
 class _Reader:
-    """A file's bytes and the place reached in them."""
+    """A file's bytes and the position reached in them."""
 
     def __init__(self, path: str, content: bytes) -> None:
-        self.path, self.content, self.place, self.what = path, content, 0, "its head"
+        self.path, self.content, self.position, self.what = path, content, 0, "its head"
 
     def arrays(self) -> dict[str, np.ndarray]:
         if len(self.content) < 8 or struct.unpack_from("<Q", self.content)[0] != LIST_MAGIC:
@@ -125,7 +125,7 @@ class _Reader:
             self.what = f"array {number + 1} of {count}"
             arrays.append(self._array())
         names = self._names(count)
-        self._check(self.place == len(self.content), f"{len(self.content) - self.place} more bytes after the last name")
+        self._check(self.position == len(self.content), f"{len(self.content) - self.position} more bytes after the last name")
         return dict(zip(names, arrays, strict=True))
 
     def _array(self) -> np.ndarray:
@@ -176,14 +176,14 @@ class _Reader:
         return struct.unpack(layout, self._bytes(struct.calcsize(layout)))
 
     def _bytes(self, length: int) -> bytes:
-        left = len(self.content) - self.place
+        left = len(self.content) - self.position
         if length > left:
             raise self._error(
                 f"cut off: it ends after {len(self.content)} bytes, in {self.what}, which takes {length - left} more. Copy or "
                 "download it again"
             )
-        self.place += length
-        return self.content[self.place - length : self.place]
+        self.position += length
+        return self.content[self.position - length : self.position]
 
     def _check_room(self, count: int, least: int, noun: str) -> None:
         self._check(count * least <= len(self.content), f"{count} {noun}, more than its {len(self.content)} bytes can hold")

@@ -39,10 +39,10 @@ def integers(name: str, value: Any, D: int, least: int) -> tuple[int, ...]:
         entries = value
     else:
         try:
-            parts = tuple(value)
+            entries = tuple(value)
         except TypeError:
-            parts = (value,) * D
-        entries = tuple(_integer(name, part, value) for part in parts)
+            entries = (value,) * D
+        entries = tuple(_integer(name, entry, value) for entry in entries)
         if len(entries) != D:
             raise ShapeError(
                 f"`{name}` has {n_of(len(entries), 'entry')}, {entries}; a {D}-D call takes one integer for "
@@ -74,22 +74,22 @@ def paddings(padding: Any, D: int) -> str | tuple[tuple[int, int], ...]:
             raise ShapeError(f"`padding` is {padding!r}; expected 'same', 'valid', {_padding_forms(D)}.")
         return padding
     try:
-        parts = tuple(padding)
+        entries = tuple(padding)
     except TypeError:
-        parts = (padding,) * D
-    paired = [isinstance(part, (tuple, list)) or getattr(part, "ndim", 0) == 1 for part in parts]
+        entries = (padding,) * D
+    paired = [isinstance(entry, (tuple, list)) or getattr(entry, "ndim", 0) == 1 for entry in entries]
     if any(paired):
-        if not all(paired) or len(parts) != D or any(len(part) != 2 for part in parts):
+        if not all(paired) or len(entries) != D or any(len(entry) != 2 for entry in entries):
             raise ShapeError(f"`padding` is {padding!r}; a {D}-D call takes {n_of(D, 'pair')}, one per axis: {_pair_form(D)}.")
-        pairs = tuple((_integer("padding", a, padding), _integer("padding", b, padding)) for a, b in parts)
+        pairs = tuple((_integer("padding", a, padding), _integer("padding", b, padding)) for a, b in entries)
         if min(map(min, pairs)) < 0:
             raise ShapeError(f"`padding` is {padding!r}; expected at least 0 on every side.")
         if max(map(max, pairs)) >= LIMIT:
             raise ShapeError(f"`padding` is {padding!r}; expected less than 2**40 = {LIMIT} on every side.")
         return pairs
-    if len(parts) == 2 * D:
+    if len(entries) == 2 * D:
         raise ShapeError(
-            f"`padding` has {n_of(len(parts), 'entry')}, {padding!r}; a {D}-D call takes "
+            f"`padding` has {n_of(len(entries), 'entry')}, {padding!r}; a {D}-D call takes "
             f"{_padding_forms(D)}. "
             f"For different amounts before and after write pairs: {_pair_form(D)}."
         )
@@ -99,7 +99,7 @@ def paddings(padding: Any, D: int) -> str | tuple[tuple[int, int], ...]:
 def same_padding(
     kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    """The pairs that keep the input's size; the odd pixel goes after, as in torch."""
+    """The pairs that keep the input's size; of an odd sum the larger half is after, as in PyTorch."""
     if max(stride) > 1:
         raise ShapeError(
             f"`padding` is 'same' with stride {by(stride)}; expected stride {by((1,) * len(stride))}, since "
@@ -169,7 +169,7 @@ def channels_last(name: str) -> str:
 
 
 def _is_plain(value: Any, D: int) -> bool:
-    """Whether `value` is a tuple of D integers as they should be: the case that has to be fast."""
+    """Whether `value` is a tuple of D plain integers, the usual case, which must be fast."""
     return type(value) is tuple and len(value) == D and set(map(type, value)) == {int}
 
 

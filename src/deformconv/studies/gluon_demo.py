@@ -103,20 +103,20 @@ def train(kind: str, training: Digits, schedule: Schedule, seed: int) -> Iterato
         yield net, float(loss.mean().asscalar())
 
 
-def _one_cycle(part: float) -> float:
+def _one_cycle(share: float) -> float:
     """The learning rate's share of its peak: up in the first 30 % of the steps, then down."""
-    if part < 0.3:
-        return 0.04 + 0.96 * (1 - math.cos(math.pi * part / 0.3)) / 2
-    return (1 + math.cos(math.pi * (part - 0.3) / 0.7)) / 2
+    if share < 0.3:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * share / 0.3)) / 2
+    return (1 + math.cos(math.pi * (share - 0.3) / 0.7)) / 2
 
 
 def accuracy(net: nn.HybridSequential, canvases: Digits) -> float:
     """The share of canvases whose highest score is their label's."""
     right = 0
     for start in range(0, len(canvases.labels), 250):
-        part = slice(start, start + 250)
-        scores = net(mx.nd.array(canvases.images[part, None])).asnumpy()
-        right += int((scores.argmax(axis=1) == canvases.labels[part]).sum())
+        piece = slice(start, start + 250)
+        scores = net(mx.nd.array(canvases.images[piece, None])).asnumpy()
+        right += int((scores.argmax(axis=1) == canvases.labels[piece]).sum())
     return right / len(canvases.labels)
 
 
