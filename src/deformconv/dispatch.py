@@ -41,7 +41,7 @@ def choose(
 ) -> Any:  # fmt: skip
     """Return the backend for a call; `requested` names it, None takes the first that can run it.
 
-    Of a backend that is not deterministic, where that is asked for and a warning is enough, the caller warns.
+    Where `deterministic` asks for a warning only, the caller gives it, if the backend is not deterministic.
     Raises ValueError for an unknown name, BackendError if no backend, or not the requested one, can run it.
     """
     check_name(operator, requested)  # before the cache, to which a list for a name would be a key without a hash

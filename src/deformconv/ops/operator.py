@@ -30,7 +30,8 @@ class Argument(NamedTuple):
 
     name: str
     optional: bool = False
-    # Its gradient from grad_output alone, where none depends on its values: no backward pass sees it then. It is optional.
+    # Its gradient from grad_output, for an argument whose values no gradient depends on. Backward passes do not see it, so it
+    # must be optional.
     gradient: Callable[[Any], Any] | None = None
     by_image: bool = True  # whether its first axis is the batch
     by_position: bool = False  # whether its axes from the third on are the output's
@@ -88,11 +89,11 @@ class Backend(Protocol):
     """What a backend is: a module with these functions and values.
 
     `forward(spec, *operands)` and `backward(spec, grad_output, *operands, wanted=...)` get the spec in the dtype that the
-    backend computes in, and arrays of that dtype; only beside half precision those that are `precise` may be float32. Results
-    are new arrays, and backward's are in the order of the operator's arguments, None where one is not wanted. A backend that
-    takes NumPy's memory and can run another library's call is told, by `library`, where the arrays came from. Native arrays
-    carry no graph. A backend of native arrays may have no `backward`: then PyTorch differentiates its `forward`, part by part
-    if it has `parts`, which cuts a call.
+    backend computes in, and arrays of that dtype. Beside half precision, arguments that are `precise` may be float32. Results
+    are new arrays; backward returns them in the order of the operator's arguments, None for each that is not wanted. If a
+    backend takes NumPy's memory and can run another library's calls, the keyword `library` says whose the arrays are. Native
+    arrays carry no graph. A backend of native arrays may have no `backward`: then PyTorch differentiates its `forward`. If it
+    has `parts`, which cuts a call into smaller ones, PyTorch does that for one part after the other.
     """
 
     @property
@@ -198,6 +199,6 @@ class Operator:
         return names
 
     def described(self, spec: Spec) -> str:
-        """The shapes of a call in words; not of an argument that no gradient depends on, which others determine."""
+        """The shapes of a call in words, without arguments that no gradient depends on: others determine their shapes."""
         shown = {argument.name for argument in self.in_backward}
         return ", ".join(f"{name} {shape}" for name, shape in spec.shapes.items() if name in shown)

@@ -50,7 +50,7 @@ def _unpack(
 
 
 def _plain(parameters: Mapping[str, Any], shapes: Sequence[Any]) -> tuple[Any, ...]:
-    """The parameters as plain integers; of sizes, which may be symbols, it takes the kernel's alone."""
+    """The parameters as plain integers. Of all sizes, which may be symbols, it reads the kernel's alone."""
     kernel_size = tuple(shapes[2][2:])
     window = window_of(parameters["stride"], parameters["padding"], parameters["dilation"], kernel_size)
     others = (parameters[name] for name in ("groups", "offset_groups", "boundary"))

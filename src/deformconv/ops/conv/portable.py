@@ -1,7 +1,7 @@
 """Deformable convolution in the functions of the array-API standard: any array library, any device.
 
-Differentiable by the library itself, to any order. It holds the samples of all taps at once (and an automatic
-derivative holds one copy for each of the 2**D corners): memory is the price of running everywhere.
+The library itself can differentiate it, to any order. It holds the samples of all taps at once, and an automatic
+derivative holds a copy for each of the 2**D corners: memory is the price of running everywhere.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TAKES: Literal["native"] = "native"
 # On a GPU PyTorch adds up the input's gradient by atomics, unless torch.use_deterministic_algorithms(True) is set.
 DETERMINISTIC = True
 CHUNK = 1 << 24  # samples at once, where memory is to be bounded
-# Those that have the standard's functions; NumPy and torch are tested.
+# The libraries that have the standard's functions; NumPy and torch are tested.
 LIBRARIES = ("cupy", "jax", "numpy", "torch")
 
 
@@ -61,10 +61,10 @@ def forward(spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Ar
 
 
 def parts(spec: ConvSpec, whole_images: bool = False) -> Iterator[tuple[slice, slice, ConvSpec]]:
-    """Cut a call into images, or an image into rows of the output's first axis: where, and the call that is left there.
+    """Cut a call into images, or an image along the output's first axis; yield each part's images, positions and call.
 
-    A part samples as much as fits CHUNK, but not less than its image has pixels: reading the image is work as well. Where
-    images are to stay whole, a part has one at least.
+    A part takes CHUNK samples at the most, or as many as its image has pixels if those are more: it reads the whole image in
+    any case. With `whole_images` it has one image at the least.
     """
     row = spec.taps * spec.in_channels * max(1, spec.positions // max(1, spec.output_size[0]))
     most = CHUNK if whole_images else max(CHUNK, spec.in_channels * spec.pixels)
