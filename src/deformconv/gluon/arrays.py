@@ -12,7 +12,7 @@ from deformconv.ops.conv.spec import Operand
 
 __all__ = ["device", "operand", "view", "write"]
 
-# Kinds of memory that the CPU reads and writes like its own.
+# The types of devices whose memory the CPU reads and writes like its own.
 _CPU = ("cpu", "cpu_pinned", "cpu_shared")
 
 
@@ -30,7 +30,7 @@ class _Memory:
 
 
 def view(array: Any) -> np.ndarray:
-    """A NumPy array in the memory of a dense NDArray on the CPU, which is waited for."""
+    """A NumPy array in the memory of a dense NDArray on the CPU, once MXNet has computed it."""
     array.wait_to_read()
     address = ctypes.c_void_p()
     check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(address)))

@@ -24,7 +24,7 @@ __all__ = ["DeformableConvolution", "ModulatedDeformableConvolution"]
 
 
 class _Deformable:
-    """What both blocks add to MXNet's class, which follows in the order of bases and makes the parameters."""
+    """What both blocks add to MXNet's class. That is the next base class, and makes the parameters."""
 
     _kwargs_offset: dict[str, Any]
     _kwargs_deformable_conv: dict[str, Any]
@@ -123,7 +123,7 @@ class _Deformable:
         return F.Convolution(x, *parameters, cudnn_off=True, **self._kwargs_offset)
 
     def _check(self, x: Any) -> None:
-        """Raise what the operator would for this input, before the offsets are predicted."""
+        """Raise what the operator would raise for this input, before the offsets are predicted."""
         check_array("data", x)
         window, data = self._kwargs_deformable_conv, operand(x)
         outputs, inputs, *kernel = self.deformable_conv_weight.shape
@@ -146,7 +146,7 @@ class _Deformable:
 class DeformableConvolution(_Deformable, cnn.DeformableConvolution):
     """Deformable convolution v1 that predicts its own offsets: `mxnet.gluon.contrib.cnn.DeformableConvolution`.
 
-    Its constructor, parameters, their names and their first values are those of MXNet's block, of which it is a subclass: a net
+    It is a subclass of MXNet's block, with its constructor and its parameters, their names and their first values: a net
     changes one import and loads the `.params` that it saved. It computes, forward and backward, with this library's kernels on
     the CPU. The offsets are usually trained at a tenth of the learning rate:
     `net.collect_params(".*_offset_(weight|bias)").setattr("lr_mult", 0.1)`.

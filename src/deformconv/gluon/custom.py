@@ -1,7 +1,7 @@
 """An operator as MXNet's engine, autograd and symbols know it: a custom operator.
 
-MXNet calls these methods from C++, some of them from threads of its own, and passes on no more of an exception than that there
-was one: it prints a traceback and raises an MXNetError without our text. So the text goes to stderr first.
+MXNet calls these methods from C++, some of them from threads of its own. Of an exception it prints a traceback, and raises an
+MXNetError without our text. So the text goes to stderr first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OTHERS = ("operands", "backend")
 
 @atexit.register
 def _finish() -> None:
-    """Wait for what is under way: MXNet aborts a process that ends while an operator in Python is yet to run."""
+    """Wait until MXNet has computed everything: it aborts a process that ends before an operator in Python has run."""
     with suppress(MXNetError):
         mx.nd.waitall()
 
@@ -154,7 +154,7 @@ class _Computation(mx.operator.CustomOp):
 
 
 class _Parameters(NamedTuple):
-    """What a symbol keeps as text, read."""
+    """What a symbol keeps as text, as Python's values."""
 
     operands: tuple[str, ...]
     backend: str | None
@@ -165,7 +165,7 @@ class _Parameters(NamedTuple):
 @lru_cache(maxsize=256)
 def _parameters(op: Registered, attributes: tuple[tuple[str, str], ...]) -> _Parameters:
     values, operator = dict(attributes), op.operator
-    # Beside ours come those of `mxnet.AttrScope`, all between double underscores.
+    # The attributes of `mxnet.AttrScope` come beside ours, all between double underscores.
     names = {name for name in values if not name.startswith("__")}
     if names != {*operator.parameter_names, *OTHERS, *op.kept}:
         raise TypeError(
@@ -181,8 +181,8 @@ def _parameters(op: Registered, attributes: tuple[tuple[str, str], ...]) -> _Par
 class _Prop(mx.operator.CustomOpProp):
     """What MXNet asks before it computes: the arguments' names, shapes and types.
 
-    It declares no dependencies of its own for the backward pass, though bias and output are not needed there: MXNet keeps the
-    last declaration of any operator for all of them, and then fails on v1's backward pass after a forward pass of v2.
+    It does not declare which arrays the backward pass needs, though that is not all of them: MXNet applies the last declaration
+    to all operators, and fails on one with fewer arguments after a forward pass of one with more.
     """
 
     _op: Registered
