@@ -51,7 +51,7 @@ def call(
         return _special_call(op, rank, backend, parameters, operands)
     differentiable = differentiable and torch.is_grad_enabled()
     plan = _plan(op, rank, backend, differentiable, parameters, tuple(keys))
-    if plan is None:
+    if plan is None or (not plan.module.DETERMINISTIC and modes.deterministic() is not None):
         return _special_call(op, rank, backend, parameters, operands)
     return _plain_call(plan, differentiable, operands)
 

@@ -50,7 +50,6 @@ def active() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or torch._C._get_deterministic_algorithms()
     )
 
 
