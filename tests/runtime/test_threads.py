@@ -301,7 +301,7 @@ def call(size):
 expected = call(32)
 began = time.monotonic()
 call(500)
-print(4 * (time.monotonic() - began), flush=True)
+print(4 * (time.monotonic() - began), flush=True)  # the seconds of the calls below, which have four times the pixels
 try:
     while True:
         call(1000)
@@ -312,10 +312,19 @@ except KeyboardInterrupt:
         .replace("DIRECTION", direction)
         .replace("LIBRARY", library)
     )
+    # A busy machine may keep any process waiting for a while, but not each of three. Without listening each would be late: it
+    # would hear when its call ends, most of a call after the signal.
+    tries = []
+    while not tries or (len(tries) < 3 and tries[-1][0] >= tries[-1][1]):
+        tries.append(until_ctrl_c_is_heard(code))
+    assert any(seconds < limit for seconds, limit in tries), tries
+
+
+def until_ctrl_c_is_heard(code: str) -> tuple[float, float]:
+    """The seconds until a process hears Ctrl-C, and how many they may be: 1.5, or a third of a call if that is more."""
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
-    # The seconds of a whole call, from one with a quarter of the pixels, on a machine as busy as this one is now.
-    whole = float(child.stdout.readline())
+    whole = float(child.stdout.readline())  # a call's seconds, while the machine is as busy as it is
     time.sleep(1.0)
     began = time.monotonic()
     child.send_signal(signal.SIGINT)
@@ -325,7 +334,7 @@ except KeyboardInterrupt:
         child.kill()
     heard, right = rest.split() or (None, errors)
     assert right == "True"
-    assert float(heard) - began < max(1.5, whole / 3)
+    return float(heard) - began, max(1.5, whole / 3)
 
 
 def test_a_call_of_long_items_is_left_to_workers() -> None:
