@@ -42,7 +42,7 @@ def test_multiply_adds_count_what_runs():
 
         net = DigitNet(kind)
         for module in net.modules():
-            if isinstance(module, (torch.nn.Conv2d, training.DeformConv2d)):
+            if getattr(module, "weight", torch.empty(0)).ndim == 4:
                 module.register_forward_hook(count)
         net(torch.zeros(2, 1, 40, 40))
         interpolation = samples * 9 * (16 * 20 * 20 + 32 * 10 * 10)

@@ -434,6 +434,20 @@ class TestErrors:
         assert DeformConv2d(4, 3, 3)(torch.zeros(0, 4, 9, 9)).shape == (0, 3, 7, 7)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
+def test_scripting_says_what_to_do():
+    layer, x = DeformConv2d(4, 3, 3), torch.rand(1, 4, 5, 5)
+    text = (
+        r"torch\.jit\.script cannot compile a DeformConv2d; expected torch\.jit\.trace\(net, example_input\), or "
+        r"torch\.export\.export\(net, \(example_input,\)\)"
+    )
+    for net in (layer, nn.Sequential(nn.ReLU(), nn.Sequential(layer))):
+        with pytest.raises(NotImplementedError, match=text):
+            torch.jit.script(net)
+        assert torch.equal(torch.jit.trace(net, x)(x), net(x))
+        assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
+
+
 def test_a_parametrization_is_computed_once():
     class Count(nn.Module):
         calls = 0

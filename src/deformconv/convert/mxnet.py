@@ -101,7 +101,7 @@ def layer_from_mxnet(
         >>> layer_from_mxnet({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, padding=1)
         DeformConv2d(
           4, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False
-          (offset_conv): _OffsetConv2d(4, 27, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+          (offset_conv): OffsetPredictor(4, 27, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
         )
     """
     from deformconv.torch import DeformConv2d  # which says what to install where PyTorch is missing

@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from deformconv.torch.functional import deform_conv1d, deform_conv2d, deform_conv3d
-from deformconv.torch.modules import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups
+from deformconv.torch.modules import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups, reset_predictors
 
 __all__ = [
     "DeformConv1d",
@@ -21,4 +21,5 @@ __all__ = [
     "deform_conv2d",
     "deform_conv3d",
     "parameter_groups",
+    "reset_predictors",
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from deformconv.ops.conv.layer import (
     checked_layer,
     describe,
     predicted,
-    uniform_bound,
 )
 from deformconv.torch import modes, prediction
 from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
@@ -30,18 +28,48 @@ from deformconv.torch.tensors import HALF
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-class _OffsetConvNd(nn.modules.conv._ConvNd):
+class OffsetPredictor(nn.Module):
     """A predictor of offsets and masks: a convolution that computes in float32 where the net is in half precision.
 
-    It begins with offsets 0 and masks halfway, and takes no random numbers, as a net of nn.ConvNd takes none here.
+    It has an nn.ConvNd's parameters and attributes, but is no nn.ConvNd, nor has its class "Conv" in its name: by these the
+    loops that initialise nets find what to fill with random numbers, and a net would begin with random offsets. Its zeros
+    are made as zeros, since some loaders switch torch.nn.init off.
     """
 
+    groups, padding_mode, transposed = 1, "zeros", False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.weight = nn.Parameter(torch.zeros((out_channels, in_channels, *kernel_size), device=device, dtype=dtype))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
+
     def reset_parameters(self) -> None:
+        """Begin again with offsets 0 and masks halfway."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         return _convolve(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        rank = len(self.kernel_size)
+        for name, default in (("padding", (0,) * rank), ("dilation", (1,) * rank)):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        return ", ".join(parts)
 
 
 def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any) -> Tensor:
@@ -62,26 +90,15 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, p
     return result
 
 
-class _OffsetConv1d(_OffsetConvNd, nn.Conv1d):
-    pass
+class _DeformConvNd(nn.modules.conv._ConvNd):
+    """An nn.ConvNd to everything that asks: what is done to a net's convolutions is done to the layer's `weight` and `bias`."""
 
-
-class _OffsetConv2d(_OffsetConvNd, nn.Conv2d):
-    pass
-
-
-class _OffsetConv3d(_OffsetConvNd, nn.Conv3d):
-    pass
-
-
-class _DeformConvNd(nn.Module):
     rank: ClassVar[int]
     _operator: ClassVar[Callable[..., Tensor]]
-    _offset_convolution: ClassVar[Callable[..., _OffsetConvNd]]
+    _offset_convolution = OffsetPredictor
 
-    weight: Tensor
-    bias: Tensor | None
-    offset_conv: _OffsetConvNd | None
+    padding: Any  # pairs as well
+    offset_conv: nn.Module | None
 
     def __init__(
         self,
@@ -104,7 +121,7 @@ class _DeformConvNd(nn.Module):
         max_offset: float | None = None,
         boundary: str = "zeros",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.ConvNd's would draw the random numbers before there is a predictor
         layer = checked_layer(
             self.rank, in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
             offset_groups=offset_groups, predict_offsets=predict_offsets, mask_scale=mask_scale, max_offset=max_offset,
@@ -114,7 +131,9 @@ class _DeformConvNd(nn.Module):
         self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
         self.groups, self.offset_groups = layer.groups, layer.offset_groups
         self.mask_scale, self.max_offset = layer.mask_scale, layer.max_offset
-        self.padding_mode, self.modulated, self.boundary = padding_mode, modulated, boundary
+        self.padding_mode: Any = padding_mode
+        self.modulated, self.boundary = modulated, boundary
+        self.transposed, self.output_padding = False, (0,) * self.rank  # as every nn.ConvNd has them
         self._set_padding(layer.padding)
 
         self.weight = nn.Parameter(torch.empty(layer.weight_shape, device=device, dtype=dtype))
@@ -129,15 +148,16 @@ class _DeformConvNd(nn.Module):
         """Keep the padding as given, and as the operator, the predictor and F.pad take it."""
         self.padding, self._pairs, symmetric = padding.shown, padding.pairs, padding.symmetric
         amounts = [amount for pair in reversed(self._pairs) for amount in pair]
+        self._reversed_padding_repeated_twice = amounts  # nn.ConvNd's name for it
         zeros = self.padding_mode == "zeros"
         self._operator_padding = (0,) * self.rank if not zeros else self.padding if symmetric else self._pairs
         # In another mode the input is padded first, for the operator and the predictor alike; zeros that
         # nn.ConvNd cannot add itself, different amounts on two sides, for the predictor alone.
         self._input_padding = [] if zeros else amounts
         self._predictor_input_padding = amounts if zeros and not symmetric else []
-        self._predictor_padding = tuple(before for before, _ in self._pairs) if zeros and symmetric else 0
+        self._predictor_padding = tuple(before if zeros and symmetric else 0 for before, _ in self._pairs)
 
-    def _predictor(self) -> _OffsetConvNd:
+    def _predictor(self) -> OffsetPredictor:
         return self._offset_convolution(
             self.in_channels,
             self._predicted.channels,
@@ -155,11 +175,8 @@ class _DeformConvNd(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise `weight` and `bias` as nn.ConvNd does, and the predictor with zeros."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = uniform_bound(self.weight.shape)
-            nn.init.uniform_(self.bias, -bound, bound)
-        if self.offset_conv is not None:
+        super().reset_parameters()
+        if isinstance(self.offset_conv, OffsetPredictor):
             self.offset_conv.reset_parameters()
 
     def forward(self, input: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -223,21 +240,30 @@ class _DeformConvNd(nn.Module):
             offset, mask = offset.split(tuple(self._predicted), -1 - self.rank)
         return activated(offset, mask, self.mask_scale, self.max_offset, torch.tanh, torch.sigmoid)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script asks every module of a net for this before it compiles."""
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile a {type(self).__name__}; expected torch.jit.trace(net, example_input), or "
+            "torch.export.export(net, (example_input,)), which record the operator. A net that needs scripting elsewhere can "
+            "script those parts and trace this one."
+        )
+
     def extra_repr(self) -> str:
         return describe(self, biased=self.bias is not None, predicts=self.offset_conv is not None)
 
 
-class DeformConv2d(_DeformConvNd):
+class DeformConv2d(_DeformConvNd, nn.Conv2d):
     """Deformable convolution (v1 or v2) that stands where nn.Conv2d stood, and predicts its own offsets.
 
-    `layer(x)` predicts an offset for every tap at every output position and, in v2, a mask. A fresh layer
+    It is an nn.Conv2d to `isinstance`, so that loops which initialise, prune or normalise a net's convolutions reach its
+    weight. `layer(x)` predicts an offset for every tap at every output position and, in v2, a mask. A fresh layer
     predicts offsets 0 and masks 1, so it computes what the convolution with its weights computes.
     `layer(x, offset)` and `layer(x, offset, mask)` use exactly what is passed: without mask, v1.
 
     `weight` and `bias` have nn.Conv2d's names and shapes: `layer.load_state_dict(conv.state_dict(),
-    strict=False)` takes a trained convolution. The predictor is `layer.offset_conv`, an nn.Conv2d over the
-    same window: first 2*K channels of offsets per offset group (dy before dx), then K of masks. It is usually
-    trained at a tenth of the learning rate: see `parameter_groups`.
+    strict=False)` takes a trained convolution. The predictor is `layer.offset_conv`, a convolution over the
+    same window, which such loops pass by: first 2*K channels of offsets per offset group (dy before dx), then K of
+    masks. It is usually trained at a tenth of the learning rate: see `parameter_groups`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
@@ -274,10 +300,9 @@ class DeformConv2d(_DeformConvNd):
 
     rank = 2
     _operator = staticmethod(deform_conv2d)
-    _offset_convolution = _OffsetConv2d
 
 
-class DeformConv1d(_DeformConvNd):
+class DeformConv1d(_DeformConvNd, nn.Conv1d):
     """Where nn.Conv1d stood: input (N, C_in, W). The arguments are explained in `DeformConv2d`.
 
     Example:
@@ -289,10 +314,9 @@ class DeformConv1d(_DeformConvNd):
 
     rank = 1
     _operator = staticmethod(deform_conv1d)
-    _offset_convolution = _OffsetConv1d
 
 
-class DeformConv3d(_DeformConvNd):
+class DeformConv3d(_DeformConvNd, nn.Conv3d):
     """Where nn.Conv3d stood: input (N, C_in, D, H, W). The arguments are explained in `DeformConv2d`.
 
     Example:
@@ -304,7 +328,6 @@ class DeformConv3d(_DeformConvNd):
 
     rank = 3
     _operator = staticmethod(deform_conv3d)
-    _offset_convolution = _OffsetConv3d
 
 
 def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) -> list[dict[str, Any]]:
@@ -339,3 +362,29 @@ def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) 
         {"params": [p for p in trained if id(p) in predictors], "lr": lr * offset_lr_scale},
     ]
     return [group for group in groups if group["params"]]
+
+
+def reset_predictors(model: nn.Module) -> None:
+    """Set every predictor in a model to zero, so that its layers begin as plain convolutions: offsets 0, masks 1.
+
+    A new layer's predictor is zero, and stays so in loops that initialise the nn.Conv2d of a net. It is needed after
+    what fills all parameters alike, or leaves memory as it was: `for p in net.parameters(): nn.init.xavier_uniform_(p)`,
+    an initialiser for a named part (`override` in mmengine), and in a `_init_weights` of transformers, whose `from_pretrained`
+    asks it to fill what a checkpoint lacks.
+
+    Args:
+        model: any module, such a predictor among them. Predictors that you put in place of a layer's own are left alone.
+
+    Example:
+        >>> import torch
+        >>> from deformconv.torch import DeformConv2d, reset_predictors
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), DeformConv2d(8, 8, 3))
+        >>> for parameter in net.parameters():
+        ...     _ = torch.nn.init.normal_(parameter)
+        >>> reset_predictors(net)
+        >>> net[1].offset_conv.weight.any().item()
+        False
+    """
+    for module in model.modules():
+        if isinstance(module, OffsetPredictor):
+            module.reset_parameters()
