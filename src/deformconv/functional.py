@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
 from deformconv.numpy import run
 from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import Gradients
+from deformconv.ops.words import unexpected
 
 __all__ = ["deform_conv", "deform_conv_backward", "explain"]
 
@@ -26,6 +27,7 @@ def deform_conv(
     offset_groups: int | None = None,
     boundary: str = "zeros",
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Any:
     """Convolve with a kernel whose taps are moved by `offset` and, in v2, weighed by `mask`.
 
@@ -82,6 +84,8 @@ def deform_conv(
 
     Papers: v1, arXiv 1703.06211, equations 2 and 3; v2, arXiv 1811.11168, equation 1.
     """
+    if unknown:
+        raise unexpected(deform_conv, unknown)
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     if run.any_torch(*operands.values()):
         from deformconv.torch import functional as torch_room
@@ -110,6 +114,7 @@ def deform_conv_backward(
     boundary: str = "zeros",
     backend: str | None = None,
     wanted: Collection[str] | None = None,
+    **unknown: NoReturn,
 ) -> Gradients:
     """Return the gradients of `deform_conv`: `grad_output` times the derivative by each argument.
 
@@ -141,6 +146,8 @@ def deform_conv_backward(
 
     Papers: v1, arXiv 1703.06211, appendix A; v2, arXiv 1811.11168.
     """
+    if unknown:
+        raise unexpected(deform_conv_backward, unknown)
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     if run.any_torch(grad_output, *operands.values()):
         from deformconv.torch import functional as torch_room
@@ -168,6 +175,7 @@ def explain(
     offset_groups: int | None = None,
     boundary: str = "zeros",
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> str:
     """Say which backend runs a call of `deform_conv`, and each other one's reason not to, without running it.
 
@@ -189,6 +197,8 @@ def explain(
           cpu: can run it, but backend="reference" was asked for
         ...
     """
+    if unknown:
+        raise unexpected(explain, unknown)
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     if run.any_torch(*operands.values()):
         from deformconv.torch import functional as torch_room

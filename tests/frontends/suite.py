@@ -163,7 +163,15 @@ class OperatorSuite(Suite):
         defaults = [inspect.Parameter.empty] * 3 + [None, 1, 0, 1, None, None, None, "zeros", None]
         found = list(inspect.signature(self.function(rank)).parameters.values())
         assert [(p.name, p.default) for p in found[:12]] == list(zip(names, defaults, strict=True))
-        assert all((p.kind is p.KEYWORD_ONLY) == (place >= 8) for place, p in enumerate(found))
+        assert all((p.kind is p.KEYWORD_ONLY) == (8 <= place < len(found) - 1) for place, p in enumerate(found))
+        assert found[-1].kind is inspect.Parameter.VAR_KEYWORD  # for the error that names another library's word
+
+    def test_another_librarys_word(self, rank: int) -> None:
+        function = self.function(rank)
+        text = f"{function.__name__}() got an unexpected keyword argument 'num_deformable_group'; here: offset_groups."
+        with pytest.raises(TypeError) as raised:
+            function(None, None, None, num_deformable_group=2)
+        assert str(raised.value) == text
 
     # Numbers.
 
@@ -501,7 +509,12 @@ class LayerSuite(Suite):
     @pytest.mark.parametrize(
         ("shape", "dtype", "raises", "text"),
         [
-            ((2, 5, 9, 9), "float64", deformconv.ShapeError, r"expected C_in/groups = 5/1 = 5, for `{input}` \(2, 5, 9, 9\)"),
+            (
+                (2, 5, 9, 9),
+                "float64",
+                deformconv.ShapeError,
+                r"`{input}` has 5 channels, shape \(2, 5, 9, 9\); this layer has in_channels=4\.",
+            ),
             ((9, 9), "float64", deformconv.ShapeError, r"`{input}` has 2 axes, shape \(9, 9\); .* takes 4"),
             ((2, 9, 9, 4), "float64", deformconv.ShapeError, "`{input}` looks channels-last"),
             ((1, 4, 2, 9), "float64", deformconv.ShapeError, "`weight` has a kernel of size 3x3; along height it spans"),

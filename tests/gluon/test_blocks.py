@@ -94,7 +94,10 @@ class TestLayers(LayerSuite):
 @both
 def test_the_constructor_is_mxnets(ours, theirs):
     mine, other = (inspect.signature(block).parameters for block in (ours, theirs))
-    assert list(mine) == [*other, "boundary"] and mine["boundary"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(mine) == [*other, "boundary", "unknown"] and mine["boundary"].kind is inspect.Parameter.KEYWORD_ONLY
+    for word, here in (("offset_groups", "num_deformable_group"), ("stride", "strides"), ("out_channels", "channels")):
+        with pytest.raises(TypeError, match=rf"{ours.__name__}\(\) got .* argument '{word}'; here: {here}\."):
+            ours(4, 3, **{word: 1})
     for name in other:
         if name != "op_name":  # MXNet does not look at it
             assert mine[name].default == other[name].default, name
@@ -264,10 +267,29 @@ def test_in_a_sequential_net_with_a_summary(block, capsys):
     ]  # fmt: skip
 
 
-def test_repr_is_mxnets():
-    expected = "DeformableConvolution(None -> 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=2)"
-    assert repr(DeformableConvolution(4, 3, padding=1, groups=2, in_channels=4)) == expected
-    assert repr(ModulatedDeformableConvolution(4, 3)).startswith("ModulatedDeformableConvolution(")
+def test_repr_is_mxnets_and_says_more():
+    others = {"strides": (2, 2), "dilation": (3, 3), "use_bias": False, "activation": "relu"}
+    for arguments in ({}, {"padding": (1, 1)}, others):
+        ours, theirs = (kind(4, (3, 3), **arguments) for kind in (DeformableConvolution, cnn.DeformableConvolution))
+        assert repr(ours) == repr(theirs)
+        assert repr(ModulatedDeformableConvolution(4, (3, 3), **arguments)) == f"Modulated{ours!r}"
+    net = gluon.nn.HybridSequential()
+    net.add(
+        ModulatedDeformableConvolution(
+            8, 3, 1, 1, groups=2, num_deformable_group=2, use_bias=False, in_channels=4, activation="relu",
+            offset_use_bias=False, boundary="inside",
+        ),
+        DeformableConvolution(8, 3, boundary="zeros"),
+    )  # fmt: skip
+    assert repr(net) == (
+        "HybridSequential(\n"
+        "  (0): ModulatedDeformableConvolution(4 -> 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=2, "
+        "num_deformable_group=2, bias=False, offset_use_bias=False, boundary='inside', Activation(relu))\n"
+        "  (1): DeformableConvolution(None -> 8, kernel_size=(3, 3), stride=(1, 1), boundary='zeros')\n)"
+    )
+    net.initialize()
+    net(data(2, 4, 9, 9))
+    assert "(1): DeformableConvolution(8 -> 8, kernel" in repr(net)
 
 
 @either
@@ -411,7 +433,9 @@ def test_what_a_block_predicts(block):
 def test_a_wrong_array_raises_our_sentence(block, hybridized):
     net, unpadded = made(block, CONFIGURATIONS[2]), made(block, CONFIGURATIONS[3])
     net.hybridize(hybridized)
-    with pytest.raises(deformconv.ShapeError, match=r"expected C_in/groups = 5/2 = 2.5, for `data` \(2, 5, 9, 9\) and gr"):
+    with pytest.raises(
+        deformconv.ShapeError, match=r"`data` has 5 channels, shape \(2, 5, 9, 9\); this layer has in_channels=8\."
+    ):
         net(data(2, 5, 9, 9))
     with pytest.raises(deformconv.ShapeError, match=r"`data` has 3 axes, shape \(8, 9, 9\); a weight with 4 axes takes 4"):
         net(data(8, 9, 9))

@@ -84,7 +84,7 @@ def test_torchvisions_signature_comes_first():
                 ("boundary", "zeros"),
                 ("backend", None),
             ]
-        ]
+        ] + [("unknown", inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD)]  # for the error that names another word
 
 
 def torchvisions(case, arrays):

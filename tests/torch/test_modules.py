@@ -70,7 +70,8 @@ def test_the_first_arguments_are_those_of_a_convolution():
     for layer, _ in LAYERS.values():
         ours = list(inspect.signature(layer).parameters.values())
         assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
-        assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
+        assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) : -1])
+        assert ours[-1].kind is inspect.Parameter.VAR_KEYWORD  # for the error that names another library's word
 
 
 CONFIGURATIONS = [
@@ -348,6 +349,26 @@ class TestErrors:
         with pytest.raises(error, match=text):
             DeformConv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3, **arguments})
 
+    @pytest.mark.parametrize(
+        ("word", "rest"),
+        [
+            ("deform_groups", "; here: offset_groups."),
+            ("deformable_groups", "; here: offset_groups."),
+            ("num_deformable_group", "; here: offset_groups."),
+            ("modulation", "; here: modulated."),
+            ("use_bias", "; here: bias."),
+            ("pad", "; here: padding."),
+            ("im2col_step", "; leave it out, a batch may have any size."),
+            ("max_offsets", "; did you mean 'max_offset'?"),
+            ("deterministic", "."),
+        ],
+    )
+    @pytest.mark.parametrize("layer", [DeformConv1d, DeformConv2d, DeformConv3d])
+    def test_another_librarys_word(self, layer, word, rest):
+        with pytest.raises(TypeError) as raised:
+            layer(4, 8, 3, **{word: 1})
+        assert str(raised.value) == f"{layer.__name__}() got an unexpected keyword argument {word!r}{rest}"
+
     def test_a_layer_that_predicts_nothing_needs_offsets(self):
         layer = DeformConv2d(4, 3, 3, predict_offsets=False)
         text = r"`offset` is missing and this layer predicts none \(predict_offsets=False\); expected layer\("
@@ -393,10 +414,11 @@ class TestErrors:
             (None, TypeError, "`input` is None; expected a PyTorch tensor"),
             (torch.zeros(1, 4, 9, 9).to_sparse(), TypeError, "`input` has the layout torch.sparse_coo"),
             (torch.zeros(9, 9), ShapeError, r"`input` has 2 axes.*deform_conv2d takes 4: \(N, C_in, height, width\)"),
-            (torch.zeros(1, 4, 9), ShapeError, r"C_in/groups = 1/1 = 1.*`input` has 3 axes.*one image without a batch axis"),
+            (torch.zeros(1, 4, 9), ShapeError, r"`input` has 1 channel,.*has 3 axes, .*one image without a batch axis"),
             (torch.zeros(1, 2, 4, 9, 9), ShapeError, r"`input` has 5 axes.*for deform_conv3d"),
-            (torch.zeros(1, 5, 9, 9), ShapeError, r"`weight` has shape .*expected C_in/groups = 5/1 = 5, for `input` \(1, 5"),
-            (torch.zeros(1, 9, 9, 4), ShapeError, "`input` looks channels-last"),
+            (torch.zeros(1, 5, 9, 9), ShapeError, r"`input` has 5 channels, shape \(1, 5, 9, 9\); .* in_channels=4\.$"),
+            (torch.zeros(1, 8, 9, 9), ShapeError, r"`input` has 8 channels, shape \(1, 8, 9, 9\); .* in_channels=4\.$"),
+            (torch.zeros(1, 9, 9, 4), ShapeError, "`input` has 9 channels,.*in_channels=4. `input` looks channels-last"),
             (torch.zeros(1, 4, 9, 9).double(), TypeError, "`weight` is float32 and `input` is float64; expected one dtype"),
             (torch.zeros(1, 4, 9, 9).half(), TypeError, "`weight` is float32 and `input` is float16; expected one dtype"),
             (torch.zeros(1, 4, 9, 9).byte(), TypeError, "`input` is uint8; expected floating point"),

@@ -229,8 +229,8 @@ class TestErrors:
     def test_of_a_layers_input(self, dynamic):
         layer = DeformConv2d(3, 4, 3, padding=1)
         for x, text in (
-            (torch.rand(1, 5, 8, 8), r"`weight` has shape \(4, 3, 3, 3\).*expected C_in/groups = 5/1 = 5, for `input` \(1, 5"),
-            (torch.rand(5, 8, 8), r"expected C_in/groups = 5/1 = 5, for `input` .*one image without a batch axis"),
+            (torch.rand(1, 5, 8, 8), r"`input` has 5 channels, shape \(1, 5, 8, 8\); this layer has in_channels=3\."),
+            (torch.rand(5, 8, 8), r"`input` has 5 channels, .*in_channels=3\..*one image without a batch axis"),
             (torch.rand(1, 3, 0, 8), "`weight` has a kernel of size 3x3; along height it spans"),
         ):
             torch._dynamo.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import mxnet as mx
 import numpy as np
@@ -18,6 +18,7 @@ from deformconv.gluon.functional import DEFORM_CONV, deform_conv
 from deformconv.ops.conv.layer import MASK_SCALE, Predicted, activated, check_divides, predicted
 from deformconv.ops.conv.spec import Operand, check_input
 from deformconv.ops.window import count, integers
+from deformconv.ops.words import unexpected
 from deformconv.sampling.rule import check_boundary
 
 __all__ = ["DeformableConvolution", "ModulatedDeformableConvolution"]
@@ -32,6 +33,8 @@ class _Deformable:
     offset_weight: Any
     offset_bias: Any
     deformable_conv_weight: Any
+    deformable_conv_bias: Any
+    _in_channels: int
 
     version_boundary: ClassVar[str]
     modulated: ClassVar[bool]
@@ -60,7 +63,10 @@ class _Deformable:
         params: Any = None,
         *,
         boundary: str | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            raise unexpected(_Deformable.__init__, unknown, type(self).__name__)
         self._boundary = self.version_boundary if boundary is None else boundary
         check_boundary(self._boundary)
         if layout != "NCHW":
@@ -122,11 +128,30 @@ class _Deformable:
         parameters = (weight,) if bias is None else (weight, bias)
         return F.Convolution(x, *parameters, cudnn_off=True, **self._kwargs_offset)
 
+    def __repr__(self) -> str:
+        """MXNet's text for v1, for v2 as well, with the arguments that it leaves out."""
+        window = self._kwargs_deformable_conv
+        outputs, inputs = self.deformable_conv_weight.shape[:2]
+        in_channels = max(0, self._in_channels or inputs * window["num_group"]) or None
+        shown = [f"{in_channels} -> {outputs}, kernel_size={window['kernel']}, stride={window['stride']}"]
+        for name, key, default in (
+            ("padding", "pad", (0, 0)), ("dilation", "dilate", (1, 1)), ("groups", "num_group", 1),
+            ("num_deformable_group", "num_deformable_group", 1),
+        ):  # fmt: skip
+            if window[key] != default:
+                shown.append(f"{name}={window[key]}")
+        shown += ["bias=False"] * (self.deformable_conv_bias is None) + ["offset_use_bias=False"] * (self.offset_bias is None)
+        if self._boundary != self.version_boundary:
+            shown.append(f"boundary={self._boundary!r}")
+        shown += [str(self.act)] * bool(self.act)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def _check(self, x: Any) -> None:
         """Raise what the operator would raise for this input, before the offsets are predicted."""
         check_array("data", x)
         window, data = self._kwargs_deformable_conv, operand(x)
         outputs, inputs, *kernel = self.deformable_conv_weight.shape
+        in_channels = inputs * window["num_group"] if inputs > 0 else None
         if inputs < 1:  # deferred
             inputs = max(1, data.shape[1] // window["num_group"]) if len(data.shape) > 1 else 1
         weight = Operand((outputs, inputs, *kernel), np.dtype(self.deformable_conv_weight.dtype).name, data.device)
@@ -138,6 +163,7 @@ class _Deformable:
                 dilation=tuple(window["dilate"]),
                 groups=window["num_group"],
                 rank=None,
+                in_channels=in_channels,
             )  # fmt: skip
         except (ShapeError, TypeError, ValueError) as error:
             raise DEFORM_CONV.in_gluon_words(error) from None
@@ -206,6 +232,8 @@ class ModulatedDeformableConvolution(_Deformable, cnn.ModulatedDeformableConvolu
         >>> offset, mask = layer.offsets_and_mask(mx.nd.ones((10, 3, 100, 100)))
         >>> offset.shape, mask.shape
         ((10, 18, 100, 100), (10, 9, 100, 100))
+        >>> layer
+        ModulatedDeformableConvolution(3 -> 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 
     Paper: arXiv 1811.11168, equation 1.
     """

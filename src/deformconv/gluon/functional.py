@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from operator import index
-from typing import Any
+from typing import Any, NoReturn
 
 from deformconv.gluon import calls
 from deformconv.gluon.custom import Registered
 from deformconv.ops.conv import operator
 from deformconv.ops.window import count, integers, paddings
+from deformconv.ops.words import unexpected
 from deformconv.sampling.rule import check_boundary
 
 __all__ = ["DEFORM_CONV", "deform_conv"]
@@ -70,6 +71,7 @@ def deform_conv(
     boundary: str = "zeros",
     backend: str | None = None,
     name: str | None = None,
+    **unknown: NoReturn,
 ) -> Any:
     """Convolve with a kernel whose taps are moved by `offset` and, in v2, weighed by `mask`.
 
@@ -113,6 +115,8 @@ def deform_conv(
 
     Papers: v1, arXiv 1703.06211, equations 2 and 3; v2, arXiv 1811.11168, equation 1.
     """
+    if unknown:
+        raise unexpected(deform_conv, unknown)
     operands = {"data": data, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     parameters = {
         "stride": stride,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from deformconv.errors import ShapeError
 from deformconv.ops.conv import operator
 from deformconv.ops.conv.spec import Gradients, Operand, check_input
 from deformconv.ops.operator import HALF
+from deformconv.ops.words import unexpected
 from deformconv.torch import calls, export, folding, modes, run
 from deformconv.torch.registry import Registered
 from deformconv.torch.tensors import PLAIN, check_tensors, dtype_name, operand
@@ -54,6 +55,7 @@ def deform_conv2d(
     offset_groups: int | None = None,
     boundary: str = "zeros",
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """Convolve images with a kernel whose taps are moved by `offset` and, in v2, weighed by `mask`.
 
@@ -102,6 +104,8 @@ def deform_conv2d(
 
     Papers: v1, arXiv 1703.06211, equations 2 and 3; v2, arXiv 1811.11168, equation 1.
     """
+    if unknown:
+        raise unexpected(deform_conv2d, unknown)
     return _call(
         deform_conv2d, 2, input, offset, weight, bias, stride, padding, dilation, mask,
         groups, offset_groups, boundary, backend,
@@ -122,6 +126,7 @@ def deform_conv1d(
     offset_groups: int | None = None,
     boundary: str = "zeros",
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """`deform_conv2d` for signals: input (N, C_in, W), offset (N, offset_groups*K, W_out). All arguments are explained there.
 
@@ -132,6 +137,8 @@ def deform_conv1d(
         >>> deform_conv1d(x, offset, weight, padding=2).shape
         torch.Size([4, 8, 200])
     """
+    if unknown:
+        raise unexpected(deform_conv1d, unknown)
     return _call(
         deform_conv1d, 1, input, offset, weight, bias, stride, padding, dilation, mask,
         groups, offset_groups, boundary, backend,
@@ -152,6 +159,7 @@ def deform_conv3d(
     offset_groups: int | None = None,
     boundary: str = "zeros",
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """`deform_conv2d` for volumes: input (N, C_in, D, H, W); a tap's offsets are for depth, height, width. The rest is there.
 
@@ -163,6 +171,8 @@ def deform_conv3d(
         >>> deform_conv3d(x, offset, weight, padding=1).shape
         torch.Size([1, 6, 8, 16, 16])
     """
+    if unknown:
+        raise unexpected(deform_conv3d, unknown)
     return _call(
         deform_conv3d, 3, input, offset, weight, bias, stride, padding, dilation, mask,
         groups, offset_groups, boundary, backend,
@@ -262,7 +272,9 @@ def _call(
     return calls.call(DEFORM_CONV, rank, backend, parameters, operands)
 
 
-def check_layer_input(input: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, rank: int) -> None:
+def check_layer_input(
+    input: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, rank: int, in_channels: int
+) -> None:
     """Raise what the operator would raise for this input and weight, before a layer predicts its offsets."""
     special = (
         type(input) not in PLAIN or type(weight) not in PLAIN or modes.compiling() or modes.traced() or modes.any_autocast()
@@ -272,11 +284,13 @@ def check_layer_input(input: Any, weight: Any, stride: Any, padding: Any, dilati
             return _check_plain_layer_input(
                 input.shape, input.dtype, input.layout, input.is_cpu or input.device,
                 weight.shape, weight.dtype, weight.layout, weight.is_cpu or weight.device,
-                stride, padding, dilation, groups, rank,
+                stride, padding, dilation, groups, rank, in_channels,
             )  # fmt: skip
         except (TypeError, RuntimeError):
             pass  # a nested tensor, for instance, has no shape: the checks below find it again, and say it
-    _check_layer_input(input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, rank=rank)
+    _check_layer_input(
+        input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, rank=rank, in_channels=in_channels
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -287,7 +301,8 @@ def _check_plain_layer_input(*call: Any) -> None:
         if layout is not torch.strided:
             raise TypeError
         operands.append(Operand(tuple(shape), dtype_name(dtype), "cpu" if device is True else str(device)))
-    _check_layer_operands(operands, dict(zip(("stride", "padding", "dilation", "groups", "rank"), call[8:], strict=True)))
+    names = ("stride", "padding", "dilation", "groups", "rank", "in_channels")
+    _check_layer_operands(operands, dict(zip(names, call[8:], strict=True)))
 
 
 def _check_layer_input(input: Any, weight: Any, **window: Any) -> None:

@@ -21,6 +21,7 @@ from deformconv.ops.conv.layer import (
     describe,
     predicted,
 )
+from deformconv.ops.words import unexpected
 from deformconv.torch import modes, prediction
 from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.tensors import HALF
@@ -120,7 +121,10 @@ class _DeformConvNd(nn.modules.conv._ConvNd):
         mask_scale: float = MASK_SCALE,
         max_offset: float | None = None,
         boundary: str = "zeros",
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            raise unexpected(_DeformConvNd.__init__, unknown, type(self).__name__)
         nn.Module.__init__(self)  # nn.ConvNd's would draw the random numbers before there is a predictor
         layer = checked_layer(
             self.rank, in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
@@ -224,6 +228,7 @@ class _DeformConvNd(nn.modules.conv._ConvNd):
         check_layer_input(
             input, weight,
             stride=self.stride, padding=self._pairs, dilation=self.dilation, groups=self.groups, rank=self.rank,
+            in_channels=self.in_channels,
         )  # fmt: skip
 
     def _padded(self, input: Tensor) -> Tensor:

@@ -208,10 +208,11 @@ def check_input(
     dilation: tuple[int, ...],
     groups: int,
     rank: int | None,
+    in_channels: int | None = None,
     cached: bool = True,
 ) -> None:
-    """Raise what conv_spec would for these two: for a layer, which predicts its offsets from the input."""
-    call = (input, weight, stride, padding, dilation, groups, rank)
+    """Raise what conv_spec would for these two: for a layer, made for `in_channels`, which predicts its offsets."""
+    call = (input, weight, stride, padding, dilation, groups, rank, in_channels)
     try:
         if cached:
             return _cached_check_input(*call)
@@ -294,9 +295,14 @@ def _check_input(
     dilation: tuple[int, ...],
     groups: int,
     rank: int | None,
+    in_channels: int | None,
 ) -> None:
     _rank(input, weight, rank)
     _check_dtypes_and_devices(input, weight=weight)
+    channels = input.shape[1]
+    if in_channels is not None and channels != in_channels and channels != weight.shape[1] * groups:
+        text = f"`input` has {n_of(channels, 'channel')}, shape {_shape(input)}; this layer has in_channels={in_channels}."
+        raise ShapeError(text + (channels_last("input") if input.shape[-1] == in_channels else ""))
     _groups(input, weight, groups)
     _output_size(input, tuple(weight.shape[2:]), stride, padding, dilation)
 

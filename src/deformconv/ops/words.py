@@ -1,0 +1,51 @@
+"""What an argument is called elsewhere, so that a call in another library's words is told ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["unexpected"]
+
+# One line for each argument: the names that it has in PyTorch, torchvision, mmcv, detectron2, Paddle, MXNet, ONNX, Keras, here.
+SYNONYMS = (
+    ("offset_groups", "num_deformable_group", "deform_groups", "deformable_groups", "deformable_group", "offset_group"),
+    ("groups", "num_group", "group"),
+    ("stride", "strides"),
+    ("padding", "pad", "pads", "paddings"),
+    ("dilation", "dilate", "dilations", "dilation_rate"),
+    ("kernel_size", "kernel", "kernel_shape"),
+    ("in_channels", "in_planes", "inplanes"),
+    ("out_channels", "channels", "num_filter", "filters", "planes"),
+    ("bias", "use_bias"),
+    ("mask", "masks", "modulation"),
+    ("modulated", "modulation", "with_mask", "use_mask"),
+)
+# What has no counterpart, and why none is needed.
+NEEDLESS = {
+    "im2col_step": "leave it out, a batch may have any size",
+    "workspace": "leave it out, memory is taken as it is needed",
+    "no_bias": "leave out `bias`, or pass bias=False to a layer",
+}
+OF_THE_WEIGHT = ("kernel_size", "in_channels", "out_channels")  # a layer's arguments that a function reads from its weight
+
+
+def unexpected(function: Callable[..., Any], unknown: Mapping[str, Any], name: str | None = None) -> TypeError:
+    """The error for keywords that a function does not have, which names those that it has in their place."""
+    from difflib import get_close_matches
+    from inspect import Parameter, signature
+
+    known = [parameter.name for parameter in signature(function).parameters.values() if parameter.kind != Parameter.VAR_KEYWORD]
+    word = next(iter(unknown))
+    same = {ours for group in SYNONYMS if word in group for ours in group if ours in known}
+    if same:
+        rest = f"; here: {min(same)}."
+    elif word in NEEDLESS:
+        rest = f"; {NEEDLESS[word]}."
+    elif "weight" in known and any(word in group for group in SYNONYMS if group[0] in OF_THE_WEIGHT):
+        rest = "; leave it out, the shape of `weight` says it."
+    elif close := get_close_matches(word, known, 1):
+        rest = f"; did you mean {close[0]!r}?"
+    else:
+        rest = "."
+    return TypeError(f"{name or function.__name__}() got an unexpected keyword argument {word!r}{rest}")
