@@ -50,10 +50,35 @@ def test_symbols_make_and_name_their_variables(name):
         shapes = {key: shapes[key] for key in named.list_inputs() if key in shapes}
         inferred = named.infer_shape(**shapes)[:2]
         made.append((named.list_arguments(), named.name, unnamed.list_arguments(), unnamed.name, inferred))
-    assert sorted(made[0][0]) == sorted(made[1][0]) and made[0][1:4:2] == made[1][1:4:2]
-    assert sorted(made[0][2]) == sorted(made[1][2])
-    assert dict(zip(made[0][0], made[0][4][0], strict=True)) == dict(zip(made[1][0], made[1][4][0], strict=True))
-    assert made[0][4][1] == made[1][4][1]
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("given", [(), ("data",), ("offset",), ("weight",), ("mask", "bias")], ids=str)
+def test_inputs_that_are_not_passed_become_variables(name, given):
+    """In the order of MXNet's, so that arrays may be bound by position."""
+    operands = {key: mx.sym.var(f"my_{key}") for key in given if key != "mask" or name.startswith("M")}
+    for arguments in ({"name": "dc"}, {"name": "dc", "no_bias": "bias" not in given}, {}):
+        found = []
+        for F in (mx.sym, Ours):
+            with mx.name.NameManager():
+                symbol = getattr(F.contrib, name)(num_filter=3, kernel=(3, 3), **operands, **arguments)
+                found.append((symbol.list_arguments(), symbol.list_outputs()))
+        assert found[0] == found[1]
+    assert contrib.DeformableConvolution(num_filter=3, kernel=(3, 3), name="dc").list_arguments() == [
+        "dc_data", "dc_offset", "dc_weight", "dc_bias",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["v1", "v2"])
+def test_arrays_are_bound_by_position(masked):
+    shapes = {"data": (2, 4, 9, 9), "offset": (2, 18, 7, 7), "mask": (2, 9, 7, 7), "weight": (9, 4, 3, 3), "bias": (9,)}
+    arrays = [mx.nd.random.normal(shape=shape) for key, shape in shapes.items() if masked or key != "mask"]
+    outputs = []
+    for F in (mx.sym, Ours):
+        symbol = getattr(F.contrib, NAMES[masked])(num_filter=9, kernel=(3, 3), name="dc")
+        outputs.append(symbol.bind(mx.cpu(), arrays).forward()[0].asnumpy())
+    assert_close(outputs[1], outputs[0], "float32")
 
 
 @pytest.mark.filterwarnings("ignore:Cannot decide type|:UserWarning:mxnet.gluon.block")
@@ -107,6 +132,8 @@ def test_mistakes():
         call(x, offset, weight, kernel=(3, 3), no_bias=True)
     with pytest.raises(TypeError, match="`bias` is missing; expected it, or no_bias=True"):
         call(x, offset, weight, kernel=(3, 3), pad=(1, 1), num_filter=4)
+    with pytest.raises(TypeError, match="`data` is None; expected an MXNet NDArray"):
+        call(offset=offset, weight=weight, kernel=(3, 3), pad=(1, 1), num_filter=4, no_bias=True)
     with pytest.raises(TypeError, match="`weight` is None; expected an MXNet NDArray"):
         call(x, offset, kernel=(3, 3), pad=(1, 1), num_filter=4, no_bias=True)
     with pytest.raises(deformconv.ShapeError) as raised:

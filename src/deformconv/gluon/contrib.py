@@ -21,8 +21,8 @@ __all__ = ["DeformableConvolution", "ModulatedDeformableConvolution"]
 
 
 def DeformableConvolution(
-    data: Any,
-    offset: Any,
+    data: Any = None,
+    offset: Any = None,
     weight: Any = None,
     bias: Any = None,
     kernel: Any = None,
@@ -42,8 +42,8 @@ def DeformableConvolution(
     """Deformable convolution v1 with the arguments of MXNet's operator.
 
     Args:
-        data, offset, weight, bias: all NDArrays or all Symbols. For Symbols MXNet makes variables of the names `<name>_weight`
-            and `<name>_bias` where none is passed, and so does this.
+        data, offset, weight, bias: all NDArrays or all Symbols. Where one is not passed and no other is an NDArray, MXNet makes
+            a variable of the name `<name>_data`, `<name>_offset`, `<name>_weight` or `<name>_bias`, and so does this.
         kernel, num_filter: required; they must be those of `weight`.
         stride, dilate, pad: one integer per axis; () is 1, 1 and 0.
         num_group, num_deformable_group: deformconv's `groups` and `offset_groups`.
@@ -80,9 +80,9 @@ def DeformableConvolution(
 
 
 def ModulatedDeformableConvolution(
-    data: Any,
-    offset: Any,
-    mask: Any,
+    data: Any = None,
+    offset: Any = None,
+    mask: Any = None,
     weight: Any = None,
     bias: Any = None,
     kernel: Any = None,
@@ -116,7 +116,7 @@ def ModulatedDeformableConvolution(
 
     Paper: arXiv 1811.11168, equation 1.
     """
-    operands = {"data": data, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    operands = {"data": data, "offset": offset, "mask": mask, "weight": weight, "bias": bias}  # the order of list_arguments()
     groups = {"groups": num_group, "offset_groups": num_deformable_group, "boundary": boundary}
     return _call(operands, kernel, stride, dilate, pad, num_filter, groups, no_bias, name, "modulateddeformableconvolution")
 
@@ -140,12 +140,11 @@ def _call(
     kernel, outputs = integers("kernel", kernel, D, 1), count("num_filter", num_filter)
     if no_bias:
         operands["bias"] = None
-    if isinstance(operands["data"], Symbol):
+    if all(value is None or isinstance(value, Symbol) for value in operands.values()):
         name = mx.name.NameManager.current.get(name, hint)
-        if operands["weight"] is None:
-            operands["weight"] = mx.sym.var(f"{name}_weight")
-        if operands["bias"] is None and not no_bias:
-            operands["bias"] = mx.sym.var(f"{name}_bias")
+        for key, value in operands.items():
+            if value is None and not (key == "bias" and no_bias):
+                operands[key] = mx.sym.var(f"{name}_{key}")
     else:
         if operands["bias"] is None and not no_bias:
             raise TypeError("`bias` is missing; expected it, or no_bias=True.")
