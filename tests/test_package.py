@@ -16,15 +16,19 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import deformconv
+from deformconv.installation import command
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(deformconv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
+MXNET = ("mxnet==1.9.1", "numpy<1.24")
+
 # A room may import from itself and from those further in.
 DEPTH = {
     "errors": 0,
     "accuracy": 0,
+    "installation": 0,
     "runtime": 1,
     "sampling": 2,
     "ops": 3,
@@ -44,7 +48,19 @@ DEPTH = {
 # The root's functions hand tensors on to the torch room, when they are given some.
 EXCEPTIONS = {("functional", "torch")}
 # The rooms that nobody needs a framework or an extra for.
-PLAIN = ("errors", "accuracy", "runtime", "sampling", "ops", "dispatch", "numpy", "functional", "convert", "cli")
+PLAIN = (
+    "errors",
+    "accuracy",
+    "installation",
+    "runtime",
+    "sampling",
+    "ops",
+    "dispatch",
+    "numpy",
+    "functional",
+    "convert",
+    "cli",
+)
 # But for these modules, which the others of their room load inside of functions.
 OF_A_FRAMEWORK = {"deformconv.convert.kornia", "deformconv.convert.torchvision_kernels"}
 
@@ -213,7 +229,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    expected = "deformconv.torch needs PyTorch, which is not installed: pip install 'deformconv[torch]'"
+    expected = "deformconv.torch needs PyTorch, which is not installed: " + command("torch", "torch")
     assert run_python(code) == expected
 
 
@@ -228,7 +244,7 @@ for call in (lambda: replace_layers(None), lambda: layer_from_mxnet(arrays), acc
     except ModuleNotFoundError as error:
         print(error)
 """
-    expected = "deformconv.torch needs PyTorch, which is not installed: pip install 'deformconv[torch]'"
+    expected = "deformconv.torch needs PyTorch, which is not installed: " + command("torch", "torch")
     assert run_python(code).splitlines() == [expected] * 3
 
 
@@ -239,7 +255,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    expected = "deformconv.gluon needs MXNet, which is not installed: pip install 'deformconv[gluon]'"
+    expected = "deformconv.gluon needs MXNet, which is not installed: " + command("gluon", *MXNET)
     assert run_python(code) == expected
 
 
@@ -259,7 +275,7 @@ for version in ("1.24.0", "2.3.1", "1.23.5"):
 """
     refused = (
         "deformconv.gluon needs MXNet, and MXNet does not load with NumPy {}; it needs one below 1.24, in an environment of "
-        "its own: pip install 'deformconv[gluon]'"
+        "its own: " + command("gluon", *MXNET)
     )
     expected = [refused.format(version) for version in ("1.24.0", "2.3.1")]
     assert run_python(code).splitlines() == [*expected, "module 'numpy' has no attribute 'a_name_that_was_dropped'"]
@@ -293,6 +309,16 @@ def test_the_frameworks_rooms_can_be_reached_from_the_root(framework, call):
     if find_spec(framework) is None:
         pytest.skip(f"needs {framework}")
     assert run_python(f"import deformconv; print(deformconv.{call}.__name__)") == call.partition(".")[2]
+
+
+@pytest.mark.parametrize("call", ["convert.replace_layers", "convert.read_params", "plots.sampling_points"])
+def test_the_other_rooms_can_be_reached_from_the_root_and_load_no_framework(call):
+    code = f"""
+import deformconv, sys
+assert not [name for name in ("deformconv.convert", "deformconv.plots") if name in sys.modules]
+print(deformconv.{call}.__name__, [name for name in ("torch", "mxnet", "matplotlib") if name in sys.modules])
+"""
+    assert run_python(code) == f"{call.partition('.')[2]} []"
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__main__")])

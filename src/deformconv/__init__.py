@@ -1,7 +1,8 @@
 """Deformable convolution for Python, with no compiler and no CUDA toolkit.
 
-`deform_conv` takes NumPy arrays and PyTorch tensors; `deformconv.torch` and `deformconv.gluon` have the layers.
-Frameworks and compiled kernels are loaded on first use.
+`deform_conv` takes NumPy arrays and PyTorch tensors; `deformconv.torch` and `deformconv.gluon` have the layers,
+`deformconv.convert` what takes weights and layers from elsewhere, `deformconv.plots` the pictures. These rooms, frameworks
+and compiled kernels are loaded on first use.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = [
 
 _THREADS = ("get_num_threads", "set_num_threads")
 # Not in dir(): completing a name must not load a framework.
-_FRAMEWORKS = ("torch", "gluon")
+_ROOMS = ("convert", "gluon", "plots", "torch")
 
 
 def __getattr__(name: str) -> Any:
@@ -39,7 +40,7 @@ def __getattr__(name: str) -> Any:
 
     if name in _THREADS:
         return getattr(import_module("deformconv.runtime.processors"), name)
-    if name in _FRAMEWORKS:
+    if name in _ROOMS:
         return import_module(f"deformconv.{name}")
     raise AttributeError(f"module 'deformconv' has no attribute {name!r}")
 

@@ -14,6 +14,9 @@ from deformconv.bench import document
 from deformconv.bench.cases import CASES
 from deformconv.cli import bench
 from deformconv.cli.main import main
+from deformconv.installation import command
+
+INSTALL = command("bench", "kornia", "matplotlib", "numba", "onnx", "onnxruntime", "openvino", "torch", "torchvision")
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def test_missing_libraries_are_named_with_how_to_get_them(measures, absent, caps
     monkeypatch.setattr(bench, "missing", lambda packages: [name for name in packages if name in ("kornia", "onnx")])
     assert main(["bench", "--quick"]) == 0
     text = capsys.readouterr().out
-    assert "Not installed, so not compared: ONNX Runtime, kornia. pip install 'deformconv[bench]' brings all of them." in text
+    assert f"Not installed, so not compared: ONNX Runtime, kornia. {INSTALL} brings all of them." in text
     assert measures[0][1] == ["deformconv", "openvino", "torchvision", "dense"]
 
 
@@ -91,13 +94,13 @@ def test_missing_libraries_are_named_with_how_to_get_them(measures, absent, caps
 def test_what_is_asked_for_must_be_there(gone, arguments, message, absent, capsys):
     absent.add(gone)
     assert main(["bench", *arguments]) == 1
-    assert capsys.readouterr().err == f"Error: {message}. pip install 'deformconv[bench]'\n"
+    assert capsys.readouterr().err == f"Error: {message}. {INSTALL}\n"
 
 
 def test_a_picture_needs_matplotlib(measures, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     assert main(["bench", "--plot", str(tmp_path / "chart.png")]) == 1
-    assert capsys.readouterr().err == "Error: --plot needs matplotlib, not installed here: pip install 'deformconv[bench]'\n"
+    assert capsys.readouterr().err == f"Error: --plot needs matplotlib, not installed here: {INSTALL}\n"
 
 
 def test_options_reach_the_measurement(measures, capsys):

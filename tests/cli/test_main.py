@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from deformconv import __version__
+from deformconv import __version__, installation
 from deformconv.cli import doctor, warmup
 from deformconv.cli import main as command_line
 from deformconv.cli.main import main
@@ -70,7 +70,7 @@ def test_the_demo_says_in_one_sentence_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(command_line, "find_spec", lambda name: None if name in ("torch", "rich") else object())
     assert main(["demo"]) == 1
     assert capsys.readouterr().err == (
-        "Error: the demo needs torch, rich, not installed here: pip install 'deformconv[demo]'\n"
+        f"Error: the demo needs torch, rich, not installed here: {installation.command('demo', 'torch', 'rich')}\n"
     )
 
 
@@ -78,7 +78,7 @@ def test_the_gluon_demo_says_in_one_sentence_what_to_install(monkeypatch, capsys
     monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "mxnet" else object())
     assert main(["demo-gluon"]) == 1
     assert capsys.readouterr().err == (
-        "Error: the Gluon demo needs mxnet, not installed here: pip install 'deformconv[demo-gluon]'\n"
+        f"Error: the Gluon demo needs mxnet, not installed here: {installation.command('demo-gluon', 'mxnet')}\n"
     )
 
 

