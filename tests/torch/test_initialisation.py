@@ -160,6 +160,29 @@ def test_functions_that_change_convolutions_change_the_layer():
     assert [name for name, _ in net.named_buffers() if name.endswith("mask")] == ["first.weight_mask", "deform.weight_mask"]
 
 
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"stride": (1, 1), "dilation": (2, 2), "padding": (2, 2)},  # as DeepLab's: positions stay, the field of view grows
+        {"dilation": 3},
+        {"padding": ((0, 1), (2, 0)), "stride": 1},
+        {"padding_mode": "reflect", "padding": "same", "dilation": (2, 1)},
+    ],
+    ids=str,
+)
+def test_a_window_that_is_changed_in_place(window):
+    layer = DeformConv2d(4, 6, 3, 1 if window.get("padding") == "same" else 2, 1)
+    nn.init.normal_(layer.offset_conv.weight, std=0.1)
+    arguments = {"stride": layer.stride, "padding": 1} | window
+    made = DeformConv2d(4, 6, 3, **arguments)
+    made.load_state_dict(layer.state_dict())
+    for name, value in window.items():
+        setattr(layer, name, value)
+    assert repr(layer) == repr(made)
+    x = torch.rand(2, 4, 12, 11)
+    assert torch.equal(layer(x), made(x))
+
+
 def test_a_norm_is_folded_into_the_layer():
     """The layer is linear in its weight, so that what is right for a convolution is right for it."""
     net = Net().eval()

@@ -19,8 +19,10 @@ from deformconv.ops.conv.layer import (
     check_predictor,
     checked_layer,
     describe,
+    layer_padding,
     predicted,
 )
+from deformconv.ops.window import integers
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes, prediction
 from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
@@ -99,7 +101,7 @@ class _DeformConvNd(nn.modules.conv._ConvNd):
     _offset_convolution = OffsetPredictor
 
     padding: Any  # pairs as well
-    offset_conv: nn.Module | None
+    offset_conv: OffsetPredictor | None
 
     def __init__(
         self,
@@ -150,7 +152,7 @@ class _DeformConvNd(nn.modules.conv._ConvNd):
 
     def _set_padding(self, padding: LayerPadding) -> None:
         """Keep the padding as given, and as the operator, the predictor and F.pad take it."""
-        self.padding, self._pairs, symmetric = padding.shown, padding.pairs, padding.symmetric
+        vars(self)["padding"], self._pairs, symmetric = padding.shown, padding.pairs, padding.symmetric
         amounts = [amount for pair in reversed(self._pairs) for amount in pair]
         self._reversed_padding_repeated_twice = amounts  # nn.ConvNd's name for it
         zeros = self.padding_mode == "zeros"
@@ -160,6 +162,16 @@ class _DeformConvNd(nn.modules.conv._ConvNd):
         self._input_padding = [] if zeros else amounts
         self._predictor_input_padding = amounts if zeros and not symmetric else []
         self._predictor_padding = tuple(before if zeros and symmetric else 0 for before, _ in self._pairs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What changes a convolution's window in place, as backbones are made denser, changes the predictor's too."""
+        super().__setattr__(name, value)
+        if name in ("stride", "padding", "dilation", "padding_mode") and "_pairs" in vars(self):
+            for each in ("stride", "dilation"):
+                vars(self)[each] = integers(each, getattr(self, each), self.rank, 1)
+            self._set_padding(layer_padding(self.padding, self.kernel_size, self.stride, self.dilation))
+            if isinstance(predictor := self.offset_conv, OffsetPredictor):
+                predictor.stride, predictor.dilation, predictor.padding = self.stride, self.dilation, self._predictor_padding
 
     def _predictor(self) -> OffsetPredictor:
         return self._offset_convolution(

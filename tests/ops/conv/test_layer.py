@@ -21,7 +21,6 @@ from deformconv.ops.conv.layer import (
     describe,
     layer_padding,
     predicted,
-    uniform_bound,
 )
 from deformconv.ops.conv.spec import Operand, conv_spec
 
@@ -165,16 +164,6 @@ def test_a_repr_shows_what_is_not_the_default() -> None:
         "4, 8, kernel_size=(3,), stride=(2,), dilation=(3,), mask_scale=1.0, boundary='inside', bias=False, "
         "predict_offsets=False"
     )
-
-
-@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (6, 1, 5), (4, 2, 1, 2, 3)])
-def test_first_weights_reach_as_far_as_those_of_a_convolution(shape: tuple[int, ...]) -> None:
-    nn = pytest.importorskip("torch.nn")
-    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3](shape[1] * 2, shape[0] * 50, shape[2:], groups=2)
-    assert tuple(convolution.weight.shape[1:]) == shape[1:]
-    bound = uniform_bound(shape)
-    for parameter in (convolution.weight, convolution.bias):
-        assert 0.9 * bound < parameter.abs().max() <= bound * (1 + 2.0**-22)
 
 
 def test_it_loads_no_framework() -> None:

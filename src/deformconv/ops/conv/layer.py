@@ -28,7 +28,6 @@ __all__ = [
     "describe",
     "layer_padding",
     "predicted",
-    "uniform_bound",
 ]
 
 MASK_SCALE = 2.0  # of masks MASK_SCALE*sigmoid(raw): a predictor of zeros, as a fresh one is, gives masks of 1
@@ -146,11 +145,6 @@ def activated(
     if max_offset is not None:
         offset = max_offset * tanh(offset / max_offset)
     return offset, None if mask is None else mask_scale * sigmoid(mask)
-
-
-def uniform_bound(weight_shape: tuple[int, ...]) -> float:
-    """nn.ConvNd's first weights and biases are uniform between minus this and this: 1/sqrt(C_in/groups * K)."""
-    return 1 / math.sqrt(math.prod(weight_shape[1:]))
 
 
 def check_passed(offset: Any, mask: Any, modulated: bool) -> None:
