@@ -94,6 +94,26 @@ def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str
                 yield (whole if whole in MODULES else base), node
 
 
+def is_neutral(module: str) -> bool:
+    """Whether a module serves any operator, and so must not know one."""
+    room, *file = module.split(".")[1:] or [""]
+    by_file = {"ops": ["operator", "window"], "gluon": ["arrays", "calls", "custom"]}
+    if room == "torch":
+        return len(file) == 1 and file != ["conv"]
+    return room in ("dispatch", "numpy", "runtime", "sampling") or file in [[name] for name in by_file.get(room, [])]
+
+
+def test_what_serves_any_operator_imports_none():
+    neutral = [module for module in MODULES if is_neutral(module)]
+    assert {"deformconv.torch.calls", "deformconv.numpy.run", "deformconv.gluon.custom"} < set(neutral)
+    wrong = []
+    for module in neutral:
+        for target, node in imported(ast.parse(MODULES[module].read_text()), module, MODULES[module].name == "__init__.py"):
+            if target.startswith(("deformconv.ops.conv", "deformconv.torch.conv", "deformconv.torch.functional")):
+                wrong.append(f"{MODULES[module]}:{node.lineno} imports {target}")
+    assert not wrong
+
+
 def test_imports_point_inward():
     wrong = []
     for module, file in MODULES.items():

@@ -88,7 +88,7 @@ def deform_conv(
         raise unexpected(deform_conv, unknown)
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     if run.any_torch(*operands.values()):
-        from deformconv.torch import functional as torch_room
+        from deformconv.torch.conv import functional as torch_room
 
         return torch_room.deform_conv(
             input, offset, weight, bias, stride, padding, dilation, mask,
@@ -150,7 +150,7 @@ def deform_conv_backward(
         raise unexpected(deform_conv_backward, unknown)
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     if run.any_torch(grad_output, *operands.values()):
-        from deformconv.torch import functional as torch_room
+        from deformconv.torch.conv import functional as torch_room
 
         return torch_room.deform_conv_backward(
             grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
@@ -201,7 +201,7 @@ def explain(
         raise unexpected(explain, unknown)
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     if run.any_torch(*operands.values()):
-        from deformconv.torch import functional as torch_room
+        from deformconv.torch.conv import functional as torch_room
 
         return torch_room.explain(
             input, offset, weight, bias, stride, padding, dilation, mask,

@@ -24,7 +24,7 @@ from deformconv import BackendError
 from deformconv.ops.conv import reference
 from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.torch import deform_conv2d
-from deformconv.torch.functional import deform_conv
+from deformconv.torch.conv.functional import deform_conv
 
 CASES = {
     1: Case("1-D", (9,), (3,), padding=1, in_channels=2, offset_groups=2),

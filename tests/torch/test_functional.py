@@ -17,7 +17,8 @@ from tests.torch.tensors import tensors as tensors_of
 import deformconv
 from deformconv import BackendError, ShapeError
 from deformconv.ops.window import paddings, same_padding
-from deformconv.torch import deform_conv1d, deform_conv2d, deform_conv3d, functional
+from deformconv.torch import deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch.conv import functional
 
 LAYOUTS = {
     "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.torch import deform_conv2d, modes
-from deformconv.torch.functional import DEFORM_CONV
+from deformconv.torch.conv.functional import DEFORM_CONV
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),  # PyTorch's own scripts, used by its forward-mode rules

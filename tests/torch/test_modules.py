@@ -21,9 +21,9 @@ from deformconv.torch import (
     DeformConv2d,
     DeformConv3d,
     deform_conv2d,
-    modules,
     parameter_groups,
 )
+from deformconv.torch.conv import modules
 
 LAYERS = {1: (DeformConv1d, nn.Conv1d), 2: (DeformConv2d, nn.Conv2d), 3: (DeformConv3d, nn.Conv3d)}
 SIZE = (7, 6, 8)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deformconv import ShapeError
 from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
-from deformconv.torch.functional import DEFORM_CONV
+from deformconv.torch.conv.functional import DEFORM_CONV
 
 pytestmark = [
     pytest.mark.slow,  # compilers and exporters take seconds to begin

@@ -117,6 +117,7 @@ def _another_window(layer: DeformConv2d) -> None:
 
 
 def _another_padding(layer: DeformConv2d) -> None:
+    """A window of one tap gives maps of the same size."""
     conv = layer.offset_conv
     conv.weight = nn.Parameter(conv.weight[:, :, 1:2, 1:2].detach().clone())
     conv.kernel_size, conv.padding = (1, 1), (0, 0)

@@ -43,7 +43,7 @@ def replace_layers(model: nn.Module) -> nn.Module:
         >>> expected = layer(x, offset)
         >>> ours = replace_layers(layer)
         >>> type(ours).__module__, torch.allclose(ours(x, offset), expected, atol=1e-4)
-        ('deformconv.torch.modules', True)
+        ('deformconv.torch.conv.modules', True)
     """
     import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deformconv.torch import run
-from deformconv.torch.functional import DEFORM_CONV
+from deformconv.torch.conv.functional import DEFORM_CONV
 from deformconv.torch.run import Plan
 from deformconv.torch.tensors import described
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from mxnet.base import _LIB, check_call
 
-from deformconv.ops.conv.spec import Operand
+from deformconv.ops.operator import Operand
 
 __all__ = ["device", "operand", "view", "write"]
 

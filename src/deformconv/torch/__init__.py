@@ -11,8 +11,8 @@ except ModuleNotFoundError as error:
         f"deformconv.torch needs PyTorch, which is not installed: {_command('torch', 'torch')}", name="torch"
     ) from None
 
-from deformconv.torch.functional import deform_conv1d, deform_conv2d, deform_conv3d
-from deformconv.torch.modules import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups, reset_predictors
+from deformconv.torch.conv.functional import deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch.conv.modules import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups, reset_predictors
 
 __all__ = [
     "DeformConv1d",

@@ -266,6 +266,25 @@ def test_text_of_grad_output() -> None:
     assert str(type_raised.value) == "`grad_output` is float64; expected the dtype of `input`, float32."
 
 
+def layer_input(shape: tuple[int, ...]) -> None:
+    window: dict[str, Any] = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+    weight = Operand((8, 4, 3, 3), "float32")
+    spec.check_input(Operand(shape, "float32"), weight, **window, groups=1, rank=2, in_channels=4)
+
+
+def test_texts_of_a_layer_s_input() -> None:
+    layer_input((2, 4, 8, 9))
+    with pytest.raises(ShapeError) as raised:
+        layer_input((2, 5, 8, 9))
+    assert str(raised.value) == "`input` has 5 channels, shape (2, 5, 8, 9); this layer has in_channels=4."
+    with pytest.raises(ShapeError) as raised:
+        layer_input((2, 8, 9, 4))
+    assert str(raised.value) == (
+        "`input` has 8 channels, shape (2, 8, 9, 4); this layer has in_channels=4. `input` looks channels-last: move its last "
+        "axis to place 1, `numpy.moveaxis(input, -1, 1)`."
+    )
+
+
 def test_kinds_of_errors() -> None:
     assert issubclass(ShapeError, ValueError)
     assert issubclass(BackendError, RuntimeError)
@@ -280,6 +299,7 @@ def test_every_text_has_a_test() -> None:
             with pytest.raises(error):
                 call(**mistake)
         test_text_of_grad_output()
+        test_texts_of_a_layer_s_input()
     missed = [
         f"{module.__name__}:{node.lineno}"
         for module in modules

@@ -119,7 +119,7 @@ def test_arguments_become_what_a_layer_keeps() -> None:
         ({"groups": 4, "out_channels": 6}, ShapeError, "`groups` is 4; expected a divisor of out_channels = 6."),
         ({"offset_groups": 3}, ShapeError, "`offset_groups` is 3; expected a divisor of in_channels = 4."),
         ({"offset_groups": None}, ValueError,
-         "`offset_groups` is None; expected a number, since this layer predicts offsets for so many."),
+         "`offset_groups` is None; expected a number of groups, since this layer predicts their offsets."),
         ({"padding_mode": "reflect"}, ValueError, "`padding_mode` is 'reflect'; expected one of zeros."),
         ({"padding_mode": "wrap", "padding_modes": ("zeros", "reflect")}, ValueError,
          "`padding_mode` is 'wrap'; expected one of zeros, reflect."),

@@ -31,7 +31,7 @@ __all__ = [
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
 DTYPES = ("float32", "float64")
-_PIXELS, _REACH = 2**31 - 1, 2**29  # `sampling.corners` counts in int32; see REACH there
+_PIXELS, _AXIS_LIMIT = 2**31 - 1, 2**29  # `sampling.corners` counts in int32; see INT32_REACH there
 
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
@@ -51,7 +51,7 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
         reach = (
             spec.input_size[axis] + sum(spec.padding[axis]) + spec.dilation[axis] * spec.kernel_size[axis] + spec.stride[axis]
         )
-        if reach >= _REACH:
+        if reach >= _AXIS_LIMIT:
             reasons.append(
                 f"axis {axis} spans {reach} pixels with padding, window and stride, and its positions are 32-bit numbers"
             )

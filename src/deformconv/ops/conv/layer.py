@@ -12,8 +12,8 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from deformconv.errors import ShapeError
-from deformconv.ops.conv.spec import BOUNDARIES
 from deformconv.ops.window import count, integers, paddings, resolved
+from deformconv.sampling.rule import BOUNDARIES
 
 __all__ = [
     "MASK_SCALE",
@@ -102,7 +102,7 @@ def checked_layer(
     stride, dilation = integers("stride", stride, rank, 1), integers("dilation", dilation, rank, 1)
     groups = count("groups", groups)
     if offset_groups is None and predict_offsets:
-        raise ValueError("`offset_groups` is None; expected a number, since this layer predicts offsets for so many.")
+        raise ValueError("`offset_groups` is None; expected a number of groups, since this layer predicts their offsets.")
     offset_groups = None if offset_groups is None else count("offset_groups", offset_groups)
     check_divides("groups", groups, "in_channels", in_channels)
     check_divides("groups", groups, "out_channels", out_channels)

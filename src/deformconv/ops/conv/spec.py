@@ -27,10 +27,9 @@ from deformconv.ops.window import (
     resolved,
     window_of,
 )
-from deformconv.sampling.rule import BOUNDARIES, check_boundary
+from deformconv.sampling.rule import check_boundary
 
 __all__ = [
-    "BOUNDARIES",
     "DTYPES",
     "GRADIENTS",
     "ConvSpec",

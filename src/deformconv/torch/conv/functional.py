@@ -16,7 +16,8 @@ from deformconv.ops.conv import operator
 from deformconv.ops.conv.spec import Gradients, Operand, check_input
 from deformconv.ops.operator import HALF
 from deformconv.ops.words import unexpected
-from deformconv.torch import calls, export, folding, modes, run
+from deformconv.torch import calls, modes, run
+from deformconv.torch.conv import export, folding
 from deformconv.torch.registry import Registered
 from deformconv.torch.tensors import PLAIN, check_tensors, dtype_name, operand
 

@@ -24,8 +24,9 @@ from deformconv.ops.conv.layer import (
 )
 from deformconv.ops.window import integers
 from deformconv.ops.words import unexpected
-from deformconv.torch import modes, prediction
-from deformconv.torch.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch import modes
+from deformconv.torch.conv import prediction
+from deformconv.torch.conv.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.tensors import HALF
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -216,7 +217,8 @@ class _DeformConvNd(nn.modules.conv._ConvNd):
         usual = own._predict is _DeformConvNd._predict and type(predictor) is own._offset_convolution
         if predictor is None or not usual or not prediction.is_plain(predictor):
             return None
-        if (predictor.stride, predictor.dilation) != (self.stride, self.dilation):
+        window = predictor.stride, predictor.padding, predictor.dilation
+        if window != (self.stride, self._predictor_padding, self.dilation):
             return None
         return prediction.forward(
             input, (weight, self.bias, predictor.weight, predictor.bias), self._predicted,

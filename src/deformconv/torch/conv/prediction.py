@@ -18,7 +18,7 @@ from deformconv.ops.conv.layer import Predicted
 from deformconv.ops.conv.spec import layer_spec
 from deformconv.ops.operator import Operand
 from deformconv.torch import modes, run
-from deformconv.torch.functional import DEFORM_CONV
+from deformconv.torch.conv.functional import DEFORM_CONV
 from deformconv.torch.run import Plan
 from deformconv.torch.tensors import PLAIN, dtype_name, requires_grad
 
