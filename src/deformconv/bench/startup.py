@@ -38,12 +38,15 @@ print(json.dumps({"import": imported - began, "load": loaded - imported, "first"
 
 
 class Start:
-    """A process that makes its first call, in a folder and with variables of its environment if given."""
+    """A process that makes its first call, in a folder and with variables of its environment if given.
+
+    It finds Python's bytecode on disk, as an installed package's users do, also where the environment says to write none.
+    """
 
     def __init__(self, folder: Path | None = None, **variables: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", FIRST_CALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=folder, env={**os.environ, **variables},
+            cwd=folder, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **variables},
         )  # fmt: skip
 
     def end(self) -> dict[str, Any]:
