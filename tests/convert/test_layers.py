@@ -102,7 +102,7 @@ def offset_groups_of_the_call():
 
 def test_offset_groups_of_the_call():
     assert offset_groups_of_the_call() == [(1, 6, 3, 3)] * 2
-    with pytest.raises(ValueError, match="`offset_groups` is None; expected a number, since this layer predicts"):
+    with pytest.raises(ValueError, match="`offset_groups` is None; expected a number of groups, since this layer predicts"):
         DeformConv2d(4, 6, 3, offset_groups=None)
 
 
