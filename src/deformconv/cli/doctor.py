@@ -17,6 +17,7 @@ import numpy as np
 import deformconv
 from deformconv import dispatch
 from deformconv.accuracy import TOLERANCE, error
+from deformconv.cli.progress import progress
 from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 
@@ -25,6 +26,8 @@ __all__ = ["run"]
 PACKAGES = ("numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "mxnet", "matplotlib", "rich")
 # The vector extensions that decide how fast kernels are.
 EXTENSIONS = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")
+
+TESTED_KERNELS = 3  # those that a small call takes
 
 WINDOW: dict[str, Any] = {"stride": (1, 2), "padding": ((0, 0), (1, 1))}
 
@@ -93,11 +96,12 @@ def _processor() -> Lines:
     if find_spec("numba") is not None:
         from llvmlite import binding
 
-        from deformconv.runtime import matmul, simd
+        from deformconv.runtime import cache, matmul, simd
 
         features = simd.host_features()
         block = matmul.BLOCK
         yield "to LLVM", binding.get_host_cpu_name()
+        yield "kernels for", cache.LEVEL or "this processor"
         yield (
             "extensions",
             " ".join(name for name in EXTENSIONS if name in features) or "none that kernels use",
@@ -137,6 +141,30 @@ def _cache() -> Lines:
         yield "kernels in it", str(kernels) if kernels else "none yet: `deformconv warmup` compiles them"
     for file in cache.damaged_files():
         yield "damaged", f"{file}: its kernel is compiled again when it is needed"
+    found = cache.processors()
+    own = cache.own_processor()
+    name = cache.LEVEL or f"this processor, {_name_in(own)}"
+    yield "warm for", f"{name}: {_kernels(found.pop(own))}" if found[own] else f"not for {name}"
+    for processor, kernels in sorted(found.items()):
+        yield "", f"{_name_in(processor)}: {_kernels(kernels)}{_use_of(_name_in(processor))}"
+
+
+def _name_in(processor: str) -> str:
+    return processor.rpartition(".")[0]
+
+
+def _kernels(number: int) -> str:
+    return f"{number} kernel{'s' * (number != 1)}"
+
+
+def _use_of(name: str) -> str:
+    """What this processor can do with kernels for another one, as the end of a sentence."""
+    from deformconv.runtime import target
+
+    if name not in target.levels():
+        return ", which another processor compiled for itself"
+    lacking = target.lacks(name)
+    return f", but this processor lacks {', '.join(lacking)}" if lacking else f", loaded where DEFORMCONV_CPU={name}"
 
 
 def _backends() -> Lines:
@@ -158,6 +186,7 @@ def _self_test() -> Lines:
     spec, arrays = _tiny_call()
     grad_output = np.random.default_rng(1).normal(size=spec.output_shape).astype(np.float32)
     expected = _values("reference", arrays, grad_output)
+    _compile(spec, arrays, grad_output)
     for backend in [line.name for line in DEFORM_CONV.backends if line.name != "reference"]:
         for backward in (False, True):
             direction = "backward" if backward else "forward"
@@ -167,6 +196,13 @@ def _self_test() -> Lines:
             yield f"{backend} {direction}", _verdict(found, expected)
     if find_spec("torch") is not None:
         yield "torch, both", _verdict(_torch_values(arrays, grad_output), expected)
+
+
+def _compile(spec: ConvSpec, arrays: dict[str, Any], grad_output: Any) -> None:
+    """Have the kernels compiled of which the lines that follow are said, where they can be."""
+    if not dispatch.load(DEFORM_CONV, "cpu").reasons_against(spec, "numpy", "cpu", True):
+        with progress(TESTED_KERNELS):
+            _values("cpu", arrays, grad_output)
 
 
 def _tiny_call() -> tuple[ConvSpec, dict[str, Any]]:

@@ -102,17 +102,28 @@ def demo_gluon(fast: bool, seed: int) -> int:
     multiple=True,
     help="Spatial axes; may be given more than once.  [default: all three]",
 )
-def warmup(dtype: str, ranks: tuple[str, ...]) -> int:
+@click.option(
+    "--cpu",
+    "cpu_name",
+    metavar="NAME",
+    help="For processors of this level: x86-64-v3, x86-64-v4, neoverse-n1, ... or native, for this one alone.  "
+    "[default: DEFORMCONV_CPU, or native]",
+)
+def warmup(dtype: str, ranks: tuple[str, ...], cpu_name: str | None) -> int:
     """Compile the CPU kernels now, not at the first call.
 
     The machine code is kept in a folder (see `deformconv doctor`, or set DEFORMCONV_CACHE_DIR), so this is
     done once per machine; in a container's build it saves every container the time. Ends with 1 if nothing
     can be kept.
+
+    Code for this very processor is found again on processors of the same kind only. An image that runs on
+    others sets DEFORMCONV_CPU to a level that all of them have, for this command and for the programs that
+    load the kernels: x86-64-v3 (AVX2) is nearly every x86 server since 2015, x86-64-v4 has AVX-512.
     """
     from deformconv.cli.warmup import run
 
     dtypes = ["float32", "float64"] if dtype == "all" else [dtype]
-    return run(dtypes, [int(rank) for rank in ranks or "123"])
+    return run(dtypes, [int(rank) for rank in ranks or "123"], cpu_name)
 
 
 @deformconv.command()

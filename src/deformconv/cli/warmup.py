@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 import click
 
+from deformconv.cli.progress import progress
+from deformconv.errors import BackendError
+
 __all__ = ["run"]
 
+EACH_DTYPE, EACH_RANK = 2, 6  # kernels: one that no rank matters to; three others; and for each what runs it on a team
 
-def run(dtypes: Sequence[str], ranks: Sequence[int]) -> int:
-    """Compile, say what was done, and return the exit code."""
+
+def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None) -> int:
+    """Compile, say what was done, and return the exit code. `cpu_name` is for whom, if not for whom DEFORMCONV_CPU says."""
     if find_spec("numba") is None:
         raise click.ClickException("there is nothing to compile: Numba is not installed (pip install numba)")
-    from deformconv.ops.conv import cpu
-    from deformconv.runtime import cache
+    asked = os.environ.get("DEFORMCONV_CPU", "")
+    if cpu_name is not None:
+        os.environ["DEFORMCONV_CPU"] = cpu_name
+    os.environ.pop("DEFORMCONV_REQUIRE_CACHE", None)  # an image may set it for all that comes after this
+    try:
+        from deformconv.ops.conv import cpu
+        from deformconv.runtime import cache, target
+        from deformconv.runtime.notices import notice
 
-    cache.notice.announce = None  # the lines below say it
+        if target.chosen() != cache.LEVEL:
+            raise click.ClickException(f"kernels for {cache.LEVEL or 'native'} are loaded already: use another process")
+    except BackendError as error:
+        raise click.ClickException(str(error)) from None
+
+    notice.announce = None  # the lines below say it
     before, started = len(cache.cached_files()), time.perf_counter()
-    cpu.warmup(dtypes, ranks, notify=lambda line: click.echo(f"{line} ..."))
+    with progress(len(dtypes) * (EACH_DTYPE + EACH_RANK * len(ranks))) as is_shown:
+        cpu.warmup(dtypes, ranks, notify=None if is_shown else lambda line: click.echo(f"{line} ..."))
     seconds, after = time.perf_counter() - started, len(cache.cached_files())
     folder = cache.cache_folder()
     if not after:
@@ -31,4 +49,6 @@ def run(dtypes: Sequence[str], ranks: Sequence[int]) -> int:
         return 1
     done = f"{after - before} kernels compiled in {seconds:.0f} s" if after > before else "Nothing to compile"
     click.echo(f"{done}: {after} kernels are in {folder}")
+    if cache.LEVEL is not None and asked != cache.LEVEL:
+        click.echo(f"Processes that have DEFORMCONV_CPU={cache.LEVEL} in their environment load those for {cache.LEVEL}.")
     return 0

@@ -17,12 +17,13 @@ import ast
 import contextlib
 import functools
 import hashlib
-import logging
 import os
 import pickle
 import re
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -33,9 +34,12 @@ import numba
 import numpy
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 
+from deformconv.runtime import target
 from deformconv.runtime.linking import COMPILER
+from deformconv.runtime.notices import Kind, kind_of, log, must_not_compile, notice, tell, warn_that_nothing_is_kept
 
 
 def _load_numba_without_scipy() -> None:
@@ -57,12 +61,13 @@ def _load_numba_without_scipy() -> None:
 
 
 _load_numba_without_scipy()
+# Before a kernel's module asks how wide vectors are, or Numba for its code generator.
+# The level that kernels are compiled for; None for this processor.
+LEVEL = target.use(target.chosen())
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Not "nnan" or "ninf": a kernel must see NaN and infinity. Not "arcp" or "afn": results would depend on the host.
 FAST_MATH = {"contract", "reassoc", "nsz"}
-
-_log = logging.getLogger("deformconv")
 
 _AT_MARGIN = re.compile(r"^(?:from|import)\b[^\n(]*(?:\([^)]*\))?", re.MULTILINE)
 _ELSEWHERE = re.compile(r"(?:^[ \t]+|[:;][ \t]*)(?:from|import)[ \t]")
@@ -185,36 +190,44 @@ def _content(file: Path) -> bytes | None:
     return content if checksum == _checksum(file, content) else None
 
 
-def _announce() -> None:
-    if sys.stderr is not None and sys.stderr.isatty():
-        print(
-            "deformconv: compiling kernels for this machine, once (about half a minute) ...",
-            file=sys.stderr,
-            flush=True,
-        )
+def _processor(codegen: Any) -> str:
+    """What machine code is made for, as a part of a file's name: LLVM's name of a processor, and a digest of what it has."""
+    _, name, features = codegen.magic_tuple()
+    return f"{re.sub(r'[^A-Za-z0-9_+-]', '_', name)}.{hashlib.sha256(features.encode()).hexdigest()[:6]}"
 
 
-class _Notice:
-    """Says once per process that a compilation has begun; `warmup` replaces it with its own."""
-
-    def __init__(self) -> None:
-        self.announce: Callable[[], None] | None = _announce
-
-    def __call__(self) -> None:
-        announce, self.announce = self.announce, None
-        if announce is not None:
-            announce()
+def processors() -> Counter[str]:
+    """How many kernels of this version there are on disk, by processor, as `own_processor` names it."""
+    return Counter(file.name.partition("-")[2].rpartition("-")[0] for file in cached_files())
 
 
-notice = _Notice()
+def own_processor() -> str:
+    """What this process makes machine code for."""
+    return _processor(cpu_target.target_context.codegen())
+
+
+def _not_in_cache(kernel: Kind, codegen: Any) -> Exception:
+    from deformconv.errors import BackendError  # here, so that no kernel depends on that file
+
+    options = [f" --dtype {kernel.dtype}"] * (kernel.dtype is not None) + [f" --rank {kernel.rank}"] * (kernel.rank is not None)
+    options += [f" --cpu {LEVEL}"] * (LEVEL is not None)
+    others = [tag.rpartition(".")[0] for tag in processors()]
+    others = [name for name in others if name != LEVEL and name in target.levels() and not target.lacks(name)]
+    also = f" Or set {target.VARIABLE}={others[0]}: there are kernels for that level, and this processor can run it."
+    return BackendError(
+        f"{kernel} for the processor {codegen.magic_tuple()[1]} is not on disk, and DEFORMCONV_REQUIRE_CACHE forbids to compile"
+        f" it. Looked in {', '.join(map(str, _roots()))}. Run `deformconv warmup{''.join(options)}` with the same"
+        f" DEFORMCONV_CACHE_DIR, Python, NumPy and Numba.{also if others else ''}"
+    )
 
 
 class DiskCache(_Cache):
-    """One file per kernel, signature and host."""
+    """One file per kernel, signature and processor."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._enabled = True
+        self._began = 0.0
         file = Path(function.__code__.co_filename)
         # No file says what a function has caught from another one, or what was typed at a prompt.
         is_kept = function.__closure__ is None and file.is_file()
@@ -228,7 +241,8 @@ class DiskCache(_Cache):
         function = self._function
         line = function.__code__.co_firstlineno  # for two functions of one name
         key = repr((function.__qualname__, line, signature, codegen.magic_tuple()))
-        return root / str(self._folder) / f"{function.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.bin"
+        digest = hashlib.sha256(key.encode()).hexdigest()[:20]
+        return root / str(self._folder) / f"{function.__name__}-{_processor(codegen)}-{digest}.bin"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
@@ -240,23 +254,47 @@ class DiskCache(_Cache):
             except OSError:
                 continue  # absent
             if content is not None:
-                return CompileResult._rebuild(target_context, *pickle.loads(content))
-            _log.warning("%s is damaged: the kernel is compiled again", file)
-        notice()
+                result = CompileResult._rebuild(target_context, *pickle.loads(content))
+                tell("loaded", kind_of(self._function, sig))
+                return result
+            log.warning("%s is damaged: the kernel is compiled again", file)
+        self._begin(sig, target_context.codegen())
         return None
 
+    def _begin(self, signature: Any, codegen: Any) -> None:
+        """Say that a kernel is compiled now, or that it must not be."""
+        kernel = kind_of(self._function, signature)
+        if must_not_compile():
+            raise _not_in_cache(kernel, codegen)
+        notice()
+        log.info("compiling %s for %s ...", kernel, codegen.magic_tuple()[1])
+        tell("compiling", kernel)
+        self._began = time.perf_counter()
+
     def save_overload(self, sig: Any, data: Any) -> None:
+        kernel, seconds = kind_of(self._function, sig), time.perf_counter() - self._began
         root = cache_folder() if self._enabled and self._folder else None
-        if root is None:
-            return
-        file, content = self._file(root, sig, data.codegen), dumps(data._reduce())
-        # The disk may be full by now, or read-only: the kernel still runs, and is compiled again next time.
-        with contextlib.suppress(OSError):
+        if root is None and self._folder:
+            warn_that_nothing_is_kept("no folder can be written", _roots())
+        kept = root is not None and self._keep(root, sig, data)
+        log.info("compiled %s in %.1f s, %s", kernel, seconds, f"kept in {root}" if kept else "not kept on disk")
+        tell("compiled", kernel)
+
+    def _keep(self, root: Path, signature: Any, data: Any) -> bool:
+        """Write a kernel to disk; whether that succeeded."""
+        file, content = self._file(root, signature, data.codegen), dumps(data._reduce())
+        try:
             file.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=file.parent, prefix="part-") as own:
                 part = Path(own) / file.name
                 part.write_bytes(_checksum(file, content) + content)
                 os.replace(part, file)
+        except (
+            OSError
+        ) as error:  # The disk is full by now, or read-only: the kernel still runs, and is compiled again next time.
+            warn_that_nothing_is_kept(f"{file.parent}: {error.strerror}", _roots())
+            return False
+        return True
 
     def enable(self) -> None:
         self._enabled = True

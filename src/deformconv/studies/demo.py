@@ -19,6 +19,7 @@ from torch.nn.functional import conv2d
 from deformconv.accuracy import TOLERANCE, error
 from deformconv.ops.conv import cpu
 from deformconv.runtime import cache
+from deformconv.runtime.notices import notice
 from deformconv.studies import digits
 from deformconv.studies.digits import Digits
 from deformconv.studies.files import whole_file
@@ -53,8 +54,8 @@ def _net_to_keep(runs: Sequence[Run]) -> DigitNet:
 
 
 def _warm_up(console: Console) -> None:
-    cache.notice.announce = None  # said here instead
-    if not cache.cached_files():
+    notice.announce = None  # said here instead
+    if not cache.processors()[cache.own_processor()]:
         console.print("Compiling the kernels for this machine, once (about half a minute) ...")
     cpu.warmup(["float32"], [2])
 

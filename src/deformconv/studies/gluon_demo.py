@@ -19,6 +19,7 @@ from deformconv.accuracy import TOLERANCE, error
 from deformconv.gluon import DeformableConvolution, ModulatedDeformableConvolution
 from deformconv.ops.conv import cpu
 from deformconv.runtime import cache
+from deformconv.runtime.notices import notice
 from deformconv.studies import digits
 from deformconv.studies.digits import Digits
 from deformconv.studies.schedule import KINDS, Schedule, batches
@@ -37,8 +38,8 @@ def run(*, fast: bool, seed: int) -> int:
     """Run the two parts and return the exit code: 1 if a check failed."""
     console = Console(highlight=False)
     started = time.perf_counter()
-    cache.notice.announce = None  # said here instead
-    if not cache.cached_files():
+    notice.announce = None  # said here instead
+    if not cache.processors()[cache.own_processor()]:
         console.print("Compiling the kernels for this machine, once (about half a minute) ...")
     cpu.warmup(["float32"], [2])
     console.print("\n[bold]1. The same weights in MXNet's block and in ours[/]")

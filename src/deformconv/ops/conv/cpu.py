@@ -307,8 +307,8 @@ def warmup(
     `notify` is called with a line before each of them.
     """
     kernels = _kernels()
-    from deformconv.runtime.cache import notice
     from deformconv.runtime.launch import compile_for_teams
+    from deformconv.runtime.notices import notice
 
     told, notice.announce = notice.announce, None
     try:
