@@ -1,5 +1,6 @@
 """The command line: help, exit codes, and what each command says."""
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def run(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
     [
         (["--help"], ["demo", "doctor", "warmup", "Commands:"]),
         (["demo", "--help"], ["--fast", "--seeds", "--output", "--seed", "digits"]),
-        (["warmup", "-h"], ["--dtype", "--rank", "DEFORMCONV_CACHE_DIR"]),
+        (["warmup", "-h"], ["--dtype", "--rank", "--cpu", "x86-64-v3", "DEFORMCONV_CACHE_DIR", "DEFORMCONV_CPU"]),
         (["doctor", "--help"], ["backends"]),
         (["--version"], [__version__]),
     ],
@@ -141,6 +142,40 @@ class TestWarmup:
         assert main(["warmup"]) == 1
         assert "DEFORMCONV_CACHE_DIR" in capsys.readouterr().err
 
+    def test_a_level_that_nobody_knows_is_explained(self):
+        result = run("warmup", "--cpu", "8086")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.startswith("Error: DEFORMCONV_CPU is '8086'; expected a name for processors like this one (")
+
+    def test_one_process_compiles_for_one_level(self, monkeypatch, capsys):
+        from deformconv.runtime import cache, target
+
+        monkeypatch.setattr(cache, "LEVEL", None)
+        monkeypatch.setattr(target, "chosen", lambda: "x86-64-v3")
+        assert main(["warmup"]) == 1
+        assert capsys.readouterr().err == "Error: kernels for native are loaded already: use another process\n"
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a level of x86-64")
+    def test_an_image_for_other_processors(self, tmp_path, monkeypatch):
+        """What a Dockerfile runs, and what a service says that starts from it, with a folder that cannot be written."""
+        monkeypatch.setenv("DEFORMCONV_CACHE_DIR", str(tmp_path))
+        monkeypatch.setenv("DEFORMCONV_REQUIRE_CACHE", "1")
+        first = run("warmup", "--rank", "1", "--cpu", "x86-64-v2")
+        assert first.returncode == 0 and "\n8 kernels compiled in " in first.stdout and first.stderr == ""
+        assert first.stdout.splitlines()[-1] == (
+            "Processes that have DEFORMCONV_CPU=x86-64-v2 in their environment load those for x86-64-v2."
+        )
+        refused = run("doctor")
+        text = " ".join(refused.stdout.split())
+        assert refused.returncode == 1 and "warm for not for this processor, " in text
+        assert "x86-64-v2: 8 kernels, loaded where DEFORMCONV_CPU=x86-64-v2" in text
+        assert "DEFORMCONV_REQUIRE_CACHE forbids to compile it." in text and "Or set DEFORMCONV_CPU=x86-64-v2" in text
+        monkeypatch.setenv("DEFORMCONV_CPU", "x86-64-v2")
+        again = run("warmup", "--rank", "1")
+        assert again.stdout.splitlines() == ["float32, 1-D ...", f"Nothing to compile: 8 kernels are in {tmp_path}"]
+        assert "warm for          x86-64-v2: 8 kernels\n" in run("doctor").stdout
+
     @pytest.mark.slow
     def test_kernels_are_compiled_once(self):
         assert run("warmup", "--rank", "2").returncode == 0
@@ -207,6 +242,20 @@ class TestDoctor:
         monkeypatch.setattr(cache, "cache_folder", lambda: None)
         assert main(["doctor"]) == 0
         assert "DEFORMCONV_CACHE_DIR" in capsys.readouterr().out
+
+    def test_kernels_of_other_processors_are_told_apart(self, monkeypatch, capsys):
+        from collections import Counter
+
+        from deformconv.runtime import cache, target
+
+        level = next(iter(target.levels()))
+        found = {cache.own_processor(): 4, f"{level}.0123ab": 1, "znver9.4567cd": 2}
+        monkeypatch.setattr(cache, "processors", lambda: Counter(found))
+        monkeypatch.setattr(target, "lacks", lambda name: ["this", "that"])
+        assert main(["doctor"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"{level}: 1 kernel, but this processor lacks this, that znver9: 2 kernels, which another processor" in text
+        assert "warm for this processor, " in text and ": 4 kernels " in text
 
     def test_a_damaged_file_is_named_before_the_self_test_writes_it_again(self, damaged):
         kernels = len(list(damaged.parents[1].rglob("*.bin")))

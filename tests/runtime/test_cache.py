@@ -168,21 +168,6 @@ def test_a_filled_folder_is_read_beside_one_that_can_be_written(copy: Path, tmp_
         assert Path(other["folder"]).is_relative_to(tmp_path / "home")
 
 
-def test_the_notice_is_for_terminals_and_said_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from deformconv.runtime import cache
-
-    notice = cache._Notice()
-    notice()
-    assert capsys.readouterr().err == ""  # captured output is no terminal
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    notice = cache._Notice()
-    notice()
-    notice()
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert message.startswith("deformconv: compiling kernels for this machine, once")
-
-
 # What a kernel's file depends on
 
 

@@ -41,13 +41,14 @@ def progress(kernels: int) -> Iterator[bool]:
     watchers.append(watch)
     try:
         yield True
+        if drawn:
+            bar.finish()
+            bar.render_progress()
     finally:
         watchers.remove(watch)
         notice.announce = told
         if drawn:
-            bar.finish()
-            bar.render_progress()
-            bar.render_finish()
+            bar.render_finish()  # ends the line
 
 
 def _shown(kernel: Any) -> str | None:

@@ -213,11 +213,13 @@ def _not_in_cache(kernel: Kind, codegen: Any) -> Exception:
     options += [f" --cpu {LEVEL}"] * (LEVEL is not None)
     others = [tag.rpartition(".")[0] for tag in processors()]
     others = [name for name in others if name != LEVEL and name in target.levels() and not target.lacks(name)]
-    also = f" Or set {target.VARIABLE}={others[0]}: there are kernels for that level, and this processor can run it."
+    also = [
+        f" Or set {target.VARIABLE}={name}: there are kernels for that level, and this processor can run it." for name in others
+    ]
     return BackendError(
         f"{kernel} for the processor {codegen.magic_tuple()[1]} is not on disk, and DEFORMCONV_REQUIRE_CACHE forbids to compile"
         f" it. Looked in {', '.join(map(str, _roots()))}. Run `deformconv warmup{''.join(options)}` with the same"
-        f" DEFORMCONV_CACHE_DIR, Python, NumPy and Numba.{also if others else ''}"
+        f" DEFORMCONV_CACHE_DIR, Python, NumPy and Numba.{''.join(also[:1])}"
     )
 
 
