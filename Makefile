@@ -7,6 +7,7 @@
 #   make test-fast    what make test-torch tests but for the slow tests: under a minute, once the kernels are compiled
 #   make test-other-kernels    what could differ on another processor, with PyTorch's, MKL's, oneDNN's and OpenBLAS's
 #                kernels for an older one (KERNELS="NAME=value ..." sets other variables)
+#   make check-serving    what examples/serving/Dockerfile does, without Docker: its steps and its server, in build/serving
 #   make lint    style and types alone
 #   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
 #                (with options only measure and print: BENCH="--quick", BENCH="--base main" beside another commit,
@@ -31,7 +32,7 @@ KERNELS ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX
 OTHER_KERNELS_TESTS := tests/torch tests/convert tests/ops/conv/test_portable.py tests/ops/conv/test_portable_torch.py \
 	tests/ops/conv/test_reference.py tests/test_functional.py tests/test_examples.py tests/test_readme.py tests/studies
 
-.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-fast test-other-kernels lint bench bench-gluon clean
+.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-fast test-other-kernels check-serving lint bench bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -64,6 +65,10 @@ test-other-kernels: $(VENV)/installed-dev
 
 test-gluon: $(GLUON_VENV)/installed-dev-gluon
 	$(GLUON_PY) -m pytest $(GLUON_TESTS)
+
+check-serving:
+	rm -rf build/serving
+	$(PYTHON) tests/dockerfile.py build/serving
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .

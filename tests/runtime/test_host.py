@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deformconv.runtime.host import processor_name
+from deformconv.runtime.host import arm_features, processor_name
 
 TWO = "".join(
     f"processor\t: {number}\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: {model}\nmodel name\t: A: Processor\n\n"
@@ -32,6 +32,13 @@ def test_a_processor_s_name_and_numbers(text: str, expected: str, tmp_path: Path
 
 def test_a_system_that_does_not_say(tmp_path: Path) -> None:
     assert processor_name(tmp_path / "absent") == (platform.processor() or platform.machine())
+
+
+def test_what_an_arm_processor_has(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nFeatures\t: fp asimd atomics\nCPU part\t: 0xd0c\n\nprocessor\t: 1\n")
+    assert arm_features(file) == {"fp", "asimd", "atomics"}
+    assert arm_features(tmp_path / "absent") == frozenset()
 
 
 def test_it_is_read_nowhere_else() -> None:

@@ -10,14 +10,13 @@ import logging
 import os
 import platform
 from collections.abc import Collection
-from pathlib import Path
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
 from numba.core import config
 from numba.core.registry import cpu_target
 
-from deformconv.runtime.host import processor_name
+from deformconv.runtime.host import arm_features, processor_name
 
 __all__ = ["Level", "VARIABLE", "chosen", "highest", "lacks", "levels", "use"]
 
@@ -42,7 +41,7 @@ _X86_64 = {name: Level(needs, needs) for name, needs in (("x86-64-v2", _V2), ("x
 _N1 = ("asimd", "crc32", "atomics", "asimdrdm", "fphp", "asimdhp", "asimddp", "lrcpc")
 _V1 = (*_N1, "jscvt", "fcma", "ilrcpc", "flagm", "sve", "bf16", "i8mm")
 _N2 = (*_V1, "flagm2", "frint", "sve2")
-# In Linux' words, from /proc/cpuinfo: LLVM's own search finds a few of them only.
+# In Linux' words (`arm_features`): LLVM's own search finds a few of them only.
 _ARM_NEEDS = {
     "generic": ("asimd",),
     "cortex-a72": ("asimd", "crc32"),
@@ -63,15 +62,11 @@ def levels() -> dict[str, Level]:
     return _AARCH64 if machine in ("aarch64", "arm64") else {}
 
 
-def _present(file: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def _present() -> frozenset[str]:
     """What this processor has."""
     if levels() is _X86_64:
         return frozenset(name for name, on in llvm.get_host_cpu_features().items() if on)
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:  # not Linux
-        return frozenset()
-    return frozenset(word for line in lines if line.startswith("Features") for word in line.partition(":")[2].split())
+    return arm_features()
 
 
 def lacks(name: str) -> Collection[str]:
