@@ -2,6 +2,7 @@
 
 from deformconv.convert.layers import replace_layers
 from deformconv.convert.mxnet import layer_from_mxnet, layer_to_mxnet, load_mxnet, mxnet_layers
+from deformconv.convert.openvino import openvino_extensions
 from deformconv.convert.params_file import read_params, write_params
 from deformconv.convert.torchvision import accelerate_torchvision
 
@@ -11,6 +12,7 @@ __all__ = [
     "layer_to_mxnet",
     "load_mxnet",
     "mxnet_layers",
+    "openvino_extensions",
     "read_params",
     "replace_layers",
     "write_params",
