@@ -5,6 +5,7 @@ from deformconv.convert.mxnet import layer_from_mxnet, layer_to_mxnet, load_mxne
 from deformconv.convert.openvino import openvino_extensions
 from deformconv.convert.params_file import read_params, write_params
 from deformconv.convert.torchvision import accelerate_torchvision
+from deformconv.convert.torchvision_copy import to_torchvision
 
 __all__ = [
     "accelerate_torchvision",
@@ -15,5 +16,6 @@ __all__ = [
     "openvino_extensions",
     "read_params",
     "replace_layers",
+    "to_torchvision",
     "write_params",
 ]

@@ -21,6 +21,7 @@ def replace_layers(model: nn.Module) -> nn.Module:
     - torchvision.ops.DeformConv2d;
     - mmcv.ops.DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d and ModulatedDeformConv2dPack;
     - kornia's DeformableConv2d, of ALIKED;
+    - what `to_torchvision` makes of this library's layers;
 
     not their subclasses, whose `forward` may be another: for torchvision's subclasses there is
     `accelerate_torchvision`. Predictors of offsets are called `offset_conv` afterwards.
@@ -67,6 +68,8 @@ def replace_layers(model: nn.Module) -> nn.Module:
     if whole is not None:
         return whole
     for parent in list(model.modules()):
+        if id(parent) in replaced:  # its parts are the new layer's, or nobody's
+            continue
         for name, child in list(parent._modules.items()):  # named_children leaves out what is there twice
             if child is not None and (ours := replacement(child)) is not None:
                 setattr(parent, name, ours)
@@ -119,7 +122,7 @@ def _layer(
         weight.shape[0],
         tuple(weight.shape[2:]),
         theirs.stride,
-        theirs.padding,
+        keywords.pop("padding", theirs.padding),
         theirs.dilation,
         groups,
         bias is not None,
@@ -129,15 +132,40 @@ def _layer(
         **keywords,
     )
     ours.weight, ours.bias = weight, bias
-    if offset_conv is not None:
+    if offset_conv is not None and not _is_predictor(offset_conv, ours.offset_conv):
+        ours.offset_conv = offset_conv
+    elif offset_conv is not None:
         ours.offset_conv.weight, ours.offset_conv.bias = offset_conv.weight, offset_conv.bias
         _like(offset_conv, ours.offset_conv)
     result: nn.Module = ours
     return result
 
 
+def _is_predictor(theirs: Any, ours: Any) -> bool:
+    """Whether a module computes what our predictor does with its weights: a convolution over the layer's window."""
+    from torch import nn
+
+    if type(theirs) is not nn.Conv2d and type(theirs).__name__ != "HalfConv2d":
+        return False
+    return all(getattr(theirs, name) == getattr(ours, name) for name in ("kernel_size", "stride", "padding", "dilation"))
+
+
 def _torchvision(theirs: Any) -> nn.Module:
     return _layer(theirs, theirs.weight, theirs.bias, None)
+
+
+def _predicting(theirs: Any) -> nn.Module:
+    layer, pad = theirs.deform_conv, theirs.pad
+    window: dict[str, Any] = {}
+    if pad is not None:
+        left, right, top, bottom = pad.padding
+        window = {"padding": ((top, bottom), (left, right)), "padding_mode": theirs.padding_mode}
+    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    offset_groups = None if theirs.offset_conv is None else theirs.offset_channels // (2 * taps)
+    return _layer(
+        layer, layer.weight, layer.bias, offset_groups, theirs.offset_conv,
+        modulated=theirs.modulated, mask_scale=theirs.mask_scale, max_offset=theirs.max_offset, **window,
+    )  # fmt: skip
 
 
 def _mmcv(theirs: Any) -> nn.Module:
@@ -162,6 +190,8 @@ def _kornia(theirs: Any) -> nn.Module:
 
 _CONVERSIONS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("torchvision.ops.deform_conv", "DeformConv2d"): _torchvision,
+    ("deformconv.convert.torchvision_modules", "HalfDeformConv2d"): _torchvision,
+    ("deformconv.convert.torchvision_modules", "PredictingDeformConv2d"): _predicting,
     ("mmcv.ops.deform_conv", "DeformConv2d"): _mmcv,
     ("mmcv.ops.deform_conv", "DeformConv2dPack"): _mmcv,
     ("mmcv.ops.modulated_deform_conv", "ModulatedDeformConv2d"): _mmcv,

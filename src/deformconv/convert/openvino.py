@@ -119,7 +119,8 @@ def _convolution(
 def _as_2d(opset: Any, input: Any, offset: Any, weight: Any, mask: Any, window: Sequence[Any]) -> tuple[Any, ...]:
     """A call over one axis as one over two, of which the first has size 1."""
     height = opset.constant([2])
-    input, dx, weight, mask = (None if value is None else opset.unsqueeze(value, height) for value in (input, offset, weight, mask))
+    input, dx, weight = (opset.unsqueeze(value, height) for value in (input, offset, weight))
+    mask = None if mask is None else opset.unsqueeze(mask, height)
     zero = opset.convert_like(opset.constant(0.0), offset)
     both = opset.pad(dx, opset.constant([0, 0, 1, 0]), opset.constant([0, 0, 0, 0]), "constant", zero)
     offset = opset.reshape(both, opset.constant([0, -1, 1, 0]), True)  # (N, offset_groups*K*2, 1, O), dy before dx
