@@ -124,7 +124,7 @@ def test_a_predicting_layer_takes_offsets_too():
 
 
 def test_the_model_stays_as_it_was_and_shares_nothing():
-    layer, x = layer_of({"padding": 1})
+    layer, _ = layer_of({"padding": 1})
     net = nn.Sequential(layer, nn.ReLU()).eval()
     layer.weight.requires_grad_(False)  # but not its bias
     modules, state, random = list(net.modules()), copy.deepcopy(net.state_dict()), torch.random.get_rng_state()

@@ -90,6 +90,11 @@ def _from_torch(node: Any) -> list[Any]:
             f'boundary="{boundary}" cannot be converted: OpenVINO\'s DeformableConvolution knows boundary="zeros" only.'
         )
     stride, padding, dilation, *groups = (node.get_values_from_const_input(number) for number in range(5, 10))
+    if None in groups:
+        raise BackendError(
+            "A call without `groups` or `offset_groups` cannot be converted, since OpenVINO keeps them apart from tensors, whose "
+            "shapes it does not know yet; expected deform_conv2d(..., groups=..., offset_groups=...)."
+        )
     input, offset, weight = (node.get_input(number) for number in range(3))
     window = stride, padding[::2], padding[1::2], dilation
     return _convolution(input, offset, weight, optional(3), optional(4), window, groups)
@@ -99,9 +104,14 @@ def _convolution(
     input: Any, offset: Any, weight: Any, bias: Any, mask: Any, window: Sequence[Any], groups: Sequence[int]
 ) -> list[Any]:
     """The nodes' output; `window` is (stride, padding before, padding after, dilation)."""
-    opset, rank = _opset(), len(window[0])
+    opset, rank, given = _opset(), len(window[0]), input
     if rank == 3:
         raise BackendError("A deformable convolution over 3 axes cannot be converted: OpenVINO's DeformableConvolution has 2.")
+    half = any(value.get_element_type().get_type_name() in ("f16", "bf16") for value in (input, weight))
+    if half:  # the offsets of such a layer are float32, and so is what it computes in
+        input, offset, weight, bias, mask = (
+            None if value is None else opset.convert(value, "f32") for value in (input, offset, weight, bias, mask)
+        )  # fmt: skip
     if rank == 1:
         input, offset, weight, mask, window = _as_2d(opset, input, offset, weight, mask, window)
     stride, before, after, dilation = window
@@ -113,7 +123,7 @@ def _convolution(
         output = opset.squeeze(output, opset.constant([2]))
     if bias is not None:
         output = opset.add(output, opset.reshape(bias, opset.constant([1, -1] + [1] * rank), False))
-    return [output.output(0)]
+    return [(opset.convert_like(output, given) if half else output).output(0)]
 
 
 def _as_2d(opset: Any, input: Any, offset: Any, weight: Any, mask: Any, window: Sequence[Any]) -> tuple[Any, ...]:

@@ -1,0 +1,220 @@
+"""OpenVINO, by every road to it: the same numbers in its runtime, from files that need nothing of ours."""
+
+from __future__ import annotations
+
+import doctest
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import onnx  # noqa: E402
+import openvino  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from tests.tolerances import assert_close  # noqa: E402
+from torch import nn  # noqa: E402
+
+from deformconv.convert import openvino as rules  # noqa: E402
+from deformconv.convert import openvino_extensions, to_torchvision  # noqa: E402
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d  # noqa: E402
+
+# What PyTorch's exporters and OpenVINO warn of on their own account.
+pytestmark = [
+    pytest.mark.slow,  # exporters and compilers take seconds to begin
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
+LAYERS = {1: DeformConv1d, 2: DeformConv2d, 3: DeformConv3d}
+SIZES = {1: ((9,), (14,)), 2: ((8, 9), (12, 17)), 3: ((4, 5, 6), (5, 6, 8))}
+
+
+def net_of(rank, **how):
+    """Two layers, v2 and v1, unlike in every parameter, an input and a larger one."""
+    torch.manual_seed(0)
+    layer = LAYERS[rank]
+    net = nn.Sequential(
+        layer(4, 6, 3, padding=1, stride=2, offset_groups=2, **how),
+        nn.ReLU(),
+        layer(6, 4, 2, modulated=False, groups=2, padding=((0, 1),) * rank, bias=False, **how),
+        nn.ReLU(),
+        layer(4, 4, 3, padding=2, dilation=2, max_offset=3.0, bias=False, **how),
+        layer(4, 3, 3, padding=1, modulated=False, **how),
+    ).eval()
+    for part in net:
+        if not isinstance(part, nn.ReLU):
+            nn.init.normal_(part.offset_conv.weight, std=0.5)
+    return net, *(torch.rand(batch, 4, *size) for batch, size in zip((2, 5), SIZES[rank], strict=True))
+
+
+def any_size(x):
+    return ({axis: torch.export.Dim.DYNAMIC for axis in range(x.ndim) if axis != 1},)
+
+
+def by_tracing(net, x, _):
+    return openvino.convert_model(net, example_input=x, extension=openvino_extensions())
+
+
+def by_export(net, x, _):
+    program = torch.export.export(net, (x,), dynamic_shapes=any_size(x))
+    return openvino.convert_model(program, extension=openvino_extensions())
+
+
+def by_onnx(net, x, folder):
+    torch.onnx.export(net, (x,), folder / "net.onnx", dynamo=True, dynamic_shapes=any_size(x), verbose=False)
+    return openvino.convert_model(folder / "net.onnx", extension=openvino_extensions())
+
+
+def by_torchvision(net, x, _):
+    return openvino.convert_model(to_torchvision(net), example_input=x)
+
+
+def run(model, *inputs):
+    # Where the processor can, OpenVINO would compute in bfloat16 by itself.
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.array(compiled([x.numpy() for x in inputs])[0])
+
+
+@pytest.mark.parametrize("road", [by_tracing, by_export, by_onnx, by_torchvision])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_same_outputs_of_any_size(rank, road, tmp_path):
+    if rank == 1 and road is by_torchvision:
+        pytest.skip("torchvision has no 1-D")
+    net, x, larger = net_of(rank)
+    openvino.save_model(road(net, x, tmp_path), tmp_path / "net.xml", compress_to_fp16=False)
+    model = openvino.Core().read_model(tmp_path / "net.xml")  # with no rules
+    assert sum(node.get_type_name() == "DeformableConvolution" for node in model.get_ops()) == 4
+    for image in (x, larger):
+        assert_close(run(model, image), net(image).detach(), "float32")
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("road", [by_tracing, by_export, by_onnx, by_torchvision])
+def test_padding_modes(road, mode, tmp_path):
+    net, x, larger = net_of(2, padding_mode=mode)
+    if (road, mode) == (by_onnx, "circular"):
+        with pytest.raises(Exception, match=r"Unsupported padding mode: \[wrap\]"):
+            road(net, x, tmp_path)
+        return
+    model = road(net, x, tmp_path)
+    for image in (x, larger):
+        assert_close(run(model, image), net(image).detach(), "float32")
+
+
+@pytest.mark.parametrize("road", [by_tracing, by_export, by_onnx, by_torchvision])
+def test_half_precision(road, tmp_path):
+    net, x, larger = net_of(2)
+    net.half()
+    found = run(road(net, x.half(), tmp_path), larger.half())
+    expected = net(larger.half()).detach()
+    # Four layers of float32 each, rounded between them; OpenVINO does not round.
+    assert np.abs(found - expected.numpy()).max() < 8e-3 * expected.abs().max().item()
+
+
+class Function(nn.Module):
+    def __init__(self, **how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x, offset, mask, weight):
+        return deform_conv2d(x, offset, weight, padding=1, mask=mask, **self.how)
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_the_function_with_every_tensor_an_input(exported):
+    torch.manual_seed(0)
+    inputs = torch.rand(2, 4, 8, 9), torch.randn(2, 36, 8, 9) * 3, torch.rand(2, 18, 8, 9), torch.rand(6, 2, 3, 3)
+    for how in ({"groups": 2, "offset_groups": 2}, {}):
+        function = Function(**how)
+        program, keywords = (torch.export.export(function, inputs), {}) if exported else (function, {"example_input": inputs})
+        if how:
+            model = openvino.convert_model(program, extension=openvino_extensions(), **keywords)
+            assert_close(run(model, *inputs), function(*inputs), "float32")
+        else:
+            with pytest.raises(Exception, match="A call without `groups` or `offset_groups` cannot be converted, since"):
+                openvino.convert_model(program, extension=openvino_extensions(), **keywords)
+
+
+@pytest.mark.parametrize("given", ["", "b", "m", "bm"])
+def test_onnx_nodes_with_nothing_but_defaults(given, tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        "x": torch.rand(2, 4, 7, 6), "w": torch.rand(3, 4, 3, 3), "o": torch.randn(2, 18, 5, 4),
+        "b": torch.rand(3), "m": torch.rand(2, 9, 5, 4),
+    }  # fmt: skip
+    bias, mask = (tensors[k] if k in given else None for k in "bm")
+    expected = deform_conv2d(tensors["x"], tensors["o"], tensors["w"], bias, mask=mask)
+    names = {"": ["x", "w", "o"], "b": ["x", "w", "o", "b"], "m": ["x", "w", "o", "", "m"], "bm": ["x", "w", "o", "b", "m"]}[
+        given
+    ]
+    constants = [numpy_helper.from_array(tensors[k].numpy(), k) for k in "wb"]
+    graph = helper.make_graph(
+        [helper.make_node("DeformConv", names, ["y"])], "layer",
+        [helper.make_tensor_value_info(k, TensorProto.FLOAT, tensors[k].shape) for k in "xom" if k in names],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, expected.shape)], constants,
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), tmp_path / "net.onnx")
+    model = openvino.convert_model(tmp_path / "net.onnx", extension=openvino_extensions())
+    assert_close(run(model, *(tensors[k] for k in "xom" if k in names)), expected, "float32")
+
+
+def test_offsets_far_outside_and_at_the_edge():
+    torch.manual_seed(0)
+    inputs = torch.rand(1, 2, 5, 6), torch.randint(-16, 17, (1, 18, 5, 6)) / 2, torch.rand(1, 9, 5, 6), torch.rand(3, 2, 3, 3)
+    function = Function(groups=1, offset_groups=1)
+    model = openvino.convert_model(function, example_input=inputs, extension=openvino_extensions())
+    assert_close(run(model, *inputs), function(*inputs), "float32")
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "text"),
+    [
+        (
+            DeformConv2d(4, 3, 3, boundary="inside"),
+            torch.rand(1, 4, 6, 6),
+            'boundary="inside" cannot be converted: OpenVINO\'s',
+        ),
+        (DeformConv3d(4, 3, 3), torch.rand(1, 4, 5, 5, 5), "A deformable convolution over 3 axes cannot be converted"),
+    ],
+    ids=["inside", "3-D"],
+)
+@pytest.mark.parametrize("exported", [False, True])
+def test_what_openvino_cannot_do_is_refused(layer, x, text, exported):
+    program, how = (torch.export.export(layer.eval(), (x,)), {}) if exported else (layer.eval(), {"example_input": x})
+    with pytest.raises(Exception, match=text):
+        openvino.convert_model(program, extension=openvino_extensions(), **how)
+
+
+def test_without_the_rules_it_refuses():
+    """What the rules are for; when this passes by itself they are not needed any more."""
+    net, x, _ = net_of(2)
+    with pytest.raises(Exception, match="deformconv::deform_conv"):
+        openvino.convert_model(net, example_input=x)
+
+
+class Nothing:
+    """A finder that finds no OpenVINO."""
+
+    def find_spec(self, name, *_):
+        if name == "openvino":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_openvino_is_missing(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Nothing(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match="openvino_extensions needs OpenVINO, which is not installed: pip install"):
+        openvino_extensions()
+
+
+def test_doctests():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = doctest.testmod(rules)
+    assert result.failed == 0
+    assert result.attempted > 5
