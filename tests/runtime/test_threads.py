@@ -427,6 +427,27 @@ print("forked")
     assert run_python(code).split() == ["interrupted", "forked"]
 
 
+@forks
+def test_a_fork_that_began_before_the_import() -> None:
+    """Another library may fork in a thread of its own, while the kernels are imported: it has taken no lock of ours."""
+    code = """
+import os, sys
+sys.unraisablehook = lambda raised: print(raised.exc_value, flush=True)
+def load():
+    from deformconv.runtime import threads
+os.register_at_fork(before=load)
+for number in range(2):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+from deformconv.runtime import threads
+threads.run(lambda counter, limit, thread: counter.__setitem__(0, 9), 2, threads=2, burst=1)
+print("forked")
+"""
+    assert run_python(code).split("\n") == ["forked", ""]
+
+
 @pytest.mark.slow
 def test_a_handler_that_raises_again_and_again_finds_no_worker_left() -> None:
     code = """

@@ -200,6 +200,7 @@ class _Fork:
     """
 
     compiler: Any = None
+    thread: int | None = None  # the one that forks
 
     def before(self) -> None:
         importing.acquire()
@@ -209,8 +210,12 @@ class _Fork:
         self.compiler = getattr(module, "global_compiler_lock", None)
         if self.compiler is not None:
             self.compiler.acquire()
+        self.thread = threading.get_ident()
 
     def after(self) -> None:
+        if self.thread != threading.get_ident():
+            return  # a fork that had begun when this module was imported, by another thread
+        self.thread = None
         if self.compiler is not None:
             self.compiler.release()
         _workers.lock.release()
