@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from importlib import metadata
+
 import pytest
 import torch
 from tests.tolerances import assert_close
@@ -9,9 +12,11 @@ from torch import nn
 
 from deformconv.errors import BackendError
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
+from deformconv.torch.conv import export as module
 
 onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
+# Older ones have no DeformConv, and there is no newer one for Python 3.10.
+onnxruntime = pytest.importorskip("onnxruntime", minversion="1.25")
 pytest.importorskip("onnxscript")
 
 # What PyTorch's exporter and onnxscript warn of on their own account.
@@ -102,6 +107,38 @@ def test_an_input_without_a_batch():
     net, x, _ = net_of(2)
     exported = torch.onnx.export(net, (x[0],), dynamo=True, verbose=False)
     assert_close(run(exported.model_proto, x[0]), net(x[0]).detach(), "float32")
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "warns"),
+    [
+        ("onnxruntime", "1.24.4", True),
+        ("onnxruntime-gpu", "1.9.0", True),
+        ("onnxruntime", "1.25.0", False),
+        ("onnxruntime", "2.0.0rc1", False),
+        (None, None, False),
+    ],
+)
+def test_an_older_onnx_runtime_is_told_of_once(package, version, warns, monkeypatch):
+    def installed(name):
+        if name != package:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(module.metadata, "version", installed)
+    monkeypatch.setattr(module, "_warned_of_runtime", False)
+    net, x, _ = net_of(2)
+    for again in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            export(net, x)
+        texts = [str(warning.message) for warning in caught if "DeformConv" in str(warning.message)]
+        assert len(texts) == (warns and not again)
+        if texts:
+            assert texts == [
+                f"This export has a DeformConv node, and the installed {package} is {version}; expected 1.25 or newer to run "
+                "it: older ones answer NOT_IMPLEMENTED. The file itself is as good with any."
+            ]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -92,8 +92,8 @@ def _from_torch(node: Any) -> list[Any]:
     stride, padding, dilation, *groups = (node.get_values_from_const_input(number) for number in range(5, 10))
     if None in groups:
         raise BackendError(
-            "A call without `groups` or `offset_groups` cannot be converted, since OpenVINO keeps them apart from tensors, whose "
-            "shapes it does not know yet; expected deform_conv2d(..., groups=..., offset_groups=...)."
+            "A call without `groups` or `offset_groups` cannot be converted, since OpenVINO does not know the tensors' "
+            "shapes yet; expected deform_conv2d(..., groups=..., offset_groups=...)."
         )
     input, offset, weight = (node.get_input(number) for number in range(3))
     window = stride, padding[::2], padding[1::2], dilation

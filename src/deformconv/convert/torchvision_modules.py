@@ -39,7 +39,7 @@ class PredictingDeformConv2d(nn.Module):
     def forward(self, input: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Convolve with predicted offsets and masks, or with exactly those passed: without mask, v1."""
         if self.pad is not None:
-            input = self.pad(input)
+            input = self.pad(input)  # type: ignore[operator]
         if offset is None:
             offset, mask = self.predict(input)
         output: Tensor = self.deform_conv(input, offset, mask)
@@ -51,7 +51,7 @@ class PredictingDeformConv2d(nn.Module):
         if self.offset_conv is None:
             raise TypeError("`offset` is missing and this layer predicts none; expected layer(input, offset).")
         else:  # torch.jit.script leaves out a branch, and not what follows one
-            offset = self.offset_conv(input)
+            offset = self.offset_conv(input)  # type: ignore[operator]
         if self.modulated:
             mask = self.mask_scale * torch.sigmoid(offset[:, self.offset_channels :])
             offset = offset[:, : self.offset_channels]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from dataclasses import replace
+from importlib import metadata
 from types import FrameType
 from typing import Any
 
@@ -17,6 +19,9 @@ from deformconv.torch.registry import Export
 from deformconv.torch.tensors import HALF
 
 __all__ = ["EXPORT", "deform_conv"]
+
+_FIRST_RUNTIME = (1, 25)
+_warned_of_runtime = False
 
 
 def deform_conv(
@@ -79,6 +84,25 @@ def _check(spec: ConvSpec, opset: int | None) -> None:
             "DeformConv over 2 axes only.",
             stacklevel=2,
         )
+    else:
+        _warn_of_runtime()
+
+
+def _warn_of_runtime() -> None:
+    """Warn, once in a process, of an installed ONNX Runtime that has no DeformConv; none at all is no mistake."""
+    global _warned_of_runtime
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+        if not _warned_of_runtime and tuple(map(int, re.findall(r"\d+", version)[:2])) < _FIRST_RUNTIME:
+            _warned_of_runtime = True
+            warnings.warn(
+                f"This export has a DeformConv node, and the installed {package} is {version}; expected 1.25 or newer to run "
+                "it: older ones answer NOT_IMPLEMENTED. The file itself is as good with any.",
+                stacklevel=2,
+            )
 
 
 def _opset() -> int | None:
@@ -92,5 +116,6 @@ def _opset() -> int | None:
     return None
 
 
-# For a compiler it is a constant: see `modes.exporting`.
+# For a compiler they are constants: see `modes.exporting`.
+_warn_of_runtime._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _opset._dynamo_marked_constant = True  # type: ignore[attr-defined]
