@@ -431,7 +431,7 @@ print("forked")
 def test_a_fork_that_began_before_the_import() -> None:
     """Another library may fork in a thread of its own, while the kernels are imported: it has taken no lock of ours."""
     code = """
-import os, sys
+import logging, os, sys  # logging has the same fault, when it is imported there
 sys.unraisablehook = lambda raised: print(raised.exc_value, flush=True)
 def load():
     from deformconv.runtime import threads

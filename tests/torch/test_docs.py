@@ -1,4 +1,4 @@
-"""docs/pytorch.md: every program runs and prints what stands below it."""
+"""docs/pytorch.md and docs/deploy.md: every program runs and prints what stands below it."""
 
 from __future__ import annotations
 
@@ -10,37 +10,42 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "pytorch.md"
-TEXT = PAGE.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^## (.*?)\n|^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", TEXT, re.M | re.S)
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {"pytorch.md": 12, "deploy.md": 3}  # and the fewest programs in each
+BLOCK = re.compile(r"^## (.*?)\n|^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.M | re.S)
 
 
-def programs():
-    """The section, the source and the output of each program."""
+def programs(page):
+    """The source and the output of each program, named after its section."""
     section = ""
-    for heading, source, output in BLOCKS:
+    for heading, source, output in BLOCK.findall((DOCS / page).read_text(encoding="utf-8")):
         section = heading or section
         if source:
             yield pytest.param(source, output, id=section)
 
 
-def test_every_program_has_its_output():
-    assert len(list(programs())) == TEXT.count("```python") == TEXT.count("```text") >= 12
+@pytest.mark.parametrize(("page", "fewest"), PAGES.items())
+def test_every_program_has_its_output(page, fewest):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert len(list(programs(page))) == text.count("```python") == text.count("```text") >= fewest
 
 
 # What PyTorch's exporter and its forward-mode rules warn of on their own account.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(("source", "output"), list(programs()))
-def test_program(source, output):
-    for library in ("torchvision", "onnx", "onnxscript"):
+@pytest.mark.parametrize(("source", "output"), [program for page in PAGES for program in programs(page)])
+def test_program(source, output, tmp_path, monkeypatch):
+    for library in ("torchvision", "onnx", "onnxscript", "openvino"):
         if library in source or (library == "onnxscript" and "torch.onnx" in source):
             pytest.importorskip(library)
+    if "onnxruntime" in source:
+        pytest.importorskip("onnxruntime", minversion="1.25")
+    monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
     torch.manual_seed(0)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(source, str(PAGE), "exec"), {"__name__": "__main__"})
+        exec(compile(source, "program", "exec"), {"__name__": "__main__"})
     assert printed.getvalue() == output
     torch._dynamo.reset()

@@ -460,8 +460,9 @@ class TestErrors:
 def test_scripting_says_what_to_do():
     layer, x = DeformConv2d(4, 3, 3), torch.rand(1, 4, 5, 5)
     text = (
-        r"torch\.jit\.script cannot compile a DeformConv2d; expected torch\.jit\.trace\(net, example_input\), or "
-        r"torch\.export\.export\(net, \(example_input,\)\)"
+        r"torch\.jit\.script cannot compile a DeformConv2d; expected torch\.jit\.trace\(net, example_input\) or "
+        r"torch\.export\.export\(net, \(example_input,\)\), which record the operator, or, over two axes, "
+        r"torch\.jit\.script\(deformconv\.convert\.to_torchvision\(net\)\), a copy with torchvision's layers\."
     )
     for net in (layer, nn.Sequential(nn.ReLU(), nn.Sequential(layer))):
         with pytest.raises(NotImplementedError, match=text):

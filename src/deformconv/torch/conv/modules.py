@@ -262,9 +262,9 @@ class _DeformConvNd(nn.modules.conv._ConvNd):
     def __prepare_scriptable__(self) -> NoReturn:
         """torch.jit.script asks every module of a net for this before it compiles."""
         raise NotImplementedError(
-            f"torch.jit.script cannot compile a {type(self).__name__}; expected torch.jit.trace(net, example_input), or "
-            "torch.export.export(net, (example_input,)), which record the operator. A net that needs scripting elsewhere can "
-            "script those parts and trace this one."
+            f"torch.jit.script cannot compile a {type(self).__name__}; expected torch.jit.trace(net, example_input) or "
+            "torch.export.export(net, (example_input,)), which record the operator, or, over two axes, "
+            "torch.jit.script(deformconv.convert.to_torchvision(net)), a copy with torchvision's layers."
         )
 
     def extra_repr(self) -> str:
