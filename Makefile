@@ -8,6 +8,7 @@
 #   make test-other-kernels    what could differ on another processor, with PyTorch's, MKL's, oneDNN's and OpenBLAS's
 #                kernels for an older one (KERNELS="NAME=value ..." sets other variables)
 #   make check-serving    what examples/serving/Dockerfile does, without Docker: its steps and its server, in build/serving
+#   make docs    build the documentation site in site/, every warning an error; then open site/index.html
 #   make lint    style and types alone
 #   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
 #                (with options only measure and print: BENCH="--quick", BENCH="--base main" beside another commit,
@@ -32,7 +33,7 @@ KERNELS ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX
 OTHER_KERNELS_TESTS := tests/torch tests/convert tests/ops/conv/test_portable.py tests/ops/conv/test_portable_torch.py \
 	tests/ops/conv/test_reference.py tests/test_functional.py tests/test_examples.py tests/test_readme.py tests/studies
 
-.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-fast test-other-kernels check-serving lint bench bench-gluon clean
+.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-fast test-other-kernels check-serving docs lint bench bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -70,6 +71,9 @@ check-serving:
 	rm -rf build/serving
 	$(PYTHON) tests/dockerfile.py build/serving
 
+docs: $(VENV)/installed-docs
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet --fresh-env --doctree-dir build/doctrees --conf-dir docs/site . site
+
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -92,9 +96,14 @@ endef
 $(VENV)/installed-dev: pyproject.toml constraints.txt
 	$(call install,dev)
 	@touch $(VENV)/installed-demo $@
+	@! $(PY) -c 'import sphinx' 2>/dev/null || touch $(VENV)/installed-docs
 
 $(VENV)/installed-demo: pyproject.toml constraints.txt
 	$(call install,demo)
+	@touch $@
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt
+	$(call install,docs)
 	@touch $@
 
 $(GLUON_VENV)/installed-dev-gluon: pyproject.toml constraints-gluon.txt
@@ -105,4 +114,4 @@ $(GLUON_VENV)/installed-dev-gluon: pyproject.toml constraints-gluon.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(GLUON_VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output
+	rm -rf $(VENV) $(GLUON_VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output

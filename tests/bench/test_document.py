@@ -52,7 +52,7 @@ class TestReadme:
         text = (ROOT / "README.md").read_text(encoding="utf-8")
         file = ROOT / readme.RESULTS
         if not file.exists():
-            assert readme.RESULTS not in text
+            assert readme.CHART not in text
             return
         found = document.read(file.read_text(encoding="utf-8"))
         assert readme.replaced(text, readme.section(found)) == text
@@ -62,8 +62,21 @@ class TestReadme:
         assert {"speed", "net", "offsets", "small", "scaling", "memory", "startup"} <= set(found)
         assert {row["layer"]["name"] for row in found["speed"]["rows"]} == {case.name for case in CASES}
 
-    def test_its_table_says_what_was_measured(self):
-        text = readme.section(made_up.document())
+    def test_its_line_has_the_means_that_matter(self):
+        found = made_up.document()
+        text = readme.section(found)
+        assert len(text.splitlines()) == 3
+        assert (
+            "**forward 2.00 times as fast as the faster of ONNX Runtime and OpenVINO and 16.0 times as fast as torchvision; "
+            "forward and backward 32.0 times as fast as torchvision** (float32, 2 threads of A Processor)"
+        ) in text
+        found["net"] = made_up.section(made_up.net_rows())
+        said = "; a whole net takes 4.00 times forward the time of the same net of plain convolutions ("
+        assert said in readme.section(found)
+
+    def test_the_table_says_what_was_measured(self):
+        text = readme.everything(made_up.document())
+        text = text[: text.index("## Speed")]
         assert "- forward: **2.00 times** faster than the faster of ONNX Runtime and OpenVINO; 19 cases" in text
         assert "- forward+backward: **0.500** times a plain convolution" in text
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\|.*", text, re.M)]
@@ -75,9 +88,9 @@ class TestReadme:
 
     def test_what_a_net_costs_comes_first(self):
         found = made_up.document()
-        assert "A net with" not in readme.section(found)  # it is not said where it was not measured
+        assert "A whole net" not in readme.everything(found)  # it is not said where it was not measured
         found["net"] = made_up.section(made_up.net_rows())
-        text = readme.section(found)
+        text = readme.everything(found)
         said = text.index("takes **4.00 times** forward (at most 8.00, small) the time of the same net of plain convolutions")
         assert said < text.index("faster than the faster of ONNX Runtime")
         assert "over 2 nets" in text

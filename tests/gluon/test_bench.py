@@ -1,4 +1,4 @@
-"""The benchmark in Gluon: it measures what it says, and the README quotes what is in its file."""
+"""The benchmark in Gluon: it measures what it says, and docs/gluon.md quotes what is in its file."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_a_wrong_result_is_not_timed():
         bench._agree({"mxnet v1": Process(1), "deformconv v1": Process(np.nan)})
 
 
-def test_the_readme_quotes_the_committed_figures():
+def test_the_guide_quotes_the_committed_figures():
     figures = json.loads((ROOT / "benchmarks" / "gluon.json").read_text())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    quoted = readme.partition("<!-- gluon:begin -->\n")[2].partition("\n<!-- gluon:end -->")[0]
+    guide = (ROOT / "docs" / "gluon.md").read_text(encoding="utf-8")
+    quoted = guide.partition("<!-- gluon:begin -->\n")[2].partition("\n<!-- gluon:end -->")[0]
     assert quoted == bench.sentence(figures)
     assert figures["v1 speedup"] >= 12 and figures["v2 to v1"] <= 1.4

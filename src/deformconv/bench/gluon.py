@@ -157,7 +157,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def sentence(figures: dict[str, Any]) -> str:
-    """The figures in one sentence, as the README quotes them."""
+    """The figures in one sentence, as docs/gluon.md quotes them."""
     theirs, v1, v2 = (f"{figures['milliseconds'][kind]:.0f} ms" for kind in KINDS)
     machine = f"{figures['machine']['processors']} cores, {figures['machine']['processor']}"
     return (

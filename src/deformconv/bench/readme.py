@@ -1,6 +1,7 @@
 """Write what was measured into the repository's texts: `python -m deformconv.bench.readme`, in its folder.
 
-The README gets a section, benchmarks/README.md every table, and benchmarks/speed.png the chart, from benchmarks/results.json.
+From benchmarks/results.json. The README gets the chart and a line, benchmarks/README.md has every table, benchmarks/speed.png
+is the chart.
 """
 
 from __future__ import annotations
@@ -24,21 +25,56 @@ Document = Mapping[str, Any]
 
 
 def section(found: Document) -> str:
-    """The README's comparison."""
-    speed = found["speed"]
+    """The README's comparison: the chart and one line."""
     return f"""\
 ![Times of other libraries relative to deformconv's, case by case]({CHART})
 
-{_where(found)} Every library in a process of its own, alternating blocks of calls, medians, after a check that the results agree. `make bench` measures it on your machine, and `deformconv bench` without this repository.
+{_line(found)} `make bench` measures it on your machine, `deformconv bench` without this repository; [every figure]({TABLES}).
+"""
 
-{_nets(found)}{_means(speed["rows"])}
+
+def _line(found: Document) -> str:
+    """The means that matter, in a sentence."""
+    rows = found["speed"]["rows"]
+    sides = []
+    for direction, words in zip(DIRECTIONS, ("forward", "forward and backward"), strict=True):
+        faster = [mean for mean in figures.goals(rows) if mean.goal.direction == direction and mean.goal.under == figures.OURS]
+        others = [
+            f"{figures.digits(mean.mean)} times as fast as {mean.goal.what.removeprefix('faster than ')}" for mean in faster
+        ]
+        if others:
+            sides.append(f"{words} {' and '.join(others)}")
+    said = [f"**{'; '.join(sides)}**"] if sides else []
+    nets = (
+        {mean.direction: mean for mean in net_means(found["net"]["rows"]) if mean.machine == "idle"} if "net" in found else {}
+    )
+    costs = [
+        f"{figures.digits(nets[direction].mean)} times {words}"
+        for direction, words in zip(DIRECTIONS, ("forward", "in training"), strict=True)
+        if direction in nets
+    ]
+    if costs:
+        said.append(f"a whole net takes {' and '.join(costs)} the time of the same net of plain convolutions")
+    machine = found["machine"]
+    where = f"float32, {found['speed']['threads']} threads of {machine['processor']}"
+    return f"Geometric means over named layers and nets: {'; '.join(said)} ({where})."
+
+
+def _glance(found: Document) -> str:
+    """The means with their spans, and a table with a line per case."""
+    rows = found["speed"]["rows"]
+    return f"""\
+## At a glance
+
+Every library in a process of its own, alternating blocks of calls, medians, after a check that the results agree.
+
+{_nets(found)}{_means(rows)}
 
 Milliseconds:
 
-{_table(speed["rows"])}
+{_table(rows)}
 
-{_footnotes(speed["rows"])}The cases by name, whole nets, kornia, spreads, small calls, scaling, memory and the first call are in [{TABLES}]({TABLES}), the raw figures in [{RESULTS}]({RESULTS}).
-"""  # noqa: E501
+{_footnotes(rows)}""".rstrip("\n")
 
 
 def _nets(found: Document) -> str:
@@ -56,7 +92,7 @@ def _nets(found: Document) -> str:
     count = len({row["net"]["name"] for row in found["net"]["rows"]})
     return (
         f"**A whole net** with deformable layers, predictors included, takes {' and '.join(sentences)} the time of the same "
-        f"net of plain convolutions; geometric means over {count} nets ([which ones]({TABLES}#whole-nets-milliseconds)). "
+        f"net of plain convolutions; geometric means over {count} nets ([which ones](#whole-nets-milliseconds)). "
         "The operator alone:\n\n"
     )
 
@@ -117,6 +153,7 @@ def everything(found: Document) -> str:
         _where(found),
         _machine(found["machine"]),
         "![Times relative to deformconv's](speed.png)",
+        _glance(found),
     ]
     rows = found["speed"]["rows"]
     for direction in DIRECTIONS:

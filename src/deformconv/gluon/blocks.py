@@ -178,10 +178,11 @@ class DeformableConvolution(_Deformable, cnn.DeformableConvolution):
     `net.collect_params(".*_offset_(weight|bias)").setattr("lr_mult", 0.1)`.
 
     Args:
-        channels, kernel_size, strides, padding, dilation, groups, num_deformable_group, layout, use_bias, in_channels,
-            activation, weight_initializer, bias_initializer, offset_weight_initializer, offset_bias_initializer,
-            offset_use_bias, op_name, adj, prefix, params: as MXNet's block. `layout` is "NCHW"; MXNet's accepts another
-            and then fails to run.
+        channels, kernel_size, strides, padding, dilation, groups, num_deformable_group, use_bias, in_channels, activation: as
+            MXNet's block.
+        weight_initializer, bias_initializer, offset_weight_initializer, offset_bias_initializer, offset_use_bias: as well.
+        layout: "NCHW"; MXNet's accepts another and then fails to run.
+        op_name, adj, prefix, params: as MXNet's block.
         boundary: "inside", MXNet's rule for v1, which None means; or "zeros", the rule of v2 and of torchvision: see
             `deformconv.deform_conv`.
 

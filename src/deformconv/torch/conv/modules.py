@@ -285,8 +285,8 @@ class DeformConv2d(_DeformConvNd, nn.Conv2d):
     masks. It is usually trained at a tenth of the learning rate: see `parameter_groups`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
-            dtype: as nn.Conv2d. `padding` may also be pairs ((top, bottom), (left, right)).
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            nn.Conv2d. `padding` may also be pairs ((top, bottom), (left, right)).
         modulated: True is v2, False is v1 (no masks).
         offset_groups: the channels are split into that many groups with offsets of their own; None, without a
             predictor, takes the number from the offsets that are passed.
