@@ -62,7 +62,11 @@ PLAIN = (
     "cli",
 )
 # But for these modules, which the others of their room load inside of functions.
-OF_A_FRAMEWORK = {"deformconv.convert.kornia", "deformconv.convert.torchvision_kernels"}
+OF_A_FRAMEWORK = {
+    "deformconv.convert.kornia",
+    "deformconv.convert.torchvision_kernels",
+    "deformconv.convert.torchvision_modules",
+}
 
 
 def name_of(file: Path) -> str:

@@ -30,10 +30,11 @@ def test_every_program_has_its_output(page, fewest):
     assert len(list(programs(page))) == text.count("```python") == text.count("```text") >= fewest
 
 
-# What PyTorch's exporter and its forward-mode rules warn of on their own account.
+# What PyTorch's exporter, its forward-mode rules and torchvision's layer under a tracer warn of on their own account.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("source", "output"), [program for page in PAGES for program in programs(page)])
 def test_program(source, output, tmp_path, monkeypatch):
     for library in ("torchvision", "onnx", "onnxscript", "openvino"):

@@ -29,8 +29,8 @@ class PredictingDeformConv2d(nn.Module):
         max_offset: float | None,
     ) -> None:
         super().__init__()
-        self.register_module("pad", pad)  # None has its place too, which settles the order
-        self.register_module("offset_conv", offset_conv)
+        self.pad = pad
+        self.register_module("offset_conv", offset_conv)  # None has its place too, before the layer's
         self.deform_conv = deform_conv
         self.padding_mode = padding_mode  # what `pad` pads with
         self.offset_channels, self.modulated = offset_channels, modulated
@@ -39,7 +39,7 @@ class PredictingDeformConv2d(nn.Module):
     def forward(self, input: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Convolve with predicted offsets and masks, or with exactly those passed: without mask, v1."""
         if self.pad is not None:
-            input = self.pad(input)  # type: ignore[operator]
+            input = self.pad(input)
         if offset is None:
             offset, mask = self.predict(input)
         output: Tensor = self.deform_conv(input, offset, mask)
