@@ -9,22 +9,36 @@
 #                kernels for an older one (KERNELS="NAME=value ..." sets other variables)
 #   make check-serving    what examples/serving/Dockerfile does, without Docker: its steps and its server, in build/serving
 #   make docs    build the documentation site in site/, every warning an error; then open site/index.html
+#   make test-oldest    with the oldest Python, NumPy and Numba that pyproject.toml allows, in .venv-oldest: what needs no
+#                framework; make test-oldest-torch does it with the oldest PyTorch too (2.8 GB to download on Linux)
 #   make lint    style and types alone
+#   make wheel   build dist/ (wheel and sdist) and check what is inside
+#   make test-wheel    install the wheel into clean environments, one for each Python that is here from 3.10 on, and run
+#                there what needs no framework (WHEEL_PYTHONS="python3.12 ..." names others)
 #   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
 #                (with options only measure and print: BENCH="--quick", BENCH="--base main" beside another commit,
 #                BENCH="--help" for the others)
 #   make bench-gluon    a training step in Gluon beside MXNet's own
 PYTHON ?= python3
 VENV ?= .venv
-PY := $(VENV)/bin/python
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PY := $(VENV)/$(BIN)/python
 # MXNet needs NumPy 1.23, which is there for Python 3.10 and 3.11.
 GLUON_PYTHON ?= $(shell for python in $(PYTHON) python3.11 python3.10; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 GLUON_VENV ?= .venv-gluon
-GLUON_PY := $(GLUON_VENV)/bin/python
-# Beside tests/gluon: what needs no framework.
-GLUON_TESTS := tests/gluon tests/convert tests/ops tests/runtime tests/sampling \
-	tests/test_dispatch.py tests/test_functional.py tests/test_package.py tests/test_readme.py
+GLUON_PY := $(GLUON_VENV)/$(BIN)/python
+# What needs no framework, but for some of its tests, which skip themselves.
+INSTALLED_TESTS := tests/convert tests/ops tests/runtime tests/sampling \
+	tests/test_dispatch.py tests/test_functional.py tests/test_installation.py tests/test_package.py
+GLUON_TESTS := tests/gluon $(filter-out tests/test_installation.py,$(INSTALLED_TESTS)) tests/test_readme.py
+OLDEST_PYTHON ?= python3.10
+OLDEST_VENV ?= .venv-oldest
+OLDEST_PY := $(OLDEST_VENV)/$(BIN)/python
+WHEEL_VENV ?= .venv-wheel
+WHEEL_PY := $(WHEEL_VENV)/$(BIN)/python
+WHEEL_PYTHONS ?= $(shell for python in python3.10 python3.11 python3.12 python3.13 python3.14; do \
+	$$python -c '' 2>/dev/null && echo $$python; done)
 
 # The libraries' plainest kernels, on one thread: sums go in another order than on any processor of today.
 # MKL_CBWR is not among them: every value of it makes MKL's bits the same for any strides, which they are not without it.
@@ -32,8 +46,10 @@ KERNELS ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 OTHER_KERNELS_TESTS := tests/torch tests/convert tests/ops/conv/test_portable.py tests/ops/conv/test_portable_torch.py \
 	tests/ops/conv/test_reference.py tests/test_functional.py tests/test_examples.py tests/test_readme.py tests/studies
+OLDEST_TORCH_TESTS := tests/torch
 
-.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-fast test-other-kernels check-serving docs lint bench bench-gluon clean
+.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-fast test-other-kernels test-oldest test-oldest-torch \
+	check-serving docs wheel test-wheel lint bench bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -74,6 +90,22 @@ check-serving:
 docs: $(VENV)/installed-docs
 	$(PY) -m sphinx --fail-on-warning --keep-going --quiet --fresh-env --doctree-dir build/doctrees --conf-dir docs/site . site
 
+test-oldest: $(OLDEST_VENV)/installed-oldest
+	$(OLDEST_PY) -m pytest $(INSTALLED_TESTS)
+
+test-oldest-torch: $(OLDEST_VENV)/installed-oldest-torch
+	$(OLDEST_PY) -m pytest $(INSTALLED_TESTS) $(OLDEST_TORCH_TESTS)
+
+# The versions that build are pinned as well, and so not installed by pip for the occasion.
+wheel: $(WHEEL_VENV)/installed-wheel
+	rm -rf dist
+	$(WHEEL_PY) -m build --no-isolation
+	$(WHEEL_PY) tools/try_wheel.py dist
+
+test-wheel: wheel
+	@test -n "$(WHEEL_PYTHONS)" || { echo 'No python3.10 to python3.14 is on the path. Name one, make WHEEL_PYTHONS=/path/to/python test-wheel.'; exit 1; }
+	$(WHEEL_PY) tools/try_wheel.py dist $(addprefix --python=,$(WHEEL_PYTHONS)) --tests $(INSTALLED_TESTS)
+
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -113,5 +145,25 @@ $(GLUON_VENV)/installed-dev-gluon: pyproject.toml constraints-gluon.txt
 	$(GLUON_PY) -m pip install --disable-pip-version-check --constraint constraints-gluon.txt --editable '.[dev-gluon]'
 	@touch $@
 
+# pyproject.toml asks for the oldest versions, and the constraints name them: pip refuses where the two do not agree.
+define install-oldest
+	@$(OLDEST_PY) -m pip --version >/dev/null 2>&1 || $(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_PY) -m pip install --disable-pip-version-check --constraint constraints-oldest.txt --editable . \
+		hypothesis packaging pytest pyyaml $(1)
+endef
+
+$(OLDEST_VENV)/installed-oldest: pyproject.toml constraints-oldest.txt
+	$(call install-oldest,)
+	@touch $@
+
+$(OLDEST_VENV)/installed-oldest-torch: pyproject.toml constraints-oldest.txt
+	$(call install-oldest,torch torchvision)
+	@touch $(OLDEST_VENV)/installed-oldest $@
+
+$(WHEEL_VENV)/installed-wheel: constraints.txt
+	@$(WHEEL_PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_PY) -m pip install --disable-pip-version-check --constraint constraints.txt build hatchling
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(GLUON_VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output
+	rm -rf $(VENV) $(GLUON_VENV) $(OLDEST_VENV) $(WHEEL_VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output

@@ -16,7 +16,7 @@ from deformconv.ops.conv.spec import Gradients
 if TYPE_CHECKING:
     from deformconv.runtime.processors import get_num_threads, set_num_threads
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
