@@ -108,7 +108,12 @@ def any_autocast() -> bool:
 
 def autocast(device: str) -> bool:
     """Whether autocast is on for a type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # PyTorch 2.4 compiles no call of is_autocast_available, which is of use for devices that may have no autocast.
+    return (
+        any_autocast()
+        and (device in ("cpu", "cuda") or torch.amp.is_autocast_available(device))
+        and torch.is_autocast_enabled(device)
+    )
 
 
 def without_autocast(device: str) -> Any:

@@ -90,7 +90,7 @@ class Registered:
         name = op.name()
         _library.impl(name.partition("::")[2], kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=_library)
-        if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, vmap of the registered operators raises
+        if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, vmap calls a registered operator one by one
             torch.library.register_vmap(name, vmap, lib=_library)
         _library.impl(name.partition("::")[2], derivative, "Autograd", with_keyset=True)
 
@@ -268,7 +268,8 @@ class Registered:
             self.backward_op.overloadpacket: self._backward_flops,
         }
         for packet, formula in formulas.items():
-            counter.register_flop_formula(packet)(formula)
+            # What register_flop_formula does; PyTorch 2.4's puts overloads there, and its counter asks for packets.
+            counter.flop_registry[packet] = counter.shape_wrapper(formula)
         for mode in _get_current_dispatch_mode_stack():  # a counter copied the registry when it was made
             registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
             registry.update((packet, counter.flop_registry[packet]) for packet in formulas)

@@ -25,13 +25,12 @@ from deformconv.torch.tensors import PLAIN, dtype_name, requires_grad
 __all__ = ["forward", "is_plain"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS_OF_ALL = tuple(getattr(nn_module, f"_global{name}") for name in _HOOKS)  # a hook that is registered is put into these
 
 
 def is_plain(predictor: Any) -> bool:
     """Whether a call of a module does nothing but its class's `forward`: no hook, nothing in the place of a method."""
-    return not (
-        any(getattr(predictor, name) for name in _HOOKS) or "forward" in vars(predictor) or nn_module._has_any_global_hook()
-    )
+    return not (any(getattr(predictor, name) for name in _HOOKS) or "forward" in vars(predictor) or any(_HOOKS_OF_ALL))
 
 
 def forward(
