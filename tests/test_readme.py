@@ -80,7 +80,7 @@ def run(code: Any) -> str:
     return printed.getvalue()
 
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+DOCUMENTS = [*sorted(path.name for path in ROOT.glob("*.md")), "benchmarks/README.md"]
 DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 
 

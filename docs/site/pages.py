@@ -17,7 +17,8 @@ CONTENTS = {
     "Guides": ["pytorch", "gluon", "serving", "deploy", "performance", "extending"],
     "Coming from": ["from-torchvision", "from-mmcv", "from-detectron2", "from-dcnv2", "from-mxnet"],
     "API": ["api/root", "api/torch", "api/gluon", "api/convert", "api/plots"],
-    "Behind it": ["mathematics", "design", "style", "../benchmarks/README", "../CONTRIBUTING", "../CHANGELOG"],
+    "Behind it": ["mathematics", "design", "style", "../benchmarks/README"],
+    "The project": ["../CHANGELOG", "../VERSIONING", "../CONTRIBUTING", "../SECURITY", "../CODE_OF_CONDUCT"],
 }
 
 
