@@ -46,7 +46,12 @@ KERNELS ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 OTHER_KERNELS_TESTS := tests/torch tests/convert tests/ops/conv/test_portable.py tests/ops/conv/test_portable_torch.py \
 	tests/ops/conv/test_reference.py tests/test_functional.py tests/test_examples.py tests/test_readme.py tests/studies
-OLDEST_TORCH_TESTS := tests/torch
+# PyTorch 2.4 warns of itself, and cannot do what these tests ask: it maps a registered operator image by image, has no
+# Dim.AUTO, and its compiler reads less (one-dimensional lists of dynamic sizes, pairs of padding, a reverse derivative of
+# jvp, the text of an error).
+OLDEST_TORCH_TESTS := tests/torch -W default -k "not (test_opcheck or test_compile_of_the_function or test_of_a_layers_input \
+	or test_export_with_any_batch_and_size or test_export_to_training_and_decomposed or test_compiled_autograd \
+	or test_vmap_of_the_registered_operator or test_transforms_within_a_compiled_function)"
 
 .PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-fast test-other-kernels test-oldest test-oldest-torch \
 	check-serving docs wheel test-wheel lint bench bench-gluon clean

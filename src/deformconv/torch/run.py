@@ -89,8 +89,14 @@ def raise_of_one_image(error: ShapeError, name: str, input: Operand) -> NoReturn
     ) from None
 
 
+def with_batch(operand: Operand) -> Operand:
+    """The operand with a batch axis before its own."""
+    # PyTorch before 2.6 compiles no call of a named tuple's _replace.
+    return Operand((1, *operand.shape), operand.dtype, operand.device)
+
+
 def _with_batch(operand: Operand | None, by_image: bool) -> Operand | None:
-    return operand._replace(shape=(1, *operand.shape)) if operand is not None and by_image else operand
+    return with_batch(operand) if operand is not None and by_image else operand
 
 
 def plan_for(op: Any, spec: Spec, device: str, differentiable: bool, backend: str | None) -> Plan:

@@ -277,8 +277,9 @@ def check_layer_input(
     input: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, rank: int, in_channels: int
 ) -> None:
     """Raise what the operator would raise for this input and weight, before a layer predicts its offsets."""
+    # A compiler is asked about first: PyTorch's of 2.6 does not read whether a type is in a set.
     special = (
-        type(input) not in PLAIN or type(weight) not in PLAIN or modes.compiling() or modes.traced() or modes.any_autocast()
+        modes.compiling() or type(input) not in PLAIN or type(weight) not in PLAIN or modes.traced() or modes.any_autocast()
     )
     if not special:
         try:
@@ -315,7 +316,7 @@ def _check_layer_input(input: Any, weight: Any, **window: Any) -> None:
         return  # sizes are tensors then
     operands = [operand(input), operand(weight)]
     if input.dtype != weight.dtype and modes.autocast(input.device.type):
-        operands = [o._replace(dtype="float32") if o.dtype in HALF else o for o in operands]
+        operands = [Operand(o.shape, "float32", o.device) if o.dtype in HALF else o for o in operands]
     _check_layer_operands(operands, window)
 
 
@@ -326,7 +327,7 @@ def _check_layer_operands(operands: list[Operand], window: dict[str, Any]) -> No
         check_input(*operands, **window)
         return
     input = operands[0]
-    operands[0] = input._replace(shape=(1, *input.shape))
+    operands[0] = run.with_batch(input)
     try:
         check_input(*operands, **window)
     except ShapeError as error:
