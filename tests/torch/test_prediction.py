@@ -15,6 +15,7 @@ from tests.torch.test_modules import CONFIGURATIONS, LAYERS, TestLayers, image, 
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from deformconv import ShapeError
 from deformconv.ops.conv import cpu
 from deformconv.torch import DeformConv2d
 
@@ -147,6 +148,16 @@ def test_a_predictor_that_is_another_is_asked(change: Any, taken: list[int]) -> 
     assert not taken
     assert_close(found, layer(x).detach(), "float64")
     assert_close(found, apart, "float64")
+
+
+def test_a_predictor_padded_otherwise_is_refused_as_ever(taken: list[int]) -> None:
+    layer, x = ready()
+    layer.offset_conv.padding = (0, 0)  # its maps are smaller than the output
+    with pytest.raises(ShapeError):
+        layer(x)
+    with torch.no_grad(), pytest.raises(ShapeError):
+        layer(x)
+    assert not taken
 
 
 def test_a_global_hook_sees_the_predictor(taken: list[int]) -> None:

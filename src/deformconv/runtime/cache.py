@@ -291,9 +291,8 @@ class DiskCache(_Cache):
                 part = Path(own) / file.name
                 part.write_bytes(_checksum(file, content) + content)
                 os.replace(part, file)
-        except (
-            OSError
-        ) as error:  # The disk is full by now, or read-only: the kernel still runs, and is compiled again next time.
+        except OSError as error:
+            # The disk is full by now, or read-only: the kernel still runs, and is compiled again next time.
             warn_that_nothing_is_kept(f"{file.parent}: {error.strerror}", _roots())
             return False
         return True

@@ -175,10 +175,8 @@ def forward(counter, limit, thread, plan, order, arrays, reals, integers):
         item = fetch_add(counter, NEXT)
         if item >= cut.strands * cut.strand:
             return
-        # Threads take items in turn: each of them gets mostly neighbours, whose samples it has in its caches.
-        number = item % cut.strands * cut.strand + item // cut.strands
-        if number < shape.images * cut.tiles:
-            tile = tile_at(number, shape, cut)
+        tile = tile_of(item, shape, cut)
+        if tile.n < shape.images:
             place_tile(plan[0], plan[1], tile.first, tile.count, table)
             one_tile(samples, cut, arrays, sums, column, tile)
 
@@ -228,8 +226,10 @@ def pack_panel(item, shape, weight, last, packed, square, empty):
 
 
 @device
-def tile_at(number, shape, cut):
-    """A tile of the forward pass, of all images' tiles."""
+def tile_of(item, shape, cut):
+    """The tile that an item of a forward pass is; the last strand's last items may be of an image that is not there."""
+    # Threads take items in turn: each of them gets mostly neighbours, whose samples it has in its caches.
+    number = item % cut.strands * cut.strand + item // cut.strands
     first = number % cut.tiles * cut.tile
     return Tile(number // cut.tiles, first, min(cut.tile, shape.positions - first))
 

@@ -18,7 +18,7 @@ from deformconv.ops.conv.cpu_kernels import (
     one_tile,
     pack_panel,
     pixels_of,
-    tile_at,
+    tile_of,
 )
 from deformconv.ops.conv.cpu_pack import write_output
 from deformconv.runtime.activations import scale_sigmoid
@@ -32,7 +32,7 @@ from deformconv.runtime.window_product import multiply_pixels, place_pixels
 from deformconv.sampling.corners import table_in
 from deformconv.sampling.windows import place_tile, tap_shifts
 
-__all__ = ["Activation", "PredictorArrays", "forward"]
+__all__ = ["PredictorArrays", "forward"]
 
 
 class PredictorArrays(NamedTuple):
@@ -43,20 +43,14 @@ class PredictorArrays(NamedTuple):
     bias: Any
 
 
-class Activation(NamedTuple):
-    """What is done to predicted numbers, all as one array of reals."""
-
-    mask_scale: Any  # masks are mask_scale*sigmoid(raw)
-    max_offset: Any  # offsets are max_offset*tanh(raw/max_offset), or raw for 0
-
-
 @kernel
 def forward(counter, limit, thread, plan, order, arrays, activation, reals, integers):
     """As `cpu_kernels.forward`, of offsets and masks that are predicted.
 
     `plan` is (size, geometry, Shape, Layout, ForwardCut, the predictor's Shape, the predictor's ForwardCut), `arrays` are
     ForwardArrays and PredictorArrays as tuples. The former's `offset` and `mask` are room for what is predicted: one array
-    (N, channels, P), and the same from its first mask on.
+    (N, channels, P), and the same from its first mask on. `activation` are two reals, a and b: masks are a*sigmoid(raw), and
+    offsets b*tanh(raw/b), or raw where b is 0.
     """
     shape, layout, cut = named(Shape, plan[2]), named(Layout, plan[3]), named(ForwardCut, plan[4])
     predictor_shape, predictor_cut = named(Shape, plan[5]), named(ForwardCut, plan[6])
@@ -74,9 +68,8 @@ def forward(counter, limit, thread, plan, order, arrays, activation, reals, inte
         item = fetch_add(counter, NEXT)
         if item >= cut.strands * cut.strand:
             return
-        number = item % cut.strands * cut.strand + item // cut.strands
-        if number < shape.images * cut.tiles:
-            tile = tile_at(number, shape, cut)
+        tile = tile_of(item, shape, cut)
+        if tile.n < shape.images:
             place_tile(plan[0], plan[1], tile.first, tile.count, table)
             predict(pixels, predictor_cut, predictor.packed, sums, places, tile)
             write_prediction(predictor_shape, predictor_cut, tile, sums, predictor.bias, given)
