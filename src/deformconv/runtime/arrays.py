@@ -46,6 +46,8 @@ def flat_images(array: Any) -> tuple[np.ndarray, int]:
     It is no copy if each image is contiguous, as in a slice of channels.
     """
     image = array.size // len(array)
+    if array.flags.carray and array.dtype.isnative:  # the usual case, which must be fast
+        return array.reshape(-1), image
     step, rest = divmod(array.strides[0], array.itemsize)
     flags = array[0].flags
     if not (flags.c_contiguous and flags.aligned and array.dtype.isnative) or rest or step < 0:

@@ -19,6 +19,7 @@ from deformconv.torch.tensors import HALF, PLAIN, dtype_name, requires_grad, wit
 __all__ = ["backward", "call", "explain"]
 
 _STRIDED = torch.strided
+_INTEGERS, _PAIRS = {int}, {tuple}
 
 
 def call(
@@ -47,7 +48,7 @@ def call(
     except RuntimeError:  # PyTorch's: a nested tensor has no shape
         return _special_call(op, rank, backend, parameters, operands)
     types = tuple(map(type, parameters))
-    if not (types in op.plain_types or _are_plain(op, types, parameters)) or not (backend is None or type(backend) is str):
+    if not _are_plain(op, types, parameters) or not (backend is None or type(backend) is str):
         return _special_call(op, rank, backend, parameters, operands)
     differentiable = differentiable and torch.is_grad_enabled()
     plan = _plan(op, rank, backend, differentiable, parameters, tuple(keys))
@@ -93,20 +94,18 @@ def _are_plain(op: Registered, types: tuple[type, ...], parameters: tuple[Any, .
 
     Other types may not, because a cache takes 1.0 and True for 1.
     """
-    several = False
-    for expected, kind, value in zip(op.expected_types, types, parameters, strict=True):
-        if kind in expected or value is None:
-            continue
-        if kind is not tuple:
+    tuples = op.plain_types.get(types)
+    if tuples is None:
+        for expected, kind, value in zip(op.expected_types, types, parameters, strict=True):
+            if not (kind in expected or kind is tuple or value is None):
+                return False
+        tuples = op.plain_types[types] = tuple(number for number, kind in enumerate(types) if kind is tuple)
+    for number in tuples:
+        kinds = set(map(type, parameters[number]))
+        if kinds == _PAIRS:
+            kinds = {type(amount) for pair in parameters[number] for amount in pair}
+        if kinds != _INTEGERS:
             return False
-        kinds = set(map(type, value))
-        if kinds == {tuple}:
-            kinds = {type(amount) for pair in value for amount in pair}
-        if kinds != {int}:
-            return False
-        several = True
-    if not several:
-        op.plain_types.add(types)
     return True
 
 

@@ -66,7 +66,8 @@ class Registered:
         self.operator, self.export, self._flops = operator, export, flops
         self._fold_forward, self._fold_backward = fold_forward, fold_backward
         self.expected_types = tuple(_TYPES[parameter.kind] for parameter in operator.parameters)
-        self.plain_types: set[tuple[type, ...]] = set()  # the types of parameters of calls that were found plain
+        # The types of parameters of calls that were found plain, and which of them are tuples, whose elements are looked at.
+        self.plain_types: dict[tuple[type, ...], tuple[int, ...]] = {}
         self._count = len(operator.arguments)
         self._saved = [number for number, argument in enumerate(operator.arguments) if argument.in_backward]
         name, values = operator.name, [f"{parameter.kind} {parameter.name}" for parameter in operator.parameters]
