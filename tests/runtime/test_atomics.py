@@ -9,7 +9,8 @@ import numba
 import numpy as np
 
 from deformconv.runtime import cache
-from deformconv.runtime.atomics import fetch_add, wait_for
+from deformconv.runtime.atomics import all_together, fetch_add, wait_for
+from deformconv.runtime.threads import BEGUN, ENDED
 
 compiled = numba.njit(**cache.OPTIONS)
 
@@ -54,3 +55,32 @@ def test_who_waits_sees_what_was_written_before_the_counter_rose() -> None:
     take(counters, 1, one)
     waiting.join(timeout=60)
     assert not waiting.is_alive() and seen[0] == 7
+
+
+@cache.device
+def square_into(item, context):
+    values, offset = context
+    values[item] += item * item + offset
+
+
+@compiled
+def squares(counters, values):
+    all_together(counters, values.size, square_into, (values, 1))
+
+
+def test_all_together_each_item_is_done_once_and_nobody_leaves_before_the_last() -> None:
+    counters, values = np.zeros(8, np.int64), np.zeros(50_000, np.int64)
+    squares(np.zeros(8, np.int64), values[:0])  # compiled before the threads race
+    seen = []
+
+    def work() -> None:
+        squares(counters, values)
+        seen.append(int((values != 0).sum()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.array_equal(values, np.arange(values.size) ** 2 + 1) and seen == [values.size] * 4
+    assert counters[ENDED] == values.size and counters[BEGUN] >= values.size

@@ -81,9 +81,9 @@ def test_a_kernel_is_described_by_its_name_dtype_and_axes() -> None:
     forward.__module__ = "deformconv.ops.conv.cpu_kernels"
     reals, counts = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
     plan = types.Tuple((types.UniTuple(types.int64, 3), counts))
-    assert str(notices.kind_of(forward, (counts, plan, types.UniTuple(reals, 4)))) == "cpu_kernels.forward (float32, 3-D)"
-    assert str(notices.kind_of(forward, (counts, types.UniTuple(reals, 4)))) == "cpu_kernels.forward (float32)"
-    assert str(notices.kind_of(forward, (types.int64,))) == "cpu_kernels.forward"
+    assert str(notices.kind_of(forward, (counts, plan, types.UniTuple(reals, 4)))) == "conv.cpu_kernels.forward (float32, 3-D)"
+    assert str(notices.kind_of(forward, (counts, types.UniTuple(reals, 4)))) == "conv.cpu_kernels.forward (float32)"
+    assert str(notices.kind_of(forward, (types.int64,))) == "conv.cpu_kernels.forward"
 
 
 def test_the_log_says_what_compiles_and_how_long_it_took(program: Path, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ class _Computation(mx.operator.CustomOp):
             return
         arrays: dict[str, Any] = dict.fromkeys(self._operator.names)
         arrays |= zip(self._operands, map(view, in_data), strict=True)
-        output = run.forward_on(self._module(backward=False), self._spec, list(arrays.values()))
+        output = run.forward_on(self._operator, self._module(backward=False), self._spec, list(arrays.values()))
         write(out_data[0], req[0], output)
 
     @_told
@@ -138,16 +138,18 @@ class _Computation(mx.operator.CustomOp):
         in_grad: list[Any],
         aux: list[Any],
     ) -> None:
-        wanted = [name for name, request in zip(self._operands, req, strict=True) if request != "null"]
-        if not wanted:
+        requests = {name: request for name, request in zip(self._operands, req, strict=True) if request != "null"}
+        if not requests:
             return
+        wanted = [name for name in requests if name in self._operator.differentiable]
         arrays = {name: view(array) for name, array in zip(self._operands, in_data, strict=True)}
         saved = [arrays.get(argument.name) for argument in self._operator.in_backward]
         module = self._module(backward=True)
         gradients = run.backward_on(self._operator, module, self._spec, view(out_grad[0]), saved, wanted)
         for name, request, array in zip(self._operands, req, in_grad, strict=True):
             if request != "null":
-                write(array, request, getattr(gradients, name))
+                gradient = getattr(gradients, name)
+                write(array, request, np.zeros(array.shape, array.dtype) if gradient is None else gradient)
 
     def _module(self, backward: bool) -> Any:
         return dispatch.choose(self._operator, self._spec, "numpy", "cpu", backward, self._backend)

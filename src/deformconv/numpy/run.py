@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deformconv import dispatch
-from deformconv.ops.operator import Operand, Operator, Spec
+from deformconv.ops.operator import Argument, Operand, Operator, Spec
 
 __all__ = ["any_torch", "backward", "backward_on", "explain", "forward", "forward_on"]
 
@@ -19,7 +19,8 @@ def forward(operator: Operator, operands: dict[str, Any], parameters: dict[str, 
     """Check a call and compute its output."""
     arrays = _arrays(operator, operands)
     spec = _spec(operator, arrays, parameters)
-    return forward_on(dispatch.choose(operator, spec, "numpy", "cpu", False, backend), spec, list(arrays.values()))
+    module = dispatch.choose(operator, spec, "numpy", "cpu", False, backend)
+    return forward_on(operator, module, spec, list(arrays.values()))
 
 
 def backward(
@@ -40,8 +41,9 @@ def backward(
     return backward_on(operator, module, spec, grad, [arrays[argument.name] for argument in operator.in_backward], names)
 
 
-def forward_on(module: Any, spec: Spec, arrays: Sequence[Any]) -> Any:
+def forward_on(operator: Operator, module: Any, spec: Spec, arrays: Sequence[Any]) -> Any:
     """A backend's output, in the arrays' dtype whatever the backend computes in."""
+    _check_values(spec, operator.arguments, arrays)
     inner = module.computes_in(spec.dtype, "numpy")
     if inner == spec.dtype:
         return module.forward(spec, *arrays)
@@ -53,6 +55,7 @@ def backward_on(
     operator: Operator, module: Any, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Collection[str]
 ) -> Any:
     """A backend's gradients, in the arrays' dtype whatever the backend computes in."""
+    _check_values(spec, operator.in_backward, arrays)
     inner = module.computes_in(spec.dtype, "numpy")
     if inner == spec.dtype:
         return module.backward(spec, grad_output, *arrays, wanted=wanted)
@@ -78,6 +81,12 @@ def any_torch(*values: Any) -> bool:
 def _spec(operator: Operator, arrays: dict[str, Any], parameters: dict[str, Any]) -> Spec:
     operands = {name: None if array is None else _operand(array) for name, array in arrays.items()}
     return operator.check(operands, parameters, None, True)
+
+
+def _check_values(spec: Spec, arguments: Sequence[Argument], arrays: Sequence[Any]) -> None:
+    for argument, array in zip(arguments, arrays, strict=True):
+        if argument.check_values is not None and array is not None:
+            argument.check_values(spec, array)
 
 
 def _arrays(operator: Operator, operands: dict[str, Any]) -> dict[str, Any]:

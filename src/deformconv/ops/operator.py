@@ -11,10 +11,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from deformconv.errors import ShapeError
 
-__all__ = ["HALF", "Argument", "Backend", "Line", "Operand", "Operator", "Parameter", "Spec", "half_in_float32", "same_shape"]
+__all__ = [
+    "DTYPES", "HALF", "Argument", "Backend", "Line", "Operand", "Operator", "Parameter", "Spec", "check_dtypes_and_devices",
+    "half_in_float32", "same_shape",
+]  # fmt: skip
 
 
 HALF = ("float16", "bfloat16")
+DTYPES = (*HALF, "float32", "float64")
 
 
 class Operand(NamedTuple):
@@ -26,7 +30,7 @@ class Operand(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """An array that an operator takes, and has a gradient by."""
+    """An array that an operator takes."""
 
     name: str
     optional: bool = False
@@ -38,6 +42,10 @@ class Argument(NamedTuple):
     precise: bool = False  # whether it may be float32 beside others in half precision, as positions should be
     leaves_out: bool = False  # whether a 0 in it leaves a sample out
     keeps_format: bool = False  # whether its gradient lies in memory as it does: channels first or last
+    differentiable: bool = True  # whether it has a gradient; if not, a call is constant in it
+    # (spec, NumPy array): raise what is wrong with its values, which no shape shows. Values on a GPU are not looked at, since
+    # that would wait for it, nor those that a compiler has not computed yet.
+    check_values: Callable[[Any, Any], None] | None = None
 
     @property
     def in_backward(self) -> bool:
@@ -132,6 +140,29 @@ def half_in_float32(dtype: str, library: str) -> str:
     return "float32" if dtype in HALF and library == "torch" else dtype
 
 
+def check_dtypes_and_devices(first: tuple[str, Operand], others: Mapping[str, Operand | None]) -> None:
+    """Raise unless all arrays that were given have the floating-point dtype and the device of `first`, a name and its array."""
+    name_of_first, expected = first
+    for name, operand in {name_of_first: expected, **others}.items():
+        if operand is None:
+            continue
+        if operand.dtype not in DTYPES:
+            raise TypeError(f"`{name}` is {operand.dtype}; expected floating point: one of {', '.join(DTYPES)}. Cast it first.")
+        if operand.dtype != expected.dtype:
+            text = (
+                f"`{name}` is {operand.dtype} and `{name_of_first}` is {expected.dtype}; expected one dtype for all "
+                f"arrays: cast `{name}` to {expected.dtype}, or the others to {operand.dtype}."
+            )
+            if "float64" in (operand.dtype, expected.dtype):
+                text += " NumPy makes float64 unless told otherwise."
+            raise TypeError(text)
+        if operand.device != expected.device:
+            raise ValueError(
+                f"`{name}` is on {operand.device} and `{name_of_first}` is on {expected.device}; expected one device for all "
+                "arrays."
+            )
+
+
 def same_shape(spec: Spec, grad_output: Operand) -> None:
     """Raise unless `grad_output` has the output's shape and the call's dtype."""
     if tuple(grad_output.shape) != spec.output_shape:
@@ -166,11 +197,14 @@ class Operator:
     # (the rank of the function that was called, the arguments' numbers of axes) -> whether there is a batch axis; None where
     # these numbers fit neither way
     has_batch: Callable[[int | None, Sequence[int | None]], bool | None] = lambda rank, axes: True
+    autocast: bool = True  # whether PyTorch's autocast brings its tensors to half precision, as it does with a convolution's
 
     names: tuple[str, ...] = field(init=False)  # the arguments'
     optional: frozenset[str] = field(init=False)  # their names
     in_backward: tuple[Argument, ...] = field(init=False)  # those that gradients depend on
+    differentiable: tuple[str, ...] = field(init=False)  # the names of those that have a gradient
     parameter_names: tuple[str, ...] = field(init=False)
+    has_values_to_check: bool = field(init=False)
 
     def __post_init__(self) -> None:
         for argument in self.arguments:
@@ -181,6 +215,8 @@ class Operator:
             "names": tuple(argument.name for argument in self.arguments),
             "optional": frozenset(argument.name for argument in self.arguments if argument.optional),
             "in_backward": tuple(argument for argument in self.arguments if argument.in_backward),
+            "differentiable": tuple(argument.name for argument in self.arguments if argument.differentiable),
+            "has_values_to_check": any(argument.check_values is not None for argument in self.arguments),
             "parameter_names": tuple(parameter.name for parameter in self.parameters),
         }.items():
             object.__setattr__(self, name, value)
@@ -189,11 +225,11 @@ class Operator:
         """Check the names of wanted gradients; None means one for every argument that was given."""
         given = spec.shapes
         if names is None:
-            return tuple(name for name in self.names if name in given)
+            return tuple(argument.name for argument in self.arguments if argument.name in given and argument.differentiable)
         names = (names,) if isinstance(names, str) else tuple(names)
         for name in names:
-            if name not in self.names:
-                raise ValueError(f"`wanted` names {name!r}; expected some of {', '.join(self.names)}.")
+            if name not in self.differentiable:
+                raise ValueError(f"`wanted` names {name!r}; expected some of {', '.join(self.differentiable)}.")
             if name not in given:
                 raise ValueError(f"`wanted` names {name!r}, but no `{name}` was passed: pass it or do not ask.")
         return names

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from numba import types
 
+from deformconv.runtime.cache import device
 from deformconv.runtime.simd import INT, element, emits, emits_result
+from deformconv.runtime.threads import BEGUN, ENDED
 
-__all__ = ["fetch_add", "wait_for"]
+__all__ = ["all_together", "fetch_add", "wait_for"]
 
 
 @emits_result(types.int64)
@@ -24,3 +26,14 @@ def wait_for(builder, _, counters, which, number):
     builder.position_at_end(again)
     builder.cbranch(builder.icmp_signed("<", builder.load_atomic(place, "acquire", 8), number), again, done)
     builder.position_at_end(done)
+
+
+@device
+def all_together(counter, items, do, context):
+    """Call `do(item, context)` for each item below `items`, beside other threads that do the same, until all are done."""
+    item = fetch_add(counter, BEGUN)
+    while item < items:
+        do(item, context)
+        fetch_add(counter, ENDED)
+        item = fetch_add(counter, BEGUN)
+    wait_for(counter, ENDED, items)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 from deformconv.runtime.cache import device
 from deformconv.runtime.simd import VECTOR_BYTES, transpose_block
 
-__all__ = ["RUN", "Layout", "block_end", "block_of", "copy_in", "copy_out", "transpose"]
+__all__ = ["RUN", "SUMS", "Layout", "block_end", "block_of", "copy_in", "copy_out", "sum_slots", "transpose"]
 
 RUN = 64  # positions that an item of a copy takes
+SUMS = 8192  # sums that an item of `sum_slots` makes
 
 
 class Layout(NamedTuple):
@@ -120,3 +121,15 @@ def _add_sets(rows, start, size, sets):
         more = number * (rows.size // sets)
         for index in range(start, start + size):
             rows[index] += rows[index + more]
+
+
+@device
+def sum_slots(item, slots, result):
+    """A run of the sums of slots, one after the other in `slots`."""
+    first = item * SUMS
+    last = min(first + SUMS, result.size)
+    for place in range(first, last):
+        result[place] = slots[place]
+    for start in range(result.size, slots.size, result.size):
+        for place in range(first, last):
+            result[place] += slots[start + place]

@@ -210,7 +210,7 @@ def _not_in_cache(kernel: Kind, codegen: Any) -> Exception:
     from deformconv.errors import BackendError  # here, so that no kernel depends on that file
 
     options = [f" --dtype {kernel.dtype}"] * (kernel.dtype is not None) + [f" --rank {kernel.rank}"] * (kernel.rank is not None)
-    options += [f" --cpu {LEVEL}"] * (LEVEL is not None)
+    options += [" --rois"] * kernel.name.startswith("roi_pool.") + [f" --cpu {LEVEL}"] * (LEVEL is not None)
     others = [tag.rpartition(".")[0] for tag in processors()]
     others = [name for name in others if name != LEVEL and name in target.levels() and not target.lacks(name)]
     also = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -35,7 +36,8 @@ def kind_of(function: Callable[..., Any], signature: Iterable[Any]) -> Kind:
     # A plan begins with the sizes of the input: a tuple within a tuple.
     inner = (kind.types[0] for kind in kinds if isinstance(kind, types.BaseTuple) and len(kind))
     ranks = (kind.count for kind in inner if isinstance(kind, types.UniTuple) and isinstance(kind.dtype, types.Integer))
-    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__.strip('_')}"
+    folder = function.__module__.split(".")[-2:]  # the operator's, for several have a file of that name
+    name = ".".join([*folder, function.__name__.strip("_")])
     return Kind(name, next(dtypes, None), next(ranks, None))
 
 
@@ -67,6 +69,15 @@ class _Notice:
         announce, self.announce = self.announce, None
         if announce is not None:
             announce()
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """A context in which it says nothing, since somebody else does."""
+        told, self.announce = self.announce, None
+        try:
+            yield
+        finally:
+            self.announce = told
 
 
 notice = _Notice()

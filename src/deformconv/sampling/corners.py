@@ -30,7 +30,8 @@ from deformconv.runtime.simd import (
 )
 
 __all__ = [
-    "INT32_REACH", "Table", "blend", "differentiate", "place_at", "place_samples", "pull_back", "table_in", "table_sizes",
+    "INT32_REACH", "Table", "add_samples", "blend", "blend_samples", "differentiate", "place_at", "place_samples", "pull_back",
+    "pull_back_samples", "table_in", "table_sizes",
 ]  # fmt: skip
 
 # `sampling.rule.REACH` for positions that are int32. An axis with its padding and window has less than 2**29 pixels (the
@@ -180,10 +181,42 @@ def _blend_position(builder, scalar, size, table, t, x, scale, column, width):
 
 
 def _blended(do, values, factors, scale):
-    total = do.multiply(do.spread(factors[0]), values[0])
-    for factor, value in zip(factors[1:], values[1:], strict=True):
-        total = do.multiply_add(do.spread(factor), value, total)
-    return do.multiply(do.spread(scale), total)
+    return do.multiply(do.spread(scale), _sum(do, values, factors))
+
+
+def _sum(do, values, factors, total=None):
+    """The values times their factors, added to `total`."""
+    for factor, value in zip(factors, values, strict=True):
+        factor = do.spread(factor)
+        total = do.multiply(factor, value) if total is None else do.multiply_add(factor, value, total)
+    return total
+
+
+@emits
+def _add_position(builder, scalar, size, table, t, x, column, width):
+    starts, factors = _corners(builder, size, table, t, x)
+
+    def step(do, c, sums):
+        values = [do.load(x.array, builder.add(corner, c)) for corner in starts]
+        into = builder.add(column.start, c)
+        do.store(_sum(do, values, factors, do.load(column.array, into)), column.array, into)
+        return sums
+
+    for_channels(builder, scalar, width, [], step)
+
+
+@device
+def blend_samples(size, table, first, end, x, column, width):
+    """As `add_samples`, for a row of `column` that holds nothing yet."""
+    _blend_position(size, table, first, x, column.array.dtype.type(1), column, width)
+    add_samples(size, table, first + 1, end, x, column, width)
+
+
+@device
+def add_samples(size, table, first, end, x, column, width):
+    """column[c] += sum over the samples from `first` to `end` and their corners of weight * x[corner, c] for c < width."""
+    for t in range(first, end):
+        _add_position(size, table, t, x, column, width)
 
 
 @device
@@ -242,6 +275,17 @@ def pull_back(size, table, count, x, mask, mask_start, column, d_column, d_x, wi
     scatter = d_x.array.size > 0
     for t in range(count):
         scale = mask[mask_start + t] if mask.size else mask.dtype.type(1)
+        _pull_back_position(size, table, t, x, scale, column, d_column, d_x, scatter, width)
+
+
+@device
+def pull_back_samples(size, table, first, end, x, scale, column, d_column, d_x, width):
+    """`pull_back` for the samples from `first` to `end` of a table, which share a factor and the row of `d_column`.
+
+    What it blends it leaves in the row of `column`, one sample after the other.
+    """
+    scatter = d_x.array.size > 0
+    for t in range(first, end):
         _pull_back_position(size, table, t, x, scale, column, d_column, d_x, scatter, width)
 
 

@@ -18,15 +18,21 @@ from array_api_compat import device as device_of
 
 from deformconv.sampling.rule import REACH
 
-__all__ = ["interpolate", "interpolate_at"]
+__all__ = ["LIBRARIES", "REACH", "interpolate", "interpolate_at"]
+
+# The libraries that have the standard's functions; NumPy and torch are tested.
+LIBRARIES = ("cupy", "jax", "numpy", "torch")
 
 Array = Any
 
 
-def interpolate(pixels: Array, base: Sequence[Array], offset: Sequence[Array], boundary: str) -> Array:
+def interpolate(
+    pixels: Array, base: Sequence[Array], offset: Sequence[Array], boundary: str, image: Array | None = None
+) -> Array:
     """Sample `pixels` (B, C, *S) at base + offset, as (B, *Q, C).
 
-    `base` holds an integer array (*Q) for each axis, `offset` a floating-point array (B, *Q), in pixels.
+    `base` holds an integer array (*Q) for each axis, `offset` a floating-point array (B, *Q), in pixels. If positions do not go
+    through the images in turn, `image` has the number of each position's image, and no array an axis B.
     """
     xp = array_namespace(pixels)
     B, C, *size = pixels.shape
@@ -35,8 +41,9 @@ def interpolate(pixels: Array, base: Sequence[Array], offset: Sequence[Array], b
     zeros = xp.zeros((1, C), dtype=pixels.dtype, device=device_of(pixels))
     table = xp.concat([rows, zeros])  # a row of channels for each pixel; corners outside read zeros, which are constant
 
-    image = xp.arange(B, device=device_of(pixels))
-    image = xp.reshape(image, (B,) + (1,) * len(base[0].shape))
+    if image is None:
+        image = xp.arange(B, device=device_of(pixels))
+        image = xp.reshape(image, (B,) + (1,) * len(base[0].shape))
     counts, poison, axes = _corners(xp, base, offset, size, boundary)
     value = None
     for ends in product(*axes):

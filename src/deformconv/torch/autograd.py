@@ -96,7 +96,9 @@ class BackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         operands = ctx.saved_tensors
-        needed = [index for index, flag in enumerate(ctx.needs_input_grad[4:]) if flag]
+        differentiable = (True, *(argument.differentiable for argument in ctx.op.operator.in_backward))
+        flags = zip(ctx.needs_input_grad[4:], differentiable, strict=True)
+        needed = [index for index, flag in enumerate(flags) if all(flag)]
         plain = not modes.is_special(*operands, *cotangents) and not any(map(modes.mapped, cotangents))
         if plain and not torch.is_grad_enabled():
             found = run.second_backward(ctx.op, ctx.spec, operands, ctx.wanted, cotangents, needed)
@@ -180,4 +182,5 @@ def decomposed(op: Any, spec: Spec, backend: str | None, *operands: Tensor | Non
 
 
 def _needed(op: Any, flags: Sequence[bool]) -> list[str]:
-    return [name for name, needed in zip(op.operator.names, flags, strict=True) if needed]
+    pairs = zip(op.operator.arguments, flags, strict=True)
+    return [argument.name for argument, needed in pairs if needed and argument.differentiable]

@@ -199,8 +199,11 @@ def _batched(operator: Operator, operands: Sequence[Tensor | None]) -> list[Tens
 
 
 def _cast_for_autocast(operator: Operator, operands: Sequence[Any]) -> tuple[Any, ...]:
-    """Autocast's rule for convolutions; but positions and masks stay float32, since half precision is too coarse for them."""
-    dtype = torch.get_autocast_dtype(operands[0].device.type)
+    """Autocast's rule for convolutions; but positions and masks stay float32, since half precision is too coarse for them.
+
+    An operator that is not for autocast keeps the dtype of its first tensor.
+    """
+    dtype = torch.get_autocast_dtype(operands[0].device.type) if operator.autocast else operands[0].dtype
     cast = []
     for argument, tensor in zip(operator.arguments, operands, strict=True):
         if tensor is not None and argument.precise:

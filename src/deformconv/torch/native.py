@@ -22,6 +22,8 @@ __all__ = ["backward", "backward_in_parts", "forward", "forward_in_parts", "seco
 def forward(operator: Operator, spec: Spec, *operands: Any) -> Tensor:
     """The output, by operations that carry every derivative; in the dtype that the portable form computes in, then back."""
     portable = dispatch.load(operator, "portable")
+    pairs = zip(operator.arguments, operands, strict=True)
+    operands = tuple(t if argument.differentiable or t is None else t.detach() for argument, t in pairs)
     dtype = portable.computes_in(spec.dtype, "torch")
     if dtype == spec.dtype:
         output: Tensor = portable.forward(spec, *operands)

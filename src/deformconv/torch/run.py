@@ -136,6 +136,8 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
     """The output, for plain tensors with a batch axis; without a graph."""
     op, spec, inner, module, _, _ = plan
     first: Any = operands[0]
+    if op.operator.has_values_to_check:
+        _check_values(spec, op.operator.arguments, operands)
     if module.TAKES == "native":
         with torch.no_grad(), modes.without_autocast(first.device.type):
             tensors = [_brought(*pair, inner) for pair in zip(op.operator.arguments, operands, strict=True)]
@@ -147,6 +149,12 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
         arrays = [array_of(inner.dtype, tensor) for tensor in operands]
         output = torch.from_numpy(module.forward(inner, *arrays, library="torch")).to(first.dtype)
     return in_memory_format(output, first)
+
+
+def _check_values(spec: Spec, arguments: Sequence[Argument], operands: Sequence[Tensor | None]) -> None:
+    for argument, tensor in zip(arguments, operands, strict=True):
+        if argument.check_values is not None and tensor is not None and tensor.is_cpu:
+            argument.check_values(spec, array_of(spec.dtype if spec.dtype not in HALF else "float32", tensor))
 
 
 def in_memory_format(output: Tensor, first: Tensor) -> Tensor:
@@ -161,6 +169,8 @@ def backward(plan: Plan, grad_output: Tensor, operands: Sequence[Tensor | None],
     op, spec, inner, module = plan[:4]
     operator: Operator = op.operator
     first: Any = operands[0]
+    if operator.has_values_to_check:
+        _check_values(spec, operator.in_backward, operands)
     arrays: list[Any]
     if module.TAKES == "native":
         with modes.without_autocast(first.device.type), modes.with_derivatives():

@@ -310,8 +310,7 @@ def warmup(
     from deformconv.runtime.launch import compile_for_teams
     from deformconv.runtime.notices import notice
 
-    told, notice.announce = notice.announce, None
-    try:
+    with notice.silent():
         for dtype, rank in product(dtypes, ranks):
             if notify is not None:
                 notify(f"{dtype}, {rank}-D")
@@ -327,5 +326,3 @@ def warmup(
                 forward_layer(spec, x, weight, None, predictor, None, (1.0, None))
             for kernel in (kernels.forward, kernels.backward, kernels.collect, _layer_kernel()):
                 compile_for_teams(kernel)
-    finally:
-        notice.announce = told

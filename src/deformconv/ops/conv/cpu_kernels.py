@@ -11,21 +11,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from deformconv.ops.conv.cpu_pack import (
-    SUMS,
     pack_backward,
     pack_depthwise,
     pack_forward,
     sum_positions,
-    sum_slots,
     unpack_weight,
     write_output,
 )
-from deformconv.runtime.atomics import fetch_add, wait_for
-from deformconv.runtime.blocks import RUN, Layout, block_end, block_of, copy_in, copy_out
+from deformconv.runtime.atomics import all_together, fetch_add
+from deformconv.runtime.blocks import RUN, SUMS, Layout, block_end, block_of, copy_in, copy_out, sum_slots
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
 from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up
-from deformconv.runtime.threads import BEGUN, ENDED, NEXT, STOP
+from deformconv.runtime.threads import NEXT, STOP
 from deformconv.sampling.corners import blend, differentiate, pull_back, table_in
 from deformconv.sampling.windows import place_tap, place_tile
 
@@ -170,7 +168,7 @@ def forward(counter, limit, thread, plan, order, arrays, reals, integers):
     sums = reals[thread, round_up(table.weights.size, lanes) :]
     column = sums[round_up(cut.tile * shape.groups * cut.group_row, lanes) :]
     samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
-    copy_forward(counter, shape, order, layout, cut, arrays, sums)
+    all_together(counter, cut.copies, copy_item, (shape, order, layout, cut, arrays, sums))
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
         if item >= cut.strands * cut.strand:
@@ -193,19 +191,9 @@ def zero(array, start, end):
 
 
 @device
-def copy_forward(counter, shape, order, layout, cut, arrays, square):
-    """Copy the input and pack the weight, everybody together; `square` is scratch of a vector's lanes squared."""
-    item = fetch_add(counter, BEGUN)
-    while item < cut.copies:
-        copy_item(item, shape, order, layout, cut, arrays, square)
-        fetch_add(counter, ENDED)
-        item = fetch_add(counter, BEGUN)
-    wait_for(counter, ENDED, cut.copies)
-
-
-@device
-def copy_item(item, shape, order, layout, cut, arrays, square):
-    """Pack a panel of the weight, or copy a run of the input."""
+def copy_item(item, context):
+    """Pack a panel of the weight, or copy a run of the input; the last of `context` is scratch of a vector's lanes squared."""
+    shape, order, layout, cut, arrays, square = context
     if item < cut.panels:
         pack_panel(item, shape, arrays.weight, order.weight_last, arrays.packed, square, arrays.empty)
         return
@@ -397,7 +385,8 @@ def backward(counter, limit, thread, plan, order, arrays, reals, integers):
     for_places = arrays.d_offset.size > 0 or arrays.d_mask.size > 0
     for_samples = for_places or arrays.d_x.size > 0
     task = Task(samples, cut, arrays, Rows(column, 0, cut.column_row), d_column, for_samples, for_places)
-    copy_backward(counter, shape, order, layout, cut, arrays)
+    copies = backward_copies(shape, layout, cut, arrays)[3]
+    all_together(counter, copies, copy_for_backward, (shape, order, layout, cut, arrays))
     items = layout.blocks * cut.replicas if for_samples or arrays.d_weight.size > 0 else 0
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
@@ -407,38 +396,40 @@ def backward(counter, limit, thread, plan, order, arrays, reals, integers):
 
 
 @device
-def copy_backward(counter, shape, order, layout, cut, arrays):
-    """Pack the weight, sum the bias' gradient, and copy both arrays with their channels last, everybody together."""
-    output_layout = Layout(shape.outputs, shape.outputs, 1, shape.positions, shape.positions)
-    biases = cut.packs + arrays.d_bias.size
-    outputs = biases + shape.images * ((shape.positions + RUN - 1) // RUN)
-    copies = outputs + shape.images * ((layout.pixels + RUN - 1) // RUN)
-    item = fetch_add(counter, BEGUN)
-    while item < copies:
-        if item >= outputs:
-            copy_in(
-                item - outputs, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
-            )  # fmt: skip
-        elif item >= biases:
-            copy_in(
-                item - biases, arrays.grad_output, order.output_last, shape.outputs, shape.images, arrays.d_output,
-                output_layout, arrays.empty,
-            )  # fmt: skip
-        elif item >= cut.packs:
-            o = item - cut.packs
-            arrays.d_bias[o] = sum_positions(
-                o, arrays.grad_output, order.output_last, shape.outputs, shape.positions, shape.images
-            )  # fmt: skip
-        elif shape.depthwise:
-            pack_depthwise(arrays.weight, shape.channels, shape.taps, arrays.packed)
-        else:
-            pack_backward(
-                item, arrays.weight, order.weight_last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps,
-                arrays.packed, layout.width,
-            )  # fmt: skip
-        fetch_add(counter, ENDED)
-        item = fetch_add(counter, BEGUN)
-    wait_for(counter, ENDED, copies)
+def backward_copies(shape, layout, cut, arrays):
+    """Where the items of `copy_for_backward` begin that sum for the bias, copy grad_output and copy the input; the end."""
+    outputs = cut.packs + arrays.d_bias.size
+    inputs = outputs + shape.images * ((shape.positions + RUN - 1) // RUN)
+    return cut.packs, outputs, inputs, inputs + shape.images * ((layout.pixels + RUN - 1) // RUN)
+
+
+@device
+def copy_for_backward(item, context):
+    """Pack the weight, sum the bias' gradient, or copy a run of one of both arrays with their channels last."""
+    shape, order, layout, cut, arrays = context
+    biases, outputs, inputs, _ = backward_copies(shape, layout, cut, arrays)
+    if item >= inputs:
+        copy_in(
+            item - inputs, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
+        )  # fmt: skip
+    elif item >= outputs:
+        output_layout = Layout(shape.outputs, shape.outputs, 1, shape.positions, shape.positions)
+        copy_in(
+            item - outputs, arrays.grad_output, order.output_last, shape.outputs, shape.images, arrays.d_output, output_layout,
+            arrays.empty,
+        )  # fmt: skip
+    elif item >= biases:
+        o = item - biases
+        arrays.d_bias[o] = sum_positions(
+            o, arrays.grad_output, order.output_last, shape.outputs, shape.positions, shape.images
+        )  # fmt: skip
+    elif shape.depthwise:
+        pack_depthwise(arrays.weight, shape.channels, shape.taps, arrays.packed)
+    else:
+        pack_backward(
+            item, arrays.weight, order.weight_last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps,
+            arrays.packed, layout.width,
+        )  # fmt: skip
 
 
 @device

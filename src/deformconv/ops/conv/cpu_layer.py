@@ -22,12 +22,12 @@ from deformconv.ops.conv.cpu_kernels import (
 )
 from deformconv.ops.conv.cpu_pack import write_output
 from deformconv.runtime.activations import scale_sigmoid
-from deformconv.runtime.atomics import fetch_add, wait_for
+from deformconv.runtime.atomics import all_together, fetch_add
 from deformconv.runtime.blocks import Layout, block_end
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Panels
 from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up
-from deformconv.runtime.threads import BEGUN, ENDED, NEXT
+from deformconv.runtime.threads import NEXT
 from deformconv.runtime.window_product import multiply_pixels, place_pixels
 from deformconv.sampling.corners import table_in
 from deformconv.sampling.windows import place_tile, tap_shifts
@@ -63,7 +63,8 @@ def forward(counter, limit, thread, plan, order, arrays, activation, reals, inte
     column = sums[round_up(cut.tile * widest, lanes) :]
     samples = Samples(plan[0], plan[1], shape, order, layout, given.x, given.offset, given.mask, table)
     pixels = Samples(plan[0], plan[1], predictor_shape, order, layout, given.x, given.empty, given.empty, table)
-    copy_layer(counter, samples, cut, given, predictor_shape, predictor_cut.panels, predictor, sums)
+    copies, panels = (shape, order, layout, cut, given, sums), predictor_cut.panels
+    all_together(counter, panels + cut.copies, copy_for_layer, (predictor_shape, panels, predictor, copies))
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
         if item >= cut.strands * cut.strand:
@@ -78,17 +79,14 @@ def forward(counter, limit, thread, plan, order, arrays, activation, reals, inte
 
 
 @device
-def copy_layer(counter, samples, cut, given, predictor_shape, panels, predictor, square):
-    """Copy the input and pack both weights, everybody together; `square` is scratch of a vector's lanes squared."""
-    item = fetch_add(counter, BEGUN)
-    while item < panels + cut.copies:
-        if item < panels:
-            pack_panel(item, predictor_shape, predictor.weight, False, predictor.packed, square, given.empty)
-        else:
-            copy_item(item - panels, samples.shape, samples.order, samples.layout, cut, given, square)
-        fetch_add(counter, ENDED)
-        item = fetch_add(counter, BEGUN)
-    wait_for(counter, ENDED, panels + cut.copies)
+def copy_for_layer(item, context):
+    """Pack a panel of the predictor's weight, or what `copy_item` does."""
+    predictor_shape, panels, predictor, copies = context
+    if item < panels:
+        given, square = copies[4], copies[5]
+        pack_panel(item, predictor_shape, predictor.weight, False, predictor.packed, square, given.empty)
+    else:
+        copy_item(item - panels, copies)
 
 
 @device

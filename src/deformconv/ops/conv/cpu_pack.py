@@ -1,4 +1,4 @@
-"""Copies of the weight into panels for the matrix product, results into the caller's arrays, and the sums of results.
+"""Copies of the weight into panels for the matrix product, and of results into the caller's arrays.
 
 All arrays are flat. A weight is (C_out, C / groups, K), or with `last` set (C_out, K, C / groups).
 """
@@ -11,17 +11,13 @@ from deformconv.runtime.matmul import VECTORS
 from deformconv.runtime.simd import VECTOR_BYTES, round_up, transpose_block
 
 __all__ = [
-    "SUMS",
     "pack_backward",
     "pack_depthwise",
     "pack_forward",
     "sum_positions",
-    "sum_slots",
     "unpack_weight",
     "write_output",
 ]
-
-SUMS = 8192  # sums that an item of `collect` makes
 
 
 @device
@@ -158,15 +154,3 @@ def unpack_weight(item, sums, replicas, rows, row, groups, outputs, channels, ta
             for replica in range(1, replicas):
                 total += sums[source + c + replica * (sums.size // replicas)]
             d_weight[into + c * taps] = total
-
-
-@device
-def sum_slots(item, slots, result):
-    """A run of the sums of slots, one after the other in `slots`."""
-    first = item * SUMS
-    last = min(first + SUMS, result.size)
-    for place in range(first, last):
-        result[place] = slots[place]
-    for start in range(result.size, slots.size, result.size):
-        for place in range(first, last):
-            result[place] += slots[start + place]

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deformconv.ops.conv.cpu_kernels import BackwardCut, ForwardCut, Shape
-from deformconv.ops.conv.cpu_pack import SUMS
 from deformconv.ops.conv.spec import ConvSpec
-from deformconv.runtime.blocks import RUN, Layout
+from deformconv.runtime.blocks import RUN, SUMS, Layout
 from deformconv.runtime.matmul import FEW_ROWS, VECTORS
 from deformconv.runtime.memory import room
 from deformconv.runtime.simd import VECTOR_BYTES

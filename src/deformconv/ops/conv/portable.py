@@ -27,13 +27,11 @@ TAKES: Literal["native"] = "native"
 # On a GPU PyTorch adds up the input's gradient by atomics, unless torch.use_deterministic_algorithms(True) is set.
 DETERMINISTIC = True
 CHUNK = 1 << 24  # samples at once, where memory is to be bounded
-# The libraries that have the standard's functions; NumPy and torch are tested.
-LIBRARIES = ("cupy", "jax", "numpy", "torch")
 
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run the call; none if it can."""
-    if library not in LIBRARIES:
+    if library not in gather.LIBRARIES:
         return [f"{library} has no array-API functions."]
     if backward and library == "numpy":
         return ["NumPy has no automatic derivative."]

@@ -13,7 +13,7 @@ from math import prod
 from typing import Any, NamedTuple, NoReturn
 
 from deformconv.errors import ShapeError
-from deformconv.ops.operator import Operand, check_grad_dtype
+from deformconv.ops.operator import Operand, check_dtypes_and_devices, check_grad_dtype
 from deformconv.ops.window import (
     axes,
     axis_name,
@@ -30,7 +30,6 @@ from deformconv.ops.window import (
 from deformconv.sampling.rule import check_boundary
 
 __all__ = [
-    "DTYPES",
     "GRADIENTS",
     "ConvSpec",
     "Gradients",
@@ -42,7 +41,6 @@ __all__ = [
 ]
 
 GRADIENTS = ("input", "offset", "weight", "bias", "mask")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Gradients(NamedTuple):
@@ -244,7 +242,7 @@ def _spec(
     boundary: str,
 ) -> ConvSpec:
     check_boundary(boundary)
-    _check_dtypes_and_devices(input, offset=offset, weight=weight, bias=bias, mask=mask)
+    check_dtypes_and_devices(("input", input), {"offset": offset, "weight": weight, "bias": bias, "mask": mask})
     batch, in_channels, *sizes = input.shape
     out_channels, _, *kernel = weight.shape
     kernel_size = tuple(kernel)
@@ -297,7 +295,7 @@ def _check_input(
     in_channels: int | None,
 ) -> None:
     _rank(input, weight, rank)
-    _check_dtypes_and_devices(input, weight=weight)
+    check_dtypes_and_devices(("input", input), {"weight": weight})
     channels = input.shape[1]
     if in_channels is not None and channels != in_channels and channels != weight.shape[1] * groups:
         text = f"`input` has {n_of(channels, 'channel')}, shape {_shape(input)}; this layer has in_channels={in_channels}."
@@ -335,26 +333,6 @@ def _rank(input: Operand, weight: Operand, rank: int | None) -> int:
             f"{rank + 2}: (C_out, C_in/groups, {axes(rank)})."
         )
     return rank
-
-
-def _check_dtypes_and_devices(input: Operand, **others: Operand | None) -> None:
-    for name, operand in {"input": input, **others}.items():
-        if operand is None:
-            continue
-        if operand.dtype not in DTYPES:
-            raise TypeError(f"`{name}` is {operand.dtype}; expected floating point: one of {', '.join(DTYPES)}. Cast it first.")
-        if operand.dtype != input.dtype:
-            text = (
-                f"`{name}` is {operand.dtype} and `input` is {input.dtype}; expected one dtype for all "
-                f"arrays: cast `{name}` to {input.dtype}, or the others to {operand.dtype}."
-            )
-            if "float64" in (operand.dtype, input.dtype):
-                text += " NumPy makes float64 unless told otherwise."
-            raise TypeError(text)
-        if operand.device != input.device:
-            raise ValueError(
-                f"`{name}` is on {operand.device} and `input` is on {input.device}; expected one device for all arrays."
-            )
 
 
 def _groups(input: Operand, weight: Operand, given: int | None) -> int:
