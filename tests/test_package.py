@@ -313,6 +313,8 @@ def test_public_names():
         "__version__",
         "deform_conv",
         "deform_conv_backward",
+        "deform_roi_pool",
+        "deform_roi_pool_backward",
         "explain",
         "get_num_threads",
         "set_num_threads",

@@ -1,8 +1,8 @@
 """Deformable convolution for Python, with no compiler and no CUDA toolkit.
 
-`deform_conv` takes NumPy arrays and PyTorch tensors; `deformconv.torch` and `deformconv.gluon` have the layers,
-`deformconv.convert` what takes weights and layers from elsewhere, `deformconv.plots` the pictures. These rooms, frameworks
-and compiled kernels are loaded on first use.
+`deform_conv` and `deform_roi_pool` take NumPy arrays and PyTorch tensors; `deformconv.torch` and `deformconv.gluon` have the
+layers, `deformconv.vision` what makes a net that you have deformable, `deformconv.convert` what takes weights and layers from
+elsewhere, `deformconv.plots` the pictures. These rooms, frameworks and compiled kernels are loaded on first use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deformconv.errors import BackendError, ShapeError
-from deformconv.functional import deform_conv, deform_conv_backward, explain
+from deformconv.functional import deform_conv, deform_conv_backward, deform_roi_pool, deform_roi_pool_backward, explain
 from deformconv.ops.conv.spec import Gradients
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ __all__ = [
     "__version__",
     "deform_conv",
     "deform_conv_backward",
+    "deform_roi_pool",
+    "deform_roi_pool_backward",
     "explain",
     "get_num_threads",
     "set_num_threads",
@@ -32,7 +34,7 @@ __all__ = [
 
 _THREADS = ("get_num_threads", "set_num_threads")
 # Not in dir(): completing a name must not load a framework.
-_ROOMS = ("convert", "gluon", "plots", "torch")
+_ROOMS = ("convert", "gluon", "plots", "torch", "vision")
 
 
 def __getattr__(name: str) -> Any:

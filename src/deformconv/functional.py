@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NoReturn
 
+import numpy as np
+
 from deformconv.numpy import run
 from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import Gradients
+from deformconv.ops.roi_pool.operator import DEFORM_ROI_POOL
+from deformconv.ops.roi_pool.spec import Gradients as RoiGradients
+from deformconv.ops.roi_pool.spec import check_list, group_size_of
 from deformconv.ops.words import unexpected
 
-__all__ = ["deform_conv", "deform_conv_backward", "explain"]
+__all__ = ["deform_conv", "deform_conv_backward", "deform_roi_pool", "deform_roi_pool_backward", "explain"]
 
 
 def deform_conv(
@@ -213,3 +218,141 @@ def explain(
 
 def _parameters(*values: Any) -> dict[str, Any]:
     return dict(zip(DEFORM_CONV.parameter_names, values, strict=True))
+
+
+def deform_roi_pool(
+    input: Any,
+    boxes: Any,
+    offset: Any = None,
+    mask: Any = None,
+    output_size: Any = 7,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 2,
+    *,
+    convention: str = "aligned",
+    gamma: float = 0.1,
+    position_sensitive: bool = False,
+    part_size: Any = None,
+    backend: str | None = None,
+    **unknown: NoReturn,
+) -> Any:
+    """Pool the boxes of feature maps into bins, each of which is moved by `offset` and, in v2, weighed by `mask`.
+
+    NumPy arrays and PyTorch tensors are taken, all of one floating-point dtype; tensors give a tensor, with its gradient.
+    `deformconv.torch.deform_roi_pool` explains the arguments.
+
+    Args:
+        input: shape (N, C, H, W).
+        boxes: shape (R, 5), rows (image, x1, y1, x2, y2), or a list of N arrays (r, 4), in pixels of the images.
+        offset: shape (R, 2, PH, PW), x before y, in `gamma` times the box's width and height; None for RoI align.
+        mask: shape (R, 1, PH, PW), a factor for each bin; None for v1.
+        output_size, spatial_scale, sampling_ratio, convention, gamma, position_sensitive, part_size: as there.
+        backend: "cpu", "portable" or "reference"; None takes the first that can run the call.
+
+    Returns:
+        The output, shape (R, C, PH, PW); with `position_sensitive` it has C / (PH*PW) channels.
+
+    Raises:
+        ShapeError: a shape or a parameter's value does not fit.
+        TypeError: an argument is no array, or not of the common floating-point dtype.
+        ValueError: a box is of no image; `convention` or `backend` is unknown; tensors are on different devices.
+        BackendError: no backend, or not the named one, can run the call.
+
+    Example:
+        >>> import numpy as np, deformconv
+        >>> x = np.arange(64.0).reshape(1, 1, 8, 8)                      # rises by 8 a row and by 1 a column
+        >>> boxes = np.array([[0.0, 2.0, 2.0, 6.0, 6.0]])                # of image 0, 4 pixels wide and high
+        >>> offset = np.zeros((1, 2, 2, 2))
+        >>> print(deformconv.deform_roi_pool(x, boxes, offset, output_size=2)[0, 0])
+        [[22.5 24.5]
+         [38.5 40.5]]
+        >>> offset[0, 0, 0, 0] = 1                                       # the first bin, by 0.1 * 4 pixels to the right
+        >>> print(deformconv.deform_roi_pool(x, boxes, offset, output_size=2)[0, 0])
+        [[22.9 24.5]
+         [38.5 40.5]]
+
+    Papers: v1, arXiv 1703.06211, equations 4 to 6; v2, arXiv 1811.11168, equation 2.
+    """
+    if unknown:
+        raise unexpected(deform_roi_pool, unknown)
+    if run.any_torch(input, boxes, offset, mask, *(boxes if isinstance(boxes, (list, tuple)) else ())):
+        from deformconv.torch.roi_pool import functional as torch_room
+
+        return torch_room.deform_roi_pool(
+            input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio,
+            convention=convention, gamma=gamma, position_sensitive=position_sensitive, part_size=part_size, backend=backend,
+        )  # fmt: skip
+    operands = {"input": input, "boxes": _joined(boxes), "offset": offset, "mask": mask}
+    group_size = group_size_of(position_sensitive, output_size)
+    values = (output_size, spatial_scale, sampling_ratio, convention, gamma, group_size, part_size)
+    return run.forward(DEFORM_ROI_POOL, operands, dict(zip(DEFORM_ROI_POOL.parameter_names, values, strict=True)), backend)
+
+
+def deform_roi_pool_backward(
+    grad_output: Any,
+    input: Any,
+    boxes: Any,
+    offset: Any = None,
+    mask: Any = None,
+    output_size: Any = 7,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 2,
+    *,
+    convention: str = "aligned",
+    gamma: float = 0.1,
+    position_sensitive: bool = False,
+    part_size: Any = None,
+    backend: str | None = None,
+    wanted: Collection[str] | None = None,
+    **unknown: NoReturn,
+) -> RoiGradients:
+    """Return the gradients of `deform_roi_pool`: `grad_output` times the derivative by each argument but `boxes`.
+
+    The arguments after `grad_output` are those of `deform_roi_pool` and are explained there.
+
+    Args:
+        grad_output: the loss's derivative by the output, shape (R, C, PH, PW), of the arguments' dtype.
+        wanted: the names of the gradients to compute, among "input", "offset" and "mask"; None means all.
+
+    Returns:
+        A named tuple with the fields input, boxes, offset and mask, each with the shape of its argument; None where it was not
+        wanted or the argument was not given, and for boxes.
+
+    Raises:
+        ValueError: `wanted` names what has no gradient, or was not given; else as `deform_roi_pool`.
+
+    Example:
+        >>> import numpy as np, deformconv
+        >>> x = np.arange(64.0).reshape(1, 1, 8, 8)                      # rises by 8 a row and by 1 a column
+        >>> boxes, offset = np.array([[0.0, 2.0, 2.0, 6.0, 6.0]]), np.zeros((1, 2, 2, 2))
+        >>> g = deformconv.deform_roi_pool_backward(np.ones((1, 1, 2, 2)), x, boxes, offset, output_size=2)
+        >>> print(g.offset[0, :, 0, 0].round(12))                        # x before y; an offset of 1 is 0.4 pixels
+        [0.4 3.2]
+        >>> g.input.shape, g.boxes is g.mask is None
+        ((1, 1, 8, 8), True)
+    """
+    if unknown:
+        raise unexpected(deform_roi_pool_backward, unknown)
+    if run.any_torch(grad_output, input, boxes, offset, mask, *(boxes if isinstance(boxes, (list, tuple)) else ())):
+        from deformconv.torch.roi_pool import functional as torch_room
+
+        return torch_room.deform_roi_pool_backward(
+            grad_output, input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio,
+            convention=convention, gamma=gamma, position_sensitive=position_sensitive, part_size=part_size, backend=backend,
+            wanted=wanted,
+        )  # fmt: skip
+    operands = {"input": input, "boxes": _joined(boxes), "offset": offset, "mask": mask}
+    group_size = group_size_of(position_sensitive, output_size)
+    values = (output_size, spatial_scale, sampling_ratio, convention, gamma, group_size, part_size)
+    named = dict(zip(DEFORM_ROI_POOL.parameter_names, values, strict=True))
+    found: RoiGradients = run.backward(DEFORM_ROI_POOL, grad_output, operands, named, backend, wanted)
+    return found
+
+
+def _joined(boxes: Any) -> Any:
+    """A list of each image's boxes (r, 4) as one array (R, 5)."""
+    if not isinstance(boxes, (list, tuple)):
+        return boxes
+    check_list(boxes, np.ndarray)
+    rows = [np.concatenate([np.full((len(array), 1), image, array.dtype), array], axis=1) for image, array in enumerate(boxes)]
+    return np.concatenate(rows)

@@ -119,6 +119,7 @@ def damaged(tmp_path, monkeypatch):
 class TestWarmup:
     def test_options_reach_the_kernels(self, monkeypatch, capsys):
         from deformconv.ops.conv import cpu
+        from deformconv.ops.roi_pool import cpu as roi_pool_cpu
 
         calls = []
 
@@ -127,9 +128,10 @@ class TestWarmup:
             notify("this and that")
 
         monkeypatch.setattr(cpu, "warmup", compile_all)
+        monkeypatch.setattr(roi_pool_cpu, "warmup", lambda dtypes, notify: calls.append(list(dtypes)))
         main(["warmup"])
-        main(["warmup", "--dtype", "all", "--rank", "3", "--rank", "1"])
-        assert calls == [(["float32"], [1, 2, 3]), (["float32", "float64"], [3, 1])]
+        main(["warmup", "--dtype", "all", "--rank", "3", "--rank", "1", "--rois"])
+        assert calls == [(["float32"], [1, 2, 3]), (["float32", "float64"], [3, 1]), ["float32", "float64"]]
         assert "this and that ...\n" in capsys.readouterr().out
 
     def test_what_cannot_be_kept_ends_with_1(self, monkeypatch, capsys):

@@ -109,7 +109,8 @@ def demo_gluon(fast: bool, seed: int) -> int:
     help="For processors of this level: x86-64-v3, x86-64-v4, neoverse-n1, ... or native, for this one alone.  "
     "[default: DEFORMCONV_CPU, or native]",
 )
-def warmup(dtype: str, ranks: tuple[str, ...], cpu_name: str | None) -> int:
+@click.option("--rois", is_flag=True, help="Also deformable RoI pooling.")
+def warmup(dtype: str, ranks: tuple[str, ...], cpu_name: str | None, rois: bool) -> int:
     """Compile the CPU kernels now, not at the first call.
 
     The machine code is kept in a folder (see `deformconv doctor`, or set DEFORMCONV_CACHE_DIR), so this is
@@ -123,7 +124,7 @@ def warmup(dtype: str, ranks: tuple[str, ...], cpu_name: str | None) -> int:
     from deformconv.cli.warmup import run
 
     dtypes = ["float32", "float64"] if dtype == "all" else [dtype]
-    return run(dtypes, [int(rank) for rank in ranks or "123"], cpu_name)
+    return run(dtypes, [int(rank) for rank in ranks or "123"], cpu_name, rois)
 
 
 @deformconv.command()
@@ -167,6 +168,7 @@ def bench(**options: Any) -> int:
                 plain convolution, whichever are installed (the default)
       net       whole nets, beside those of plain convolutions,
                 torchvision's and kornia's layers; also on a busy machine
+      rois      pooling of boxes, beside torchvision's RoI align
       offsets   with offsets of three kinds
       small     what a call costs when there is little to compute
       scaling   time against work, and with 1 and 2 threads

@@ -15,9 +15,10 @@ from deformconv.errors import BackendError
 __all__ = ["run"]
 
 EACH_DTYPE, EACH_RANK = 2, 6  # kernels: one that no rank matters to; three others; and for each what runs it on a team
+EACH_ROIS = 6  # three of RoI pooling; and for each what runs it on a team
 
 
-def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None) -> int:
+def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None, rois: bool = False) -> int:
     """Compile, say what was done, and return the exit code. `cpu_name` is for whom, if not for whom DEFORMCONV_CPU says."""
     if find_spec("numba") is None:
         raise click.ClickException("there is nothing to compile: Numba is not installed (pip install numba)")
@@ -27,6 +28,7 @@ def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None
     os.environ.pop("DEFORMCONV_REQUIRE_CACHE", None)  # an image may set it for all that comes after this
     try:
         from deformconv.ops.conv import cpu
+        from deformconv.ops.roi_pool import cpu as roi_cpu
         from deformconv.runtime import cache, target
         from deformconv.runtime.notices import notice
 
@@ -37,8 +39,11 @@ def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None
 
     notice.announce = None  # the lines below say it
     before, started = len(cache.cached_files()), time.perf_counter()
-    with progress(len(dtypes) * (EACH_DTYPE + EACH_RANK * len(ranks))) as is_shown:
-        cpu.warmup(dtypes, ranks, notify=None if is_shown else lambda line: click.echo(f"{line} ..."))
+    with progress(len(dtypes) * (EACH_DTYPE + EACH_RANK * len(ranks) + EACH_ROIS * rois)) as is_shown:
+        notify = None if is_shown else lambda line: click.echo(f"{line} ...")
+        cpu.warmup(dtypes, ranks, notify=notify)
+        if rois:
+            roi_cpu.warmup(dtypes, notify=notify)
     seconds, after = time.perf_counter() - started, len(cache.cached_files())
     folder = cache.cache_folder()
     if not after:

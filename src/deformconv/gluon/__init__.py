@@ -24,5 +24,6 @@ except AttributeError as error:  # MXNet asks for names such as numpy.bool, whic
 
 from deformconv.gluon.blocks import DeformableConvolution, ModulatedDeformableConvolution
 from deformconv.gluon.functional import deform_conv
+from deformconv.gluon.roi_pool import deform_roi_pool
 
-__all__ = ["DeformableConvolution", "ModulatedDeformableConvolution", "deform_conv"]
+__all__ = ["DeformableConvolution", "ModulatedDeformableConvolution", "deform_conv", "deform_roi_pool"]

@@ -1,8 +1,8 @@
-"""MXNet's two operators by their names and with their arguments, for code that calls them: one import changes.
+"""MXNet's operators by their names and with their arguments, for code that calls them: one import changes.
 
 `DeformableConvolution` stands for `mxnet.nd.contrib.DeformableConvolution` and `mxnet.sym.contrib.DeformableConvolution`, and
-`ModulatedDeformableConvolution` for its namesakes. They take NDArrays and Symbols alike, and run
-`deformconv.gluon.deform_conv`.
+`ModulatedDeformableConvolution` and `DeformablePSROIPooling` for their namesakes. They take NDArrays and Symbols alike, and run
+`deformconv.gluon.deform_conv` and `deformconv.gluon.deform_roi_pool`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import mxnet as mx
+import numpy as np
 from mxnet.symbol import Symbol
 
 from deformconv.errors import ShapeError
 from deformconv.gluon import calls
 from deformconv.gluon.functional import DEFORM_CONV
+from deformconv.gluon.roi_pool import DEFORM_ROI_POOL
 from deformconv.ops.window import count, integers
 
-__all__ = ["DeformableConvolution", "ModulatedDeformableConvolution"]
+__all__ = ["DeformableConvolution", "DeformablePSROIPooling", "ModulatedDeformableConvolution"]
 
 
 def DeformableConvolution(
@@ -141,10 +143,7 @@ def _call(
     if no_bias:
         operands["bias"] = None
     if all(value is None or isinstance(value, Symbol) for value in operands.values()):
-        name = mx.name.NameManager.current.get(name, hint)
-        for key, value in operands.items():
-            if value is None and not (key == "bias" and no_bias):
-                operands[key] = mx.sym.var(f"{name}_{key}")
+        name = _with_variables(operands, name, hint, without="bias" if no_bias else None)
     else:
         if operands["bias"] is None and not no_bias:
             raise TypeError("`bias` is missing; expected it, or no_bias=True.")
@@ -160,3 +159,92 @@ def _call(
         "dilation": integers("dilate", dilate or 1, D, 1),
     }
     return calls.call(DEFORM_CONV, operands, window | groups, None, name, {"weight_shape": (outputs, 0, *kernel)})
+
+
+def _with_variables(operands: dict[str, Any], name: str | None, hint: str, without: str | None) -> str:
+    """Make a variable of each operand that is not there, but for one that is left out, as MXNet does; the symbol's name."""
+    found: str = mx.name.NameManager.current.get(name, hint)
+    for key, value in operands.items():
+        if value is None and key != without:
+            operands[key] = mx.sym.var(f"{found}_{key}")
+    return found
+
+
+def DeformablePSROIPooling(
+    data: Any = None,
+    rois: Any = None,
+    trans: Any = None,
+    spatial_scale: float | None = None,
+    output_dim: int | None = None,
+    group_size: int | None = None,
+    pooled_size: int | None = None,
+    part_size: int = 0,
+    sample_per_part: int = 1,
+    trans_std: float = 0.0,
+    no_trans: bool = False,
+    name: str | None = None,
+) -> Any:
+    """Deformable position-sensitive RoI pooling with the arguments of MXNet's operator.
+
+    Args:
+        data: shape (N, output_dim * group_size^2, H, W).
+        rois: shape (R, 5), rows (image, x1, y1, x2, y2).
+        trans: shape (R, 2 * classes, part_size, part_size), x before y; left out with no_trans=True. As with
+            `DeformableConvolution`, what is not passed beside Symbols becomes a variable.
+        spatial_scale, output_dim, group_size, pooled_size: required, as in MXNet's.
+        part_size: 0 is `pooled_size`.
+        sample_per_part: samples of a bin along either axis.
+        trans_std: what offsets are multiplied by. 0, which is MXNet's default, means that nothing is deformed.
+        no_trans: whether there are no offsets.
+        name: the Symbol's name.
+
+    Returns:
+        The output, shape (R, output_dim, pooled_size, pooled_size), of the kind that was passed. MXNet's hidden second output,
+        the number of samples that count, is not there.
+
+    Raises:
+        ShapeError, TypeError, ValueError: as `deformconv.gluon.deform_roi_pool`. MXNet's own reads other memory where a number
+        of an image, `output_dim` or the shape of `trans` is wrong.
+
+    Example:
+        >>> import mxnet as mx
+        >>> from deformconv.gluon import contrib
+        >>> x, rois = mx.nd.ones((1, 8 * 49, 20, 20)), mx.nd.array([[0, 16, 16, 160, 200]])
+        >>> trans = mx.nd.zeros((1, 2, 7, 7))
+        >>> contrib.DeformablePSROIPooling(
+        ...     x, rois, trans, spatial_scale=1 / 16, output_dim=8, group_size=7, pooled_size=7, sample_per_part=4,
+        ...     trans_std=0.1,
+        ... ).shape
+        (1, 8, 7, 7)
+
+    Paper: arXiv 1703.06211, section 2.2.
+    """
+    required = {"spatial_scale": spatial_scale, "output_dim": output_dim, "group_size": group_size, "pooled_size": pooled_size}
+    for key, value in required.items():
+        if value is None:
+            raise TypeError(f"`{key}` is missing; expected it, as MXNet's operator does.")
+    bins, groups, outputs = (count(key, required[key]) for key in ("pooled_size", "group_size", "output_dim"))
+    operands = {"data": data, "boxes": rois, "offset": None if no_trans else trans}
+    if all(value is None or isinstance(value, Symbol) for value in operands.values()):
+        operands = {"data": data, "rois": rois, "trans": operands["offset"]}
+        name = _with_variables(operands, name, "deformablepsroipooling", without="trans" if no_trans else None)
+        operands = dict(zip(("data", "boxes", "offset"), operands.values(), strict=True))
+    else:
+        if operands["offset"] is None and not no_trans:
+            raise TypeError("`trans` is missing; expected it, or no_trans=True.")
+        shape = getattr(data, "shape", None)
+        if shape is not None and len(shape) == 4 and shape[1] != outputs * groups**2:
+            raise ShapeError(
+                f"`data` has {shape[1]} channels, shape {tuple(shape)}; expected output_dim * group_size^2 = "
+                f"{outputs * groups**2}."
+            )
+    parameters = {
+        "output_size": bins,
+        "spatial_scale": float(np.float32(spatial_scale)),  # MXNet's precision, in which equal results need it
+        "sampling_ratio": count("sample_per_part", sample_per_part),
+        "convention": "rounded",
+        "gamma": float(np.float32(trans_std)),
+        "group_size": groups,
+        "part_size": count("part_size", part_size) if part_size else bins,
+    }
+    return calls.call(DEFORM_ROI_POOL, operands, parameters, None, name, {"channels": outputs * groups**2})

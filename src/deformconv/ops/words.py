@@ -20,11 +20,21 @@ SYNONYMS = (
     ("bias", "use_bias"),
     ("mask", "masks", "modulation"),
     ("modulated", "modulation", "with_mask", "use_mask"),
+    ("boxes", "rois", "bboxes"),
+    ("offset", "trans"),
+    ("output_size", "pooled_size", "out_size"),
+    ("sampling_ratio", "sample_per_part", "sample_num"),
+    ("gamma", "trans_std"),
+    ("convention", "aligned"),
+    ("hidden", "deform_fc_channels"),
 )
 # What has no counterpart, and why none is needed.
 NEEDLESS = {
     "im2col_step": "leave it out, a batch may have any size",
     "workspace": "leave it out, memory is taken as it is needed",
+    "no_trans": "leave out `offset`",
+    "output_dim": "leave it out, the channels of `input` say it",
+    "group_size": "pass position_sensitive=True where it is the number of bins",
     "no_bias": "leave out `bias`, or pass bias=False to a layer",
 }
 OF_THE_WEIGHT = ("kernel_size", "in_channels", "out_channels")  # a layer's arguments that a function reads from its weight

@@ -1,0 +1,242 @@
+"""Deformable RoI pooling on PyTorch's tensors: gradients, transforms, compilers, precision, errors, and the layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tests.ops.roi_pool.cases import CASES, Case, make, parameters
+from tests.ops.roi_pool.suite import by_convention, expected_gradients, expected_output
+from tests.tolerances import assert_close
+
+import deformconv
+from deformconv.torch import DeformRoIPool, deform_roi_pool
+from deformconv.torch.roi_pool.functional import DEFORM_ROI_POOL
+
+SMALL = Case("torch", channels=4, boxes=3)
+by_backend = pytest.mark.parametrize("backend", ["cpu", "portable"])
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),  # PyTorch's own scripts, used by its forward-mode rules
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),  # opcheck looks at the .grad of what is no leaf
+]
+
+
+def tensors(case: Case = SMALL, dtype: str = "float64", requires_grad: bool = False) -> list[Any]:
+    call = make(case, dtype)
+    given = [None if array is None else torch.from_numpy(array.copy()) for array in call.arrays]
+    for number in (0, 2, 3):
+        if given[number] is not None:
+            given[number].requires_grad_(requires_grad)
+    return given
+
+
+def pool(*operands: Any, case: Case = SMALL, **others: Any) -> Any:
+    return deform_roi_pool(*operands, **parameters(case), **others)
+
+
+@by_backend
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_output_and_gradients(case: Case, backend: str) -> None:
+    given, grad_output = tensors(case, requires_grad=True), torch.from_numpy(make(case).grad_output)
+    output = pool(*given, case=case, backend=backend)
+    assert_close(output.detach(), expected_output(case, "float64"), "float64")
+    output.backward(grad_output)
+    expected = expected_gradients(case, "float64")
+    for tensor, gradient in zip(given, expected, strict=True):
+        if gradient is not None:
+            assert_close(tensor.grad, gradient, "float64")
+
+
+@by_backend
+@by_convention
+def test_derivatives_of_first_and_second_order(convention: str, backend: str) -> None:
+    case = SMALL.but(convention=convention, channels=2, size=(5, 6), boxes=2, output_size=(2, 2), spread=0.5)
+    given = tensors(case, requires_grad=True)
+    boxes = given.pop(1)
+
+    def run(input: Any, offset: Any, mask: Any) -> Any:
+        return pool(input, boxes, offset, mask, case=case, backend=backend)
+
+    assert torch.autograd.gradcheck(run, given, eps=1e-7, atol=1e-5)
+    assert torch.autograd.gradgradcheck(run, given, eps=1e-7, atol=1e-4)
+
+
+def test_boxes_have_no_gradient() -> None:
+    given = tensors(requires_grad=True)
+    given[1].requires_grad_()
+    pool(*given).sum().backward()
+    assert given[1].grad is None and given[0].grad is not None
+    found = deformconv.deform_roi_pool_backward(torch.ones(3, 4, 3, 2, dtype=torch.float64), *given, **parameters(SMALL))
+    assert found.boxes is None and found.offset.shape == given[2].shape
+    _, tangent = torch.func.jvp(
+        lambda boxes: pool(given[0].detach(), boxes, None), (given[1].detach(),), (torch.ones(3, 5).double(),)
+    )
+    assert not tangent.any()
+    with pytest.raises(ValueError, match="`wanted` names 'boxes'; expected some of input, offset, mask"):
+        deformconv.deform_roi_pool_backward(torch.ones(3, 4, 3, 2).double(), *given, **parameters(SMALL), wanted=["boxes"])
+
+
+def test_opcheck() -> None:
+    values = ([3, 2], 0.5, 2, "aligned", 0.1, [1, 1], [3, 2])
+    for case in (SMALL, SMALL.but(deformed=False, masked=False), SMALL.but(masked=False)):
+        given = tensors(case, requires_grad=True)
+        torch.library.opcheck(DEFORM_ROI_POOL.forward_op, (*given, *values, None))
+    given = [tensor.detach() for tensor in tensors()]
+    grad_output = torch.rand(3, 4, 3, 2, dtype=torch.float64)
+    torch.library.opcheck(DEFORM_ROI_POOL.backward_op, (grad_output, *given, *values, None, [True, False, True, True]))
+
+
+def test_compile_and_export() -> None:
+    given = tensors(requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: pool(*t).sin(), backend="aot_eager", fullgraph=True)
+    found, expected = compiled(*given), pool(*given).sin()
+    assert torch.equal(found, expected)
+    leaves = [given[0], *given[2:]]
+    for one, other in zip(torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
+        assert torch.equal(one, other)
+    torch._dynamo.reset()
+
+    class Net(torch.nn.Module):
+        def forward(self, *operands: Any) -> Any:
+            return pool(*operands)
+
+    given = [tensor.detach() for tensor in given]
+    boxes = torch.export.Dim("boxes", min=2)
+    dynamic = {"operands": (None, {0: boxes}, {0: boxes}, {0: boxes})}
+    program = torch.export.export(Net(), tuple(given), dynamic_shapes=dynamic)
+    more = [given[0], *(torch.cat([tensor, tensor.flip(0)]) for tensor in given[1:])]
+    assert torch.equal(program.module()(*more), pool(*more))
+
+
+@pytest.mark.parametrize("mapped", [(0, 0, 0, 0), (None, 0, None, None), (0, None, None, 1), (None, None, 2, None)])
+def test_vmap(mapped: tuple[int | None, ...]) -> None:
+    given = [
+        tensor if dim is None else torch.stack([tensor, tensor.roll(1, -1) if n != 1 else tensor, tensor], dim)
+        for n, (tensor, dim) in enumerate(zip(tensors(), mapped, strict=True))
+    ]
+    one_by_one = [
+        [tensor if dim is None else tensor.select(dim, b) for tensor, dim in zip(given, mapped, strict=True)] for b in range(3)
+    ]
+    found = torch.func.vmap(pool, in_dims=mapped)(*given)
+    assert torch.allclose(found, torch.stack([pool(*each) for each in one_by_one]))
+
+    def loss(input: Any, boxes: Any, offset: Any, mask: Any) -> Any:
+        return pool(input, boxes, offset, mask).pow(2).sum()
+
+    gradients = torch.func.grad(loss, (0, 2, 3))
+    for number, gradient in enumerate(torch.func.vmap(gradients, in_dims=mapped)(*given)):
+        assert torch.allclose(gradient, torch.stack([gradients(*each)[number] for each in one_by_one]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_beside_float32_boxes(dtype: torch.dtype) -> None:
+    input, boxes, offset, mask = tensors(dtype="float32")
+    output = pool(input.to(dtype), boxes, offset, mask)
+    assert output.dtype is dtype
+    assert torch.equal(output, pool(input.to(dtype).float(), boxes, offset, mask).to(dtype))
+
+
+def test_autocast_leaves_the_input_as_it_is() -> None:
+    input, boxes, offset, mask = tensors(dtype="float32")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pool(input, boxes, offset.bfloat16(), mask), pool(input, boxes, offset.bfloat16().float(), mask))
+        assert pool(input.bfloat16(), boxes, offset, mask).dtype is torch.bfloat16
+
+
+def test_a_list_of_boxes_is_one_tensor() -> None:
+    input, boxes, offset, mask = tensors(SMALL.but(boxes=3))
+    rows = [boxes[boxes[:, 0] == image, 1:] for image in range(2)]
+    order = torch.argsort(boxes[:, 0], stable=True)
+    assert torch.equal(pool(input, rows, offset, mask), pool(input, boxes[order], offset, mask))
+    assert pool(input, [rows[0][:0], rows[1][:0]]).shape == (0, 4, 3, 2)
+
+
+def test_meta_and_fake_tensors() -> None:
+    assert pool(*(tensor.to("meta") for tensor in tensors())).shape == (3, 4, 3, 2)
+
+
+def test_a_box_of_no_image_raises() -> None:
+    for image, text in ((7.0, "7"), (-1.0, "-1"), (0.5, "0.5"), (float("nan"), "nan")):
+        for backend in ("cpu", "portable"):
+            given = tensors()
+            given[1][1, 0] = image
+            with pytest.raises(
+                ValueError, match=f"`boxes` has {text} in row 1, column 0; expected .* 0 to 1, as `input` has a"
+            ):
+                pool(*given, backend=backend)
+
+
+def test_texts() -> None:
+    input, boxes, offset, mask = tensors()
+    with pytest.raises(deformconv.ShapeError, match=r"`boxes` has shape \(3, 4\); expected \(R, 5\)"):
+        pool(input, boxes[:, 1:], offset, mask)
+    with pytest.raises(deformconv.ShapeError, match=r"`offset` has 3 channels; expected 2, x before y.* pass the last one as"):
+        pool(input, boxes, torch.cat([offset, mask], 1))
+    with pytest.raises(deformconv.ShapeError, match="`boxes` is an empty list"):
+        pool(input, [])
+    with pytest.raises(TypeError, match=r"`boxes\[0\]` is a list; expected an array \(r, 4\)"):
+        pool(input, [[0, 0, 1, 1]])
+    with pytest.raises(deformconv.ShapeError, match=r"`boxes\[1\]` has shape \(4,\)"):
+        pool(input, [boxes[:, 1:], boxes[0, 1:]])
+    with pytest.raises(TypeError, match="`position_sensitive` is 7; expected True"):
+        deform_roi_pool(input, boxes, position_sensitive=7)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'trans_std'; here: gamma"):
+        deform_roi_pool(input, boxes, trans_std=0.1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'aligned'; here: convention"):
+        deform_roi_pool(input, boxes, aligned=True)  # type: ignore[call-arg]
+
+
+class TestLayer:
+    def layer(self, **others: Any) -> DeformRoIPool:
+        return DeformRoIPool(4, (3, 2), 0.5, hidden=16, **others).double()
+
+    @pytest.mark.parametrize("trunk", ["shared", "separate"])
+    @pytest.mark.parametrize("modulated", [True, False])
+    def test_a_fresh_layer_is_plain_pooling(self, trunk: str, modulated: bool) -> None:
+        input, boxes, *_ = tensors()
+        layer = self.layer(trunk=trunk, modulated=modulated)
+        assert torch.allclose(layer(input, boxes), deform_roi_pool(input, boxes, None, None, (3, 2), 0.5), atol=1e-14)
+        assert torch.equal(copy.deepcopy(layer)(input, boxes), layer(input, boxes))
+
+    def test_the_predictor_learns(self) -> None:
+        input, boxes, *_ = tensors()
+        layer = self.layer()
+        layer(input, boxes).pow(2).sum().backward()
+        last = layer.offset_mask_fc[-1]
+        assert last.weight.grad.abs().sum() > 0
+        with torch.no_grad():
+            last.bias += 0.5
+        offset, mask = layer.predict(input, boxes)
+        assert offset.shape == (3, 2, 3, 2) and mask is not None and mask.shape == (3, 1, 3, 2)
+        assert torch.equal(layer(input, boxes), layer(input, boxes, offset, mask))
+
+    def test_keys_are_those_of_the_field(self) -> None:
+        assert [*self.layer().state_dict()] == [f"offset_mask_fc.{n}.{p}" for n in (0, 2, 4) for p in ("weight", "bias")]
+        separate = [*self.layer(trunk="separate").state_dict()]
+        assert separate == [
+            *(f"offset_fc.{n}.{p}" for n in (0, 2, 4) for p in ("weight", "bias")),
+            *(f"mask_fc.{n}.{p}" for n in (0, 2) for p in ("weight", "bias")),
+        ]
+        assert "mask_fc.0.weight" not in self.layer(trunk="separate", modulated=False).state_dict()
+
+    def test_loops_that_initialise_nets_leave_the_last_layer_alone(self) -> None:
+        layer = self.layer()
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear) or "Linear" in type(module).__name__:
+                torch.nn.init.xavier_uniform_(module.weight)
+        assert not layer.offset_mask_fc[-1].weight.any()
+
+    def test_repr_and_errors(self) -> None:
+        layer = self.layer(trunk="separate", modulated=False)
+        assert "DeformRoIPool(\n  4, output_size=(3, 2), spatial_scale=0.5, sampling_ratio=2, convention='aligned'" in repr(
+            layer
+        )
+        with pytest.raises(ValueError, match="`trunk` is 'both'; expected 'shared' or 'separate'"):
+            self.layer(trunk="both")
+        with pytest.raises(deformconv.ShapeError, match=r"`input` has 5 channels, .* this layer has channels=4"):
+            layer(torch.rand(1, 5, 4, 4), [torch.zeros(1, 4)])
