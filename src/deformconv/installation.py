@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["command"]
+from typing import Any
+
+__all__ = ["command", "import_for"]
+
+
+def import_for(user: str, module: str, package: str) -> Any:
+    """Import a module for a function or class of ours; where its `package` is missing, the error says who needs it."""
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ModuleNotFoundError(
+            f"{user} needs {package}, which is not installed: pip install {package}", name=package
+        ) from None
 
 
 def command(extra: str, *packages: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,31 +48,18 @@ def replace_layers(model: nn.Module) -> nn.Module:
     import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
     # isort: split
-    from torch import nn
+    from deformconv.torch import surgery
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` is a {type(model).__module__}.{type(model).__qualname__}; expected a torch.nn.Module.")
+    surgery.check_model(model)
     for name, module in model.named_modules():
         if _conversion(module) is not None:
-            _check_plain(name, module)
-    replaced: dict[int, nn.Module] = {}
+            surgery.check_plain(name, module)
 
     def replacement(module: nn.Module) -> nn.Module | None:
         convert = _conversion(module)
-        if convert is not None and id(module) not in replaced:
-            replaced[id(module)] = _like(module, convert(module))
-        return replaced.get(id(module))
+        return None if convert is None else surgery.like(module, convert(module))
 
-    whole = replacement(model)
-    if whole is not None:
-        return whole
-    for parent in list(model.modules()):
-        if id(parent) in replaced:  # its parts are the new layer's, or nobody's
-            continue
-        for name, child in list(parent._modules.items()):  # named_children leaves out what is there twice
-            if child is not None and (ours := replacement(child)) is not None:
-                setattr(parent, name, ours)
-    return model
+    return surgery.replace(model, replacement)
 
 
 def _conversion(module: nn.Module) -> Callable[[Any], Any] | None:
@@ -84,37 +70,11 @@ def _conversion(module: nn.Module) -> Callable[[Any], Any] | None:
     return _CONVERSIONS.get((kind.__module__, kind.__qualname__))
 
 
-def _check_plain(name: str, module: nn.Module) -> None:
-    from torch import Tensor
-
-    for part in module.modules():
-        for key in ("weight", "bias"):
-            if key not in part._parameters and isinstance(getattr(part, key, None), Tensor):
-                path = next(path for path, inner in module.named_modules() if inner is part)
-                raise ValueError(
-                    f"{f'layer {name!r} of `model`' if name else '`model`'} has a {f'{path}.' if path else ''}{key} that is "
-                    "computed from other parameters, by a parametrization, weight_norm, spectral_norm or pruning; expected a "
-                    "parameter. Remove that first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
-                    "remove_spectral_norm, prune.remove) and apply it to the new layer."
-                )
-
-
-def _like(theirs: nn.Module, ours: nn.Module) -> nn.Module:
-    """Give our layer the other one's mode and hooks: the same dicts, from which the hooks' handles remove them."""
-    for name, value in vars(theirs).items():
-        if "_hooks" in name or name == "_is_full_backward_hook":
-            setattr(ours, name, value)
-    for hook in theirs._load_state_dict_pre_hooks.values():
-        if getattr(hook, "with_module", False):  # it would be called with theirs, which is gone
-            hook.module = weakref.ref(ours)  # type: ignore[attr-defined]
-    return ours.train(theirs.training)
-
-
 def _layer(
     theirs: Any, weight: Any, bias: Any, offset_groups: int | None, offset_conv: Any = None, **keywords: Any
 ) -> nn.Module:
     """Our layer with these parameters; its sizes and its window are read from the other layer."""
-    from deformconv.torch import DeformConv2d
+    from deformconv.torch import DeformConv2d, surgery
 
     groups = theirs.groups
     ours: Any = keywords.pop("kind", DeformConv2d)(
@@ -136,7 +96,7 @@ def _layer(
         ours.offset_conv = offset_conv
     elif offset_conv is not None:
         ours.offset_conv.weight, ours.offset_conv.bias = offset_conv.weight, offset_conv.bias
-        _like(offset_conv, ours.offset_conv)
+        surgery.like(offset_conv, ours.offset_conv)
     result: nn.Module = ours
     return result
 

@@ -6,6 +6,8 @@ import threading
 from types import TracebackType
 from typing import Any
 
+from deformconv.installation import import_for
+
 __all__ = ["Acceleration", "accelerate_torchvision"]
 
 _lock = threading.Lock()
@@ -75,14 +77,7 @@ def accelerate_torchvision() -> Acceleration:
     """
     import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
-    try:
-        import torchvision  # noqa: F401  (it registers the operator)
-    except ModuleNotFoundError as error:
-        if error.name != "torchvision":
-            raise
-        raise ModuleNotFoundError(
-            "accelerate_torchvision needs torchvision, which is not installed: pip install torchvision", name="torchvision"
-        ) from None
+    import_for("accelerate_torchvision", "torchvision", "torchvision")  # it registers the operator
     return Acceleration()
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+from deformconv.installation import import_for
+
 __all__ = ["to_torchvision"]
 
 
@@ -47,18 +49,10 @@ def to_torchvision(model: nn.Module) -> nn.Module:
     import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
     # isort: split
-    from torch import nn
+    from deformconv.torch import surgery
 
-    try:
-        import torchvision  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "torchvision":
-            raise
-        raise ModuleNotFoundError(
-            "to_torchvision needs torchvision, which is not installed: pip install torchvision", name="torchvision"
-        ) from None
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` is a {type(model).__module__}.{type(model).__qualname__}; expected a torch.nn.Module.")
+    import_for("to_torchvision", "torchvision", "torchvision")
+    surgery.check_model(model)
     named = [(f"layer {name!r} of `model`" if name else "`model`", module) for name, module in model.named_modules()]
     layers = [(name, module) for name, module in named if isinstance(module, _kinds())]
     for name, layer in layers:

@@ -1,0 +1,200 @@
+"""Feature mimicking: there is no other implementation, so identities and traps carry the proof."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torchvision = pytest.importorskip("torchvision")
+
+from torchvision.models.detection import FasterRCNN  # noqa: E402
+from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
+from torchvision.ops import MultiScaleRoIAlign  # noqa: E402
+
+from deformconv.vision import FeatureMimicking, MultiScaleDeformRoIPool, make_deformable  # noqa: E402
+
+
+class Backbone(nn.Module):
+    """Two convolutions to stride 8, with a norm."""
+
+    out_channels = 8
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.layer2 = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+        self.norm = norm(8)
+        self.layer3 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer3(self.norm(self.layer2(x)).relu())
+        return found
+
+
+def group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(2, channels)
+
+
+def detector(norm: Any = group_norm, **others: Any) -> Any:
+    torch.manual_seed(0)
+    return FasterRCNN(
+        Backbone(norm), min_size=64, max_size=64, image_mean=[0, 0, 0], image_std=[1, 1, 1],
+        rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)), box_roi_pool=MultiScaleRoIAlign(["0"], 3, 2),
+        box_head=nn.Sequential(nn.Flatten(), nn.Linear(72, 10), nn.ReLU()),
+        box_predictor=torchvision.models.detection.faster_rcnn.FastRCNNPredictor(10, 3), box_batch_size_per_image=16, **others,
+    )  # fmt: skip
+
+
+def scenes(boxes: int = 2, images: int = 2) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    torch.manual_seed(1)
+    places = torch.tensor([[8.0, 10.0, 40.0, 44.0], [30.0, 20.0, 60.0, 62.0]])[:boxes]
+    targets = [{"boxes": places, "labels": torch.tensor([1, 2])[:boxes]} for _ in range(images)]
+    return [torch.rand(3, 64, 64) for _ in range(images)], targets
+
+
+def test_it_adds_two_losses_and_leaves_the_others_alone() -> None:
+    images, targets = scenes()
+    model = FeatureMimicking(detector().train(), rois_per_image=4, crop=64)
+    torch.manual_seed(2)
+    found = model(images, targets)
+    torch.manual_seed(2)
+    expected = model.detector(images, targets)
+    assert found.keys() - expected.keys() == {"loss_mimic", "loss_rcnn_classifier"}
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert 0 <= found["loss_mimic"] <= 2 * model.weight
+
+
+def test_detections_are_the_detector_s_bit_for_bit() -> None:
+    images, _ = scenes()
+    inner = detector().eval()
+    expected, found = inner(images), FeatureMimicking(inner, crop=64).eval()(images)
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[key], value) for key, value in other.items())
+
+
+def test_a_box_that_is_the_whole_image_mimics_itself() -> None:
+    model = FeatureMimicking(detector(), crop=64, weight=1.0)
+    image = torch.rand(1, 3, 64, 64)
+    whole = [torch.tensor([[0.0, 0.0, 64.0, 64.0]])]
+    heads = model.detector.roi_heads
+    features = heads.box_head(heads.box_roi_pool({"0": model.detector.backbone(image)}, whole, [(64, 64)]))
+    teachers = model._teachers(image, [(64, 64)], whole)
+    assert torch.allclose(features, teachers, atol=1e-6)
+    seen = {
+        "features": features,
+        "proposals": whole,
+        "labels": [torch.tensor([1])],
+        "truth": whole,
+        "images": image,
+        "sizes": [(64, 64)],
+    }
+    assert abs(model._losses(seen)["loss_mimic"].item()) < 1e-6
+    seen["features"] = 7 * features  # a cosine does not see how long a vector is
+    assert abs(model._losses(seen)["loss_mimic"].item()) < 1e-6
+    seen["features"] = 0 * features  # nor what all zeros point at
+    assert torch.isfinite(model._losses(seen)["loss_mimic"])
+
+
+def test_gradients_reach_what_is_shared_and_not_the_regressor() -> None:
+    images, targets = scenes()
+    inner = detector()
+    make_deformable(inner, "backbone.layer3")
+    inner.roi_heads.box_roi_pool = MultiScaleDeformRoIPool.like(inner.roi_heads.box_roi_pool, 8, hidden=8)
+    model = FeatureMimicking(inner.train(), crop=64)
+    losses = model(images, targets)
+    (losses["loss_mimic"] + losses["loss_rcnn_classifier"]).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    for part in ("backbone.layer2.weight", "backbone.layer3.offset_conv.weight", "box_roi_pool.pools.0.offset_mask_fc.4.weight",
+                 "box_head.1.weight"):  # fmt: skip
+        assert any(name.endswith(part) for name in reached), part
+    assert "classifier.weight" in reached
+    assert not any("bbox_pred" in name or "rpn" in name for name in reached)
+
+
+def test_only_positive_boxes_and_no_more_than_asked_for() -> None:
+    model = FeatureMimicking(detector(), rois_per_image=3, crop=64)
+    labels, proposals = torch.tensor([0, 1, 2, 0, 1, 2, 1]), torch.rand(7, 4)
+    for _ in range(20):
+        rows = model._chosen(labels, proposals, proposals[1:2])
+        assert len(rows) == len(set(rows.tolist())) == 3 and (labels[rows] > 0).all()
+    without = FeatureMimicking(detector(), rois_per_image=9, crop=64, include_ground_truth=False)
+    assert sorted(without._chosen(labels, proposals, proposals[1:2]).tolist()) == [2, 4, 5, 6]
+
+
+def test_an_image_without_objects_gives_zeros_that_reach_the_classifier() -> None:
+    images, targets = scenes(boxes=0)
+    model = FeatureMimicking(detector().train(), crop=64)
+    losses = model(images, targets)
+    assert losses["loss_mimic"] == 0 and losses["loss_rcnn_classifier"] == 0
+    sum(losses.values()).backward()
+    assert model.classifier.weight.grad is not None and not model.classifier.weight.grad.any()
+
+
+def test_the_mean_is_over_an_image_s_boxes_and_then_over_images() -> None:
+    model = FeatureMimicking(detector(), crop=64, weight=1.0)
+    values = torch.tensor([1.0, 3.0, 10.0])
+    assert model._reduced(values, [2, 1]) == (2 + 10) / 2
+    assert model._reduced(values, [2, 0, 1]) == (2 + 10) / 3
+    model.reduction = "sum"
+    assert model._reduced(values, [2, 1]) == (4 + 10) / 2
+
+
+def test_batch_norm_does_not_learn_from_patches() -> None:
+    images, targets = scenes()
+    model = FeatureMimicking(detector(nn.BatchNorm2d).train(), crop=64)
+    norm = model.detector.backbone.norm
+    torch.manual_seed(2)
+    model(images, targets)
+    assert norm.num_batches_tracked == 1 and norm.training
+    alone = detector(nn.BatchNorm2d).train()
+    torch.manual_seed(2)
+    alone(images, targets)
+    assert torch.equal(norm.running_mean, alone.backbone.norm.running_mean)
+
+
+def test_the_detector_s_state_dict_has_no_new_keys() -> None:
+    inner = detector()
+    keys = [*inner.state_dict()]
+    model = FeatureMimicking(inner, crop=64)
+    model(*scenes())
+    assert [*inner.state_dict()] == keys and {*model.state_dict()} - {f"detector.{key}" for key in keys} == {
+        "classifier.weight", "classifier.bias"
+    }  # fmt: skip
+    assert "select_training_samples" not in vars(inner.roi_heads) and not inner.roi_heads.box_head._forward_hooks
+
+
+def test_the_same_seed_chooses_the_same_boxes() -> None:
+    model, results = FeatureMimicking(detector().train(), rois_per_image=1, crop=64), []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(model(*scenes())["loss_mimic"].item())
+    assert results[0] == results[1]
+
+
+def test_training_lowers_it() -> None:
+    torch.manual_seed(0)
+    images, targets = scenes()
+    model = FeatureMimicking(detector().train(), crop=64, weight=1.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    values = []
+    for step in range(40):
+        torch.manual_seed(step % 4)
+        loss = model(images, targets)["loss_mimic"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert sum(values[-4:]) < 0.5 * sum(values[:4])
+
+
+def test_texts() -> None:
+    with pytest.raises(
+        TypeError, match=r"`detector` is a torch.nn.modules.linear.Linear; expected torchvision's GeneralizedRCNN"
+    ):
+        FeatureMimicking(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`crop` is 100; expected a multiple of 32"):
+        FeatureMimicking(detector(), crop=100)
+    with pytest.raises(ValueError, match="`reduction` is 'max'; expected 'mean' or 'sum'"):
+        FeatureMimicking(detector(), reduction="max")  # type: ignore[arg-type]
