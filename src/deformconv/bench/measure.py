@@ -22,6 +22,7 @@ from deformconv.accuracy import error
 from deformconv.bench.cases import Case
 from deformconv.bench.nets import NET_PEERS
 from deformconv.bench.peers import PEERS, Peer, Truth
+from deformconv.bench.rois import ROI_PEERS
 
 __all__ = [
     "Entry", "Failure", "Pace", "Process", "Progress", "compare", "differences", "peer_of", "processes", "results_of", "speed",
@@ -92,8 +93,8 @@ def processes(libraries: Sequence[str], threads: int) -> Iterator[list[Process]]
 
 
 def peer_of(name: str) -> type[Peer]:
-    """The library of that name, or its layers in nets."""
-    found: dict[str, type[Peer]] = {**PEERS, **NET_PEERS, Truth.name: Truth}
+    """The library of that name, its layers in nets, or its pooling of boxes."""
+    found: dict[str, type[Peer]] = {**PEERS, **NET_PEERS, **ROI_PEERS, Truth.name: Truth}
     return found[name]
 
 

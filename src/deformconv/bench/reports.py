@@ -1,4 +1,4 @@
-"""What else is worth measuring: whole nets, kinds of offsets, small calls, scaling, memory, the first call.
+"""What else is worth measuring: whole nets, pooling of boxes, kinds of offsets, small calls, scaling, memory, the first call.
 
 Every report measures rows, which JSON keeps, and makes Markdown of rows alone.
 """
@@ -22,6 +22,7 @@ from deformconv.bench.figures import OURS, Row, digits, layer, markdown, ratio
 from deformconv.bench.measure import Entry, Failure, Pace, Progress, compare, processes
 from deformconv.bench.nets import NET_PEERS, NETS, Net, TruthNet, net_of
 from deformconv.bench.peers import DIRECTIONS, PEERS, RECORDED, Truth, missing
+from deformconv.bench.rois import ROI_CASES, ROI_PEERS, DeformconvRoi, TruthRoi, roi_case_of
 
 __all__ = ["REPORTS", "NetMean", "Plan", "Report", "net_means", "slope"]
 
@@ -136,6 +137,49 @@ def write_nets(rows: Sequence[Row]) -> str:
     ]
     means_head = ["direction", "the machine else", "ours / plain, geometric mean", "most", "nets"]
     return "\n\n".join(part for part in [*parts, markdown(means_head, means, 2) if means else ""] if part)
+
+
+# Boxes
+
+
+def rois(plan: Plan, progress: Progress) -> Rows:
+    """Deformable RoI pooling beside RoI align; and with one thread beside two."""
+    cases = ROI_CASES[:1] if plan.quick else ROI_CASES
+    peers = [peer for name, peer in ROI_PEERS.items() if name.removesuffix("-roi") in plan.libraries]
+    names = [peer.name for peer in peers if not missing(peer.packages)]
+    rows = []
+    progress.begin((len(cases) + 1) * len(plan.directions))
+    with processes([TruthRoi.name, *names], plan.threads) as (truth, *others):
+        for case, direction in product(cases, plan.directions):
+            progress.step(f"rois, {case.name}, {direction}")
+            entries = {process.library.removesuffix("-roi"): Entry(process, case) for process in others}
+            rows.append(
+                {"rois": case._asdict(), "direction": direction, "results": compare(entries, direction, truth, plan.pace)}
+            )
+    alone, paired = processes([DeformconvRoi.name], 1), processes([DeformconvRoi.name], 2)
+    with processes([TruthRoi.name], plan.threads) as (truth,), alone as (one,), paired as (two,):
+        for direction in plan.directions:
+            progress.step(f"rois, threads, {direction}")
+            entries = {"1": Entry(one, cases[0]), "2": Entry(two, cases[0])}
+            results = compare(entries, direction, truth, plan.pace)
+            rows.append({"rois": cases[0]._asdict(), "direction": direction, "results": results})
+    return rows
+
+
+def write_rois(rows: Sequence[Row]) -> str:
+    beside, threads = [], []
+    for row in rows:
+        case = roi_case_of(row["rois"])
+        if "1" in row["results"]:
+            one, two = _value(row, "1"), _value(row, "2")
+            threads.append([case.name, row["direction"], _cell(row, "1"), _cell(row, "2"), _over(one, two)])
+            continue
+        ours, theirs = _value(row, "deformconv"), _value(row, "torchvision")
+        cells = [_cell(row, name) for name in ("deformconv", "torchvision")]
+        beside.append([case.name, case.what, row["direction"], *cells, _over(theirs, ours)])
+    head = ["case", "what", "direction", "deformconv", "torchvision's roi_align", "torchvision / ours"]
+    threads_head = ["case", "direction", "1 thread, ms", "2 threads, ms", "faster"]
+    return "\n\n".join([markdown(head, beside, 3), markdown(threads_head, threads, 2)])
 
 
 # Offsets of three kinds
@@ -354,6 +398,7 @@ def start(plan: Plan, progress: Progress) -> Rows:
 
 REPORTS = {
     "net": Report("Whole nets, milliseconds", nets, write_nets),
+    "rois": Report("Pooling of boxes, milliseconds", rois, write_rois),
     "offsets": Report("Offsets of three kinds", offsets, write_offsets),
     "small": Report("Small calls, all five tensors", small, write_small),
     "scaling": Report("Scaling", scaling, write_scaling),

@@ -1,0 +1,172 @@
+"""Deformable RoI pooling beside torchvision's RoI align, which moves no bin: the pooling of a detector's 512 boxes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from deformconv.bench.peers import Arrays, Peer
+
+__all__ = ["ROI_CASES", "ROI_PEERS", "RoiCase", "roi_case_of"]
+
+
+class RoiCase(NamedTuple):
+    """Boxes on maps of a detector's backbone; offsets are `sigma` times gamma times a box's size."""
+
+    name: str
+    boxes: int = 512
+    batch: int = 2
+    channels: int = 256
+    size: tuple[int, ...] = (50, 84)
+    bins: int = 7
+    sampling: int = 2
+    stride: int = 16
+    sigma: float = 1.0
+
+    @property
+    def what(self) -> str:
+        """The case in words."""
+        maps = "x".join(map(str, (self.batch, self.channels, *self.size)))
+        return f"{self.boxes} boxes on {maps}, {self.bins}x{self.bins} bins of {self.sampling}x{self.sampling} samples"
+
+    @property
+    def tolerance(self) -> float:
+        """How far a right library may be from the truth: positions in float32 are off by size * 2**-23 pixels."""
+        return max(1e-4, max(self.size) * 2.0**-20)
+
+
+ROI_CASES = (
+    RoiCase("box head"),
+    RoiCase("box head, 4x4 samples", sampling=4),
+    RoiCase("mask head", boxes=128, bins=14),
+    RoiCase("few boxes", boxes=16),
+)
+
+
+def roi_case_of(fields: dict[str, Any]) -> RoiCase:
+    """A case from its fields as JSON keeps them."""
+    return RoiCase(**{**fields, "size": tuple(fields["size"])})
+
+
+def _make(case: RoiCase) -> Arrays:
+    random = np.random.default_rng(0)
+    height, width = (length * case.stride for length in case.size)
+    corner = random.uniform(0, 0.8, (case.boxes, 2)) * (width, height)
+    size = np.exp(random.uniform(np.log(32), np.log(400), (case.boxes, 2)))
+    ends = np.minimum(corner + size, (width, height))
+    image = np.sort(random.integers(0, case.batch, (case.boxes, 1)), axis=0)
+    bins = (case.bins, case.bins)
+    arrays = {
+        "input": random.standard_normal((case.batch, case.channels, *case.size)),
+        "boxes": np.concatenate([image, corner, ends], axis=1),
+        "offset": case.sigma * random.standard_normal((case.boxes, 2, *bins)),
+        "mask": random.uniform(0, 2, (case.boxes, 1, *bins)),
+        "grad_output": random.standard_normal((case.boxes, case.channels, *bins)),
+    }
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+class _RoiPeer(Peer):
+    """A library that pools boxes of PyTorch's tensors."""
+
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+    given: ClassVar[tuple[str, ...]] = ("input", "offset", "mask")  # what has a gradient
+    dtype: ClassVar[str] = "float32"
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        import deformconv
+
+        torch.set_num_threads(threads)
+        deformconv.set_num_threads(threads)
+        self.torch = torch
+
+    @classmethod
+    def reason_against(cls, case: Any, direction: str) -> str | None:
+        return None
+
+    @classmethod
+    def embeds(cls, case: Any) -> bool:
+        return False
+
+    @staticmethod
+    def read(fields: dict[str, Any]) -> RoiCase:
+        return roi_case_of(fields)
+
+    def prepare(self, case: Any) -> None:
+        self.case = case
+        tensors = {name: self.torch.from_numpy(array.astype(self.dtype)) for name, array in _make(case).items()}
+        self.grad_output, self.boxes = tensors.pop("grad_output"), tensors.pop("boxes")
+        self.tensors = {name: tensors[name] for name in self.given}
+
+    def context(self, direction: str) -> AbstractContextManager[Any]:
+        for tensor in self.tensors.values():
+            tensor.requires_grad_(direction != "forward")
+        return self.torch.inference_mode() if direction == "forward" else nullcontext()
+
+    def call_of(self, direction: str) -> Callable[[], Any]:
+        return self.train if direction == "forward+backward" else self.forward
+
+    @abstractmethod
+    def forward(self) -> Any:
+        """The boxes' bins."""
+
+    def train(self) -> Any:
+        for tensor in self.tensors.values():
+            tensor.grad = None
+        output = self.forward()
+        output.backward(self.grad_output)
+        return output
+
+    def results(self, direction: str) -> Arrays:
+        with self.context(direction):
+            found: Arrays = {"output": self.call_of(direction)().detach().numpy()}
+        if direction == "forward+backward":
+            gradients = {name: tensor.grad for name, tensor in self.tensors.items()}
+            found |= {name: gradient.numpy() for name, gradient in gradients.items() if gradient is not None}
+        return found
+
+
+class DeformconvRoi(_RoiPeer):
+    name, title = "deformconv-roi", "deformconv"
+    packages = ("torch", "numba")
+    backend: ClassVar[str | None] = None
+
+    def forward(self) -> Any:
+        from deformconv.torch import deform_roi_pool
+
+        case = self.case
+        return deform_roi_pool(
+            self.tensors["input"], self.boxes, self.tensors["offset"], self.tensors["mask"], case.bins, 1 / case.stride,
+            case.sampling, convention="unaligned", backend=self.backend,
+        )  # fmt: skip
+
+
+class TruthRoi(DeformconvRoi):
+    """What the results are compared with: array operations in float64, which share nothing with the kernels."""
+
+    name, title = "truth-roi", "truth"
+    backend, dtype = "portable", "float64"
+
+
+class TorchvisionRoi(_RoiPeer):
+    """torchvision's RoI align: no offsets, no masks, and no gradients of them."""
+
+    name, title = "torchvision-roi", "torchvision's roi_align"
+    packages = ("torch", "torchvision")
+    given = ("input",)
+    deforms = False
+
+    def forward(self) -> Any:
+        from torchvision.ops import roi_align
+
+        case = self.case
+        return roi_align(self.tensors["input"], self.boxes, case.bins, 1 / case.stride, case.sampling, False)
+
+
+ROI_PEERS: dict[str, type[_RoiPeer]] = {peer.name: peer for peer in (DeformconvRoi, TorchvisionRoi, TruthRoi)}
