@@ -279,6 +279,12 @@ def test_transformers(tmp_path):
     net.save_pretrained(tmp_path / "trained")
     again = Ours.from_pretrained(tmp_path / "trained")
     assert torch.equal(again.deform.offset_conv.weight, net.deform.offset_conv.weight)
+    # A class that is left as it is: afterwards, and only where the checkpoint has no predictor.
+    again = Unaware.from_pretrained(tmp_path / "trained")
+    assert torch.equal(again.deform.offset_conv.weight, net.deform.offset_conv.weight)
+    net = Unaware.from_pretrained(tmp_path / "plain")
+    reset_predictors(net)
+    assert_initialised(net)
 
 
 @pytest.mark.slow
