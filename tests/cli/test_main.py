@@ -1,9 +1,11 @@
 """The command line: help, exit codes, and what each command says."""
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,7 @@ def test_help(arguments, words, capsys):
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in words)
+    assert not re.search(r"\w\.\.\.$", text, re.M)  # a sentence that is cut off
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -116,6 +119,11 @@ def damaged(tmp_path, monkeypatch):
     return file
 
 
+NOTHING_IS_KEPT = (
+    "No folder can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR to one that can be written.\n"
+)
+
+
 class TestWarmup:
     def test_options_reach_the_kernels(self, monkeypatch, capsys):
         from deformconv.ops.conv import cpu
@@ -144,10 +152,39 @@ class TestWarmup:
         assert main(["warmup"]) == 1
         assert "DEFORMCONV_CACHE_DIR" in capsys.readouterr().err
 
-    def test_a_level_that_nobody_knows_is_explained(self):
+    def test_where_nothing_can_be_kept_nothing_is_compiled(self, monkeypatch, capsys):
+        from deformconv.ops.conv import cpu
+        from deformconv.runtime import cache
+
+        monkeypatch.setattr(cpu, "warmup", lambda *_, **__: pytest.fail("compiled"))
+        monkeypatch.setattr(cache, "cached_files", tuple)
+        monkeypatch.setattr(cache, "cache_folder", lambda: None)
+        assert main(["warmup"]) == 1
+        assert capsys.readouterr() == ("", NOTHING_IS_KEPT)
+
+    def test_a_folder_that_is_warm_need_not_be_written(self, tmp_path, monkeypatch, capsys):
+        """As in an image with a read-only root."""
+        from deformconv.ops.conv import cpu
+        from deformconv.runtime import cache, notices
+
+        monkeypatch.setattr(cpu, "warmup", lambda *_, **__: None)
+        monkeypatch.setattr(cache, "cached_files", lambda: [tmp_path / "kernels" / "forward.bin"])
+        monkeypatch.setattr(cache, "cache_folder", lambda: None)
+        assert main(["warmup"]) == 0
+        assert capsys.readouterr() == (f"Nothing to compile: 1 kernels are in {tmp_path}\n", "")
+
+        kernel = notices.Kind("cpu_kernels.forward", "float32", 2)
+        monkeypatch.setattr(cpu, "warmup", lambda *_, **__: notices.tell("compiled", kernel))
+        assert main(["warmup"]) == 1  # for another level, say
+        assert capsys.readouterr() == ("", NOTHING_IS_KEPT)
+        assert notices.watchers == []
+
+    def test_a_level_that_nobody_knows_is_explained(self, monkeypatch):
         result = run("warmup", "--cpu", "8086")
         assert (result.returncode, result.stdout) == (1, "")
-        assert result.stderr.startswith("Error: DEFORMCONV_CPU is '8086'; expected a name for processors like this one (")
+        assert result.stderr.startswith("Error: --cpu is '8086'; expected a name for processors like this one (")
+        monkeypatch.setenv("DEFORMCONV_CPU", "8086")
+        assert run("warmup").stderr.startswith("Error: DEFORMCONV_CPU is '8086'; expected a name for processors like")
 
     def test_one_process_compiles_for_one_level(self, monkeypatch, capsys):
         from deformconv.runtime import cache, target
@@ -200,6 +237,22 @@ class TestDoctor:
         assert "cpu backward      ok" in text and "All in order." in text
         assert "FAILED" not in text and ESCAPE not in text
         assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80
+        # Their versions decide whether an exported net runs.
+        assert re.search(r"^  onnx  .*\n  onnxruntime  .*\n  openvino  ", text, re.M)
+
+    def test_kernels_in_a_folder_that_cannot_be_written_are_found(self, monkeypatch, capsys):
+        from deformconv.runtime import cache
+
+        monkeypatch.setattr(cache, "cache_folder", lambda: None)
+        for files, folder in (
+            ([], "so every process compiles anew"),
+            ([Path("forward.bin")], "so what is missing is compiled anew"),
+        ):
+            monkeypatch.setattr(cache, "cached_files", lambda files=files: files)
+            main(["doctor"])
+            text = " ".join(capsys.readouterr().out.split())
+            assert f"folder none can be written, {folder}" in text
+            assert ("kernels found 1 warm for" in text) == bool(files)
 
     @pytest.mark.slow
     def test_without_torch(self):
@@ -263,7 +316,7 @@ class TestDoctor:
         kernels = len(list(damaged.parents[1].rglob("*.bin")))
         first, second = run("doctor"), run("doctor")
         assert first.returncode == second.returncode == 0, first.stdout + first.stderr
-        assert f"kernels in it     {kernels - 1}\n  damaged " in first.stdout
+        assert f"kernels found     {kernels - 1}\n  damaged " in first.stdout
         assert f"{damaged}: its" in " ".join(first.stdout.split()) and "All in order." in first.stdout
-        assert f"kernels in it     {kernels}\n" in second.stdout
+        assert f"kernels found     {kernels}\n" in second.stdout
         assert "  damaged " not in second.stdout and "is damaged" not in second.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 
 import pytest
@@ -70,3 +71,20 @@ def test_an_error_leaves_no_watcher_behind(monkeypatch: pytest.MonkeyPatch) -> N
         raise KeyboardInterrupt
     assert notices.watchers == [] and notices.notice.announce is told
     assert terminal.getvalue().endswith("\n") and "100%" not in terminal.getvalue()
+
+
+def test_a_warning_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = standard_error(monkeypatch)
+    log, handler = logging.getLogger("deformconv"), logging.StreamHandler(terminal)
+    log.addHandler(handler)
+    try:
+        with progress(2):
+            notices.tell("compiling", FORWARD)
+            notices.log.warning("nothing is kept")
+            notices.tell("compiling", COLLECT)
+        notices.log.warning("afterwards")
+    finally:
+        log.removeHandler(handler)
+    lines = [line.rpartition("\r")[2].rstrip() for line in terminal.getvalue().split("\n")]
+    assert lines[0].endswith("cpu_kernels.forward (float32, 2-D)") and lines[1] == "nothing is kept"
+    assert "  100%  " in lines[2] and lines[3:] == ["afterwards", ""]

@@ -23,7 +23,10 @@ from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 
 __all__ = ["run"]
 
-PACKAGES = ("numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "mxnet", "matplotlib", "rich")
+PACKAGES = (
+    "numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "mxnet",
+    "onnx", "onnxruntime", "openvino", "matplotlib", "rich",
+)  # fmt: skip
 # The vector extensions that decide how fast kernels are.
 EXTENSIONS = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")
 
@@ -128,17 +131,15 @@ def _cache() -> Lines:
         return
     from deformconv.runtime import cache
 
-    folder = cache.cache_folder()
+    folder, kernels = cache.cache_folder(), len(cache.cached_files())
     if folder is None:
-        yield (
-            "folder",
-            ("none can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR to one that can"),
-        )
+        what = "what is missing is compiled anew by every process" if kernels else "every process compiles anew"
+        yield "folder", f"none can be written, so {what}: set DEFORMCONV_CACHE_DIR to one that can"
     else:
         yield "folder", str(folder)
         yield "writable", "yes" if os.access(folder, os.W_OK) else "no"
-        kernels = len(cache.cached_files())
-        yield "kernels in it", str(kernels) if kernels else "none yet: `deformconv warmup` compiles them"
+    if folder is not None or kernels:
+        yield "kernels found", str(kernels) if kernels else "none yet: `deformconv warmup` compiles them"
     for file in cache.damaged_files():
         yield "damaged", f"{file}: its kernel is compiled again when it is needed"
     found = cache.processors()

@@ -73,9 +73,10 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
 @click.option("--fast", is_flag=True, help="A few training steps only, for a first look.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights and batches.")
 def demo_gluon(fast: bool, seed: int) -> int:
-    """Train the demo's digit net in MXNet Gluon, with v1 and with v2.
+    """Train the demo's net in MXNet Gluon.
 
-    First MXNet's own blocks and ours are compared, with the same weights. Ends with 1 if they differ.
+    With v1 and with v2, on handwritten digits. First MXNet's own blocks and ours are compared, with the same weights.
+    Ends with 1 if they differ.
     """
     missing = [name for name in ("mxnet", "mlxtend", "rich") if find_spec(name) is None]
     if missing:

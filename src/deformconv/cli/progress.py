@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ def progress(kernels: int) -> Iterator[bool]:
 
     Yields whether there is a terminal to show it on: the standard error. The bar leaves nothing behind where there is none.
     """
-    from deformconv.runtime.notices import notice, watchers
+    from deformconv.runtime.notices import log, notice, watchers
 
     if not sys.stderr.isatty():
         yield False
@@ -37,8 +38,15 @@ def progress(kernels: int) -> Iterator[bool]:
         else:
             ready += 1
 
+    def end_the_line(record: logging.LogRecord) -> bool:
+        """A warning begins below the bar, which is then drawn again."""
+        if drawn and record.levelno >= logging.WARNING:
+            click.echo(err=True)
+        return True
+
     told, notice.announce = notice.announce, None
     watchers.append(watch)
+    log.addFilter(end_the_line)
     try:
         yield True
         if drawn:
@@ -46,6 +54,7 @@ def progress(kernels: int) -> Iterator[bool]:
             bar.render_progress()
     finally:
         watchers.remove(watch)
+        log.removeFilter(end_the_line)
         notice.announce = told
         if drawn:
             bar.render_finish()  # ends the line

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import click
 
@@ -35,25 +37,50 @@ def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None
         if target.chosen() != cache.LEVEL:
             raise click.ClickException(f"kernels for {cache.LEVEL or 'native'} are loaded already: use another process")
     except BackendError as error:
-        raise click.ClickException(str(error)) from None
+        text = str(error)
+        raise click.ClickException(text if cpu_name is None else text.replace("DEFORMCONV_CPU is", "--cpu is")) from None
 
     notice.announce = None  # the lines below say it
-    before, started = len(cache.cached_files()), time.perf_counter()
-    with progress(len(dtypes) * (EACH_DTYPE + EACH_RANK * len(ranks) + EACH_ROIS * rois)) as is_shown:
+    folder, before, started = cache.cache_folder(), len(cache.cached_files()), time.perf_counter()
+    if folder is None and not before:
+        return _nothing_is_kept()
+    kernels = len(dtypes) * (EACH_DTYPE + EACH_RANK * len(ranks) + EACH_ROIS * rois)
+    with progress(kernels) as is_shown, _counted() as compiled:
         notify = None if is_shown else lambda line: click.echo(f"{line} ...")
         cpu.warmup(dtypes, ranks, notify=notify)
         if rois:
             roi_cpu.warmup(dtypes, notify=notify)
-    seconds, after = time.perf_counter() - started, len(cache.cached_files())
-    folder = cache.cache_folder()
-    if not after:
-        click.echo(
-            "No folder can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR.",
-            err=True,
-        )
-        return 1
-    done = f"{after - before} kernels compiled in {seconds:.0f} s" if after > before else "Nothing to compile"
-    click.echo(f"{done}: {after} kernels are in {folder}")
+    seconds, files = time.perf_counter() - started, cache.cached_files()
+    if not files or (folder is None and compiled):
+        return _nothing_is_kept()
+    done = f"{len(files) - before} kernels compiled in {seconds:.0f} s" if len(files) > before else "Nothing to compile"
+    click.echo(f"{done}: {len(files)} kernels are in {folder or next(iter(files)).parents[1]}")
     if cache.LEVEL is not None and asked != cache.LEVEL:
         click.echo(f"Processes that have DEFORMCONV_CPU={cache.LEVEL} in their environment load those for {cache.LEVEL}.")
     return 0
+
+
+@contextmanager
+def _counted() -> Iterator[list[Any]]:
+    """Yields a list of the kernels that are compiled meanwhile."""
+    from deformconv.runtime.notices import watchers
+
+    compiled: list[Any] = []
+
+    def watch(event: str, kernel: Any) -> None:
+        if event == "compiled":
+            compiled.append(kernel)
+
+    watchers.append(watch)
+    try:
+        yield compiled
+    finally:
+        watchers.remove(watch)
+
+
+def _nothing_is_kept() -> int:
+    click.echo(
+        "No folder can be written, so every process compiles anew: set DEFORMCONV_CACHE_DIR to one that can be written.",
+        err=True,
+    )
+    return 1
