@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from deformconv.numpy import run
 from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import Gradients
-from deformconv.ops.roi_pool.operator import DEFORM_ROI_POOL
-from deformconv.ops.roi_pool.spec import Gradients as RoiGradients
-from deformconv.ops.roi_pool.spec import check_list, group_size_of
 from deformconv.ops.words import unexpected
+
+if TYPE_CHECKING:  # who imports deformconv for its convolution does not wait for this
+    from deformconv.ops.roi_pool.spec import Gradients as RoiGradients
 
 __all__ = ["deform_conv", "deform_conv_backward", "deform_roi_pool", "deform_roi_pool_backward", "explain"]
 
@@ -282,10 +282,11 @@ def deform_roi_pool(
             input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio,
             convention=convention, gamma=gamma, position_sensitive=position_sensitive, part_size=part_size, backend=backend,
         )  # fmt: skip
+    from deformconv.ops.roi_pool.operator import DEFORM_ROI_POOL
+
     operands = {"input": input, "boxes": _joined(boxes), "offset": offset, "mask": mask}
-    group_size = group_size_of(position_sensitive, output_size)
-    values = (output_size, spatial_scale, sampling_ratio, convention, gamma, group_size, part_size)
-    return run.forward(DEFORM_ROI_POOL, operands, dict(zip(DEFORM_ROI_POOL.parameter_names, values, strict=True)), backend)
+    parameters = _roi_parameters(position_sensitive, output_size, spatial_scale, sampling_ratio, convention, gamma, part_size)
+    return run.forward(DEFORM_ROI_POOL, operands, parameters, backend)
 
 
 def deform_roi_pool_backward(
@@ -341,18 +342,29 @@ def deform_roi_pool_backward(
             convention=convention, gamma=gamma, position_sensitive=position_sensitive, part_size=part_size, backend=backend,
             wanted=wanted,
         )  # fmt: skip
+    from deformconv.ops.roi_pool.operator import DEFORM_ROI_POOL
+
     operands = {"input": input, "boxes": _joined(boxes), "offset": offset, "mask": mask}
-    group_size = group_size_of(position_sensitive, output_size)
-    values = (output_size, spatial_scale, sampling_ratio, convention, gamma, group_size, part_size)
-    named = dict(zip(DEFORM_ROI_POOL.parameter_names, values, strict=True))
-    found: RoiGradients = run.backward(DEFORM_ROI_POOL, grad_output, operands, named, backend, wanted)
+    parameters = _roi_parameters(position_sensitive, output_size, spatial_scale, sampling_ratio, convention, gamma, part_size)
+    found: RoiGradients = run.backward(DEFORM_ROI_POOL, grad_output, operands, parameters, backend, wanted)
     return found
+
+
+def _roi_parameters(position_sensitive: Any, output_size: Any, *others: Any) -> dict[str, Any]:
+    from deformconv.ops.roi_pool.spec import group_size_of
+
+    *middle, part_size = others
+    names = ("output_size", "spatial_scale", "sampling_ratio", "convention", "gamma", "group_size", "part_size")
+    values = (output_size, *middle, group_size_of(position_sensitive, output_size), part_size)
+    return dict(zip(names, values, strict=True))
 
 
 def _joined(boxes: Any) -> Any:
     """A list of each image's boxes (r, 4) as one array (R, 5)."""
     if not isinstance(boxes, (list, tuple)):
         return boxes
+    from deformconv.ops.roi_pool.spec import check_list
+
     check_list(boxes, np.ndarray)
     rows = [np.concatenate([np.full((len(array), 1), image, array.dtype), array], axis=1) for image, array in enumerate(boxes)]
     return np.concatenate(rows)
