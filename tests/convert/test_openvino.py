@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+openvino = pytest.importorskip("openvino")
 
-import onnx  # noqa: E402
-import openvino  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from tests.tolerances import assert_close  # noqa: E402
 from torch import nn  # noqa: E402
