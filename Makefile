@@ -37,8 +37,9 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_PY := $(OLDEST_VENV)/$(BIN)/python
 WHEEL_VENV ?= .venv-wheel
 WHEEL_PY := $(WHEEL_VENV)/$(BIN)/python
+# It ends with true because make drops all that a shell printed whose last command was not found.
 WHEEL_PYTHONS ?= $(shell for python in python3.10 python3.11 python3.12 python3.13 python3.14; do \
-	$$python -c '' 2>/dev/null && echo $$python; done)
+	$$python -c '' 2>/dev/null && echo $$python; done; true)
 
 # The libraries' plainest kernels, on one thread: sums go in another order than on any processor of today.
 # MKL_CBWR is not among them: every value of it makes MKL's bits the same for any strides, which they are not without it.

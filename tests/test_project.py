@@ -6,7 +6,10 @@ import ast
 import datetime
 import importlib.util
 import io
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -184,6 +187,29 @@ def test_tests_that_the_oldest_versions_run_import_nothing_else():
                 missing = {name.partition(".")[0] for name in names} - there - skipped
                 wrong += [f"{file.relative_to(ROOT)}:{node.lineno} imports {name}" for name in sorted(missing)]
     assert not wrong
+
+
+@pytest.mark.skipif(os.name == "nt" or shutil.which("make") is None, reason="needs make and a POSIX shell")
+@pytest.mark.parametrize("found", [["python3.10"], ["python3.11", "python3.13"], ["python3.14"], []])
+def test_the_wheel_is_tried_with_the_pythons_that_are_there(found, tmp_path):
+    """Also where the newest is missing: make drops what a shell printed whose last command was not found."""
+    for name in found:
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "said.mk").write_text("$(info $(WHEEL_PYTHONS))\nsaid: ; @:\n")
+    command = [
+        shutil.which("make"),
+        "--no-print-directory",
+        "-f",
+        str(ROOT / "Makefile"),
+        "-f",
+        str(tmp_path / "said.mk"),
+        "said",
+    ]
+    # Without the variables of a make that runs the tests, and with no other Python on the path.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "WHEEL_PYTHONS")}
+    said = subprocess.run(command, env=environment | {"PATH": str(tmp_path)}, text=True, capture_output=True, check=True).stdout
+    assert said.split() == found
 
 
 def script() -> ModuleType:
