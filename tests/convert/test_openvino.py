@@ -15,11 +15,12 @@ openvino = pytest.importorskip("openvino")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from tests.tolerances import assert_close  # noqa: E402
+from tests.torch.nets import any_size, four_layers  # noqa: E402
 from torch import nn  # noqa: E402
 
 from deformconv.convert import openvino as rules  # noqa: E402
 from deformconv.convert import openvino_extensions, to_torchvision  # noqa: E402
-from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d  # noqa: E402
+from deformconv.torch import DeformConv2d, DeformConv3d, deform_conv2d  # noqa: E402
 
 # What PyTorch's exporters and OpenVINO warn of on their own account.
 pytestmark = [
@@ -28,31 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
-
-LAYERS = {1: DeformConv1d, 2: DeformConv2d, 3: DeformConv3d}
-SIZES = {1: ((9,), (14,)), 2: ((8, 9), (12, 17)), 3: ((4, 5, 6), (5, 6, 8))}
-
-
-def net_of(rank, **how):
-    """Two layers, v2 and v1, unlike in every parameter, an input and a larger one."""
-    torch.manual_seed(0)
-    layer = LAYERS[rank]
-    net = nn.Sequential(
-        layer(4, 6, 3, padding=1, stride=2, offset_groups=2, **how),
-        nn.ReLU(),
-        layer(6, 4, 2, modulated=False, groups=2, padding=((0, 1),) * rank, bias=False, **how),
-        nn.ReLU(),
-        layer(4, 4, 3, padding=2, dilation=2, max_offset=3.0, bias=False, **how),
-        layer(4, 3, 3, padding=1, modulated=False, **how),
-    ).eval()
-    for part in net:
-        if not isinstance(part, nn.ReLU):
-            nn.init.normal_(part.offset_conv.weight, std=0.5)
-    return net, *(torch.rand(batch, 4, *size) for batch, size in zip((2, 5), SIZES[rank], strict=True))
-
-
-def any_size(x):
-    return ({axis: torch.export.Dim.DYNAMIC for axis in range(x.ndim) if axis != 1},)
 
 
 def by_tracing(net, x, _):
@@ -84,7 +60,7 @@ def run(model, *inputs):
 def test_the_same_outputs_of_any_size(rank, road, tmp_path):
     if rank == 1 and road is by_torchvision:
         pytest.skip("torchvision has no 1-D")
-    net, x, larger = net_of(rank)
+    net, x, larger = four_layers(rank)
     openvino.save_model(road(net, x, tmp_path), tmp_path / "net.xml", compress_to_fp16=False)
     model = openvino.Core().read_model(tmp_path / "net.xml")  # with no rules
     assert sum(node.get_type_name() == "DeformableConvolution" for node in model.get_ops()) == 4
@@ -95,7 +71,7 @@ def test_the_same_outputs_of_any_size(rank, road, tmp_path):
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 @pytest.mark.parametrize("road", [by_tracing, by_export, by_onnx, by_torchvision])
 def test_padding_modes(road, mode, tmp_path):
-    net, x, larger = net_of(2, padding_mode=mode)
+    net, x, larger = four_layers(2, padding_mode=mode)
     if (road, mode) == (by_onnx, "circular"):
         with pytest.raises(Exception, match=r"Unsupported padding mode: \[wrap\]"):
             road(net, x, tmp_path)
@@ -107,7 +83,7 @@ def test_padding_modes(road, mode, tmp_path):
 
 @pytest.mark.parametrize("road", [by_tracing, by_export, by_onnx, by_torchvision])
 def test_half_precision(road, tmp_path):
-    net, x, larger = net_of(2)
+    net, x, larger = four_layers(2)
     net.half()
     found = run(road(net, x.half(), tmp_path), larger.half())
     expected = net(larger.half()).detach()
@@ -191,7 +167,7 @@ def test_what_openvino_cannot_do_is_refused(layer, x, text, exported):
 
 def test_without_the_rules_it_refuses():
     """What the rules are for; when this passes by itself they are not needed any more."""
-    net, x, _ = net_of(2)
+    net, x, _ = four_layers(2)
     with pytest.raises(Exception, match="deformconv::deform_conv"):
         openvino.convert_model(net, example_input=x)
 

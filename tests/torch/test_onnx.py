@@ -8,10 +8,11 @@ from importlib import metadata
 import pytest
 import torch
 from tests.tolerances import assert_close
+from tests.torch.nets import any_size, two_layers
 from torch import nn
 
 from deformconv.errors import BackendError
-from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
+from deformconv.torch import DeformConv2d, deform_conv2d
 from deformconv.torch.conv import export as module
 
 onnx = pytest.importorskip("onnx")
@@ -26,27 +27,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-LAYERS = {1: DeformConv1d, 2: DeformConv2d, 3: DeformConv3d}
-SIZES = {1: ((9,), (14,)), 2: ((8, 9), (12, 17)), 3: ((4, 5, 6), (5, 6, 8))}
-
-
-def net_of(rank, **how):
-    """Two layers with offsets, v2 and v1, unlike in every parameter, an input and a larger one."""
-    torch.manual_seed(0)
-    layer = LAYERS[rank]
-    net = nn.Sequential(
-        layer(4, 6, 3, padding=1, stride=2, offset_groups=2, **how),
-        nn.ReLU(),
-        layer(6, 4, 2, modulated=False, groups=2, padding=((0, 1),) * rank, bias=False, **how),
-    )
-    for part in net[::2]:
-        nn.init.normal_(part.offset_conv.weight, std=0.3)
-    return net.eval(), *(torch.rand(batch, 4, *size) for batch, size in zip((2, 5), SIZES[rank], strict=True))
-
 
 def export(net, x, **how):
-    dynamic = {axis: torch.export.Dim.DYNAMIC for axis in range(x.ndim) if axis != 1}
-    return torch.onnx.export(net, (x,), dynamo=True, dynamic_shapes=(dynamic,), verbose=False, **how).model_proto
+    return torch.onnx.export(net, (x,), dynamo=True, dynamic_shapes=any_size(x), verbose=False, **how).model_proto
 
 
 def run(model, x):
@@ -57,7 +40,7 @@ def run(model, x):
 @pytest.mark.parametrize("opset", [None, 19, 22])
 @pytest.mark.parametrize("rank", [1, 2])
 def test_standard_nodes_that_onnx_runtime_runs(rank, opset):
-    net, x, larger = net_of(rank)
+    net, x, larger = two_layers(rank)
     model = export(net, x, **({} if opset is None else {"opset_version": opset}))
     onnx.checker.check_model(model, full_check=True)
     nodes = [node for node in model.graph.node if node.op_type == "DeformConv"]
@@ -70,7 +53,7 @@ def test_standard_nodes_that_onnx_runtime_runs(rank, opset):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision(half):
-    net, x, larger = net_of(2)
+    net, x, larger = two_layers(2)
     net.to(half)
     model = export(net, x.to(half))
     onnx.checker.check_model(model, full_check=True)
@@ -82,7 +65,7 @@ def test_half_precision(half):
 
 @pytest.mark.parametrize("opset", [18, 17])
 def test_an_opset_without_the_operator(opset):
-    net, x, _ = net_of(2)
+    net, x, _ = two_layers(2)
     text = rf"This export is for ONNX opset {opset}, which has no DeformConv; expected .*opset_version=19\) or newer"
     with pytest.raises(Exception, match=text) as raised:
         export(net, x, opset_version=opset)
@@ -90,13 +73,13 @@ def test_an_opset_without_the_operator(opset):
 
 
 def test_the_other_boundary():
-    net, x, _ = net_of(2, boundary="inside")
+    net, x, _ = two_layers(2, boundary="inside")
     with pytest.raises(Exception, match=r'boundary="inside" cannot be exported: ONNX\'s DeformConv knows'):
         export(net, x)
 
 
 def test_volumes():
-    net, x, _ = net_of(3)
+    net, x, _ = two_layers(3)
     with pytest.warns(UserWarning, match="node over 3 axes.*ONNX Runtime runs DeformConv over 2 axes only"):
         model = export(net, x)
     onnx.checker.check_model(model, full_check=True)
@@ -104,7 +87,7 @@ def test_volumes():
 
 
 def test_an_input_without_a_batch():
-    net, x, _ = net_of(2)
+    net, x, _ = two_layers(2)
     exported = torch.onnx.export(net, (x[0],), dynamo=True, verbose=False)
     assert_close(run(exported.model_proto, x[0]), net(x[0]).detach(), "float32")
 
@@ -127,7 +110,7 @@ def test_an_older_onnx_runtime_is_told_of_once(package, version, warns, monkeypa
 
     monkeypatch.setattr(module.metadata, "version", installed)
     monkeypatch.setattr(module, "_warned_of_runtime", False)
-    net, x, _ = net_of(2)
+    net, x, _ = two_layers(2)
     for again in (False, True):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

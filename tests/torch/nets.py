@@ -1,0 +1,53 @@
+"""The nets that exporters and converters are tried with: layers unlike in every parameter, an input and a larger one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d
+
+LAYERS = {1: DeformConv1d, 2: DeformConv2d, 3: DeformConv3d}
+SIZES = {1: ((9,), (14,)), 2: ((8, 9), (12, 17)), 3: ((4, 5, 6), (5, 6, 8))}
+
+
+def two_layers(rank: int, **how: Any) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    """v2 and v1."""
+    torch.manual_seed(0)
+    return _with_offsets(rank, 0.3, _first_two(rank, how))
+
+
+def four_layers(rank: int, **how: Any) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    """The two, one whose offsets are bounded and one of defaults."""
+    torch.manual_seed(0)
+    layer, parts = LAYERS[rank], _first_two(rank, how)
+    parts += [
+        nn.ReLU(),
+        layer(4, 4, 3, padding=2, dilation=2, max_offset=3.0, bias=False, **how),
+        layer(4, 3, 3, padding=1, modulated=False, **how),
+    ]
+    return _with_offsets(rank, 0.5, parts)
+
+
+def _first_two(rank: int, how: dict[str, Any]) -> list[nn.Module]:
+    layer = LAYERS[rank]
+    return [
+        layer(4, 6, 3, padding=1, stride=2, offset_groups=2, **how),
+        nn.ReLU(),
+        layer(6, 4, 2, modulated=False, groups=2, padding=((0, 1),) * rank, bias=False, **how),
+    ]
+
+
+def _with_offsets(rank: int, std: float, parts: list[nn.Module]) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    """The net, its predictors' weights drawn with this deviation, and its inputs."""
+    for part in parts:
+        if not isinstance(part, nn.ReLU):
+            nn.init.normal_(part.offset_conv.weight, std=std)
+    return nn.Sequential(*parts).eval(), *(torch.rand(batch, 4, *size) for batch, size in zip((2, 5), SIZES[rank], strict=True))
+
+
+def any_size(x: torch.Tensor) -> tuple[dict[int, Any]]:
+    """What `dynamic_shapes` takes for every axis of any size but the channels'."""
+    return ({axis: torch.export.Dim.DYNAMIC for axis in range(x.ndim) if axis != 1},)
