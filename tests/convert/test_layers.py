@@ -7,6 +7,7 @@ import doctest
 import gc
 import sys
 import types
+from functools import partial
 
 import pytest
 
@@ -180,6 +181,11 @@ def test_mmcv(name, monkeypatch):
 
 def of_all_hooks(module, seen):
     """Every kind of hook there is; the handles."""
+    if hasattr(module, "register_state_dict_post_hook"):
+        after_state_dict, before_load = module.register_state_dict_post_hook, module.register_load_state_dict_pre_hook
+    else:  # PyTorch 2.4 has them under other names
+        after_state_dict = module._register_state_dict_hook
+        before_load = partial(module._register_load_state_dict_pre_hook, with_module=True)
     register = [
         module.register_forward_hook(lambda module, args, kwargs, output: seen.append("with_kwargs"), with_kwargs=True),
         module.register_forward_hook(lambda *_: seen.append("always"), always_call=True),
@@ -187,8 +193,8 @@ def of_all_hooks(module, seen):
         module.register_full_backward_hook(lambda *_: seen.append("backward")),
         module.register_full_backward_pre_hook(lambda *_: seen.append("backward_pre")),
         module.register_state_dict_pre_hook(lambda *_: seen.append("state_dict_pre")),
-        module.register_state_dict_post_hook(lambda *_: seen.append("state_dict")),
-        module.register_load_state_dict_pre_hook(lambda module, *_: seen.append(("load_pre", type(module)))),
+        after_state_dict(lambda *_: seen.append("state_dict")),
+        before_load(lambda module, *_: seen.append(("load_pre", type(module)))),
         module.register_load_state_dict_post_hook(lambda module, _: seen.append(("load", type(module)))),
     ]
     return register

@@ -61,6 +61,7 @@ def test_the_same_outputs_as_they_are_scripted_exported_and_back(how):
     assert type(theirs[1].deform_conv) is torchvision.ops.DeformConv2d
     assert type(theirs[1].offset_conv) is nn.Conv2d
     assert net[1] is layer
+    torch._dynamo.reset()  # PyTorch 2.4 may read what it kept of an earlier module that is gone, and end the process
     exported = torch.export.export(theirs, (x,))
     assert any("torchvision.deform_conv2d" in str(node.target) for node in exported.graph.nodes)
     for found in (theirs(x), torch.jit.script(theirs)(x), exported.module()(x)):
