@@ -92,6 +92,19 @@ def test_what_they_cannot_run_they_say():
         assert PEERS[name].reason_against(plane, "forward+backward") == "has no gradients"
 
 
+def test_openvino_runs_before_2025_too(monkeypatch: pytest.MonkeyPatch):
+    """The extra `bench` takes 2024.4."""
+    pytest.importorskip("openvino")
+    from tests import old_openvino
+
+    case = Case("small", 2, 4, 6, (7, 6), (3, 3), (1, 1), (1, 1), (1, 1))
+    newest, oldest = PEERS["openvino"](1), PEERS["openvino"](1)
+    newest.prepare(case)
+    old_openvino.pretend(monkeypatch)
+    oldest.prepare(case)
+    assert np.array_equal(oldest.results("forward")["output"], newest.results("forward")["output"])
+
+
 def test_three_axes(truth: Process, ours: Process, tmp_path: Path):
     case = Case("3-D", 2, 4, 6, (5, 4, 6), (2, 3, 2), (2, 1, 1), (1, 0, 2), (1, 1, 2), groups=2, offset_groups=2)
     found, exact = (results(process, case, "forward+backward", tmp_path) for process in (ours, truth))

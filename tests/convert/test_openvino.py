@@ -14,6 +14,7 @@ onnx = pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from tests import old_openvino  # noqa: E402
 from tests.tolerances import assert_close  # noqa: E402
 from tests.torch.nets import any_size, four_layers  # noqa: E402
 from torch import nn  # noqa: E402
@@ -163,6 +164,12 @@ def test_what_openvino_cannot_do_is_refused(layer, x, text, exported):
     program, how = (torch.export.export(layer.eval(), (x,)), {}) if exported else (layer.eval(), {"example_input": x})
     with pytest.raises(Exception, match=text):
         openvino.convert_model(program, extension=openvino_extensions(), **how)
+
+
+def test_the_operators_where_they_were_before_2025(monkeypatch):
+    old_openvino.pretend(monkeypatch)
+    net, x, larger = four_layers(1)
+    assert_close(run(by_tracing(net, x, None), larger), net(larger).detach(), "float32")
 
 
 def test_without_the_rules_it_refuses():

@@ -333,7 +333,11 @@ class OpenVino(_Inference):
 
     def compile(self, case: Case, weight: Any, bias: Any) -> None:
         import openvino
-        from openvino import opset8
+
+        try:
+            from openvino import opset8
+        except ImportError:  # before OpenVINO 2025
+            from openvino.runtime import opset8
 
         names = [opset8.parameter(array.shape, np.float32, name) for name, array in self.inputs.items()]
         input, offset, *mask = names
