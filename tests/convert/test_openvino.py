@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import sys
 import warnings
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -30,6 +31,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
+
+VERSION = tuple(map(int, metadata.version("openvino").split(".")[:2]))
+# They read no exported program with circular padding or in half precision.
+READS_LESS = VERSION < (2025, 1)
+UNREAD = "Converting input model|Model wasn't fully converted"
+# It says of an exported program that a rule refuses only that an argument is None: what the rule said is lost.
+HIDES_REASONS = VERSION < (2024, 5)
+HIDDEN = "Requested None inlined input for op deformconv.deform_conv.default"
 
 
 def by_tracing(net, x, _):
@@ -77,6 +86,10 @@ def test_padding_modes(road, mode, tmp_path):
         with pytest.raises(Exception, match=r"Unsupported padding mode: \[wrap\]"):
             road(net, x, tmp_path)
         return
+    if (road, mode) == (by_export, "circular") and READS_LESS:
+        with pytest.raises(Exception, match=UNREAD):
+            road(net, x, tmp_path)
+        return
     model = road(net, x, tmp_path)
     for image in (x, larger):
         assert_close(run(model, image), net(image).detach(), "float32")
@@ -86,6 +99,10 @@ def test_padding_modes(road, mode, tmp_path):
 def test_half_precision(road, tmp_path):
     net, x, larger = four_layers(2)
     net.half()
+    if road is by_export and READS_LESS:
+        with pytest.raises(Exception, match=UNREAD):
+            road(net, x.half(), tmp_path)
+        return
     found = run(road(net, x.half(), tmp_path), larger.half())
     expected = net(larger.half()).detach()
     # Four layers of float32 each, rounded between them; OpenVINO does not round.
@@ -112,7 +129,8 @@ def test_the_function_with_every_tensor_an_input(exported):
             model = openvino.convert_model(program, extension=openvino_extensions(), **keywords)
             assert_close(run(model, *inputs), function(*inputs), "float32")
         else:
-            with pytest.raises(Exception, match="A call without `groups` or `offset_groups` cannot"):
+            text = HIDDEN if exported and HIDES_REASONS else "A call without `groups` or `offset_groups` cannot"
+            with pytest.raises(Exception, match=text):
                 openvino.convert_model(program, extension=openvino_extensions(), **keywords)
 
 
@@ -162,7 +180,7 @@ def test_offsets_far_outside_and_at_the_edge():
 @pytest.mark.parametrize("exported", [False, True])
 def test_what_openvino_cannot_do_is_refused(layer, x, text, exported):
     program, how = (torch.export.export(layer.eval(), (x,)), {}) if exported else (layer.eval(), {"example_input": x})
-    with pytest.raises(Exception, match=text):
+    with pytest.raises(Exception, match=HIDDEN if exported and HIDES_REASONS else text):
         openvino.convert_model(program, extension=openvino_extensions(), **how)
 
 
