@@ -206,7 +206,9 @@ class TestTorchvisionsExpectations:
         with accelerate_torchvision():
             with pytest.raises(RuntimeError, match="the shape of the offset"):
                 layer(x, torch.rand_like(offset[:, :2]))
-            with pytest.raises(RuntimeError, match=r"mask.shape\[1\] is not valid"):
+            # PyTorch before 2.9 does not hand on to torchvision's own kernel, and the text is ours.
+            theirs = hasattr(torch.library, "get_kernel")
+            with pytest.raises(RuntimeError, match=r"mask.shape\[1\] is not valid" if theirs else "`mask` has 2 channels"):
                 layer(x, offset, torch.rand_like(mask[:, :2]))
 
     def test_other_dtypes_go_to_ours(self, counted):
