@@ -85,6 +85,20 @@ class ForwardSuite:
         call = call.but(boxes=np.array(HOSTILE, dtype))
         assert_close(self.output(call), reference_output(call), dtype)
 
+    @by_convention
+    def test_a_box_with_an_infinite_corner_is_nan(self, convention: str, dtype: str) -> None:
+        call = make(SMALL.but(convention=convention), dtype)
+        boxes = np.array([(0, 1, 1, -np.inf, 4), (0, 1, np.inf, 4, 4), (0, 1, 1, 4, 4)], dtype)
+        found = self.output(call.but(boxes=boxes))
+        assert np.isnan(found[:2]).all() and np.isfinite(found[2]).all()
+
+    def test_a_bin_without_samples_is_zero_whatever_its_offset(self, dtype: str) -> None:
+        """Inverted boxes, which decide on their samples."""
+        call = make(SMALL.but(sampling=0), dtype)
+        boxes = np.array([(0, 4, 4, 1, 1), (0, 1, 4, 4, 1), (1, 4, 1, 1, 4)], dtype)
+        offset = np.full_like(call.offset, np.nan)
+        assert not self.output(call.but(boxes=boxes, offset=offset)).any()
+
     def test_infinite_and_nan_pixels(self, dtype: str) -> None:
         call = make(SMALL, dtype)
         pixels = call.input.copy()
@@ -174,5 +188,5 @@ def hostile_offsets(call: Call) -> Call:
 HOSTILE = [
     (0, np.nan, 0, 3, 3), (0, 0, 0, np.inf, 3), (1, -np.inf, -np.inf, np.inf, np.inf), (0, 4, 4, 1, 1), (0, 2, 2, 2, 2),
     (1, 1e30, 1e30, 2e30, 2e30), (0, -1e6, -1e6, 1e6, 1e6), (1, 100, 100, 120, 110), (0, -1, -1, 7, 6),
-    (0, 2.5, -2.5, 3.5, 0.5),
+    (0, 2.5, -2.5, 3.5, 0.5), (0, 0, 0, -np.inf, 3), (1, 1, np.inf, 4, 5),
 ]  # fmt: skip

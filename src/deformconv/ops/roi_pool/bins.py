@@ -45,7 +45,8 @@ def sides(spec: RoiSpec, box: Sequence[float]) -> tuple[Side, Side]:
     x1, y1, x2, y2 = box
     ends = ((y1, y2), (x1, x2))
     height, width = (_side(spec, axis, *pair) for axis, pair in enumerate(ends))
-    if not all(math.isfinite(number) for side in (height, width) for number in side[:2]):
+    ends_on_map = (corner * spec.spatial_scale for corner in box)
+    if not all(map(math.isfinite, (*ends_on_map, *height[:2], *width[:2]))):
         nan = Side(math.nan, math.nan, math.nan, max(1, spec.sampling_ratio))
         return nan, nan
     return height, width

@@ -105,8 +105,8 @@ def box_at(shape, factors, size, boxes, r):
     """A box from its row of `boxes`."""
     x1, y1 = float(boxes[r * 5 + 1]), float(boxes[r * 5 + 2])
     x2, y2 = float(boxes[r * 5 + 3]), float(boxes[r * 5 + 4])
-    start_y, size_y, start_x, size_x = math.nan, math.nan, math.nan, math.nan
-    if math.isfinite(x1) and math.isfinite(y1) and math.isfinite(x2) and math.isfinite(y2):
+    start_y, size_y, start_x, size_x, scale = math.nan, math.nan, math.nan, math.nan, factors[0]
+    if math.isfinite(x1 * scale) and math.isfinite(y1 * scale) and math.isfinite(x2 * scale) and math.isfinite(y2 * scale):
         start_y, size_y = _side(shape, factors, y1, y2)
         start_x, size_x = _side(shape, factors, x1, x2)
     if not (math.isfinite(start_y) and math.isfinite(size_y) and math.isfinite(start_x) and math.isfinite(size_x)):

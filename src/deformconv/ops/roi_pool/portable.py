@@ -7,7 +7,7 @@ holds a copy for each of four corners: memory is the price of running everywhere
 from __future__ import annotations
 
 from functools import reduce
-from operator import or_
+from operator import and_, or_
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -77,7 +77,7 @@ def _forward(spec: RoiSpec, input: Array, boxes: Array, offset: Array | None, ma
     axes = [_axis(xp, spec, axis, wide, offset, exact) for axis in (0, 1)]
     is_nan = reduce(or_, [xp.isnan(axis.position) for axis in axes])
     is_sample = axes[0].is_sample & axes[1].is_sample
-    out = reduce(or_, [_is_out(spec, *pair) for pair in enumerate(axes)]) & ~is_nan
+    out = (reduce(or_, [_is_out(spec, *pair) for pair in enumerate(axes)]) & ~is_nan) | ~is_sample
     image = (xp.reshape(number, (R, 1, 1, 1, 1, 1)) * (GH * GW) + _groups(xp, spec, input)) * classes
     image = image + xp.reshape(xp.arange(classes, device=device_of(input)), (1, classes, 1, 1, 1, 1))
     nowhere = xp.asarray(2 * gather.REACH, dtype=dtype, device=device_of(input))
@@ -156,8 +156,11 @@ def _round(xp: Any, number: Array) -> Array:
 
 def _finite(xp: Any, spec: RoiSpec, boxes: Array) -> Array:
     """Whether a box is finite in map pixels, (R, 1, 1, 1, 1, 1)."""
+    corners = xp.all(xp.isfinite(boxes[:, 1:] * spec.spatial_scale), axis=1)
     sides = [_side(xp, spec, axis, boxes) for axis in (0, 1)]
-    return ~reduce(or_, [~xp.isfinite(number) for side in sides for number in side[:2]])
+    return reduce(
+        and_, [xp.isfinite(number) for side in sides for number in side[:2]], xp.reshape(corners, (-1, 1, 1, 1, 1, 1))
+    )
 
 
 def _most_samples(xp: Any, spec: RoiSpec, axis: int, count: Array) -> int:
@@ -180,15 +183,15 @@ def _axis(xp: Any, spec: RoiSpec, axis: int, boxes: Array, offset: Array | None,
         start = start + spec.gamma * size * _shift(xp, spec, axis, offset, exact)
     position = start + bin * length + within * (length / some)
     nan = xp.asarray(float("nan"), dtype=exact, device=device)
-    position = position + xp.where(_finite(xp, spec, boxes), xp.zeros_like(nan), nan)  # a sum, so that offsets reach it
-
-    return _Axis(position, sample < count)
+    finite = _finite(xp, spec, boxes)
+    position = position + xp.where(finite, xp.zeros_like(nan), nan)  # a sum, so that offsets reach it
+    return _Axis(position, sample < xp.where(finite, count, some))
 
 
 def _is_out(spec: RoiSpec, axis: int, along: _Axis) -> Array:
-    """Whether a sample lies beyond the margin, or is none."""
+    """Whether a sample lies beyond the margin."""
     last, reach = spec.input_size[axis] - 1, margin(spec)
-    return (along.position < -reach) | (along.position > last + reach) | ~along.is_sample
+    return (along.position < -reach) | (along.position > last + reach)
 
 
 def _on_map(xp: Any, last: int, position: Array, is_nan: Array) -> tuple[Array, Array]:
