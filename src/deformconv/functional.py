@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # who imports deformconv for its convolution does not wait fo
 
 __all__ = ["deform_conv", "deform_conv_backward", "deform_roi_pool", "deform_roi_pool_backward", "explain"]
 
+_HALF_COUNTS_TO = 2**11  # float16's integers
+
 
 def deform_conv(
     input: Any,
@@ -283,8 +285,10 @@ def deform_roi_pool(
             convention=convention, gamma=gamma, position_sensitive=position_sensitive, part_size=part_size, backend=backend,
         )  # fmt: skip
     from deformconv.ops.roi_pool.operator import DEFORM_ROI_POOL
+    from deformconv.ops.roi_pool.spec import check_order
 
-    operands = {"input": input, "boxes": _joined(boxes), "offset": offset, "mask": mask}
+    check_order(offset)
+    operands = {"input": input, "boxes": _joined(boxes, input), "offset": offset, "mask": mask}
     parameters = _roi_parameters(position_sensitive, output_size, spatial_scale, sampling_ratio, convention, gamma, part_size)
     return run.forward(DEFORM_ROI_POOL, operands, parameters, backend)
 
@@ -344,7 +348,7 @@ def deform_roi_pool_backward(
         )  # fmt: skip
     from deformconv.ops.roi_pool.operator import DEFORM_ROI_POOL
 
-    operands = {"input": input, "boxes": _joined(boxes), "offset": offset, "mask": mask}
+    operands = {"input": input, "boxes": _joined(boxes, input), "offset": offset, "mask": mask}
     parameters = _roi_parameters(position_sensitive, output_size, spatial_scale, sampling_ratio, convention, gamma, part_size)
     found: RoiGradients = run.backward(DEFORM_ROI_POOL, grad_output, operands, parameters, backend, wanted)
     return found
@@ -359,12 +363,17 @@ def _roi_parameters(position_sensitive: Any, output_size: Any, *others: Any) -> 
     return dict(zip(names, values, strict=True))
 
 
-def _joined(boxes: Any) -> Any:
+def _joined(boxes: Any, input: Any) -> Any:
     """A list of each image's boxes (r, 4) as one array (R, 5)."""
     if not isinstance(boxes, (list, tuple)):
         return boxes
     from deformconv.ops.roi_pool.spec import check_list
 
-    check_list(boxes, np.ndarray)
+    check_list(boxes, np.ndarray, "NumPy array", len(input) if isinstance(input, np.ndarray) and input.ndim == 4 else None)
+    if len(boxes) > _HALF_COUNTS_TO and any(array.dtype == np.float16 for array in boxes):
+        raise TypeError(
+            f"`boxes` is a list of {len(boxes)} in float16, which counts images to {_HALF_COUNTS_TO}; expected float32 or "
+            "float64, for all arrays."
+        )
     rows = [np.concatenate([np.full((len(array), 1), image, array.dtype), array], axis=1) for image, array in enumerate(boxes)]
     return np.concatenate(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.ops.roi_pool.cases import CASES, Case, make, parameters
@@ -156,7 +157,40 @@ def test_a_list_of_boxes_is_one_tensor() -> None:
     assert pool(input, [rows[0][:0], rows[1][:0]]).shape == (0, 4, 3, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_list_in_half_precision_counts_its_images(dtype: torch.dtype) -> None:
+    """bfloat16 knows no 257, float16 no 2049."""
+    input = torch.arange(2051.0)[:, None, None, None].expand(-1, 1, 2, 2) % 64
+    boxes = [torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=dtype)] * 2051
+    found = deform_roi_pool(input.to(dtype), boxes, output_size=1)
+    assert torch.equal(found.flatten(), input[:, 0, 0, 0].to(dtype))
+    halves = [np.zeros((1, 4), np.float16)] * 2049
+    with pytest.raises(TypeError, match="`boxes` is a list of 2049 in float16, which counts images to 2048"):
+        deformconv.deform_roi_pool(np.zeros((2049, 1, 2, 2), np.float16), halves)
+
+
+def test_parameters_of_other_types() -> None:
+    input, boxes, *_ = tensors(SMALL.but(channels=6))
+    expected = deform_roi_pool(input, boxes, None, None, (3, 2), 0.5, position_sensitive=True)
+    given = torch.Size((3, 2)), np.float32(0.5), np.int64(2)
+    assert torch.equal(deform_roi_pool(input, boxes, None, None, *given, position_sensitive=np.True_), expected)  # type: ignore
+    assert torch.equal(deform_roi_pool(input, boxes, sampling_ratio=-1), deform_roi_pool(input, boxes, sampling_ratio=0))
+
+
+def test_vmap_of_a_box_of_no_image_reads_no_other_call_s() -> None:
+    input, boxes, *_ = tensors()
+    boxes = torch.stack([boxes, boxes])
+    boxes[0, 1, 0] = 2
+    with pytest.raises(ValueError, match="row 1, column 0; expected the number of the box's image"):
+        torch.func.vmap(pool)(torch.stack([input, input]), boxes)
+    found = torch.func.vmap(lambda *each: pool(*each, backend="portable"))(
+        torch.stack([input, input]).to("meta"), boxes.to("meta")
+    )
+    assert found.shape == (2, 3, 4, 3, 2)
+
+
 def test_meta_and_fake_tensors() -> None:
+    assert pool(*(tensor.to("meta") for tensor in tensors()), case=SMALL.but(sampling=0)).shape == (3, 4, 3, 2)
     assert pool(*(tensor.to("meta") for tensor in tensors())).shape == (3, 4, 3, 2)
 
 
@@ -179,8 +213,30 @@ def test_texts() -> None:
         pool(input, boxes, torch.cat([offset, mask], 1))
     with pytest.raises(deformconv.ShapeError, match="`boxes` is an empty list"):
         pool(input, [])
-    with pytest.raises(TypeError, match=r"`boxes\[0\]` is a list; expected an array \(r, 4\)"):
+    with pytest.raises(TypeError, match=r"`boxes\[0\]` is a list; expected a PyTorch tensor \(r, 4\) for each image"):
         pool(input, [[0, 0, 1, 1]])
+    with pytest.raises(TypeError, match=r"`boxes\[1\]` is a numpy.ndarray; expected a PyTorch tensor"):
+        pool(input, [boxes[:, 1:], boxes[:, 1:].numpy()])
+    with pytest.raises(
+        deformconv.ShapeError, match=r"`boxes` is a list of 1; expected .* each of the 2 images of `input`, with r"
+    ):
+        pool(input, [boxes[:, 1:]])
+    with pytest.raises(deformconv.ShapeError, match=r"`boxes` has shape \(2, 3, 4\); .* pass `list\(boxes\)`"):
+        pool(input, boxes[:, 1:].expand(2, 3, 4))
+    with pytest.raises(TypeError, match=r"`offset` is 7; expected .* roi_align is the fifth one here: pass output_size=7,"):
+        deform_roi_pool(input, boxes, 7, 1 / 16, 2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`offset` is \(3, 2\); .* pass output_size=\(3, 2\),"):
+        deformconv.deform_roi_pool(input.numpy(), boxes.numpy(), (3, 2))
+    with pytest.raises(deformconv.ShapeError, match=r"`boxes` is a list of 3; expected .* each of the 2 images"):
+        deformconv.deform_roi_pool(input.numpy(), [boxes[:, 1:].numpy()] * 3)
+    with pytest.raises(deformconv.ShapeError, match=r"`offset` has 2 axes, .* pass `offset.reshape\(-1, 2, 3, 2\)`"):
+        pool(input, boxes, offset.flatten(1))
+    with pytest.raises(deformconv.ShapeError, match=r"`mask` has 2 axes, .* pass `mask.reshape\(-1, 1, 3, 2\)`"):
+        pool(input, boxes, offset, mask.flatten(1))
+    with pytest.raises(deformconv.ShapeError, match=r"`offset` has 1 channel; .* One number for each bin is a mask"):
+        pool(input, boxes, mask, offset)
+    with pytest.raises(deformconv.ShapeError, match=r"`sampling_ratio` is \(2, 2\); expected one integer, for both axes"):
+        deform_roi_pool(input, boxes, sampling_ratio=(2, 2))  # type: ignore[arg-type]
     with pytest.raises(deformconv.ShapeError, match=r"`boxes\[1\]` has shape \(4,\)"):
         pool(input, [boxes[:, 1:], boxes[0, 1:]])
     with pytest.raises(TypeError, match="`position_sensitive` is 7; expected True"):

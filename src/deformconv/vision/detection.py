@@ -90,7 +90,7 @@ class MultiScaleDeformRoIPool(MultiScaleRoIAlign):
         maps = _filter_input(x, self.featmap_names)
         if self.scales is None or self.map_levels is None:
             self.scales, self.map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
-        rows = joined(boxes)
+        rows = joined(boxes, maps[0])
         if len(maps) == 1:
             return self._pool(0, maps[0], rows)
         levels = self.map_levels(boxes)

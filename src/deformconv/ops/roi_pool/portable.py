@@ -164,8 +164,8 @@ def _finite(xp: Any, spec: RoiSpec, boxes: Array) -> Array:
 
 
 def _most_samples(xp: Any, spec: RoiSpec, axis: int, count: Array) -> int:
-    if spec.sampling_ratio:
-        return spec.sampling_ratio
+    if spec.sampling_ratio or str(device_of(count)) == "meta":  # where there are no values, and shapes do not depend on them
+        return max(1, spec.sampling_ratio)
     return max(1, int(xp.max(count))) if spec.boxes else 1  # the boxes decide: their values are read
 
 

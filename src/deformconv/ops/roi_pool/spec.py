@@ -18,7 +18,7 @@ from deformconv.errors import ShapeError
 from deformconv.ops.operator import Operand, check_dtypes_and_devices
 from deformconv.ops.window import by, channels_last, integers, n_of
 
-__all__ = ["CONVENTIONS", "Gradients", "RoiSpec", "check_boxes", "check_list", "group_size_of", "roi_spec"]
+__all__ = ["CONVENTIONS", "Gradients", "RoiSpec", "check_boxes", "check_list", "check_order", "group_size_of", "roi_spec"]
 
 CONVENTIONS = ("aligned", "unaligned", "rounded")
 MOST_SAMPLES = 2**12  # of a bin along an axis
@@ -145,25 +145,41 @@ def roi_spec(
 
 def group_size_of(position_sensitive: Any, output_size: Any) -> Any:
     """The `group_size` of a call that is position-sensitive or not."""
-    if not isinstance(position_sensitive, bool):
+    if not isinstance(position_sensitive, (bool, np.bool_)):
         raise TypeError(
             f"`position_sensitive` is {position_sensitive!r}; expected True, where each bin has channels of its own, or False."
         )
     return output_size if position_sensitive else 1
 
 
-def check_list(boxes: Any, kind: Any) -> None:
-    """Raise unless this is a list of arrays of a type, (r, 4) for each image."""
+def check_order(offset: Any) -> None:
+    """Raise where `output_size` stands in the place of `offset`, as in a call of torchvision's roi_align."""
+    sizes = offset if isinstance(offset, (tuple, list)) else (offset,)
+    if sizes and all(isinstance(size, (int, np.integer)) for size in sizes):
+        raise TypeError(
+            f"`offset` is {offset!r}; expected an array or None. What is the third argument of roi_align is the fifth one "
+            f"here: pass output_size={offset!r}, spatial_scale=... and sampling_ratio=... by name."
+        )
+
+
+def check_list(boxes: Any, kind: Any, name: str, images: int | None = None) -> None:
+    """Raise unless this is a list of arrays of a type and its name, (r, 4) for each image; `images` is how many there are."""
     if not boxes:
         raise ShapeError("`boxes` is an empty list; expected an array (r, 4) for each image, or one array (R, 5).")
     for image, array in enumerate(boxes):
         if not isinstance(array, kind):
-            raise TypeError(f"`boxes[{image}]` is a {type(array).__name__}; expected an array (r, 4) for each image.")
+            found = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
+            raise TypeError(f"`boxes[{image}]` is a {found}; expected a {name} (r, 4) for each image.")
         shape = tuple(array.shape)
         if len(shape) != 2 or shape[1] != 4:
             raise ShapeError(
                 f"`boxes[{image}]` has shape {shape}; expected (r, 4): a row (x1, y1, x2, y2) for each box of an image."
             )
+    if images is not None and len(boxes) != images:
+        raise ShapeError(
+            f"`boxes` is a list of {len(boxes)}; expected an array (r, 4) for each of the {n_of(images, 'image')} of `input`, "
+            "with r = 0 where it has no box."
+        )
 
 
 def check_boxes(spec: RoiSpec, boxes: Any) -> None:
@@ -254,6 +270,8 @@ def _check_boxes_shape(boxes: Operand) -> None:
     text = f"`boxes` has shape {_shape(boxes)}; expected (R, 5): a row (image, x1, y1, x2, y2) for each of R boxes."
     if len(boxes.shape) == 2 and boxes.shape[1] == 4:
         text += " For boxes of one image put a column of zeros in front."
+    if len(boxes.shape) == 3 and boxes.shape[2] == 4:
+        text += " For boxes (N, r, 4) of N images pass `list(boxes)`."
     raise ShapeError(text)
 
 
@@ -266,6 +284,8 @@ def _classes(spec: RoiSpec, offset: Operand) -> int:
         text += f", or 2 for each of several classes, which share the {n_of(spec.out_channels, 'channel')} of the output."
         if offset.shape[1] == 3:
             text += " 3 = 2 offsets + 1 mask: pass the last one as `mask`."
+        if offset.shape[1] == 1:
+            text += " One number for each bin is a mask."
         raise ShapeError(text)
     return classes
 
@@ -282,7 +302,11 @@ def _check_mask(spec: RoiSpec, mask: Operand) -> None:
 def _check_rows(name: str, operand: Operand, spec: RoiSpec, form: str, size: tuple[int, int], of: str) -> None:
     """Check the number of boxes and the bins of `offset` or `mask`."""
     if len(operand.shape) != 4:
-        raise ShapeError(f"`{name}` has {n_of(len(operand.shape), 'axis')}, shape {_shape(operand)}; expected 4: {form}.")
+        text = f"`{name}` has {n_of(len(operand.shape), 'axis')}, shape {_shape(operand)}; expected 4: {form}."
+        if len(operand.shape) == 2 and operand.shape[1] % prod(size) == 0:
+            planes = operand.shape[1] // prod(size)
+            text += f" If these are planes one after the other, pass `{name}.reshape(-1, {planes}, {size[0]}, {size[1]})`."
+        raise ShapeError(text)
     rows = operand.shape[0]
     if rows != spec.boxes:
         text = f"`{name}` has {n_of(rows, 'row')}; expected one for each box, {spec.boxes}."
@@ -296,6 +320,8 @@ def _check_rows(name: str, operand: Operand, spec: RoiSpec, form: str, size: tup
 def _samples(sampling_ratio: Any) -> int:
     if sampling_ratio == -1 and not isinstance(sampling_ratio, float):
         sampling_ratio = 0  # torchvision's
+    if isinstance(sampling_ratio, (tuple, list)):
+        raise ShapeError(f"`sampling_ratio` is {sampling_ratio!r}; expected one integer, for both axes of a bin.")
     number = integers("sampling_ratio", sampling_ratio, 1, 0)[0]
     if number > MOST_SAMPLES:
         raise ShapeError(f"`sampling_ratio` is {number}; expected at most {MOST_SAMPLES} samples along an axis of a bin.")

@@ -50,7 +50,9 @@ def _folded(
         x = all_in_front(x, B, dims[0]).flatten(0, 1)
         boxes = boxes.float() if boxes.dtype in HALF else boxes  # which cannot count so many images
         before = torch.arange(B, dtype=boxes.dtype, device=boxes.device).reshape(B, 1, 1) * spec.batch
-        boxes = torch.cat([boxes[..., :1] + before, boxes[..., 1:]], dim=-1)
+        number = boxes[..., :1]
+        is_there = (number >= 0) & (number < spec.batch)  # else it might be another call's
+        boxes = torch.cat([torch.where(is_there, number + before, torch.full_like(number, -1)), boxes[..., 1:]], dim=-1)
     offset, mask = (
         None if tensor is None else all_in_front(tensor, B, dim).flatten(0, 1)
         for tensor, dim in zip(others, dims[2:], strict=True)

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from deformconv.ops.roi_pool import operator
-from deformconv.ops.roi_pool.spec import Gradients, check_list, group_size_of
+from deformconv.ops.roi_pool.spec import Gradients, check_list, check_order, group_size_of
 from deformconv.ops.words import unexpected
-from deformconv.torch import calls
+from deformconv.torch import calls, modes
 from deformconv.torch.registry import Registered
 from deformconv.torch.roi_pool import folding
+from deformconv.torch.tensors import HALF
 
 __all__ = ["DEFORM_ROI_POOL", "deform_roi_pool", "deform_roi_pool_backward", "joined"]
 
@@ -90,7 +91,8 @@ def deform_roi_pool(
     """
     if unknown:
         raise unexpected(deform_roi_pool, unknown)
-    rows: Tensor = joined(boxes)
+    check_order(offset)
+    rows: Tensor = joined(boxes, input)
     operands = (input, rows, offset, mask)
     if has_torch_function(operands):
         result: Tensor = handle_torch_function(
@@ -121,16 +123,21 @@ def deform_roi_pool_backward(
 ) -> Gradients:
     """`deformconv.deform_roi_pool_backward` on tensors; its result has a gradient if a tensor requires one."""
     parameters = _parameters(output_size, spatial_scale, sampling_ratio, convention, gamma, position_sensitive, part_size)
-    operands = (input, joined(boxes), offset, mask)
+    operands = (input, joined(boxes, input), offset, mask)
     found: Gradients = calls.backward(DEFORM_ROI_POOL, backend, parameters, grad_output, operands, wanted)
     return found
 
 
-def joined(boxes: Any) -> Any:
-    """A list of each image's boxes (r, 4) as one tensor (R, 5)."""
+def joined(boxes: Any, input: Any) -> Any:
+    """A list of each image's boxes (r, 4) as one tensor (R, 5), in float32 where half precision would not count the images.
+
+    A compiler or tracer is not to take the batch's size for a constant, so that the list's length is not looked at then.
+    """
     if not isinstance(boxes, (list, tuple)):
         return boxes
-    check_list(boxes, Tensor)
+    has_images = isinstance(input, Tensor) and input.ndim == 4 and not (modes.compiling() or modes.traced())
+    check_list(boxes, Tensor, "PyTorch tensor", input.shape[0] if has_images else None)
+    boxes = [rows.float() if rows.dtype in HALF else rows for rows in boxes]
     return torch.cat([torch.cat([torch.full_like(rows[:, :1], image), rows], dim=1) for image, rows in enumerate(boxes)])
 
 

@@ -112,7 +112,7 @@ class DeformRoIPool(nn.Module):
         self, input: Tensor, boxes: Tensor | Sequence[Tensor], offset: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Pool the boxes with predicted offsets and masks, or with exactly those that are passed."""
-        rows: Tensor = joined(boxes)
+        rows: Tensor = joined(boxes, input)
         if input.ndim == 4 and input.shape[1] != self.channels:
             raise ShapeError(
                 f"`input` has {input.shape[1]} channels, shape {tuple(input.shape)}; this layer has channels={self.channels}."
@@ -123,7 +123,7 @@ class DeformRoIPool(nn.Module):
 
     def predict(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The offsets (R, 2, PH, PW) and masks (R, 1, PH, PW) that the layer predicts; no masks in v1."""
-        pooled = self._pool(input, joined(boxes), None, None).flatten(1)
+        pooled = self._pool(input, joined(boxes, input), None, None).flatten(1)
         if self.modulated and self.trunk == "shared":
             raw = self.offset_mask_fc(pooled).unflatten(1, (3, *self.output_size))
             offset, mask = raw[:, :2], raw[:, 2:]
