@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -296,3 +297,95 @@ class TestLayer:
             self.layer(trunk="both")
         with pytest.raises(deformconv.ShapeError, match=r"`input` has 5 channels, .* this layer has channels=4"):
             layer(torch.rand(1, 5, 4, 4), [torch.zeros(1, 4)])
+
+    def test_a_constructor_s_errors(self) -> None:
+        for wrong, kind, text in (
+            ({"convention": "algined"}, ValueError, "`convention` is 'algined'; expected 'aligned'"),
+            ({"spatial_scale": None}, TypeError, "`spatial_scale` is None; expected a number"),
+            ({"spatial_scale": 0}, ValueError, "`spatial_scale` is 0.0; expected a positive number"),
+            ({"sampling_ratio": None}, TypeError, "`sampling_ratio` is None"),
+            ({"sampling_ratio": 0, "convention": "rounded"}, ValueError, "`sampling_ratio` is 0, which lets a box decide"),
+            ({"gamma": "a"}, TypeError, "`gamma` is 'a'; expected a number"),
+            ({"mask_scale": None}, ValueError, "`mask_scale` is None; expected a number above 0"),
+        ):
+            with pytest.raises(kind, match=text):
+                DeformRoIPool(4, hidden=2, **wrong)  # type: ignore[arg-type]
+
+    def test_an_input_of_another_kind(self) -> None:
+        input, boxes, *_ = tensors()
+        with pytest.raises(TypeError, match="`input` is float32 and this layer's parameters are float64; expected one dtype"):
+            self.layer()(input.float(), boxes.float())
+        with pytest.raises(TypeError, match="`input` is a dict; expected a PyTorch tensor"):
+            self.layer()({"0": input}, boxes)  # type: ignore[arg-type]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert self.layer().float()(input.bfloat16(), boxes.float()).dtype is torch.bfloat16
+
+    def test_a_net_with_it_is_traced_by_fx(self) -> None:
+        input, boxes, *_ = tensors()
+
+        class Net(torch.nn.Module):
+            def __init__(self, pool: DeformRoIPool) -> None:
+                super().__init__()
+                self.conv, self.pool = torch.nn.Conv2d(4, 4, 1).double(), pool
+
+            def forward(self, input: Any, boxes: Any) -> Any:
+                return self.pool(self.conv(input), boxes)
+
+        net = Net(self.layer())
+        assert torch.equal(torch.fx.symbolic_trace(net)(input, boxes), net(input, boxes))
+
+    def test_scripts_are_refused_and_traces_are_not(self) -> None:
+        input, boxes, *_ = tensors()
+        layer = self.layer()
+        with pytest.raises(
+            NotImplementedError, match=r"torch\.jit\.script cannot compile a DeformRoIPool; expected torch\.jit\.trace"
+        ):
+            torch.jit.script(torch.nn.ModuleList([layer]))
+        traced = torch.jit.trace(layer, (input, boxes))
+        assert torch.equal(traced(input.flip(0), boxes[:2]), layer(input.flip(0), boxes[:2]))
+
+    def test_copies_and_memory_formats(self) -> None:
+        input, boxes, *_ = tensors()
+        layer = self.layer()
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(input, boxes), layer(input, boxes))
+        given = input.to(memory_format=torch.channels_last).requires_grad_()
+        layer(given, boxes).sum().backward()
+        assert given.grad is not None and given.grad.is_contiguous(memory_format=torch.channels_last)
+        plain = input.clone().requires_grad_()
+        layer(plain, boxes).sum().backward()
+        assert torch.equal(given.grad, plain.grad)
+        strange = boxes.t().contiguous().t(), input.transpose(2, 3).contiguous().transpose(2, 3)
+        assert torch.equal(layer(strange[1], strange[0]), layer(input, boxes))
+
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_compiled(self, backend: str) -> None:
+        input, boxes, *_ = tensors()
+        layer = self.layer()
+        with torch.no_grad():
+            layer.offset_mask_fc[-1].bias.normal_()
+        expected = torch.autograd.grad(layer(input, boxes).pow(2).sum(), [*layer.parameters()])
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend=backend, fullgraph=True)
+        for rows in (boxes, [boxes[:2, 1:], boxes[2:, 1:]]):
+            assert torch.allclose(compiled(input, rows), layer(input, rows), atol=1e-12)
+        found = torch.autograd.grad(compiled(input, boxes).pow(2).sum(), [*layer.parameters()])
+        assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(found, expected, strict=True))
+        wrong = boxes.clone()
+        wrong[0, 0] = 9
+        with pytest.raises(ValueError, match="`boxes` has 9 in row 0, column 0"):
+            compiled(input, wrong)
+        torch._dynamo.reset()
+
+
+def test_jacobians_and_second_derivatives_by_transforms() -> None:
+    case = SMALL.but(channels=2, size=(5, 6), boxes=2, output_size=(2, 2), spread=0.5)
+    input, boxes, offset, mask = tensors(case)
+
+    def run(offset: Any) -> Any:
+        return pool(input, boxes, offset, mask, case=case)
+
+    expected = torch.autograd.functional.jacobian(run, offset)
+    assert torch.allclose(torch.func.jacrev(run)(offset), expected)
+    assert torch.allclose(torch.func.jacfwd(run)(offset), expected)
+    hessian = torch.autograd.functional.hessian(lambda offset: run(offset).pow(2).sum(), offset)
+    assert torch.allclose(torch.func.hessian(lambda offset: run(offset).pow(2).sum())(offset), hessian)

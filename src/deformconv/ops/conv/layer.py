@@ -27,6 +27,7 @@ __all__ = [
     "checked_layer",
     "describe",
     "layer_padding",
+    "positive",
     "predicted",
 ]
 
@@ -109,8 +110,8 @@ def checked_layer(
     check_divides("offset_groups", offset_groups or 1, "in_channels", in_channels)
     _check_word("padding_mode", padding_mode, padding_modes)
     _check_word("boundary", boundary, BOUNDARIES)
-    mask_scale = _positive("mask_scale", mask_scale)
-    max_offset = None if max_offset is None else _positive("max_offset", max_offset)
+    mask_scale = positive("mask_scale", mask_scale)
+    max_offset = None if max_offset is None else positive("max_offset", max_offset)
     amounts = layer_padding(padding, kernel_size, stride, dilation)
     return Layer(
         in_channels, out_channels, kernel_size, stride, amounts, dilation, groups, offset_groups, mask_scale, max_offset
@@ -198,7 +199,8 @@ def _check_word(name: str, word: str, words: Collection[str]) -> None:
         raise ValueError(f"`{name}` is {word!r}; expected one of {', '.join(words)}.")
 
 
-def _positive(name: str, value: Any) -> float:
+def positive(name: str, value: Any) -> float:
+    """A finite number above 0."""
     number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
     if not 0 < number < math.inf:
         raise ValueError(f"`{name}` is {value!r}; expected a number above 0.")

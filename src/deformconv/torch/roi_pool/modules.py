@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deformconv.errors import ShapeError
-from deformconv.ops.conv.layer import MASK_SCALE
+from deformconv.ops.conv.layer import MASK_SCALE, positive
+from deformconv.ops.operator import Operand
+from deformconv.ops.roi_pool.spec import roi_spec
 from deformconv.ops.window import count, integers
 from deformconv.ops.words import unexpected
+from deformconv.torch import modes
 from deformconv.torch.roi_pool.functional import deform_roi_pool, joined
+from deformconv.torch.tensors import dtype_name
 
 __all__ = ["DeformRoIPool"]
 
@@ -97,9 +101,15 @@ class DeformRoIPool(nn.Module):
         super().__init__()
         sizes = integers("output_size", output_size, 2, 1)
         self.channels, self.output_size = count("channels", channels), (sizes[0], sizes[1])
-        self.spatial_scale, self.sampling_ratio = spatial_scale, sampling_ratio
-        self.convention, self.gamma = convention, gamma
-        self.modulated, self.hidden, self.trunk, self.mask_scale = modulated, count("hidden", hidden), trunk, mask_scale
+        none = Operand((1, self.channels, 1, 1), "float32"), Operand((0, 5), "float32")
+        spec = roi_spec(  # for its errors, where the layer is built
+            *none, output_size=sizes, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, convention=convention,
+            gamma=gamma,
+        )  # fmt: skip
+        self.spatial_scale, self.sampling_ratio = spec.spatial_scale, spec.sampling_ratio
+        self.convention, self.gamma = convention, spec.gamma
+        self.modulated, self.hidden, self.trunk = bool(modulated), count("hidden", hidden), trunk
+        self.mask_scale = positive("mask_scale", mask_scale)
         bins, pooled = prod(sizes), self.channels * prod(sizes)
         if modulated and trunk == "shared":
             self.offset_mask_fc = _trunk(pooled, hidden, 2, 3 * bins)
@@ -113,10 +123,6 @@ class DeformRoIPool(nn.Module):
     ) -> Tensor:
         """Pool the boxes with predicted offsets and masks, or with exactly those that are passed."""
         rows: Tensor = joined(boxes, input)
-        if input.ndim == 4 and input.shape[1] != self.channels:
-            raise ShapeError(
-                f"`input` has {input.shape[1]} channels, shape {tuple(input.shape)}; this layer has channels={self.channels}."
-            )
         if offset is None and mask is None:
             offset, mask = self.predict(input, rows)
         return self._pool(input, rows, offset, mask)
@@ -124,6 +130,7 @@ class DeformRoIPool(nn.Module):
     def predict(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The offsets (R, 2, PH, PW) and masks (R, 1, PH, PW) that the layer predicts; no masks in v1."""
         pooled = self._pool(input, joined(boxes, input), None, None).flatten(1)
+        self._check_dtype(input)
         if self.modulated and self.trunk == "shared":
             raw = self.offset_mask_fc(pooled).unflatten(1, (3, *self.output_size))
             offset, mask = raw[:, :2], raw[:, 2:]
@@ -132,7 +139,28 @@ class DeformRoIPool(nn.Module):
             mask = self.mask_fc(pooled).unflatten(1, (1, *self.output_size)) if self.modulated else None
         return offset, None if mask is None else self.mask_scale * mask.sigmoid()
 
-    def _pool(self, input: Tensor, boxes: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _check_dtype(self, input: Any) -> None:
+        """Say in the operator's words what F.linear would say in its own."""
+        weight = next(self.parameters(), None)
+        if isinstance(input, Tensor) and weight is not None and input.dtype is not weight.dtype and not modes.any_autocast():
+            raise TypeError(
+                f"`input` is {dtype_name(input.dtype)} and this layer's parameters are {dtype_name(weight.dtype)}; expected "
+                f"one dtype: cast `input`, or the layer by `layer.to({input.dtype})`."
+            )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script asks every module of a net for this before it compiles."""
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile a {type(self).__name__}; expected torch.jit.trace(net, example_inputs) or "
+            "torch.export.export(net, example_inputs), which record the operator."
+        )
+
+    def _pool(self, input: Any, boxes: Any, offset: Tensor | None, mask: Tensor | None) -> Tensor:
+        is_known = isinstance(input, Tensor) and not modes.traced()  # else a shape is nothing to compare with
+        if is_known and input.ndim == 4 and input.shape[1] != self.channels:
+            raise ShapeError(
+                f"`input` has {input.shape[1]} channels, shape {tuple(input.shape)}; this layer has channels={self.channels}."
+            )
         return deform_roi_pool(
             input, boxes, offset, mask, self.output_size, self.spatial_scale, self.sampling_ratio,
             convention=self.convention, gamma=self.gamma,
