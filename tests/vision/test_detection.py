@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from typing import Any
 
@@ -87,3 +88,28 @@ def test_texts() -> None:
     assert (
         text.startswith("MultiScaleDeformRoIPool(featmap_names=['0'], output_size=(7, 7)") and "convention='unaligned'" in text
     )
+    with pytest.raises(TypeError, match="unexpected keyword argument 'aligned'; here: convention"):
+        MultiScaleDeformRoIPool(["0"], 7, aligned=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`featmap_names` is empty; expected the names of feature maps"):
+        MultiScaleDeformRoIPool([], 7)
+    pool = MultiScaleDeformRoIPool(["0", "1"], 7, 2, 6, hidden=8).double()
+    with pytest.raises(ValueError, match=r"`x` has 'a'; expected a dict of feature maps, some of them named \['0', '1'\]"):
+        pool({"a": maps()["0"]}, boxes(), [(256, 320)] * 2)
+    with pytest.raises(ValueError, match=r"`x` is a torch.Tensor; expected a dict"):
+        pool(maps()["0"], boxes(), [(256, 320)] * 2)
+    with pytest.raises(TypeError, match=r"`boxes` is a torch.Tensor; expected a list of tensors \(r, 4\), one for each image"):
+        pool(maps(), torch.zeros(3, 5).double(), [(256, 320)] * 2)
+    with (
+        pytest.raises(NotImplementedError, match=r"torch\.jit\.script cannot compile a DeformRoIPool"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # PyTorch's, that scripts are deprecated
+        torch.jit.script(pool)
+
+
+def test_a_predictor_belongs_to_a_name() -> None:
+    """Where maps are absent, and where a detector names more than its backbone has, as MobileNet's does."""
+    pool = MultiScaleDeformRoIPool(["0", "1", "2"], 7, 2, 6, hidden=8).double()
+    pool({name: maps()[name] for name in ("1", "2")}, boxes(), [(256, 320)] * 2).sum().backward()
+    assert [any(p.grad is not None for p in each.parameters()) for each in pool.pools] == [False, True, True]
+    assert len(MultiScaleDeformRoIPool.like(pool, 6, featmap_names=["1", "2"], hidden=8).pools) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torchvision.models.detection import FasterRCNN  # noqa: E402
 from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
 from torchvision.ops import MultiScaleRoIAlign  # noqa: E402
 
+import deformconv  # noqa: E402
 from deformconv.vision import FeatureMimicking, MultiScaleDeformRoIPool, make_deformable  # noqa: E402
 
 
@@ -198,3 +200,72 @@ def test_texts() -> None:
         FeatureMimicking(detector(), crop=100)
     with pytest.raises(ValueError, match="`reduction` is 'max'; expected 'mean' or 'sum'"):
         FeatureMimicking(detector(), reduction="max")  # type: ignore[arg-type]
+
+
+def test_sentences_for_what_cannot_be() -> None:
+    images, targets = scenes()
+    for weight in ("a", None, -1, float("nan"), True):
+        with pytest.raises(ValueError, match=f"`weight` is {weight!r}; expected a number of at least 0"):
+            FeatureMimicking(detector(), crop=64, weight=weight)  # type: ignore[arg-type]
+    model = FeatureMimicking(detector(), crop=64).train()
+    model.detector.eval()
+    with pytest.raises(ValueError, match=r"the detector is in evaluation mode, .*; expected model.train\(\) after"):
+        model(images, targets)
+    inner = detector()
+    inner.roi_heads.box_predictor = nn.Linear(10, 3)
+    with pytest.raises(TypeError, match=r"`detector.roi_heads.box_predictor` has no nn.Linear `cls_score`"):
+        FeatureMimicking(inner, crop=64)
+    model = FeatureMimicking(detector(), crop=64).train()
+    model.detector.roi_heads.box_head = nn.Sequential(model.detector.roi_heads.box_head, nn.Unflatten(1, (10, 1, 1)))
+    with pytest.raises(deformconv.ShapeError, match=r"box head gives features \(32, 10, 1, 1\); expected \(R, 10\), a vector"):
+        model(images, targets)
+
+
+def test_a_sampler_on_the_instance_stays() -> None:
+    images, targets = scenes()
+    inner, calls = detector().train(), []
+    select = inner.roi_heads.select_training_samples
+    inner.roi_heads.select_training_samples = lambda *given: (calls.append(1), select(*given))[1]
+    model = FeatureMimicking(inner, crop=64)
+    for _ in range(2):
+        model(images, targets)
+    assert len(calls) == 2
+
+
+def test_norms_of_every_kind_do_not_learn_from_patches() -> None:
+    images, targets = scenes()
+    inner = detector(lambda channels: nn.InstanceNorm2d(channels, track_running_stats=True))
+    head = inner.roi_heads.box_head
+    inner.roi_heads.box_head = nn.Sequential(head, nn.BatchNorm1d(10))
+    other = copy.deepcopy(inner).train()
+    other(images[:1], targets[:1])
+    FeatureMimicking(inner, rois_per_image=1, crop=64).train()(images[:1], targets[:1])
+    assert torch.equal(inner.backbone.norm.running_mean, other.backbone.norm.running_mean)
+    assert inner.roi_heads.box_head[1].num_batches_tracked == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn"])
+def test_torchvision_s_detectors_whole(name: str) -> None:
+    torch.manual_seed(0)
+    build = getattr(torchvision.models.detection, name)
+    inner = build(weights=None, weights_backbone=None, num_classes=3, min_size=96, max_size=128)
+    heads = inner.roi_heads
+    make_deformable(inner, "resnet:conv3-conv5")
+    for pool in ("box_roi_pool", "mask_roi_pool"):
+        if getattr(heads, pool, None) is not None:
+            setattr(heads, pool, MultiScaleDeformRoIPool.like(getattr(heads, pool), hidden=8))
+    model, other = FeatureMimicking(inner, 2, 64).train(), copy.deepcopy(inner).train()
+    masks = torch.zeros(1, 96, 128, dtype=torch.uint8)
+    masks[:, 10:50, 20:80] = 1
+    given = (
+        [torch.rand(3, 96, 128)],
+        [{"boxes": torch.tensor([[20.0, 10.0, 80.0, 50.0]]), "labels": torch.tensor([1]), "masks": masks}],
+    )
+    torch.manual_seed(1)
+    sum(model(*given).values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    torch.manual_seed(1)
+    other(*given)
+    found, expected = dict(inner.named_buffers()), dict(other.named_buffers())
+    assert all(torch.equal(found[key], buffer) for key, buffer in expected.items())  # the patches left no trace in them

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,3 +238,73 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="`model` is a script, whose code is fixed"):
         make_deformable(torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3))), "0")
     assert repr(Replaced(())) == "no layers"
+
+
+def pair() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Sequential(nn.Conv2d(4, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("which", "kind", "text"),
+    [
+        (None, TypeError, "`which` is None; expected a recipe"),
+        (3, TypeError, "`which` is 3; expected a recipe"),
+        (re.compile("0"), TypeError, r"`which` is re.compile\('0'\); expected a recipe"),
+        (b"0", TypeError, "`which` is b'0'; expected a recipe"),
+        ([nn.ReLU()], TypeError, "`which` has a torch.nn.modules.activation.ReLU; expected .* or names"),
+        ([["0"]], TypeError, "`which` has a builtins.list; expected"),
+        (["1.*"], ValueError, r"names '1\.\*', which `model` does not have. Pass a pattern or a recipe as a string alone"),
+        (["resnet:conv5"], ValueError, "Pass a pattern or a recipe as a string alone"),
+        ("1", ValueError, r'layer \'1\' of `model` is a .*Sequential; .* For what it contains pass "1\.\*"'),
+        ("", ValueError, r'For what it contains pass "\*"'),
+    ],
+)
+def test_which_of_other_kinds(which: Any, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        make_deformable(pair(), which)
+
+
+def test_names_of_special_characters() -> None:
+    model = nn.Module()
+    for name in ("a[0]*?", "x-y", "\u00fc \u00ef"):
+        model.add_module(name, nn.Conv2d(3, 3, 3))
+    assert make_deformable(model, "a[0]*?") == ("a[0]*?",)
+    assert make_deformable(model, ["\u00fc \u00ef", "x-y"]) == ("x-y", "\u00fc \u00ef")
+
+
+def test_what_a_new_layer_would_lose_is_refused() -> None:
+    model = pair()
+    model[0].forward = lambda input: input
+    with pytest.raises(ValueError, match="layer '0' of `model` has a `forward` of its own, put on the instance"):
+        make_deformable(model, "*")
+    for key, value in (("register_buffer", torch.ones(1)), ("register_parameter", None), ("add_module", nn.ReLU())):
+        model = pair()
+        getattr(model[1][0], key)("extra", value)
+        with pytest.raises(ValueError, match=r"layer '1.0' of `model` has 'extra' beside its weight and bias"):
+            make_deformable(model, "1.0")
+        assert type(model[1][0]) is nn.Conv2d
+    with pytest.raises(TypeError, match="unexpected keyword argument 'deformable_groups'; here: offset_groups"):
+        make_deformable(pair(), "0", deformable_groups=1)
+
+
+def test_a_model_in_distributed_data_parallel_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(pair())
+        with pytest.raises(ValueError, match="`model` is or has a DistributedDataParallel, which would not average"):
+            make_deformable(model, "*")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("compile", [lambda net: torch.compile(net, backend="eager"), lambda net: net])
+def test_a_part_that_is_compiled_takes_the_new_layers(compile: Any) -> None:
+    model, x = nn.Sequential(compile(pair())), torch.rand(1, 3, 8, 8)
+    model.compile(backend="eager")
+    expected = model(x)
+    name = make_deformable(model, "*1.0")[0]
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    with torch.no_grad():
+        model.get_submodule(name).offset_conv.bias.add_(0.3)  # type: ignore[union-attr, operator]
+    assert not torch.allclose(model(x), expected, atol=1e-5)
+    torch._dynamo.reset()

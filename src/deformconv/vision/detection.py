@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import _filter_input, _setup_scales
 
 from deformconv.ops.conv.layer import MASK_SCALE
+from deformconv.ops.words import unexpected
 from deformconv.torch import DeformRoIPool
 from deformconv.torch.roi_pool.functional import joined
 
@@ -28,7 +29,7 @@ class MultiScaleDeformRoIPool(MultiScaleRoIAlign):
         gamma, modulated, hidden, trunk, mask_scale: as `deformconv.torch.DeformRoIPool`.
         share_levels: one predictor for all levels, or one for each, as in msracver's FPN and mmdetection. A predictor for 256
             channels, 7x7 bins and 1024 hidden units has 14 million parameters, and for 14x14 bins 53 million; `hidden` makes
-            it smaller.
+            it smaller. Name only maps that there are: of a name that never comes the predictor is not trained.
 
     Example:
         >>> import torch, torchvision
@@ -61,7 +62,12 @@ class MultiScaleDeformRoIPool(MultiScaleRoIAlign):
         share_levels: bool = False,
         canonical_scale: int = 224,
         canonical_level: int = 4,
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            raise unexpected(MultiScaleDeformRoIPool.__init__, unknown, "MultiScaleDeformRoIPool")
+        if not featmap_names:
+            raise ValueError('`featmap_names` is empty; expected the names of feature maps, as ["0", "1", "2", "3"].')
         super().__init__(
             featmap_names, output_size, sampling_ratio, canonical_scale=canonical_scale, canonical_level=canonical_level
         )
@@ -76,32 +82,45 @@ class MultiScaleDeformRoIPool(MultiScaleRoIAlign):
 
     @classmethod
     def like(cls, pool: MultiScaleRoIAlign, channels: int = 256, **others: Any) -> MultiScaleDeformRoIPool:
-        """What stands in the place of a detector's `pool`; `others` are the arguments that it does not know."""
+        """What stands in the place of a detector's `pool`; `others` are arguments that it does not know or that differ."""
         if not isinstance(pool, MultiScaleRoIAlign):
             raise TypeError(f"`pool` is a {type(pool).__module__}.{type(pool).__qualname__}; expected a MultiScaleRoIAlign.")
-        made = cls(
-            pool.featmap_names, pool.output_size, pool.sampling_ratio, channels,
-            canonical_scale=pool.canonical_scale, canonical_level=pool.canonical_level, **others,
-        )  # fmt: skip
+        same = ("featmap_names", "output_size", "sampling_ratio", "canonical_scale", "canonical_level")
+        made = cls(**{**{name: getattr(pool, name) for name in same}, "channels": channels, **others})
         return made.train(pool.training)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Pool the boxes (r, 4) of each image, in pixels of the images, as (R, channels, *output_size)."""
-        maps = _filter_input(x, self.featmap_names)
+        maps = _filter_input(x, self._present(x))
+        if not isinstance(boxes, (list, tuple)):
+            raise TypeError(
+                f"`boxes` is a {type(boxes).__module__}.{type(boxes).__qualname__}; expected a list of tensors (r, 4), one for "
+                "each image."
+            )
         if self.scales is None or self.map_levels is None:
             self.scales, self.map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
         rows = joined(boxes, maps[0])
         if len(maps) == 1:
-            return self._pool(0, maps[0], rows)
+            return self._pool(x, 0, maps[0], rows)
         levels = self.map_levels(boxes)
         places = [torch.where(levels == level)[0] for level in range(len(maps))]
-        pooled = torch.cat([self._pool(level, maps[level], rows[place]) for level, place in enumerate(places)])
+        pooled = torch.cat([self._pool(x, level, maps[level], rows[place]) for level, place in enumerate(places)])
         order = torch.cat(places)
         return torch.zeros_like(pooled).index_copy(0, order, pooled)
 
-    def _pool(self, level: int, features: Tensor, boxes: Tensor) -> Tensor:
+    def _present(self, x: Any) -> list[str]:
+        """The names of the maps that are pooled."""
+        found = [name for name in self.featmap_names if name in x] if isinstance(x, dict) else []
+        if not found:
+            has = (
+                f"has {', '.join(map(repr, x))}" if isinstance(x, dict) else f"is a {type(x).__module__}.{type(x).__qualname__}"
+            )
+            raise ValueError(f"`x` {has}; expected a dict of feature maps, some of them named {self.featmap_names}.")
+        return found
+
+    def _pool(self, x: Any, level: int, features: Tensor, boxes: Tensor) -> Tensor:
         """The boxes of one level. It is called for no boxes, too: then the predictor's gradients are 0 and not absent."""
-        pool = self.pools[0 if self.share_levels else level]
+        pool = self.pools[0 if self.share_levels else self.featmap_names.index(self._present(x)[level])]
         assert isinstance(pool, DeformRoIPool) and self.scales is not None
         pool.spatial_scale = self.scales[level]
         pooled: Tensor = pool(features, boxes)

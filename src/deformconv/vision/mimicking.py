@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -12,11 +14,12 @@ from torch.nn import functional as F
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import roi_align
 
+from deformconv.errors import ShapeError
 from deformconv.ops.window import count
 
 __all__ = ["FeatureMimicking"]
 
-_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_NORMS = nn.modules.batchnorm._NormBase  # batch and instance normalisation over any number of axes
 
 
 class FeatureMimicking(nn.Module):
@@ -45,9 +48,10 @@ class FeatureMimicking(nn.Module):
         as the detector: `model(images, targets)` in training gives its losses and the two; `model(images)` its detections.
 
     Raises:
-        TypeError: `detector` is no GeneralizedRCNN with a box head.
+        TypeError: `detector` is no GeneralizedRCNN with a box head, or its box predictor has no `cls_score`.
         ShapeError: `rois_per_image` or `crop` is below 1.
-        ValueError: `crop` is no multiple of 32, or `reduction` unknown.
+        ValueError: `crop` is no multiple of 32, `weight` negative, or `reduction` unknown; in a call, the detector alone is
+            in evaluation mode.
 
     Example:
         >>> import torch, torchvision
@@ -83,24 +87,40 @@ class FeatureMimicking(nn.Module):
             )
         if count("crop", crop) % 32:
             raise ValueError(f"`crop` is {crop}; expected a multiple of 32, the stride of a backbone's last map.")
+        _check_weight(weight)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"`reduction` is {reduction!r}; expected 'mean' or 'sum'.")
         self.detector = detector
         self.rois_per_image, self.crop, self.weight = count("rois_per_image", rois_per_image), crop, weight
         self.reduction, self.include_ground_truth = reduction, include_ground_truth
         self.stop_teacher_gradient = stop_teacher_gradient
-        scores = detector.roi_heads.box_predictor.cls_score
+        scores = getattr(detector.roi_heads.box_predictor, "cls_score", None)
+        if not isinstance(scores, nn.Linear):
+            raise TypeError(
+                "`detector.roi_heads.box_predictor` has no nn.Linear `cls_score`, which says how many features and classes "
+                "there are; expected one, as torchvision's FastRCNNPredictor has."
+            )
         self.classifier = nn.Linear(scores.in_features, scores.out_features).to(scores.weight)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         if not self.training:
             return self.detector(images, targets)
+        if not self.detector.training:
+            raise ValueError(
+                "the detector is in evaluation mode, where it has no losses, and this module in training mode; expected "
+                "model.train() after detector.eval(). To freeze normalisation put its layers alone in evaluation mode."
+            )
         with self._watched() as seen:
             losses = self.detector(images, targets)
         return {**losses, **self._losses(seen)}
 
     def _losses(self, seen: dict[str, Any]) -> dict[str, Tensor]:
         """The two losses, from what was seen of the detector's own pass."""
+        if seen["features"].ndim != 2 or seen["features"].shape[1] != self.classifier.in_features:
+            raise ShapeError(
+                f"the detector's box head gives features {tuple(seen['features'].shape)}; expected (R, "
+                f"{self.classifier.in_features}), a vector for each box, as its `cls_score` takes."
+            )
         students = seen["features"].split([len(boxes) for boxes in seen["proposals"]])
         chosen = [self._chosen(*each) for each in zip(seen["labels"], seen["proposals"], seen["truth"], strict=True)]
         boxes = [proposals[rows] for proposals, rows in zip(seen["proposals"], chosen, strict=True)]
@@ -166,11 +186,14 @@ class FeatureMimicking(nn.Module):
         handles = [
             self.detector.transform.register_forward_hook(transformed), heads.box_head.register_forward_hook(headed),
         ]  # fmt: skip
+        own = vars(heads).get("select_training_samples")  # somebody may have put one on the instance, too
         heads.select_training_samples = selected
         try:
             yield seen
         finally:
             del heads.select_training_samples  # the instance's, so that the class' is there again
+            if own is not None:
+                heads.select_training_samples = own
             for handle in handles:
                 handle.remove()
 
@@ -182,10 +205,15 @@ def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)
 
 
+def _check_weight(weight: Any) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
+        raise ValueError(f"`weight` is {weight!r}; expected a number of at least 0.")
+
+
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """A context in which batch normalisation uses its running statistics, and does not change them."""
-    norms = [part for part in module.modules() if isinstance(part, _BATCH_NORMS) and part.training]
+    norms = [part for part in module.modules() if isinstance(part, _NORMS) and part.training]
     for norm in norms:
         norm.eval()
     try:

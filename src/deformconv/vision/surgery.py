@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from deformconv.ops.words import unexpected
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, surgery
 from deformconv.torch.conv.modules import OffsetPredictor
 
@@ -39,6 +40,7 @@ def make_deformable(
     modulated: bool = True,
     offset_groups: int = 1,
     max_offset: float | None = None,
+    **unknown: NoReturn,
 ) -> Replaced:
     """Replace convolutions of a model by deformable ones, in place, so that it computes what it did before.
 
@@ -64,9 +66,10 @@ def make_deformable(
         The names of the layers that were replaced; `print` shows how many they are.
 
     Raises:
-        TypeError: `model` is no nn.Module.
-        ValueError: `which` finds no convolution, or one that cannot be replaced: a subclass, whose `forward` may be another, or
-            one with a parametrization. The model is left as it was.
+        TypeError: `model` is no nn.Module, or `which` neither a string nor names.
+        ValueError: `which` finds no convolution, or one that cannot be replaced: a subclass or an instance whose `forward` may
+            be another, or one with a parametrization or with parameters, buffers or modules of its own; or `model` is compiled,
+            a script or in DistributedDataParallel. The model is left as it was.
         ShapeError: `offset_groups` does not divide a layer's channels. The model is left as it was.
 
     Example:
@@ -80,7 +83,14 @@ def make_deformable(
 
     Papers: v1, arXiv 1703.06211, section 3.1, conv5; v2, arXiv 1811.11168, section 3.1, conv3 to conv5.
     """
+    if unknown:
+        raise unexpected(make_deformable, unknown)
     surgery.check_model(model)
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "`model` is or has a DistributedDataParallel, which would not average the gradients of new parameters; expected "
+            "the model within: change that first, and wrap it then."
+        )
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
         kind = "a script" if isinstance(model, torch.jit.ScriptModule) else "a compiled model"
         raise ValueError(f"`model` is {kind}, whose code is fixed; expected the model that it was made of: change that first.")
@@ -102,12 +112,12 @@ def _found(model: nn.Module, which: str | Iterable[str]) -> list[str]:
     """The names of the convolutions to replace, in the model's order."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(which, str):
-        wanted = list(which)
+        wanted = _names(which)
         unknown = [name for name in wanted if name not in modules]
-        if unknown or not wanted:
-            raise ValueError(
-                f"`which` names {unknown[0]!r}, which `model` does not have." if unknown else "`which` has no names."
-            )
+        if unknown:
+            text = f"`which` names {unknown[0]!r}, which `model` does not have."
+            is_pattern = any(fnmatchcase(name, unknown[0]) for name in modules) or unknown[0].startswith("resnet:")
+            raise ValueError(text + (" Pass a pattern or a recipe as a string alone, and not in a list." * is_pattern))
         return [name for name in modules if name in set(wanted)]
     if which in modules:
         return [which]
@@ -118,6 +128,20 @@ def _found(model: nn.Module, which: str | Iterable[str]) -> list[str]:
             f"`which` is {which!r}, and finds no convolution of more than one tap in `model`.{_hint(modules, matches)}"
         )
     return found
+
+
+def _names(which: Any) -> list[str]:
+    """The names in `which`, which is no string."""
+    expected = 'a recipe, "resnet:conv3-conv5", a pattern, "layer4.*", or names, as `model.named_modules()` has them'
+    if isinstance(which, bytes) or not isinstance(which, Iterable):
+        raise TypeError(f"`which` is {which!r}; expected {expected}.")
+    names = list(which)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"`which` has a {type(name).__module__}.{type(name).__qualname__}; expected {expected}.")
+    if not names:
+        raise ValueError("`which` has no names.")
+    return names
 
 
 def _matcher(which: str) -> Callable[[str], bool]:
@@ -158,7 +182,13 @@ def _check(name: str, module: nn.Module) -> None:
         text = f"layer {name!r} of `model` is a {kind.__module__}.{kind.__qualname__}; expected an nn.Conv1d, Conv2d or Conv3d"
         if isinstance(module, tuple(_KINDS)):
             text += ", and not a subclass, whose `forward` may be another. Put a plain one there first, or leave it out"
+        elif any(map(_is_candidate, module.modules())):
+            text += f'. For what it contains pass "{name}.*"' if name else '. For what it contains pass "*"'
         raise ValueError(f"{text}.")
+    own = [*module._modules, *module._buffers, *(key for key in module._parameters if key not in ("weight", "bias"))]
+    if own or "forward" in vars(module):
+        text = f"has {own[0]!r} beside its weight and bias" if own else "has a `forward` of its own, put on the instance"
+        raise ValueError(f"layer {name!r} of `model` {text}, which a new layer would not have; expected a plain convolution.")
 
 
 def _deformable(theirs: Any, **keywords: Any) -> nn.Module:
