@@ -121,3 +121,13 @@ def test_errors() -> None:
 def test_doctests() -> None:
     found = doctest.testmod(deformconv.gluon.roi_pool)
     assert found.attempted >= 5 and not found.failed
+
+
+def test_numbers_in_the_place_of_others() -> None:
+    x, boxes, trans = mx.nd.ones((1, 2, 5, 5)), mx.nd.array([[0, 0, 0, 3, 3]]), mx.nd.zeros((1, 2, 1, 1))
+    with pytest.raises(TypeError, match=r"`offset` is 7; .* pass output_size=7"):
+        deform_roi_pool(x, boxes, 7, 1 / 16)
+    sizes = {"spatial_scale": 1.0, "output_dim": 2, "group_size": 1, "pooled_size": 1}
+    for name, value in (("trans_std", None), ("spatial_scale", "1/16")):
+        with pytest.raises(TypeError, match=f"`{name}` is {value!r}; expected a number"):
+            contrib.DeformablePSROIPooling(x, boxes, trans, **{**sizes, name: value})

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import mxnet as mx
@@ -240,11 +241,18 @@ def DeformablePSROIPooling(
             )
     parameters = {
         "output_size": bins,
-        "spatial_scale": float(np.float32(spatial_scale)),  # MXNet's precision, in which equal results need it
+        "spatial_scale": _single("spatial_scale", spatial_scale),
         "sampling_ratio": count("sample_per_part", sample_per_part),
         "convention": "rounded",
-        "gamma": float(np.float32(trans_std)),
+        "gamma": _single("trans_std", trans_std),
         "group_size": groups,
         "part_size": count("part_size", part_size) if part_size else bins,
     }
     return calls.call(DEFORM_ROI_POOL, operands, parameters, None, name, {"channels": outputs * groups**2})
+
+
+def _single(name: str, value: Any) -> float:
+    """A number in MXNet's precision, in which equal results need it."""
+    if not isinstance(value, Real):
+        raise TypeError(f"`{name}` is {value!r}; expected a number.")
+    return float(np.float32(value))

@@ -8,7 +8,7 @@ from deformconv.errors import ShapeError
 from deformconv.gluon import calls
 from deformconv.gluon.custom import Registered
 from deformconv.ops.roi_pool import operator
-from deformconv.ops.roi_pool.spec import group_size_of
+from deformconv.ops.roi_pool.spec import check_order, group_size_of
 from deformconv.ops.words import unexpected
 
 __all__ = ["DEFORM_ROI_POOL", "deform_roi_pool"]
@@ -80,6 +80,7 @@ def deform_roi_pool(
     """
     if unknown:
         raise unexpected(deform_roi_pool, unknown)
+    check_order(offset)
     parameters = {
         "output_size": output_size,
         "spatial_scale": spatial_scale,
