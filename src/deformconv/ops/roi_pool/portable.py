@@ -90,9 +90,9 @@ def _forward(spec: RoiSpec, input: Array, boxes: Array, offset: Array | None, ma
 
     one = xp.ones((), dtype=dtype, device=device_of(input))
     counts = ~out if spec.convention == "rounded" else xp.broadcast_to(is_sample, out.shape)
-    counted = xp.sum(xp.astype(counts, dtype), axis=(4, 5))
+    counted = xp.astype(counts, dtype).sum(axis=(4, 5))
     divisor = xp.where(counted > 0, counted, one)
-    output = xp.sum(samples, axis=(4, 5)) / divisor[..., None]  # (R, classes, PH, PW, C_out / classes)
+    output = samples.sum(axis=(4, 5)) / divisor[..., None]  # (R, classes, PH, PW, C_out / classes)
     output = xp.reshape(xp.permute_dims(output, (0, 1, 4, 2, 3)), (R, spec.out_channels, PH, PW))
     if mask is not None:
         output = output * mask

@@ -141,8 +141,10 @@ class DeformRoIPool(nn.Module):
 
     def _check_dtype(self, input: Any) -> None:
         """Say in the operator's words what F.linear would say in its own."""
+        if modes.compiling() or modes.any_autocast():  # PyTorch's compiler of 2.4 does not read the next line
+            return
         weight = next(self.parameters(), None)
-        if isinstance(input, Tensor) and weight is not None and input.dtype is not weight.dtype and not modes.any_autocast():
+        if isinstance(input, Tensor) and weight is not None and input.dtype is not weight.dtype:
             raise TypeError(
                 f"`input` is {dtype_name(input.dtype)} and this layer's parameters are {dtype_name(weight.dtype)}; expected "
                 f"one dtype: cast `input`, or the layer by `layer.to({input.dtype})`."
