@@ -15,7 +15,7 @@ import numpy as np
 
 from deformconv.bench.cases import Case, case_of, make
 
-__all__ = ["DIRECTIONS", "PEERS", "RECORDED", "Peer", "Truth", "embedded", "missing"]
+__all__ = ["DIRECTIONS", "PEERS", "RECORDED", "Peer", "TorchPeer", "Truth", "embedded", "missing"]
 
 DIRECTIONS = ("forward", "forward+backward")
 RECORDED = "forward, gradient recorded"
@@ -105,7 +105,7 @@ class _Planar(Peer):
     ranks = (1, 2)
 
 
-class _Torch(Peer):
+class TorchPeer(Peer):
     """Whatever runs on PyTorch tensors."""
 
     packages: ClassVar[tuple[str, ...]] = ("torch",)
@@ -157,7 +157,7 @@ class _Torch(Peer):
         return _unembedded(self.asked, found) if self.embeds(self.asked) else found
 
 
-class Deformconv(_Torch):
+class Deformconv(TorchPeer):
     name = title = "deformconv"
     packages = ("torch", "numba")
     backend: ClassVar[str | None] = None
@@ -218,7 +218,7 @@ class Truth(Deformconv):
         return {name: tensor.numpy() for name, tensor in joined.items()}
 
 
-class Dense(_Torch):
+class Dense(TorchPeer):
     """The plain convolution of the same shape: it neither samples nor has gradients of offset and mask."""
 
     name, title = "dense", "plain convolution"
@@ -233,7 +233,7 @@ class Dense(_Torch):
         return call
 
 
-class Torchvision(_Torch, _Planar):
+class Torchvision(TorchPeer, _Planar):
     name = title = "torchvision"
     packages = ("torch", "torchvision")
 
@@ -246,7 +246,7 @@ class Torchvision(_Torch, _Planar):
         return call
 
 
-class Kornia(_Torch, _Planar):
+class Kornia(TorchPeer, _Planar):
     """PyTorch operations, from one of kornia's models."""
 
     name = title = "kornia"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from deformconv.bench.peers import Arrays, Peer
+from deformconv.bench.peers import Arrays, TorchPeer
 
 __all__ = ["ROI_CASES", "ROI_PEERS", "RoiCase", "roi_case_of"]
 
@@ -70,21 +68,11 @@ def _make(case: RoiCase) -> Arrays:
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-class _RoiPeer(Peer):
+class _RoiPeer(TorchPeer):
     """A library that pools boxes of PyTorch's tensors."""
 
-    packages: ClassVar[tuple[str, ...]] = ("torch",)
     given: ClassVar[tuple[str, ...]] = ("input", "offset", "mask")  # what has a gradient
     dtype: ClassVar[str] = "float32"
-
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        import deformconv
-
-        torch.set_num_threads(threads)
-        deformconv.set_num_threads(threads)
-        self.torch = torch
 
     @classmethod
     def reason_against(cls, case: Any, direction: str) -> str | None:
@@ -99,37 +87,11 @@ class _RoiPeer(Peer):
         return roi_case_of(fields)
 
     def prepare(self, case: Any) -> None:
-        self.case = case
+        self.asked = self.case = case
         tensors = {name: self.torch.from_numpy(array.astype(self.dtype)) for name, array in _make(case).items()}
         self.grad_output, self.boxes = tensors.pop("grad_output"), tensors.pop("boxes")
         self.tensors = {name: tensors[name] for name in self.given}
-
-    def context(self, direction: str) -> AbstractContextManager[Any]:
-        for tensor in self.tensors.values():
-            tensor.requires_grad_(direction != "forward")
-        return self.torch.inference_mode() if direction == "forward" else nullcontext()
-
-    def call_of(self, direction: str) -> Callable[[], Any]:
-        return self.train if direction == "forward+backward" else self.forward
-
-    @abstractmethod
-    def forward(self) -> Any:
-        """The boxes' bins."""
-
-    def train(self) -> Any:
-        for tensor in self.tensors.values():
-            tensor.grad = None
-        output = self.forward()
-        output.backward(self.grad_output)
-        return output
-
-    def results(self, direction: str) -> Arrays:
-        with self.context(direction):
-            found: Arrays = {"output": self.call_of(direction)().detach().numpy()}
-        if direction == "forward+backward":
-            gradients = {name: tensor.grad for name, tensor in self.tensors.items()}
-            found |= {name: gradient.numpy() for name, gradient in gradients.items() if gradient is not None}
-        return found
+        self.operate = self.operator(case)
 
 
 class DeformconvRoi(_RoiPeer):
@@ -137,14 +99,22 @@ class DeformconvRoi(_RoiPeer):
     packages = ("torch", "numba")
     backend: ClassVar[str | None] = None
 
-    def forward(self) -> Any:
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        import deformconv
+
+        deformconv.set_num_threads(threads)
+
+    def operator(self, case: Any) -> Callable[..., Any]:
         from deformconv.torch import deform_roi_pool
 
-        case = self.case
-        return deform_roi_pool(
-            self.tensors["input"], self.boxes, self.tensors["offset"], self.tensors["mask"], case.bins, 1 / case.stride,
-            case.sampling, convention="unaligned", backend=self.backend,
-        )  # fmt: skip
+        def call(input: Any, offset: Any, mask: Any) -> Any:
+            return deform_roi_pool(
+                input, self.boxes, offset, mask, case.bins, 1 / case.stride, case.sampling,
+                convention="unaligned", backend=self.backend,
+            )  # fmt: skip
+
+        return call
 
 
 class TruthRoi(DeformconvRoi):
@@ -162,11 +132,10 @@ class TorchvisionRoi(_RoiPeer):
     given = ("input",)
     deforms = False
 
-    def forward(self) -> Any:
+    def operator(self, case: Any) -> Callable[..., Any]:
         from torchvision.ops import roi_align
 
-        case = self.case
-        return roi_align(self.tensors["input"], self.boxes, case.bins, 1 / case.stride, case.sampling, False)
+        return lambda input: roi_align(input, self.boxes, case.bins, 1 / case.stride, case.sampling, False)
 
 
 ROI_PEERS: dict[str, type[_RoiPeer]] = {peer.name: peer for peer in (DeformconvRoi, TorchvisionRoi, TruthRoi)}

@@ -225,13 +225,11 @@ def DeformablePSROIPooling(
         if value is None:
             raise TypeError(f"`{key}` is missing; expected it, as MXNet's operator does.")
     bins, groups, outputs = (count(key, required[key]) for key in ("pooled_size", "group_size", "output_dim"))
-    operands = {"data": data, "boxes": rois, "offset": None if no_trans else trans}
+    operands = {"data": data, "rois": rois, "trans": None if no_trans else trans}
     if all(value is None or isinstance(value, Symbol) for value in operands.values()):
-        operands = {"data": data, "rois": rois, "trans": operands["offset"]}
         name = _with_variables(operands, name, "deformablepsroipooling", without="trans" if no_trans else None)
-        operands = dict(zip(("data", "boxes", "offset"), operands.values(), strict=True))
     else:
-        if operands["offset"] is None and not no_trans:
+        if operands["trans"] is None and not no_trans:
             raise TypeError("`trans` is missing; expected it, or no_trans=True.")
         shape = getattr(data, "shape", None)
         if shape is not None and len(shape) == 4 and shape[1] != outputs * groups**2:
@@ -248,7 +246,8 @@ def DeformablePSROIPooling(
         "group_size": groups,
         "part_size": count("part_size", part_size) if part_size else bins,
     }
-    return calls.call(DEFORM_ROI_POOL, operands, parameters, None, name, {"channels": outputs * groups**2})
+    ours = dict(zip(("data", "boxes", "offset"), operands.values(), strict=True))
+    return calls.call(DEFORM_ROI_POOL, ours, parameters, None, name, {"channels": outputs * groups**2})
 
 
 def _single(name: str, value: Any) -> float:

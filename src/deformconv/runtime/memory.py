@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ALIGNMENT", "Arena", "aligned", "arena", "release"]
+__all__ = ["ALIGNMENT", "Arena", "aligned", "arena", "release", "room", "up"]
 
 ALIGNMENT = 64  # bytes: a vector that crosses a cache line is loaded twice
 KEPT = 256 << 20  # bytes that are kept for the next calls, all pieces together
@@ -51,7 +51,12 @@ class Arena:
 
 def room(size: int, dtype: Any) -> int:
     """The bytes that an array of `size` numbers takes in an arena."""
-    return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+    return up(size * np.dtype(dtype).itemsize, ALIGNMENT)
+
+
+def up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `number`."""
+    return -(-number // multiple) * multiple
 
 
 class arena:

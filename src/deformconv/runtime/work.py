@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deformconv.runtime import threads
-from deformconv.runtime.memory import ALIGNMENT, Arena, room
+from deformconv.runtime.memory import ALIGNMENT, Arena, room, up
 from deformconv.runtime.openmp import Team
 
 __all__ = ["COPY", "Share", "is_shared", "run", "share"]
@@ -42,7 +42,7 @@ def share(items: int, threads: int, multiplications: int, dtype: str, scratch: t
     """
     threads = max(1, min(threads, items)) if is_shared(multiplications) else 1
     burst = int(BURST * items / max(multiplications * NANOSECONDS, 1))
-    integers, reals = (-(-number // ALIGNMENT) * ALIGNMENT for number in scratch)  # a thread's row begins at a cache line
+    integers, reals = (up(number, ALIGNMENT) for number in scratch)  # a thread's row begins at a cache line
     size = room(threads * reals, dtype) + room(threads * integers, "int32")
     return Share(items, threads, burst, reals, integers, size)
 

@@ -9,42 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from itertools import product
 from math import prod
 from typing import Any, Literal
 
 import numpy as np
 
+from deformconv.ops import cpu as on_cpu
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
 from deformconv.ops.operator import half_in_float32 as computes_in
 from deformconv.runtime import arrays, threads
 from deformconv.runtime.memory import arena, room
 from deformconv.runtime.openmp import team_for
-from deformconv.runtime.work import COPY, is_shared, run, share
+from deformconv.runtime.work import COPY, run, share
 
 __all__ = [
-    "DETERMINISTIC", "DTYPES", "TAKES", "backward", "computes_in", "forward", "forward_layer", "how", "reasons_against",
+    "DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "forward_layer", "how", "reasons_against",
     "warmup",
 ]  # fmt: skip
 
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
-DTYPES = ("float32", "float64")
 _PIXELS, _AXIS_LIMIT = 2**31 - 1, 2**29  # `sampling.corners` counts in int32; see INT32_REACH there
 
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run a call, as sentences; none if it can."""
-    reasons = []
-    if find_spec("numba") is None:
-        reasons.append("Numba is not installed")
-    if device != "cpu":
-        reasons.append(f"its kernels run on the CPU and the arrays are on {device}")
-    if library not in ("numpy", "torch"):
-        reasons.append(f"it reads NumPy arrays and what shares memory with them, not {library}'s")
-    if computes_in(spec.dtype, library) not in DTYPES:
-        reasons.append(f"it computes in float32 and float64, not {spec.dtype}")
+    reasons = on_cpu.reasons_against(spec.dtype, library, device)
     if spec.pixels >= _PIXELS:
         reasons.append(f"an image of {spec.pixels} pixels exceeds its 32-bit pixel numbers")
     for axis in range(spec.rank):
@@ -60,9 +51,7 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
 
 def how(spec: ConvSpec, library: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    if not is_shared(_multiplications(spec)):
-        return ["the caller's thread computes it alone, since it is small"]
-    return [f"work is shared out to {team_for(library)}"]
+    return on_cpu.how(_multiplications(spec), library)
 
 
 @cache

@@ -19,7 +19,7 @@ from deformconv.ops.conv.cpu_pack import (
     write_output,
 )
 from deformconv.runtime.atomics import all_together, fetch_add
-from deformconv.runtime.blocks import RUN, SUMS, Layout, block_end, block_of, copy_in, copy_out, sum_slots
+from deformconv.runtime.blocks import RUN, SUMS, Layout, block_end, block_of, copy_in, copy_out, sum_slots, zero
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
 from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up
@@ -177,17 +177,6 @@ def forward(counter, limit, thread, plan, order, arrays, reals, integers):
         if tile.n < shape.images:
             place_tile(plan[0], plan[1], tile.first, tile.count, table)
             one_tile(samples, cut, arrays, sums, column, tile)
-
-
-@device
-def zero(array, start, end):
-    """Make a part of an array zeros, where a product takes numbers along that nobody has written and nobody will read.
-
-    As floating-point numbers what lay there before may be subnormal, as small integers are: a processor takes a hundred times
-    as long to multiply them.
-    """
-    for place in range(start, end):
-        array[place] = 0
 
 
 @device

@@ -24,7 +24,7 @@ from deformconv.ops.conv.cpu_kernels import BackwardCut, ForwardCut, Shape
 from deformconv.ops.conv.spec import ConvSpec
 from deformconv.runtime.blocks import RUN, SUMS, Layout
 from deformconv.runtime.matmul import FEW_ROWS, VECTORS
-from deformconv.runtime.memory import room
+from deformconv.runtime.memory import room, up
 from deformconv.runtime.simd import VECTOR_BYTES
 from deformconv.runtime.work import Share, share
 from deformconv.sampling.corners import table_sizes
@@ -99,7 +99,7 @@ def layer_plan(spec: ConvSpec, channels: int, threads: int, multiplications: int
     """The plan of a layer's forward pass; `channels` are those of the predictor."""
     x, x_size, common = _common(spec)
     vector = VECTOR_BYTES // np.dtype(spec.dtype).itemsize
-    product, row = _product(spec, x), _up(channels, vector)
+    product, row = _product(spec, x), up(channels, vector)
     cut, (integers, reals) = _cut_forward(spec, threads, product, row)
     taps_at_once = min(spec.taps, max(1, _DEPTH // x.width))
     predictor_cut = cut._replace(taps_at_once=taps_at_once, group_row=row, panels=ceil(channels / (VECTORS * vector)))
@@ -160,7 +160,7 @@ def _layout(spec: ConvSpec) -> Layout:
     vector, full, group_channels = VECTOR_BYTES // item, _BLOCK_BYTES // item, channels // spec.groups
     span = group_channels if group_channels >= full else channels
     # Pieces of a group of channels that are about equal, or several whole groups.
-    width = _up(ceil(span / ceil(span / full)), vector) if span == group_channels else full // group_channels * group_channels
+    width = up(ceil(span / ceil(span / full)), vector) if span == group_channels else full // group_channels * group_channels
     width = min(width, span)
     return Layout(span, width, channels // span * ceil(span / width), spec.pixels, spec.pixels + 1)
 
@@ -184,14 +184,14 @@ class _Product(NamedTuple):
 def _product(spec: ConvSpec, x: Layout) -> _Product:
     vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
     # Pieces of a large group that are about equal; of small ones as many as a block has, and all taps if possible.
-    piece = _up(ceil(x.span / ceil(x.span / _DEPTH)), vector)
+    piece = up(ceil(x.span / ceil(x.span / _DEPTH)), vector)
     chunk, depth = (min(piece, x.span), _DEPTH) if x.span == group_channels else (x.width, 2 * _DEPTH)
     taps_at_once = 1 if depthwise or chunk < min(group_channels, x.span) else max(1, min(taps, depth // chunk))
     return _Product(
         chunk=chunk,
         chunk_span=max(group_channels, chunk),
         taps_at_once=ceil(taps / ceil(taps / taps_at_once)),
-        group_row=1 if depthwise else _up(group_outputs, vector),
+        group_row=1 if depthwise else up(group_outputs, vector),
         groups=spec.groups,
         panels=1 if depthwise else spec.groups * ceil(group_outputs / (VECTORS * vector)),
     )
@@ -216,13 +216,13 @@ def _cut_forward(spec: ConvSpec, threads: int, product: _Product, most_sums: int
 
     def scratch(tile: int) -> tuple[int, int]:
         integers, reals = table_sizes(spec.rank, tile)
-        sums = _up(tile * max(product.row, most_sums), vector)
+        sums = up(tile * max(product.row, most_sums), vector)
         column = tile * product.chunk * product.taps_at_once
-        return integers, _up(reals, vector) + max(sums + column, vector * vector)
+        return integers, up(reals, vector) + max(sums + column, vector * vector)
 
     tile = _forward_tile(spec, threads)
     while tile > FEW_ROWS and scratch(tile)[1] * item > _TILE_BYTES:
-        tile = _up(tile // 2, FEW_ROWS)
+        tile = up(tile // 2, FEW_ROWS)
     tiles = ceil(spec.positions / tile)
     strands = max(1, min(threads, spec.batch * tiles))
     cut = ForwardCut(
@@ -258,30 +258,30 @@ def _backward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, com
     slots = max(_block(x, last) - _block(x, first) + 1 for first, last in ends)
     tile = _even(spec.positions, _TILE)
     parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * x.blocks)), spec.positions // (4 * FEW_ROWS)))
-    tile = min(tile, _up(ceil(spec.positions / parts), FEW_ROWS))
-    parts = max(1, ceil(spec.positions / max(tile, _up(ceil(spec.positions / parts), tile))))
+    tile = min(tile, up(ceil(spec.positions / parts), FEW_ROWS))
+    parts = max(1, ceil(spec.positions / max(tile, up(ceil(spec.positions / parts), tile))))
     # A replica has the size of the weight: many of them where that is little, few where it is much.
     affordable = _REPLICA_BYTES // max(1, taps * group_channels * spec.out_channels * item)
     replicas = max(ceil(_ITEMS / x.blocks), min(ceil(_MOST_ITEMS / x.blocks), affordable))
     replicas = max(1, min(spec.batch * parts, replicas))
-    rows, row = (1, 1) if depthwise else (_up(group_outputs, FEW_ROWS), _up(group_channels, vector))
+    rows, row = (1, 1) if depthwise else (up(group_outputs, FEW_ROWS), up(group_channels, vector))
     cut = BackwardCut(
         taps_at_once=min(taps, max(1, _TAPS_BYTES // max(1, 2 * x.width * group_outputs * item))),
         tile=tile,
         parts=parts,
-        part_size=_up(ceil(spec.positions / parts), tile),
+        part_size=up(ceil(spec.positions / parts), tile),
         replicas=replicas,
         row=row,
         sums=rows * row,
-        column_row=_up(x.width, vector) + vector,
-        packed=_up(group_channels, vector) * group_outputs,
+        column_row=up(x.width, vector) + vector,
+        packed=up(group_channels, vector) * group_outputs,
         packs=1 if depthwise else spec.out_channels,
     )
     integers, reals = table_sizes(spec.rank, tile)
-    scratch = integers, _up(reals, vector) + 2 * tile * cut.column_row
+    scratch = integers, up(reals, vector) + 2 * tile * cut.column_row
     return Backward(
         arguments=(*common, _numbers(cut)),
-        weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * _up(group_channels, vector)),
+        weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * up(group_channels, vector)),
         output_size=(spec.batch * spec.positions + FEW_ROWS) * spec.out_channels,
         parts=parts,
         slots=slots,
@@ -303,10 +303,6 @@ def _block(layout: Layout, channel: int) -> int:
     return channel // layout.span * ceil(layout.span / layout.width) + channel % layout.span // layout.width
 
 
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
 def _even(positions: int, tile: int) -> int:
     """A tile no larger than `tile` that cuts the positions into runs of about equal length."""
-    return max(FEW_ROWS, min(_up(tile, FEW_ROWS), _up(ceil(positions / max(1, ceil(positions / tile))), FEW_ROWS)))
+    return max(FEW_ROWS, min(up(tile, FEW_ROWS), up(ceil(positions / max(1, ceil(positions / tile))), FEW_ROWS)))

@@ -14,6 +14,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_numpy_array
 from array_api_compat import device as device_of
 
+from deformconv.ops.backends import reasons_against_arrays
 from deformconv.ops.conv.spec import ConvSpec
 from deformconv.ops.operator import HALF
 from deformconv.ops.operator import half_in_float32 as computes_in
@@ -31,13 +32,7 @@ CHUNK = 1 << 24  # samples at once, where memory is to be bounded
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run the call; none if it can."""
-    if library not in gather.LIBRARIES:
-        return [f"{library} has no array-API functions."]
-    if backward and library == "numpy":
-        return ["NumPy has no automatic derivative."]
-    if backward and library != "torch":
-        return [f"deform_conv_backward is for torch; differentiate deform_conv with {library} itself."]
-    return []
+    return reasons_against_arrays("deform_conv", library, backward)
 
 
 def how(spec: ConvSpec, library: str) -> list[str]:

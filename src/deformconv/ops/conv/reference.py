@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deformconv.ops.backends import as_given as computes_in
+from deformconv.ops.backends import nothing_to_say as how
+from deformconv.ops.backends import reasons_against_numpy_only as reasons_against
 from deformconv.ops.conv.spec import ConvSpec, Gradients
 from deformconv.sampling import rule
 
@@ -24,26 +27,6 @@ Array = np.ndarray[Any, Any]
 
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
-
-
-def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
-    """Why this backend cannot run the call; none if it can."""
-    reasons = []
-    if library != "numpy":
-        reasons.append(f"it takes NumPy arrays, not {library}'s.")
-    if device != "cpu":
-        reasons.append(f"it runs on the CPU, not on {device}.")
-    return reasons
-
-
-def computes_in(dtype: str, library: str) -> str:
-    """It computes in float64 within, and rounds once."""
-    return dtype
-
-
-def how(spec: ConvSpec, library: str) -> list[str]:
-    """What there is to say of how a call is computed, as sentences."""
-    return []
 
 
 # Infinities are data here: 0 * inf is NaN by definition, and nothing to warn of.

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from deformconv.ops import cpu as on_cpu
 from deformconv.ops.operator import Operand
 from deformconv.ops.operator import half_in_float32 as computes_in
 from deformconv.ops.roi_pool.spec import Gradients, RoiSpec, roi_spec
 from deformconv.runtime import arrays, threads
-from deformconv.runtime.memory import arena, room
+from deformconv.runtime.memory import arena, room, up
 from deformconv.runtime.openmp import team_for
-from deformconv.runtime.work import COPY, Share, is_shared, run, share
+from deformconv.runtime.work import COPY, Share, run, share
 
-__all__ = ["DETERMINISTIC", "DTYPES", "TAKES", "backward", "computes_in", "forward", "how", "reasons_against", "warmup"]
+__all__ = ["DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "how", "reasons_against", "warmup"]
 
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
-DTYPES = ("float32", "float64")
 _PIXELS = 2**29  # `sampling.corners` counts in int32
 _BLOCK_BYTES = 256  # a row of a block of channels
 _TILE = 256  # samples that are placed at once
@@ -35,15 +34,7 @@ _TILE = 256  # samples that are placed at once
 
 def reasons_against(spec: RoiSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run a call, as sentences; none if it can."""
-    reasons = []
-    if find_spec("numba") is None:
-        reasons.append("Numba is not installed")
-    if device != "cpu":
-        reasons.append(f"its kernels run on the CPU and the arrays are on {device}")
-    if library not in ("numpy", "torch"):
-        reasons.append(f"it reads NumPy arrays and what shares memory with them, not {library}'s")
-    if computes_in(spec.dtype, library) not in DTYPES:
-        reasons.append(f"it computes in float32 and float64, not {spec.dtype}")
+    reasons = on_cpu.reasons_against(spec.dtype, library, device)
     if spec.pixels >= _PIXELS:
         reasons.append(f"a map of {spec.pixels} pixels exceeds its 32-bit pixel numbers")
     return reasons
@@ -51,9 +42,7 @@ def reasons_against(spec: RoiSpec, library: str, device: str, backward: bool) ->
 
 def how(spec: RoiSpec, library: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    if not is_shared(_multiplications(spec)):
-        return ["the caller's thread computes it alone, since it is small"]
-    return [f"work is shared out to {team_for(library)}"]
+    return on_cpu.how(_multiplications(spec), library)
 
 
 @cache
@@ -90,7 +79,7 @@ def _plan(spec: RoiSpec, number: int) -> Plan:
 
     kernels, item = _kernels(), np.dtype(spec.dtype).itemsize
     vector, span, groups = VECTOR_BYTES // item, spec.class_channels, prod(spec.group_size)
-    width = min(span, _up(ceil(span / ceil(span * item / _BLOCK_BYTES)), vector))
+    width = min(span, up(ceil(span / ceil(span * item / _BLOCK_BYTES)), vector))
     slots = ceil(span / width)
     blocks = slots * spec.classes
     layout = Layout(span, width, groups * blocks, spec.pixels, spec.pixels + 1)
@@ -112,7 +101,7 @@ def _plan(spec: RoiSpec, number: int) -> Plan:
         tile=_TILE,
     )
     integers, reals = table_sizes(2, _TILE)
-    reals = _up(reals, vector) + 8 * _TILE + _up(spec.bins, vector)
+    reals = up(reals, vector) + 8 * _TILE + up(spec.bins, vector)
     scratch = integers, reals + (spec.bins + 1) * width
     multiplications = _multiplications(spec)
     return Plan(
@@ -126,10 +115,6 @@ def _plan(spec: RoiSpec, number: int) -> Plan:
         forward=share(spec.boxes * spec.classes, number, multiplications, spec.dtype, scratch),
         backward=share(spec.batch * blocks, number, 3 * multiplications, spec.dtype, scratch),
     )  # fmt: skip
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def forward(spec: RoiSpec, input: Any, boxes: Any, offset: Any, mask: Any, library: str = "numpy") -> np.ndarray:

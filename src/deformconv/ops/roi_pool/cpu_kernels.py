@@ -11,7 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 from deformconv.runtime.atomics import all_together, fetch_add
-from deformconv.runtime.blocks import RUN, SUMS, Layout, copy_in, copy_out, sum_slots, transpose
+from deformconv.runtime.blocks import RUN, SUMS, Layout, copy_in, copy_out, sum_slots, transpose, zero
 from deformconv.runtime.cache import as_written, device, kernel
 from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up
 from deformconv.runtime.threads import NEXT, STOP
@@ -341,16 +341,16 @@ def pool_box(work, r, number, sums):
             sum_run(work, int(arrays.boxes[r * 5]), number, c, width, run, sums)
             bin, sample = after(run)
         for b in range(bins if inside > 0 else 0):
-            factor = arrays.mask[r * bins + b] if arrays.mask.size else sums.dtype.type(1)
-            scale_row(sums[b * width : (b + 1) * width], factor / work.places.divisors[b])
+            scale_row(sums[b * width : (b + 1) * width], factor_of(work, r * bins + b, b))
         into = ((r * shape.classes + number) * shape.class_channels + c) * bins
         transpose(bins, width, sums, 0, width, arrays.output, into, bins, arrays.empty, 0)
 
 
 @device
-def zero(array, start, end):
-    for place in range(start, end):
-        array[place] = 0
+def factor_of(work, place, b):
+    """What the sum of a bin's samples is multiplied by: its mask, at `place`, over their number."""
+    mask, divisors = work.arrays.mask, work.places.divisors
+    return (mask[place] if mask.size else divisors.dtype.type(1)) / divisors[b]
 
 
 @device
@@ -445,7 +445,7 @@ def one_image(counter, work, image, block, rows):
 @device
 def one_box(work, image, r, block, blocks_of_class, width, rows):
     """Add what a box contributes to all wanted gradients."""
-    shape, arrays, places = work.shape, work.arrays, work.places
+    shape, arrays = work.shape, work.arrays
     number, bins = block // blocks_of_class, shape.bins_y * shape.bins_x
     box = box_at(shape, work.factors, work.size, arrays.boxes, r)
     channel = number * shape.class_channels + block % blocks_of_class * work.layout.width
@@ -454,31 +454,28 @@ def one_box(work, image, r, block, blocks_of_class, width, rows):
     bin, sample = 0, 0
     while bin < bins and box.count_y * box.count_x > 0:
         run = place_run(work, box, r, number, bin, sample)
-        b, t, first = run.bin, 0, run.sample
-        while t < run.count:
-            end = min(run.count, t + run.inside - first)
-            factor = arrays.mask[r * bins + b] if arrays.mask.size else places.scales.dtype.type(1)
-            for index in range(t, end):
-                places.scales[index] = factor / places.divisors[b]
-            b, t, first = b + 1, end, 0
-        pull_back_run(work, image, block, run, width, rows)
+        pull_back_run(work, image, r, block, run, width, rows)
         if arrays.d_offset.size + arrays.d_mask.size > 0:
             add_places(work, box, r, number, block, blocks_of_class, run)
         bin, sample = after(run)
 
 
 @device
-def pull_back_run(work, image, block, run, width, rows):
-    """Add a run's samples to d_x, and leave in the table what the other gradients need."""
+def pull_back_run(work, image, r, block, run, width, rows):
+    """Add a run's samples to d_x, and leave in the table, and in `scales`, what the other gradients need."""
     shape, arrays, layout, places = work.shape, work.arrays, work.layout, work.places
     blocks = shape.classes * ((layout.span + layout.width - 1) // layout.width)
-    column = Rows(rows, shape.bins_y * shape.bins_x * width, 0)
+    bins = shape.bins_y * shape.bins_x
+    column = Rows(rows, bins * width, 0)
     b, t, first = run.bin, 0, run.sample
     while t < run.count:
         end = min(run.count, t + run.inside - first)
         x = pixels_of(work, image, group_at(shape, b) * blocks + block)
+        scale = factor_of(work, r * bins + b, b)
+        for index in range(t, end):
+            places.scales[index] = scale
         pull_back_samples(
-            work.size, places.table, t, end, x, places.scales[t], column, Rows(rows, b * width, 0),
+            work.size, places.table, t, end, x, scale, column, Rows(rows, b * width, 0),
             Rows(arrays.d_x, x.start, layout.width), width,
         )  # fmt: skip
         b, t, first = b + 1, end, 0

@@ -6,6 +6,7 @@ holds a copy for each of four corners: memory is the price of running everywhere
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import and_, or_
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_numpy_array
 from array_api_compat import device as device_of
 
+from deformconv.ops.backends import reasons_against_arrays
 from deformconv.ops.operator import half_in_float32 as computes_in
 from deformconv.ops.roi_pool.bins import margin, part_of
 from deformconv.ops.roi_pool.spec import RoiSpec
@@ -30,13 +32,7 @@ DETERMINISTIC = True
 
 def reasons_against(spec: RoiSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run the call; none if it can."""
-    if library not in gather.LIBRARIES:
-        return [f"{library} has no array-API functions."]
-    if backward and library == "numpy":
-        return ["NumPy has no automatic derivative."]
-    if backward and library != "torch":
-        return [f"deform_roi_pool_backward is for torch; differentiate deform_roi_pool with {library} itself."]
-    return []
+    return reasons_against_arrays("deform_roi_pool", library, backward)
 
 
 def how(spec: RoiSpec, library: str) -> list[str]:
@@ -74,7 +70,9 @@ def _forward(spec: RoiSpec, input: Array, boxes: Array, offset: Array | None, ma
     exact = _exact(xp, input)
     wide = xp.astype(boxes, exact)
     number, known = _image(xp, spec, wide)
-    axes = [_axis(xp, spec, axis, wide, offset, exact) for axis in (0, 1)]
+    sides = [_side(xp, spec, axis, wide) for axis in (0, 1)]
+    finite = _finite(xp, spec, wide, sides)
+    axes = [_axis(xp, spec, axis, sides[axis], finite, offset) for axis in (0, 1)]
     is_nan = reduce(or_, [xp.isnan(axis.position) for axis in axes])
     is_sample = axes[0].is_sample & axes[1].is_sample
     out = (reduce(or_, [_is_out(spec, *pair) for pair in enumerate(axes)]) & ~is_nan) | ~is_sample
@@ -154,10 +152,9 @@ def _round(xp: Any, number: Array) -> Array:
     return xp.sign(number) * xp.floor(xp.abs(number) + 0.5)
 
 
-def _finite(xp: Any, spec: RoiSpec, boxes: Array) -> Array:
+def _finite(xp: Any, spec: RoiSpec, boxes: Array, sides: Sequence[tuple[Array, Array, Array]]) -> Array:
     """Whether a box is finite in map pixels, (R, 1, 1, 1, 1, 1)."""
     corners = xp.all(xp.isfinite(boxes[:, 1:] * spec.spatial_scale), axis=1)
-    sides = [_side(xp, spec, axis, boxes) for axis in (0, 1)]
     return reduce(
         and_, [xp.isfinite(number) for side in sides for number in side[:2]], xp.reshape(corners, (-1, 1, 1, 1, 1, 1))
     )
@@ -169,9 +166,9 @@ def _most_samples(xp: Any, spec: RoiSpec, axis: int, count: Array) -> int:
     return max(1, int(xp.max(count))) if spec.boxes else 1  # the boxes decide: their values are read
 
 
-def _axis(xp: Any, spec: RoiSpec, axis: int, boxes: Array, offset: Array | None, exact: Any) -> _Axis:
-    bins, device = spec.output_size[axis], device_of(boxes)
-    start, size, count = _side(xp, spec, axis, boxes)
+def _axis(xp: Any, spec: RoiSpec, axis: int, side: tuple[Array, Array, Array], finite: Array, offset: Array | None) -> _Axis:
+    start, size, count = side
+    bins, device, exact = spec.output_size[axis], device_of(start), start.dtype
     number = _most_samples(xp, spec, axis, count)
     sample = xp.reshape(xp.arange(number, device=device), (1, 1, 1, 1, number, 1) if axis == 0 else (1, 1, 1, 1, 1, number))
     bin = xp.reshape(xp.arange(bins, device=device), (1, 1, bins, 1, 1, 1) if axis == 0 else (1, 1, 1, bins, 1, 1))
@@ -183,7 +180,6 @@ def _axis(xp: Any, spec: RoiSpec, axis: int, boxes: Array, offset: Array | None,
         start = start + spec.gamma * size * _shift(xp, spec, axis, offset, exact)
     position = start + bin * length + within * (length / some)
     nan = xp.asarray(float("nan"), dtype=exact, device=device)
-    finite = _finite(xp, spec, boxes)
     position = position + xp.where(finite, xp.zeros_like(nan), nan)  # a sum, so that offsets reach it
     return _Axis(position, sample < xp.where(finite, count, some))
 

@@ -16,6 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from deformconv.ops.backends import as_given as computes_in
+from deformconv.ops.backends import nothing_to_say as how
+from deformconv.ops.backends import reasons_against_numpy_only as reasons_against
 from deformconv.ops.roi_pool.bins import margin, part_of, sample_at, sides
 from deformconv.ops.roi_pool.spec import Gradients, RoiSpec
 from deformconv.sampling import rule
@@ -26,26 +29,6 @@ Array = np.ndarray[Any, Any]
 
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
-
-
-def reasons_against(spec: RoiSpec, library: str, device: str, backward: bool) -> list[str]:
-    """Why this backend cannot run the call; none if it can."""
-    reasons = []
-    if library != "numpy":
-        reasons.append(f"it takes NumPy arrays, not {library}'s.")
-    if device != "cpu":
-        reasons.append(f"it runs on the CPU, not on {device}.")
-    return reasons
-
-
-def computes_in(dtype: str, library: str) -> str:
-    """It computes in float64 within, and rounds once."""
-    return dtype
-
-
-def how(spec: RoiSpec, library: str) -> list[str]:
-    """What there is to say of how a call is computed, as sentences."""
-    return []
 
 
 class _Sample(NamedTuple):

@@ -1,0 +1,34 @@
+"""What the backends of compiled kernels answer alike, whatever the operator."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from deformconv.ops.operator import half_in_float32
+from deformconv.runtime.openmp import team_for
+from deformconv.runtime.work import is_shared
+
+__all__ = ["DTYPES", "how", "reasons_against"]
+
+DTYPES = ("float32", "float64")
+
+
+def reasons_against(dtype: str, library: str, device: str) -> list[str]:
+    """Why kernels cannot run a call on such arrays, as sentences; none if they can."""
+    reasons = []
+    if find_spec("numba") is None:
+        reasons.append("Numba is not installed")
+    if device != "cpu":
+        reasons.append(f"its kernels run on the CPU and the arrays are on {device}")
+    if library not in ("numpy", "torch"):
+        reasons.append(f"it reads NumPy arrays and what shares memory with them, not {library}'s")
+    if half_in_float32(dtype, library) not in DTYPES:
+        reasons.append(f"it computes in float32 and float64, not {dtype}")
+    return reasons
+
+
+def how(multiplications: int, library: str) -> list[str]:
+    """What there is to say of how a call of so many multiply-adds is computed, as sentences."""
+    if not is_shared(multiplications):
+        return ["the caller's thread computes it alone, since it is small"]
+    return [f"work is shared out to {team_for(library)}"]
