@@ -272,3 +272,12 @@ def test_a_fault_of_our_own_plan_is_raised_and_not_taken_for_a_call_that_must_be
     with pytest.raises(kind, match="a fault of the plan"):
         function(**arrays, **keywords)
     assert planned == [1]
+
+
+@pytest.mark.parametrize("padding", [(1.0, 1), (True, 1), ((1, 1), (1, 1.0)), ((1, 1), (True, 1)), 1.0, True])
+def test_what_a_cache_takes_for_an_integer_is_refused_after_one(padding):
+    x, offset, weight = torch.rand(1, 2, 5, 5), torch.zeros(1, 18, 5, 5), torch.rand(3, 2, 3, 3)
+    for plain in (1, (1, 1), ((1, 1), (1, 1))):
+        assert deform_conv2d(x, offset, weight, padding=plain).shape == (1, 3, 5, 5)
+    with pytest.raises(TypeError, match=r"`padding` is .*; expected integers"):
+        deform_conv2d(x, offset, weight, padding=padding)

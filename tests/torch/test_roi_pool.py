@@ -206,6 +206,21 @@ def test_a_box_of_no_image_raises() -> None:
                 pool(*given, backend=backend)
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_box_of_no_image_raises_backwards_and_in_numpy(kind: str) -> None:
+    """A kernel would read another memory for it, and the values may have changed since the forward pass."""
+    given: Any = tensors()
+    given[1][1, 0] = 7
+    grad_output: Any = torch.ones(3, 4, 3, 2, dtype=torch.float64)
+    if kind == "numpy":
+        given, grad_output = [tensor.numpy() for tensor in given], grad_output.numpy()
+    text = "`boxes` has 7 in row 1, column 0; expected the number of the box's image"
+    with pytest.raises(ValueError, match=text):
+        deformconv.deform_roi_pool(*given, **parameters(SMALL))
+    with pytest.raises(ValueError, match=text):
+        deformconv.deform_roi_pool_backward(grad_output, *given, **parameters(SMALL))
+
+
 def test_texts() -> None:
     input, boxes, offset, mask = tensors()
     with pytest.raises(deformconv.ShapeError, match=r"`boxes` has shape \(3, 4\); expected \(R, 5\)"):
