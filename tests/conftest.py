@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings
 
 # pytest's importlib mode leaves sys.path alone, and tests import the suites and tables that they share.
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests import signal_stack as signal_stacks
+
 pytest.register_assert_rewrite("tests.tolerances", "tests.ops.conv.suite", "tests.frontends.suite")
 
 # The same examples in every run, on machines of any speed; a suite's tests are inherited by several backends.
@@ -34,6 +36,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     named = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
     return None if any(path.is_relative_to(collection_path) for path in named) else True
+
+
+@pytest.fixture(autouse=True)
+def signal_stack() -> Iterator[None]:
+    """A test that lets go of OpenVINO leaves signals a stack to be handled on."""
+    with signal_stacks.kept():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

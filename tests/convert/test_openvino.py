@@ -15,7 +15,7 @@ onnx = pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from tests import old_openvino  # noqa: E402
+from tests import old_openvino, signal_stack  # noqa: E402
 from tests.tolerances import assert_close  # noqa: E402
 from tests.torch.nets import any_size, four_layers  # noqa: E402
 from torch import nn  # noqa: E402
@@ -219,3 +219,16 @@ def test_doctests():
         result = doctest.testmod(rules)
     assert result.failed == 0
     assert result.attempted > 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere OpenVINO leaves the signal stack alone")
+def test_signals_have_a_stack_once_openvino_has_gone():
+    """What tests/conftest.py sees to around every test, without which the next signal with a handler may end the process."""
+    before = signal_stack.current().start
+    with signal_stack.kept():
+        first, second = openvino.Core(), openvino.Core()
+        for core in (first, second):
+            core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the CPU plugin
+        del core, first
+        del second  # in this order OpenVINO puts the first one's stack back, which it has unmapped
+    assert signal_stack.current().start == before

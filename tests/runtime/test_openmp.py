@@ -483,7 +483,7 @@ print(within >= 10 and all(right))
 
 @pytest.mark.slow
 def test_a_signal_s_handler_may_call_while_its_thread_does() -> None:
-    """In a process of its own: one that a handler brought down would take all other tests with it."""
+    """In a process of its own, which has no more than this to bring down."""
     assert run_python(HANDLER, DEFORMCONV_NUM_THREADS="2", OMP_NUM_THREADS="2").strip() == "True"
 
 

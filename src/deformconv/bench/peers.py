@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -327,6 +328,14 @@ class OnnxRuntime(_Inference):
         self.session.run_with_iobinding(self.bound)
 
 
+@cache
+def _openvino() -> Any:
+    """The one Core of the process, which never goes: the CPU plugin of one that does may leave signals without a stack."""
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVino(_Inference):
     name, title = "openvino", "OpenVINO"
     packages = ("openvino",)
@@ -353,7 +362,7 @@ class OpenVino(_Inference):
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
         }
-        self.compiled = openvino.Core().compile_model(openvino.Model([output], names, "layer"), "CPU", wishes)
+        self.compiled = _openvino().compile_model(openvino.Model([output], names, "layer"), "CPU", wishes)
         self.request = self.compiled.create_infer_request()
         for number, array in enumerate(self.inputs.values()):
             self.request.set_input_tensor(number, openvino.Tensor(array, shared_memory=True))
