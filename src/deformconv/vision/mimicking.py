@@ -138,8 +138,8 @@ class FeatureMimicking(nn.Module):
         students = torch.cat([features[rows] for features, rows in zip(students, chosen, strict=True)])
         labels = torch.cat([each[rows] for each, rows in zip(seen["labels"], chosen, strict=True)])
         target = teachers.detach() if self.stop_teacher_gradient else teachers
-        apart = 1 - F.cosine_similarity(students.float(), target.float(), dim=1)
-        entropy = F.cross_entropy(self.classifier(teachers).float(), labels, reduction="none")
+        apart = 1 - F.cosine_similarity(_float(students), _float(target), dim=1)
+        entropy = F.cross_entropy(_float(self.classifier(teachers)), labels, reduction="none")
         sizes = [len(rows) for rows in chosen]
         return {"loss_mimic": self._reduced(apart, sizes), "loss_rcnn_classifier": self._reduced(entropy, sizes)}
 
@@ -204,6 +204,11 @@ class FeatureMimicking(nn.Module):
                 heads.select_training_samples = own
             for handle in handles:
                 handle.remove()
+
+
+def _float(values: Tensor) -> Tensor:
+    """Values of half precision in float32, in which a loss can be added up; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:

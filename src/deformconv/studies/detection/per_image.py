@@ -81,7 +81,8 @@ class _Proposals(RegionProposalNetwork):
     ) -> tuple[Tensor, Tensor]:
         anchors = [len(each) for each in labels]
         parts = zip(objectness.split(anchors), pred_bbox_deltas.split(anchors), labels, regression_targets, strict=True)
-        losses = [super(_Proposals, self).compute_loss(o, deltas, [l], [t]) for o, deltas, l, t in parts]
+        # torchvision's labels are float32, and to these PyTorch rounds the cross-entropy of float64 scores.
+        losses = [super(_Proposals, self).compute_loss(o, d, [label.to(o)], [t]) for o, d, label, t in parts]
         objects, boxes = (torch.stack(each).mean() for each in zip(*losses, strict=True))
         return objects, boxes
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
 from deformconv.studies.detection.per_image import drawn, per_image
@@ -100,7 +100,7 @@ def train(
     seconds: float | None = None,
     batch: int = 8,
     learning_rate: float = 5e-4,
-    schedule: StepSchedule = StepSchedule(),  # noqa: B008  (it is frozen)
+    schedule: StepSchedule = StepSchedule(),
     seed: int = 0,
     checkpoint: Path | None = None,
     every: int = 100,
@@ -134,7 +134,7 @@ def train(
         TypeError: `model` is not such a detector.
         ValueError: neither `steps` nor `seconds` is given, a number is out of range, `batch` is no multiple of the number of
             processes or more than there are scenes, or `checkpoint` is that of a training with other settings.
-        FloatingPointError: a loss is not finite.
+        FloatingPointError: a loss or the gradient is not finite.
     """
     fabric = fabric or launched()
     settings = _Settings(steps, seconds, batch, learning_rate, schedule, seed)
@@ -186,11 +186,12 @@ def _step(fabric: Fabric, module: Any, optimizer: Any, scenes: Scenes, settings:
     fabric.backward(torch.stack([*losses.values()]).sum())
     means: Any = fabric.all_reduce(torch.stack([loss.detach() for loss in losses.values()]), reduce_op="mean")
     values = dict(zip(losses, means.tolist(), strict=True))
-    if not all(map(math.isfinite, values.values())):
+    norm = fabric.clip_gradients(module, optimizer, max_norm=CLIP, error_if_nonfinite=False)
+    if not all(map(math.isfinite, (*values.values(), float(norm if norm is not None else 0.0)))):
         raise FloatingPointError(
-            f"the losses of step {step + 1} are {values}; expected finite ones. A lower learning rate may help."
+            f"the losses of step {step + 1} are {values} and the norm of their gradient is {norm}; expected finite numbers. A "
+            "lower learning rate may help."
         )
-    fabric.clip_gradients(module, optimizer, max_norm=CLIP)
     optimizer.step()
     return values
 
