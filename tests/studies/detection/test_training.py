@@ -138,6 +138,14 @@ def test_sentences_for_what_cannot_be(tmp_path: Path) -> None:
         attempt(batch=3, fabric=fabric)
     with pytest.raises(FloatingPointError, match=r"the losses of step \d+ are \{.*\} and the norm .*; expected finite numbers"):
         attempt(steps=5, learning_rate=1e30, schedule=StepSchedule(warmup=0))
+    torch.save(detector().state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(
+        ValueError, match=r"weights.pt holds a dict with the keys 'backbone.layer1.weight', .*, \.\.\.; expected the"
+    ):
+        attempt(checkpoint=tmp_path / "weights.pt")
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=r"list\.pt holds a builtins\.list; expected the settings, history, model"):
+        attempt(checkpoint=str(tmp_path / "list.pt"))
     attempt(checkpoint=tmp_path / "run.pt")
     with pytest.raises(ValueError, match=r"run.pt is that of a training with `seed` 0, and `seed` is 1; expected the same, or"):
         attempt(checkpoint=tmp_path / "run.pt", seed=1)

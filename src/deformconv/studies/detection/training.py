@@ -102,7 +102,7 @@ def train(
     learning_rate: float = 5e-4,
     schedule: StepSchedule = StepSchedule(),
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     every: int = 100,
     progress: Callable[[float, dict[str, float]], None] | None = None,
     fabric: Fabric | None = None,
@@ -133,15 +133,16 @@ def train(
     Raises:
         TypeError: `model` is not such a detector.
         ValueError: neither `steps` nor `seconds` is given, a number is out of range, `batch` is no multiple of the number of
-            processes or more than there are scenes, or `checkpoint` is that of a training with other settings.
+            processes or more than there are scenes, or `checkpoint` is none of this function's, or that of a training with
+            other settings.
         FloatingPointError: a loss or the gradient is not finite.
     """
-    fabric = fabric or launched()
+    fabric, path = fabric or launched(), None if checkpoint is None else Path(checkpoint)
     settings = _Settings(steps, seconds, batch, learning_rate, schedule, seed)
     _check(settings, every, len(scenes), fabric.world_size)
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate), weight_decay=WEIGHT_DECAY)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    history = _resumed(fabric, checkpoint, settings, model, optimizer)
+    history = _resumed(fabric, path, settings, model, optimizer)
     with ExitStack() as stack:
         stack.enter_context(per_image(model))
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
@@ -155,10 +156,10 @@ def train(
             history.seconds += time.process_time() - started
             if progress is not None and fabric.is_global_zero:
                 progress(min(settings.done(history), 1.0), history.losses[-1])
-            if checkpoint is not None and history.steps % every == 0:
-                _save(fabric, checkpoint, settings, model, optimizer, history)
-    if checkpoint is not None:
-        _save(fabric, checkpoint, settings, model, optimizer, history)
+            if path is not None and history.steps % every == 0:
+                _save(fabric, path, settings, model, optimizer, history)
+    if path is not None:
+        _save(fabric, path, settings, model, optimizer, history)
     return history
 
 
@@ -225,12 +226,17 @@ def _resumed(
     fabric: Fabric, path: Path | None, settings: _Settings, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> History:
     """What the checkpoint tells, its weights in model and optimizer; an empty history without one."""
-    found: dict[str, Any] | None = None
+    found: Any = None
     if path is not None and fabric.is_global_zero and path.exists():
         found = torch.load(path, map_location="cpu", weights_only=True)
     found = fabric.broadcast(found)  # other machines may not have the file
     if found is None:
         return History()
+    if not isinstance(found, dict) or not found.keys() >= {"settings", "history", "model", "optimizer"}:
+        raise ValueError(
+            f"`checkpoint` {path} holds {_described(found)}; expected the settings, history, model and optimizer that this "
+            "function writes, or the path of another file."
+        )
     for name, value in asdict(settings).items():
         if found["settings"][name] != value:
             raise ValueError(
@@ -240,3 +246,10 @@ def _resumed(
     model.load_state_dict(found["model"])
     optimizer.load_state_dict(found["optimizer"])
     return History(**found["history"])
+
+
+def _described(found: Any) -> str:
+    """What a file that is no checkpoint holds instead."""
+    if not isinstance(found, dict):
+        return f"a {type(found).__module__}.{type(found).__qualname__}"
+    return f"a dict with the keys {', '.join(map(repr, list(found)[:4]))}{', ...' * (len(found) > 4)}"
