@@ -56,7 +56,7 @@ def model(case: str = "mimicking") -> FasterRCNN | FeatureMimicking:
     if case == "detector":
         return inner
     torch.manual_seed(1)
-    return FeatureMimicking(inner, rois_per_image=3, crop=64).double()
+    return FeatureMimicking(inner, rois_per_image=1, crop=64).double()
 
 
 def gradients(case: str) -> dict[str, Tensor]:

@@ -30,13 +30,16 @@ class Backbone(nn.Module):
 
 
 def detector(dtype: torch.dtype = torch.float64) -> FasterRCNN:
-    """Modulated convolution and pooling in a Faster R-CNN of two classes."""
+    """Modulated convolution and pooling in a Faster R-CNN of two classes.
+
+    It asks for more boxes of an image than there are, so that images have different numbers of them.
+    """
     torch.manual_seed(0)
     model = FasterRCNN(
         Backbone(), min_size=64, max_size=64, image_mean=[0, 0, 0], image_std=[1, 1, 1],
         rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)), box_roi_pool=MultiScaleRoIAlign(["0"], 3, 2),
         box_head=nn.Sequential(nn.Flatten(), nn.Linear(72, 10), nn.ReLU()), box_predictor=FastRCNNPredictor(10, 3),
-        rpn_batch_size_per_image=32, rpn_post_nms_top_n_train=40, box_batch_size_per_image=16,
+        rpn_batch_size_per_image=32, rpn_post_nms_top_n_train=40, box_batch_size_per_image=48,
     )  # fmt: skip
     make_deformable(model, "backbone.layer3")
     model.roi_heads.box_roi_pool = MultiScaleDeformRoIPool.like(model.roi_heads.box_roi_pool, 8, hidden=8)
