@@ -352,6 +352,7 @@ def test_all_lists_what_is_there(module):
     if room(module) not in (*PLAIN, "deformconv") or module in OF_A_FRAMEWORK:
         # Not `importorskip(module)` itself, which would hide a module that is broken.
         extras = ("mxnet", "mlxtend", "rich") if "gluon" in module else ("torch", "matplotlib", "mlxtend", "rich")
+        extras += ("torchvision", "lightning_fabric") if "studies.detection" in module else ()
         for extra in extras:
             if find_spec(extra) is None:
                 pytest.skip(f"needs {extra}")

@@ -118,6 +118,27 @@ def test_errors() -> None:
         deform_roi_pool(data, rois[:, 1:])
 
 
+def test_errors_of_contrib_are_in_mxnet_s_words(capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither `boxes` nor `offset` nor `gamma` is what its user passed."""
+    call, words = make(VARIANTS[0]), mxnet_words(VARIANTS[0])
+    data, rois, trans, _ = arrays(call)
+    for given, others, kind, expected in (
+        ((data, rois[:, 1:], trans), {}, ShapeError, "`rois` has shape (12, 4); expected (R, 5)"),
+        ((data, rois, trans[:, :1]), {}, ShapeError, "`trans` has 1 channel; expected 2, x before y"),
+        ((data, rois, trans[1:]), {}, ShapeError, "`trans` has 11 rows; expected one for each box, 12."),
+        ((data, rois, trans.astype("float32")), {}, TypeError, "`trans` is float32 and `data` is float64; expected one dtype"),
+        ((data, 3, trans), {}, TypeError, "`rois` is a int; expected an MXNet NDArray, as `data` is"),
+        ((data, rois.tostype("row_sparse"), trans), {}, TypeError, "expected a dense array: `rois.tostype('default')`."),
+        ((data, rois, trans), {"trans_std": float("nan")}, ValueError, "`trans_std` is nan; expected a finite number"),
+    ):
+        with pytest.raises(kind, match=re.escape(expected)):
+            contrib.DeformablePSROIPooling(*given, **words | others)
+    rois[0, 0] = 7  # values are looked at when MXNet computes, and the text is on stderr
+    with pytest.raises(mx.base.MXNetError):
+        contrib.DeformablePSROIPooling(data, rois, trans, **words).asnumpy()
+    assert "`rois` has 7 in row 0, column 0; expected" in capfd.readouterr().err
+
+
 def test_doctests() -> None:
     found = doctest.testmod(deformconv.gluon.roi_pool)
     assert found.attempted >= 5 and not found.failed

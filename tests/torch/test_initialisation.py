@@ -10,7 +10,7 @@ from tests.tolerances import assert_close
 from torch import nn
 from torch.nn.utils import prune
 
-from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, reset_predictors
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, DeformRoIPool, reset_predictors
 
 LAYERS = {1: (DeformConv1d, nn.Conv1d), 2: (DeformConv2d, nn.Conv2d), 3: (DeformConv3d, nn.Conv3d)}
 # What importing these libraries warns of is theirs.
@@ -138,6 +138,25 @@ def test_reset_predictors(loop):
     nn.init.ones_(net[0].deform.offset_conv.weight)
     reset_predictors(net[0].deform.offset_conv)
     assert_initialised(net, "0.deform")
+
+
+@pytest.mark.parametrize("trunk", ["shared", "separate"])
+def test_reset_predictors_of_pooling(trunk):
+    """Its last layers are zeros again, so that it is plain pooling; the hidden layers stay what a loop made of them."""
+    pool = DeformRoIPool(4, 3, hidden=8, trunk=trunk)
+    net = nn.ModuleDict({"pool": pool, "other": nn.Linear(8, 8)})
+    x, boxes = torch.rand(1, 4, 9, 9), [torch.tensor([[1.0, 1.0, 7.0, 6.0]])]
+    expected = pool(x, boxes)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    assert not torch.equal(pool(x, boxes), expected)
+    lasts = {f"{name}.{len(child) - 1}.{part}" for name, child in pool.named_children() for part in ("weight", "bias")}
+    before = {name: parameter.clone() for name, parameter in pool.named_parameters()}
+    reset_predictors(net)
+    for name, parameter in pool.named_parameters():
+        assert torch.equal(parameter, torch.zeros_like(parameter) if name in lasts else before[name]), name
+    assert len(lasts) == (2 if trunk == "shared" else 4) and net["other"].weight.any()
+    assert torch.equal(pool(x, boxes), expected)
 
 
 def test_a_layer_begins_with_zeros_where_initialisers_do_nothing(monkeypatch):

@@ -91,6 +91,7 @@ def test_a_box_that_is_the_whole_image_mimics_itself() -> None:
         "truth": whole,
         "images": image,
         "sizes": [(64, 64)],
+        "generators": [None],
     }
     assert abs(model._losses(seen)["loss_mimic"].item()) < 1e-6
     seen["features"] = 7 * features  # a cosine does not see how long a vector is
@@ -173,6 +174,43 @@ def test_the_same_seed_chooses_the_same_boxes() -> None:
         torch.manual_seed(5)
         results.append(model(*scenes())["loss_mimic"].item())
     assert results[0] == results[1]
+
+
+def test_a_generator_chooses_instead_of_the_global_one() -> None:
+    model = FeatureMimicking(
+        detector().train(), rois_per_image=2, crop=64, generator=torch.Generator().manual_seed(3), include_ground_truth=False
+    )
+    labels, proposals = torch.ones(50, dtype=torch.int64), torch.rand(50, 4)
+    chosen = []
+    for seed, globally in ((3, 0), (3, 1), (4, 1)):
+        torch.manual_seed(globally)
+        chosen.append(model._chosen(labels, proposals, proposals[:0], torch.Generator().manual_seed(seed)).tolist())
+    assert chosen[0] == chosen[1] != chosen[2]
+    before = model.generator.get_state()  # type: ignore[union-attr]
+    model(*scenes())
+    assert not torch.equal(model.generator.get_state(), before)  # type: ignore[union-attr]
+
+
+def test_a_generator_for_each_image_chooses_alike_in_any_batch() -> None:
+    images, targets = scenes()
+    asked: list[int] = []
+
+    def generator(target: dict[str, Tensor]) -> torch.Generator:
+        asked.append(int(target["image_id"]))
+        return torch.Generator().manual_seed(asked[-1])
+
+    model = FeatureMimicking(detector().train(), rois_per_image=2, crop=64, generator=generator)
+    model(images, [{**target, "image_id": torch.tensor(7 + i)} for i, target in enumerate(targets)])
+    assert asked == [7, 8]
+
+
+def test_float64_stays_float64() -> None:
+    images, targets = scenes()
+    model = FeatureMimicking(detector().double().train(), crop=64).double()
+    targets = [{**target, "boxes": target["boxes"].double()} for target in targets]
+    losses = model([image.double() for image in images], targets)
+    for name in ("loss_mimic", "loss_rcnn_classifier"):
+        assert losses[name].dtype == torch.float64 and losses[name].item() != losses[name].float().item()
 
 
 def test_training_lowers_it() -> None:

@@ -17,7 +17,7 @@ from mxnet.symbol import Symbol
 from deformconv.errors import ShapeError
 from deformconv.gluon import calls
 from deformconv.gluon.functional import DEFORM_CONV
-from deformconv.gluon.roi_pool import DEFORM_ROI_POOL
+from deformconv.gluon.roi_pool import DEFORM_PSROI_POOL
 from deformconv.ops.window import count, integers
 
 __all__ = ["DeformableConvolution", "DeformablePSROIPooling", "ModulatedDeformableConvolution"]
@@ -246,8 +246,7 @@ def DeformablePSROIPooling(
         "group_size": groups,
         "part_size": count("part_size", part_size) if part_size else bins,
     }
-    ours = dict(zip(("data", "boxes", "offset"), operands.values(), strict=True))
-    return calls.call(DEFORM_ROI_POOL, ours, parameters, None, name, {"channels": outputs * groups**2})
+    return calls.call(DEFORM_PSROI_POOL, operands, parameters, None, name, {"channels": outputs * groups**2})
 
 
 def _single(name: str, value: Any) -> float:

@@ -51,7 +51,7 @@ class Registered:
         op_type: the custom operator's name in MXNet; graphs that are saved have it.
         complete: fills in, in place, what known shapes determine of the others: MXNet infers a block's deferred parameters
             that way. A shape that is not known is empty.
-        words: MXNet's names of arguments, where they are not the operator's.
+        words: MXNet's names of arguments and parameters, where they are not the operator's.
         kept: the names of what else a symbol keeps, for `complete`.
         check_parameters: checks what it can without shapes, where a symbol is written, and returns the parameters.
     """

@@ -11,24 +11,40 @@ from deformconv.ops.roi_pool import operator
 from deformconv.ops.roi_pool.spec import check_order, group_size_of
 from deformconv.ops.words import unexpected
 
-__all__ = ["DEFORM_ROI_POOL", "deform_roi_pool"]
+__all__ = ["DEFORM_PSROI_POOL", "DEFORM_ROI_POOL", "deform_roi_pool"]
 
 
 def _complete(shapes: dict[str, list[int]], parameters: dict[str, Any], kept: dict[str, Any]) -> None:
-    """What is known of boxes, offset and mask by the number of boxes in one of them; and the channels that were promised."""
+    """What is known of boxes by the number of them in offset or mask."""
+    _, boxes, *_ = shapes  # their name: MXNet has another than deformconv
     rows = next((shape[0] for name, shape in shapes.items() if name != "data" and shape and shape[0] > 0), None)
-    if rows is not None and not shapes["boxes"]:
-        shapes["boxes"] = [rows, 5]
+    if rows is not None and not shapes[boxes]:
+        shapes[boxes] = [rows, 5]
+
+
+def _complete_as_promised(shapes: dict[str, list[int]], parameters: dict[str, Any], kept: dict[str, Any]) -> None:
+    """The same, where MXNet's arguments promise a number of channels."""
+    _complete(shapes, parameters, kept)
     data, channels = shapes["data"], kept["channels"]
-    if channels is not None and len(data) == 4 and data[1] not in (0, -1, channels):
+    if len(data) == 4 and data[1] not in (0, -1, channels):
         raise ShapeError(
             f"`input` has {data[1]} channels, shape {tuple(data)}; expected output_dim * group_size^2 = {channels}."
         )
 
 
-DEFORM_ROI_POOL = Registered(
-    operator.DEFORM_ROI_POOL, "deformconv_roi_pool", _complete, words={"input": "data"}, kept=("channels",)
-)
+DEFORM_ROI_POOL = Registered(operator.DEFORM_ROI_POOL, "deformconv_roi_pool", _complete, words={"input": "data"})
+
+# The same operator in the words of MXNet's, for `contrib`: its errors name what was passed.
+DEFORM_PSROI_POOL = Registered(
+    operator.DEFORM_ROI_POOL,
+    "deformconv_psroi_pool",
+    _complete_as_promised,
+    words={
+        "input": "data", "boxes": "rois", "offset": "trans", "gamma": "trans_std", "output_size": "pooled_size",
+        "sampling_ratio": "sample_per_part",
+    },
+    kept=("channels",),
+)  # fmt: skip
 
 
 def deform_roi_pool(
@@ -91,4 +107,4 @@ def deform_roi_pool(
         "part_size": part_size,
     }
     operands = {"data": data, "boxes": boxes, "offset": offset, "mask": mask}
-    return calls.call(DEFORM_ROI_POOL, operands, parameters, backend, name, {"channels": None})
+    return calls.call(DEFORM_ROI_POOL, operands, parameters, backend, name, {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, Literal
@@ -43,6 +43,9 @@ class FeatureMimicking(nn.Module):
             equation 3 has it.
         include_ground_truth: whether the annotated boxes, which torchvision adds to the proposals, may be cut out as well.
         stop_teacher_gradient: whether the patches' features are constants to `loss_mimic`.
+        generator: what chooses the boxes; without one torch's global generator. A torch.Generator on the CPU, or a function
+            that is called with each image's target and returns one, so that an image's boxes can be chosen alike in any batch
+            and on any process: `lambda target: torch.Generator().manual_seed(int(target["image_id"]))`.
 
     Call:
         as the detector: `model(images, targets)` in training gives its losses and the two; `model(images)` its detections.
@@ -78,6 +81,7 @@ class FeatureMimicking(nn.Module):
         reduction: Literal["mean", "sum"] = "mean",
         include_ground_truth: bool = True,
         stop_teacher_gradient: bool = False,
+        generator: torch.Generator | Callable[[dict[str, Tensor]], torch.Generator] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(detector, GeneralizedRCNN) or getattr(detector.roi_heads, "box_predictor", None) is None:
@@ -94,6 +98,7 @@ class FeatureMimicking(nn.Module):
         self.rois_per_image, self.crop, self.weight = count("rois_per_image", rois_per_image), crop, weight
         self.reduction, self.include_ground_truth = reduction, include_ground_truth
         self.stop_teacher_gradient = stop_teacher_gradient
+        self.generator = generator
         scores = getattr(detector.roi_heads.box_predictor, "cls_score", None)
         if not isinstance(scores, nn.Linear):
             raise TypeError(
@@ -122,7 +127,8 @@ class FeatureMimicking(nn.Module):
                 f"{self.classifier.in_features}), a vector for each box, as its `cls_score` takes."
             )
         students = seen["features"].split([len(boxes) for boxes in seen["proposals"]])
-        chosen = [self._chosen(*each) for each in zip(seen["labels"], seen["proposals"], seen["truth"], strict=True)]
+        each_image = zip(seen["labels"], seen["proposals"], seen["truth"], seen["generators"], strict=True)
+        chosen = [self._chosen(*each) for each in each_image]
         boxes = [proposals[rows] for proposals, rows in zip(seen["proposals"], chosen, strict=True)]
         number = sum(map(len, boxes))
         if not number:  # nothing to learn here, but other processes may: their gradients are added to zeros
@@ -132,8 +138,8 @@ class FeatureMimicking(nn.Module):
         students = torch.cat([features[rows] for features, rows in zip(students, chosen, strict=True)])
         labels = torch.cat([each[rows] for each, rows in zip(seen["labels"], chosen, strict=True)])
         target = teachers.detach() if self.stop_teacher_gradient else teachers
-        apart = 1 - F.cosine_similarity(students.float(), target.float(), dim=1)
-        entropy = F.cross_entropy(self.classifier(teachers).float(), labels, reduction="none")
+        apart = 1 - F.cosine_similarity(_float(students), _float(target), dim=1)
+        entropy = F.cross_entropy(_float(self.classifier(teachers)), labels, reduction="none")
         sizes = [len(rows) for rows in chosen]
         return {"loss_mimic": self._reduced(apart, sizes), "loss_rcnn_classifier": self._reduced(entropy, sizes)}
 
@@ -141,14 +147,14 @@ class FeatureMimicking(nn.Module):
         images = [part.mean() if self.reduction == "mean" else part.sum() for part in values.split(sizes) if len(part)]
         return self.weight * torch.stack(images).sum() / len(sizes)
 
-    def _chosen(self, labels: Tensor, proposals: Tensor, truth: Tensor) -> Tensor:
+    def _chosen(self, labels: Tensor, proposals: Tensor, truth: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The rows of the boxes to cut out: positive ones, at random."""
         positive = labels > 0
         if not self.include_ground_truth and len(truth):
             positive = positive & ~(proposals[:, None] == truth[None]).all(2).any(1)
         rows = torch.where(positive)[0]
-        order = torch.randperm(len(rows), device=rows.device)[: self.rois_per_image]
-        return rows[order]
+        order = torch.randperm(len(rows), generator=generator)[: self.rois_per_image]
+        return rows[order.to(rows.device)]
 
     def _teachers(self, images: Tensor, sizes: list[tuple[int, int]], boxes: list[Tensor]) -> Tensor:
         """The features of patches that are cut out of the images, as the backbone saw these."""
@@ -175,6 +181,8 @@ class FeatureMimicking(nn.Module):
             found = select(proposals, targets)
             seen["proposals"], seen["labels"] = found[0], found[2]
             seen["truth"] = [target["boxes"].to(found[0][0].dtype) for target in targets]
+            drawing = self.generator
+            seen["generators"] = [drawing(target) if callable(drawing) else drawing for target in targets]
             return found
 
         def transformed(module: Any, given: Any, output: Any) -> None:
@@ -196,6 +204,11 @@ class FeatureMimicking(nn.Module):
                 heads.select_training_samples = own
             for handle in handles:
                 handle.remove()
+
+
+def _float(values: Tensor) -> Tensor:
+    """Values of half precision in float32, in which a loss can be added up; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -27,12 +27,13 @@ from deformconv.ops.words import unexpected
 from deformconv.torch import modes
 from deformconv.torch.conv import prediction
 from deformconv.torch.conv.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch.predictor import Predictor
 from deformconv.torch.tensors import HALF
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-class OffsetPredictor(nn.Module):
+class OffsetPredictor(Predictor):
     """A predictor of offsets and masks: a convolution that computes in float32 where the net is in half precision.
 
     It has an nn.ConvNd's parameters and attributes, but is no nn.ConvNd, nor has its class "Conv" in its name: by these the
@@ -58,11 +59,6 @@ class OffsetPredictor(nn.Module):
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.weight = nn.Parameter(torch.zeros((out_channels, in_channels, *kernel_size), device=device, dtype=dtype))
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        """Begin again with offsets 0 and masks halfway."""
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         return _convolve(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
@@ -385,7 +381,7 @@ def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) 
 
 
 def reset_predictors(model: nn.Module) -> None:
-    """Set every predictor in a model to zero, so that its layers begin as plain convolutions: offsets 0, masks 1.
+    """Set every predictor in a model to zero, so that its layers begin as plain convolutions and poolings: offsets 0, masks 1.
 
     A new layer's predictor is zero, and stays so in loops that initialise the nn.Conv2d of a net. It is needed after
     what fills all parameters alike, or leaves memory as it was: `for p in net.parameters(): nn.init.xavier_uniform_(p)`,
@@ -393,7 +389,8 @@ def reset_predictors(model: nn.Module) -> None:
     asks it to fill what a checkpoint lacks.
 
     Args:
-        model: any module, such a predictor among them. Predictors that you put in place of a layer's own are left alone.
+        model: any module, such a predictor among them. Predictors that you put in place of a layer's own are left alone, and
+            so are the hidden layers of those that pool boxes, whose last layer alone begins as zeros.
 
     Example:
         >>> import torch
@@ -406,5 +403,5 @@ def reset_predictors(model: nn.Module) -> None:
         False
     """
     for module in model.modules():
-        if isinstance(module, OffsetPredictor):
+        if isinstance(module, Predictor):
             module.reset_parameters()

@@ -17,6 +17,7 @@ from deformconv.ops.roi_pool.spec import roi_spec
 from deformconv.ops.window import count, integers
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes
+from deformconv.torch.predictor import Predictor
 from deformconv.torch.roi_pool.functional import deform_roi_pool, joined
 from deformconv.torch.tensors import dtype_name
 
@@ -25,7 +26,7 @@ __all__ = ["DeformRoIPool"]
 TRUNKS = ("shared", "separate")
 
 
-class _Last(nn.Module):
+class _Last(Predictor):
     """The last layer of a predictor: an nn.Linear of zeros which is none, as `conv.modules.OffsetPredictor` is no nn.ConvNd."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -33,11 +34,6 @@ class _Last(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.zeros(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
-
-    def reset_parameters(self) -> None:
-        """Begin again with offsets 0 and masks halfway."""
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)

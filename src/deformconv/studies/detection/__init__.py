@@ -1,0 +1,1 @@
+"""A detector trained on the DCNv2 paper's ladder."""
