@@ -15,7 +15,7 @@ from tests.tolerances import assert_close
 
 import deformconv
 from deformconv.torch import DeformRoIPool, deform_roi_pool
-from deformconv.torch.roi_pool.functional import DEFORM_ROI_POOL
+from deformconv.torch.roi_pool import DEFORM_ROI_POOL
 
 SMALL = Case("torch", channels=4, boxes=3)
 by_backend = pytest.mark.parametrize("backend", ["cpu", "portable"])
