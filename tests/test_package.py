@@ -209,6 +209,28 @@ def test_import_loads_no_framework_and_no_numba():
     assert run_python(code) == "[]"
 
 
+def test_import_loads_what_a_call_needs_at_the_first_call():
+    code = (
+        "import sys, deformconv; print([m for m in sys.modules if m.startswith('deformconv.')]);"
+        "import numpy as np; x = np.ones((1, 1, 2, 2));"
+        "print(deformconv.deform_conv(x, np.zeros((1, 2, 2, 2)), x[..., :1, :1], backend='reference').sum());"
+        "print('deform_conv' in vars(deformconv), 'deform_roi_pool' in vars(deformconv))"
+    )
+    assert run_python(code).splitlines() == ["['deformconv.errors']", "4.0", "True False"]
+
+
+def test_the_torch_room_loads_what_a_call_needs_at_the_first_call():
+    pytest.importorskip("torch")
+    lazy = ("functional", "numpy.run", "runtime.openmp", "torch.roi_pool.functional", "torch.roi_pool.modules")
+    code = (
+        f"import sys, deformconv.torch; print([m for m in {lazy} if f'deformconv.{{m}}' in sys.modules]);"
+        "print(dir(deformconv.torch) == sorted(deformconv.torch.__all__));"
+        "from deformconv.torch import *; print(DeformRoIPool is deformconv.torch.DeformRoIPool, deform_roi_pool.__name__);"
+        "print(hasattr(deformconv.torch, 'deform_conv4d'))"
+    )
+    assert run_python(code).splitlines() == ["[]", "True", "True deform_roi_pool", "False"]
+
+
 def test_completing_a_name_loads_nothing():
     code = (
         "import deformconv, sys; [getattr(deformconv, name) for name in dir(deformconv)];"

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deformconv.errors import BackendError, ShapeError
-from deformconv.functional import deform_conv, deform_conv_backward, deform_roi_pool, deform_roi_pool_backward, explain
-from deformconv.ops.conv.spec import Gradients
 
 if TYPE_CHECKING:
+    from deformconv.functional import deform_conv, deform_conv_backward, deform_roi_pool, deform_roi_pool_backward, explain
+    from deformconv.ops.conv.spec import Gradients
     from deformconv.runtime.processors import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -32,7 +32,16 @@ __all__ = [
     "set_num_threads",
 ]
 
-_THREADS = ("get_num_threads", "set_num_threads")
+_WHERE = {
+    "deform_conv": "functional",
+    "deform_conv_backward": "functional",
+    "deform_roi_pool": "functional",
+    "deform_roi_pool_backward": "functional",
+    "explain": "functional",
+    "Gradients": "ops.conv.spec",
+    "get_num_threads": "runtime.processors",
+    "set_num_threads": "runtime.processors",
+}
 # Not in dir(): completing a name must not load a framework.
 _ROOMS = ("convert", "gluon", "plots", "torch", "vision")
 
@@ -40,8 +49,9 @@ _ROOMS = ("convert", "gluon", "plots", "torch", "vision")
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name in _THREADS:
-        return getattr(import_module("deformconv.runtime.processors"), name)
+    if name in _WHERE:
+        found = globals()[name] = getattr(import_module(f"deformconv.{_WHERE[name]}"), name)
+        return found
     if name in _ROOMS:
         return import_module(f"deformconv.{name}")
     raise AttributeError(f"module 'deformconv' has no attribute {name!r}")

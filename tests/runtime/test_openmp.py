@@ -34,14 +34,15 @@ from deformconv.runtime import launch, openmp, processors, work
 from deformconv.runtime.atomics import fetch_add, wait_for
 from deformconv.runtime.cache import OPTIONS
 from deformconv.runtime.launch import run_on_team
-from deformconv.runtime.openmp import Library, Runtime, Team, team_for
+from deformconv.runtime.lenders import LENDERS, Lender
+from deformconv.runtime.openmp import Runtime, Team, runtime_of, team_for
 from deformconv.runtime.threads import BEGUN, NEXT, STOP
 from deformconv.torch import deform_conv2d
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="PyTorch has no OpenMP team that is lent"
 )
-LENDER = openmp._lenders["torch"]
+LENDER = LENDERS["torch"]
 
 
 def choose_anew() -> None:
@@ -64,7 +65,7 @@ def afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def runtime() -> Runtime:
-    found = LENDER.found
+    found = runtime_of(LENDER)
     assert isinstance(found, Runtime)
     return found
 
@@ -79,7 +80,7 @@ def team_of(started: int) -> Team:
 
 def test_the_runtime_is_the_one_that_pytorch_calls() -> None:
     before = torch.get_num_threads()
-    found = Library("PyTorch", torch._C.__file__, torch.get_num_threads).found
+    found = runtime_of(Lender("PyTorch", torch._C.__file__, torch.get_num_threads))
     assert isinstance(found, Runtime)
     assert torch.get_num_threads() == before  # asking leaves it as it was
     found.set_num_threads(before + 3)
@@ -129,18 +130,18 @@ def test_another_runtime_may_be_loaded_too(moment: str, mode: str) -> None:
 
 @pytest.mark.slow
 def test_nothing_is_looked_for_before_it_is_needed() -> None:
-    code = "import deformconv.torch; from deformconv.runtime import openmp; print('found' in vars(openmp._lenders['torch']))"
+    code = "import sys, deformconv.torch; print('deformconv.runtime.openmp' in sys.modules)"
     assert run_python(code).strip() == "False"
 
 
 def test_a_library_without_a_runtime_says_so() -> None:
-    lonely = Library("Lonely", None, lambda: 5)  # no runtime changes this number
-    assert lonely.found == "Lonely has loaded no OpenMP runtime with GOMP_parallel"
+    lonely = Lender("Lonely", None, lambda: 5)  # no runtime changes this number
+    assert runtime_of(lonely) == "Lonely has loaded no OpenMP runtime with GOMP_parallel"
 
 
 def test_systems_without_the_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "name", "nt")
-    found = Library("PyTorch", torch._C.__file__, torch.get_num_threads).found
+    found = runtime_of(Lender("PyTorch", torch._C.__file__, torch.get_num_threads))
     assert isinstance(found, str)
     assert "on nt none has" in found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 import torch
 from tests.ops.roi_pool.cases import CASES, Case, make, parameters
 from tests.ops.roi_pool.suite import by_convention, expected_gradients, expected_output
+from tests.runtime.test_threads import run_python
 from tests.tolerances import assert_close
 
 import deformconv
 from deformconv.torch import DeformRoIPool, deform_roi_pool
-from deformconv.torch.roi_pool.functional import DEFORM_ROI_POOL
+from deformconv.torch.roi_pool import DEFORM_ROI_POOL
 
 SMALL = Case("torch", channels=4, boxes=3)
 by_backend = pytest.mark.parametrize("backend", ["cpu", "portable"])
@@ -113,6 +115,32 @@ def test_compile_and_export() -> None:
     program = torch.export.export(Net(), tuple(given), dynamic_shapes=dynamic)
     more = [given[0], *(torch.cat([tensor, tensor.flip(0)]) for tensor in given[1:])]
     assert torch.equal(program.module()(*more), pool(*more))
+
+
+@pytest.mark.slow  # a process that imports PyTorch
+def test_a_saved_program_is_loaded_by_who_imports_the_room_alone(tmp_path: Path) -> None:
+    """The function is loaded when it is called; the operator that programs name is there before, with its derivatives."""
+
+    class Net(torch.nn.Module):
+        def forward(self, *operands: Any) -> Any:
+            return pool(*operands).sin()
+
+    given = tuple(tensors())
+    torch.export.save(torch.export.export(Net(), given), tmp_path / "exported.pt2")
+    torch.jit.trace(Net(), given).save(tmp_path / "traced.pt")  # type: ignore[no-untyped-call]
+    torch.save((given, pool(*given).sin()), tmp_path / "expected.pt")
+    code = f"""
+import sys, torch, deformconv.torch
+given, expected = torch.load({str(tmp_path / "expected.pt")!r})
+exported = torch.export.load({str(tmp_path / "exported.pt2")!r}).module()
+traced = torch.jit.load({str(tmp_path / "traced.pt")!r})
+compiled = torch.compile(exported, backend="aot_eager")
+print([torch.equal(program(*given), expected) for program in (exported, traced, compiled)])
+given[2].requires_grad_()
+exported(*given).sum().backward()
+print(bool(given[2].grad.abs().sum() > 0), "deformconv.torch.roi_pool.functional" in sys.modules)
+"""
+    assert run_python(code).splitlines() == ["[True, True, True]", "True False"]
 
 
 @pytest.mark.parametrize("mapped", [(0, 0, 0, 0), (None, 0, None, None), (0, None, None, 1), (None, None, 2, None)])

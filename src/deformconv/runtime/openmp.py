@@ -8,18 +8,18 @@ arrays came from such a library does its work on that team, which is awake and h
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deformconv.errors import BackendError
+from deformconv.runtime.lenders import LENDERS, Lender
 from deformconv.runtime.processors import binds_threads, chosen_threads, get_num_threads, most_threads
 
-__all__ = ["Library", "Runtime", "Team", "lend", "team_for"]
+__all__ = ["Runtime", "Team", "runtime_of", "team_for"]
 
 LATE = 1e-3  # seconds beyond an item's own length: on an idle machine a team's threads end within microseconds of one another
 REST = 1.0  # seconds for which threads of our own do the work then
@@ -72,43 +72,31 @@ class Runtime:
             self._resting_until = time.monotonic() + REST
 
 
-class Library:
-    """A library that lends its OpenMP team, PyTorch say.
-
-    Args:
-        name: the library's name, for texts.
-        file: a shared library of it; the OpenMP runtime is found among what that one depends on.
-        get_num_threads: the number of threads that its operations use in this thread.
-    """
-
-    def __init__(self, name: str, file: str | None, get_num_threads: Callable[[], int]) -> None:
-        self.name, self.get_num_threads = name, get_num_threads
-        self._file = file
-
-    @cached_property
-    def found(self) -> Runtime | str:
-        """The OpenMP runtime that the library calls, or why there is none."""
-        if os.name != "posix":
-            return f"{self.name}'s threads are used where its OpenMP runtime has GOMP_parallel, and on {os.name} none has"
-        for functions in _loaded(self._file):
-            if not all(hasattr(functions, name) for name in _NEEDED):
-                continue
-            runtime = Runtime(functions)
-            if self._calls(runtime):
-                return runtime
-        return f"{self.name} has loaded no OpenMP runtime with GOMP_parallel"
-
-    def _calls(self, runtime: Runtime) -> bool:
-        """Whether this is the runtime that the library asks for its number of threads: there may be others in the process."""
-        before, number = runtime.get_num_threads(), self.get_num_threads()
-        runtime.set_num_threads(number + 1)  # of this thread alone
-        try:
-            return self.get_num_threads() == number + 1
-        finally:
-            runtime.set_num_threads(before)
-
-
 _NEEDED = ("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num", "omp_get_wtime", "omp_set_num_threads")
+
+
+@lru_cache(maxsize=16)
+def runtime_of(lender: Lender) -> Runtime | str:
+    """The OpenMP runtime that a library calls, or why there is none."""
+    if os.name != "posix":
+        return f"{lender.name}'s threads are used where its OpenMP runtime has GOMP_parallel, and on {os.name} none has"
+    for functions in _loaded(lender.file):
+        if not all(hasattr(functions, name) for name in _NEEDED):
+            continue
+        runtime = Runtime(functions)
+        if _calls(lender, runtime):
+            return runtime
+    return f"{lender.name} has loaded no OpenMP runtime with GOMP_parallel"
+
+
+def _calls(lender: Lender, runtime: Runtime) -> bool:
+    """Whether this is the runtime that the library asks for its number of threads: there may be others in the process."""
+    before, number = runtime.get_num_threads(), lender.get_num_threads()
+    runtime.set_num_threads(number + 1)  # of this thread alone
+    try:
+        return lender.get_num_threads() == number + 1
+    finally:
+        runtime.set_num_threads(before)
 
 
 def _loaded(file: str | None) -> Iterator[ctypes.CDLL]:
@@ -165,26 +153,6 @@ class Team(NamedTuple):
 _VARIABLE = "DEFORMCONV_THREADS"
 _KINDS = ("auto", "own", "openmp")
 
-_lenders: dict[str, Library] = {}
-
-
-def lend(library: str, lender: Library) -> None:
-    """Let calls on arrays of `library` ("torch") work on that library's team."""
-    _lenders[library] = lender
-    if _is_forked():  # perhaps from a process that had a team, though not from us
-        _inherited.add(lender)
-
-
-def _is_forked() -> bool:
-    """Whether this process was forked by multiprocessing."""
-    fork = getattr(multiprocessing.context, "ForkProcess", None)  # not on Windows
-    if fork is None or multiprocessing.parent_process() is None:
-        return False
-    process = multiprocessing.current_process()
-    return isinstance(process, fork) or (
-        type(process) is multiprocessing.Process and multiprocessing.get_start_method() == "fork"
-    )
-
 
 def team_for(library: str) -> Team:
     """The threads for a call on arrays of a library.
@@ -196,7 +164,7 @@ def team_for(library: str) -> Team:
         ValueError: DEFORMCONV_THREADS is none of auto, own and openmp.
         BackendError: it is openmp, and there is no team.
     """
-    lender = _lenders.get(library)
+    lender = LENDERS.get(library)
     if lender is None:
         return _own(get_num_threads())
     return _team_of(lender, lender.get_num_threads(), chosen_threads(), get_num_threads())
@@ -218,15 +186,15 @@ def _own(threads: int) -> Team:
 
 
 @lru_cache(maxsize=64)
-def _team_of(lender: Library, theirs: int, chosen: int | None, ours: int) -> Team:
+def _team_of(lender: Lender, theirs: int, chosen: int | None, ours: int) -> Team:
     kind = _kind()
     threads = chosen or min(theirs, most_threads() if binds_threads() else ours)
-    found = lender.found
+    found = runtime_of(lender)
     if kind == "own":
         reason = f"{_VARIABLE}=own"
     elif isinstance(found, str):
         reason = found
-    elif lender in _inherited and not found.survives_fork:
+    elif lender.is_inherited and not found.survives_fork:
         reason = f"{found.name} does not survive a fork, and this process was forked from one that had loaded {lender.name}"
     elif threads > theirs:
         reason = f"{lender.name} uses {theirs}"
@@ -237,14 +205,5 @@ def _team_of(lender: Library, theirs: int, chosen: int | None, ours: int) -> Tea
     return Team(chosen or min(theirs, ours), library=lender.name, reason=reason)
 
 
-# Those that were lent before this process was forked.
-_inherited: set[Library] = set()
-
-
-def _after_fork() -> None:
-    _inherited.update(_lenders.values())
-    _team_of.cache_clear()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=_team_of.cache_clear)  # it asks whether the lender is inherited

@@ -1,20 +1,25 @@
 """Deformable convolution and deformable RoI pooling for PyTorch: functions with torchvision's signature, and layers."""
 
+from typing import TYPE_CHECKING, Any
+
 try:
-    import torch as _torch  # noqa: F401
+    import torch  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    from deformconv.installation import command as _command
+    from deformconv.installation import command
 
     raise ModuleNotFoundError(
-        f"deformconv.torch needs PyTorch, which is not installed: {_command('torch', 'torch')}", name="torch"
+        f"deformconv.torch needs PyTorch, which is not installed: {command('torch', 'torch')}", name="torch"
     ) from None
 
 from deformconv.torch.conv.functional import deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.conv.modules import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups, reset_predictors
-from deformconv.torch.roi_pool.functional import deform_roi_pool
-from deformconv.torch.roi_pool.modules import DeformRoIPool
+from deformconv.torch.roi_pool import DEFORM_ROI_POOL  # noqa: F401
+
+if TYPE_CHECKING:
+    from deformconv.torch.roi_pool.functional import deform_roi_pool
+    from deformconv.torch.roi_pool.modules import DeformRoIPool
 
 __all__ = [
     "DeformConv1d",
@@ -28,3 +33,19 @@ __all__ = [
     "parameter_groups",
     "reset_predictors",
 ]
+
+# Who imports this room for its convolution does not wait for these. Their operator is registered above, for saved programs.
+_WHERE = {"deform_roi_pool": "functional", "DeformRoIPool": "modules"}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _WHERE:
+        raise AttributeError(f"module 'deformconv.torch' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"deformconv.torch.roi_pool.{_WHERE[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

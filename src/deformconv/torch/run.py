@@ -19,7 +19,7 @@ from torch import Tensor
 from deformconv import dispatch
 from deformconv.errors import ShapeError
 from deformconv.ops.operator import HALF, Argument, Operand, Operator, Spec
-from deformconv.runtime import openmp
+from deformconv.runtime.lenders import Lender, lend
 from deformconv.torch import modes, native
 from deformconv.torch.tensors import array_of, in_dtype, memory_format
 
@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 # PyTorch's number of threads is that of its OpenMP team, where it has been built with OpenMP.
-openmp.lend("torch", openmp.Library("PyTorch", torch._C.__file__, torch.get_num_threads))
+lend("torch", Lender("PyTorch", torch._C.__file__, torch.get_num_threads))
 
 
 class Plan(NamedTuple):

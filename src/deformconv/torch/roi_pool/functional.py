@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from deformconv.ops.roi_pool import operator
 from deformconv.ops.roi_pool.spec import Gradients, check_list, check_order, group_size_of
 from deformconv.ops.words import unexpected
 from deformconv.torch import calls, modes
-from deformconv.torch.registry import Registered
-from deformconv.torch.roi_pool import folding
+from deformconv.torch.roi_pool import DEFORM_ROI_POOL
 from deformconv.torch.tensors import HALF
 
-__all__ = ["DEFORM_ROI_POOL", "deform_roi_pool", "deform_roi_pool_backward", "joined"]
-
-DEFORM_ROI_POOL = Registered(operator.DEFORM_ROI_POOL, fold_forward=folding.fold_forward, fold_backward=folding.fold_backward)
+__all__ = ["deform_roi_pool", "deform_roi_pool_backward", "joined"]
 
 
 def deform_roi_pool(
