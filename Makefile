@@ -1,6 +1,9 @@
 # Each of these works as the first command in a fresh clone; they need make and Python 3.10 or newer.
 #   make demo    build .venv with what the demo needs, run the demo     (DEMO="--fast" hands it options)
 #   make demo-gluon    build .venv-gluon, train the demo's net in MXNet Gluon   (DEMO="--fast")
+#   make experiment    build .venv with what the experiment needs, train the DCNv2 paper's detectors (an hour on two
+#                processors), write benchmarks/detection.* and the figures in docs/detection.md; after Ctrl-C it goes on
+#                (with options only train and print: EXPERIMENT="--fast", EXPERIMENT="--help" for the others)
 #   make test    test-torch, then test-gluon; a part that fails does not stop the next, and all fails at the end
 #   make test-torch    build .venv for development, check style and types, run every test but MXNet's
 #   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
@@ -55,13 +58,17 @@ OLDEST_TORCH_TESTS := tests/torch -W default -k "not (test_opcheck or test_compi
 	or test_export_with_any_batch_and_size or test_export_to_training_and_decomposed or test_compiled_autograd \
 	or test_vmap_of_the_registered_operator or test_transforms_within_a_compiled_function)"
 
-.PHONY: help demo demo-gluon test test-torch run-torch test-gluon test-fast test-other-kernels test-oldest test-oldest-torch \
+.PHONY: help demo demo-gluon experiment test test-torch run-torch test-gluon test-fast test-other-kernels test-oldest test-oldest-torch \
 	check-serving docs wheel test-wheel lint bench bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/installed-demo
 	$(PY) -m deformconv.cli demo $(DEMO)
+
+experiment: $(VENV)/installed-experiment
+	$(PY) -m deformconv.cli experiment detect $(or $(EXPERIMENT),--seeds 3 --sweep --output build/experiment)
+	$(if $(EXPERIMENT),,$(PY) -m deformconv.studies.detection.document build/experiment)
 
 demo-gluon: $(GLUON_VENV)/installed-dev-gluon
 	$(GLUON_PY) -m deformconv.cli demo-gluon $(DEMO)
@@ -134,12 +141,16 @@ endef
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt
 	$(call install,dev)
-	@touch $(VENV)/installed-demo $@
+	@touch $(VENV)/installed-demo $(VENV)/installed-experiment $@
 	@! $(PY) -c 'import sphinx' 2>/dev/null || touch $(VENV)/installed-docs
 
 $(VENV)/installed-demo: pyproject.toml constraints.txt
 	$(call install,demo)
 	@touch $@
+
+$(VENV)/installed-experiment: pyproject.toml constraints.txt
+	$(call install,experiment)
+	@touch $(VENV)/installed-demo $@
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt
 	$(call install,docs)
@@ -173,4 +184,4 @@ $(WHEEL_VENV)/installed-wheel: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(GLUON_VENV) $(OLDEST_VENV) $(WHEEL_VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output
+	rm -rf $(VENV) $(GLUON_VENV) $(OLDEST_VENV) $(WHEEL_VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output detect-output

@@ -100,7 +100,7 @@ class TestReadme:
         text = f"before\n{readme.BEGIN}old\n{readme.END}after\n"
         assert readme.replaced(text, "new\n") == f"before\n{readme.BEGIN}new\n{readme.END}after\n"
         for wrong in ("no marks", readme.BEGIN):
-            with pytest.raises(ValueError, match="the README has no <!-- benchmark:"):
+            with pytest.raises(ValueError, match="the document has no <!-- benchmark:"):
                 readme.replaced(wrong, "new\n")
 
     def test_everything_is_written(self, tmp_path):

@@ -101,7 +101,7 @@ def test_a_failed_check_ends_with_1(monkeypatch, capsys):
     assert not demo._check(console, "the other", float("nan"))
     assert "FAILED  that (error 1e-03, at most 1e-05 is rounding)" in capsys.readouterr().out
 
-    monkeypatch.setattr(demo, "_warm_up", lambda console: None)
+    monkeypatch.setattr(demo, "compiled", lambda console: None)
     monkeypatch.setattr(demo, "classic_example", lambda console, repeats: False)
     monkeypatch.setattr(demo, "compare_nets", lambda *_: [])
     monkeypatch.setattr(demo, "draw", lambda *_: None)

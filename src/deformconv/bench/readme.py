@@ -190,11 +190,11 @@ def _spreads(rows: Sequence[figures.Row]) -> str:
 
 
 def replaced(text: str, new: str) -> str:
-    """A README with another section between its two marks."""
+    """A document with another section between its two marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the README has no {(BEGIN if not begin else END).strip()}")
+        raise ValueError(f"the document has no {(BEGIN if not begin else END).strip()}")
     return before + begin + new + end + after
 
 

@@ -16,6 +16,7 @@ from deformconv.installation import command
 __all__ = ["main"]
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+MODULES = {"lightning-fabric": "lightning_fabric", "scikit-image": "skimage", "scikit-learn": "sklearn"}  # by their packages
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,7 +29,23 @@ def deformconv() -> None:
     When something is wrong:  deformconv doctor
     In a container's build:   deformconv warmup
     How fast it is here:      deformconv bench
+    The paper's detector:     deformconv experiment detect
     """
+
+
+def _need(user: str, extra: str, *packages: str) -> None:
+    """Say in one sentence what to install."""
+    missing = [name for name in packages if find_spec(MODULES.get(name, name)) is None]
+    if missing:
+        raise click.ClickException(f"{user} needs {', '.join(missing)}, not installed here: {command(extra, *missing)}")
+
+
+def _make(output: Path) -> None:
+    """Make a folder now, not after minutes of training."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"cannot make the folder {output}: {error.strerror}") from None
 
 
 @deformconv.command()
@@ -54,13 +71,8 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
 
     Ends with 1 if a check fails. Ctrl-C leaves no half-written file.
     """
-    missing = [name for name in ("torch", "matplotlib", "mlxtend", "rich") if find_spec(name) is None]
-    if missing:
-        raise click.ClickException(f"the demo needs {', '.join(missing)}, not installed here: {command('demo', *missing)}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
-    except OSError as error:
-        raise click.ClickException(f"cannot make the folder {output}: {error.strerror}") from None
+    _need("the demo", "demo", "torch", "matplotlib", "mlxtend", "rich")
+    _make(output)
     # PyTorch's threads, read when it is imported: by default they spin while they wait, which takes the processor
     # from other threads and from other programs, and on a busy machine makes every step several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -78,14 +90,64 @@ def demo_gluon(fast: bool, seed: int) -> int:
     With v1 and with v2, on handwritten digits. First MXNet's own blocks and ours are compared, with the same weights.
     Ends with 1 if they differ.
     """
-    missing = [name for name in ("mxnet", "mlxtend", "rich") if find_spec(name) is None]
-    if missing:
-        raise click.ClickException(
-            f"the Gluon demo needs {', '.join(missing)}, not installed here: {command('demo-gluon', *missing)}"
-        )
+    _need("the Gluon demo", "demo-gluon", "mxnet", "mlxtend", "rich")
     from deformconv.studies.gluon_demo import run
 
     return run(fast=fast, seed=seed)
+
+
+@deformconv.group()
+def experiment() -> None:
+    """Experiments of the papers, small enough for this machine."""
+
+
+@experiment.command()
+@click.option("--fast", is_flag=True, help="A few steps on small scenes: a minute, to see that it runs.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Train everything this many times.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The first of the seeds.")
+@click.option("--arms", metavar="ARM,...", help="Only these, of those below.  [default: all]")
+@click.option("--sweep", is_flag=True, help="Also scenes whose digits vary less in scale and form.")
+@click.option("--steps", type=click.IntRange(1), help="Of every arm.  [default: 600, fast: 10]")
+@click.option("--base-steps", type=click.IntRange(1), help="Of the detector they are cut from.  [default: 1500, fast: 20]")
+@click.option("--images", type=click.IntRange(1), help="To test on.  [default: 1000, fast: 24]")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes, of one thread each.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, writable=True, path_type=Path),
+    default="detect-output",
+    show_default=True,
+    help="The folder for all that comes out.",
+)
+def detect(arms: str | None, output: Path, **options: Any) -> int:
+    """Train the DCNv2 paper's detectors, and a regular one.
+
+    A small Faster R-CNN learns to find handwritten digits of many sizes,
+    aspect ratios and rotations over photographs. Each ARM is cut out of the
+    same trained detector and trained on with the same scenes:
+
+    \b
+      regular    the detector as it is
+      seconds    regular, for as many seconds as v2 takes
+      wide       regular, with as many parameters more as v2's pooling has
+      v1         conv5 deformable, and deformable RoI pooling
+      v2-conv    conv3 to conv5 modulated deformable
+      v2         the same, and modulated deformable RoI pooling
+      v2-mimic   the same, and feature mimicking
+      scratch    v2-conv, trained from the start
+
+    One seed takes about half an hour on two processors. What is done is kept
+    in the folder: after Ctrl-C, which leaves no half-written file, or a crash
+    the same command goes on, to the same numbers, and with more seeds or arms
+    it adds these.
+    """
+    _need(
+        "the experiment", "experiment", "torch", "torchvision", "lightning-fabric", "matplotlib", "mlxtend", "pycocotools",
+        "rich", "scikit-image", "scikit-learn", "scipy",
+    )  # fmt: skip
+    _make(output)
+    from deformconv.cli.experiment import run
+
+    return run(arms, output, **options)
 
 
 @deformconv.command()

@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from deformconv.accuracy import TOLERANCE, error
-from deformconv.ops.conv import cpu
-from deformconv.runtime import cache
-from deformconv.runtime.notices import notice
 from deformconv.studies import digits
 from deformconv.studies.digits import Digits
 from deformconv.studies.files import whole_file
+from deformconv.studies.kernels import compiled
 from deformconv.studies.training import KINDS, DigitNet, Run, Schedule, multiply_adds, scores, train
 from deformconv.torch import deform_conv2d
 
@@ -37,7 +35,7 @@ def run(output: Path, *, fast: bool, seeds: int, first_seed: int) -> int:
     """Run the four parts and return the exit code: 1 if a check failed."""
     console = Console(highlight=False)
     started = time.perf_counter()
-    _warm_up(console)
+    compiled(console)
     holds = [classic_example(console, repeats=3 if fast else 7)]
     training, held_out = digits.split(digits.load(), held_out=300 if fast else 1000)
     schedule, all_seeds = FAST if fast else FULL, range(first_seed, first_seed + seeds)
@@ -51,13 +49,6 @@ def run(output: Path, *, fast: bool, seeds: int, first_seed: int) -> int:
 
 def _net_to_keep(runs: Sequence[Run]) -> DigitNet:
     return next(run.net for run in runs if run.kind == "v2")
-
-
-def _warm_up(console: Console) -> None:
-    notice.announce = None  # said here instead
-    if not cache.processors()[cache.own_processor()]:
-        console.print("Compiling the kernels for this machine, once (about half a minute) ...")
-    cpu.warmup(["float32"], [2])
 
 
 def _title(console: Console, number: int, title: str) -> None:

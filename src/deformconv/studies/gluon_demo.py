@@ -17,11 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deformconv.accuracy import TOLERANCE, error
 from deformconv.gluon import DeformableConvolution, ModulatedDeformableConvolution
-from deformconv.ops.conv import cpu
-from deformconv.runtime import cache
-from deformconv.runtime.notices import notice
 from deformconv.studies import digits
 from deformconv.studies.digits import Digits
+from deformconv.studies.kernels import compiled
 from deformconv.studies.schedule import KINDS, Schedule, batches
 
 __all__ = ["BLOCKS", "accuracy", "digit_net", "run", "train"]
@@ -38,10 +36,7 @@ def run(*, fast: bool, seed: int) -> int:
     """Run the two parts and return the exit code: 1 if a check failed."""
     console = Console(highlight=False)
     started = time.perf_counter()
-    notice.announce = None  # said here instead
-    if not cache.processors()[cache.own_processor()]:
-        console.print("Compiling the kernels for this machine, once (about half a minute) ...")
-    cpu.warmup(["float32"], [2])
+    compiled(console)
     console.print("\n[bold]1. The same weights in MXNet's block and in ours[/]")
     holds = [check_block(console, kind, seed) for kind in BLOCKS]
     console.print("\n[bold]2. A net on handwritten digits, scaled, turned and moved (Trainer, hybridized)[/]")
