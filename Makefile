@@ -1,7 +1,7 @@
 # Each of these works as the first command in a fresh clone; they need make and Python 3.10 or newer.
 #   make demo    build .venv with what the demo needs, run the demo     (DEMO="--fast" hands it options)
 #   make demo-gluon    build .venv-gluon, train the demo's net in MXNet Gluon   (DEMO="--fast")
-#   make experiment    build .venv with what the experiment needs, train the DCNv2 paper's detectors (an hour on two
+#   make experiment    build .venv with what the experiment needs, train the DCNv2 paper's detectors (an hour and a half on two
 #                processors), write benchmarks/detection.* and the figures in docs/detection.md; after Ctrl-C it goes on
 #                (with options only train and print: EXPERIMENT="--fast", EXPERIMENT="--help" for the others)
 #   make test    test-torch, then test-gluon; a part that fails does not stop the next, and all fails at the end
@@ -67,7 +67,7 @@ demo: $(VENV)/installed-demo
 	$(PY) -m deformconv.cli demo $(DEMO)
 
 experiment: $(VENV)/installed-experiment
-	$(PY) -m deformconv.cli experiment detect $(or $(EXPERIMENT),--seeds 3 --sweep --output build/experiment)
+	$(PY) -m deformconv.cli experiment detect $(or $(EXPERIMENT),--seeds 3 --sweep --base-steps 1200 --steps 400 --output build/experiment)
 	$(if $(EXPERIMENT),,$(PY) -m deformconv.studies.detection.document build/experiment)
 
 demo-gluon: $(GLUON_VENV)/installed-dev-gluon
