@@ -51,7 +51,10 @@ def absent(monkeypatch):
         (["--case", "c64"], "there is no case 'c64'; there are c64-56, c128-28, "),
         (["--library", "mmcv"], "there is no library 'mmcv'; there are deformconv, onnxruntime, openvino, torchvision, "),
         (["--direction", "sideways"], "there is no direction 'sideways'; there are forward, forward+backward"),
-        (["loudness"], "there is no report 'loudness'; there are speed, net, rois, offsets, small, scaling, memory, startup, all"),
+        (
+            ["loudness"],
+            "there is no report 'loudness'; there are speed, net, rois, offsets, small, scaling, memory, startup, all",
+        ),
         (["--threads", "0"], "--threads"),
         (["--seconds", "0"], "--seconds"),
         (["--plot", "chart.txt"], "--plot chart.txt: expected a name that ends with .png, .svg, .pdf"),
