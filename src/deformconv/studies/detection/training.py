@@ -228,7 +228,7 @@ def _resumed(
     """What the checkpoint tells, its weights in model and optimizer; an empty history without one."""
     found: Any = None
     if path is not None and fabric.is_global_zero and path.exists():
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = _loaded(path)
     found = fabric.broadcast(found)  # other machines may not have the file
     if found is None:
         return History()
@@ -246,6 +246,18 @@ def _resumed(
     model.load_state_dict(found["model"])
     optimizer.load_state_dict(found["optimizer"])
     return History(**found["history"])
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"`checkpoint` {path} cannot be read: {error.strerror}; expected a file, or a path without one.") from None
+    except Exception as error:  # whatever its reader stumbles over: PyTorch promises no kind of error
+        raise ValueError(
+            f"`checkpoint` {path} is no file of torch.save, or only a part of one, or holds more than tensors and numbers "
+            f"({type(error).__name__}); expected one that this function wrote, or the path of another file."
+        ) from error
 
 
 def _described(found: Any) -> str:
