@@ -68,8 +68,15 @@ def test_it_says_in_one_sentence_what_to_install(monkeypatch, capsys, tmp_path):
     ],
 )
 def test_a_wrong_call_is_explained(installed, options, code, message, tmp_path, capsys):
-    assert main(["experiment", "detect", "--output", str(tmp_path), *options]) == code
+    assert main(["experiment", "detect", "--output", str(tmp_path / "new"), *options]) == code
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_explained(installed, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["experiment", "detect", "--output", str(tmp_path / "file" / "new")]) == 1
+    assert f"Error: cannot make the folder {tmp_path / 'file' / 'new'}: " in capsys.readouterr().err
 
 
 def test_a_folder_of_another_budget_is_refused(installed, tmp_path, capsys):

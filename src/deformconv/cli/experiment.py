@@ -10,24 +10,25 @@ import click
 from deformconv.studies.detection.plan import ARMS, DEFAULT, FAST, FolderError
 from deformconv.studies.detection.workers import WorkerError
 
-__all__ = ["run"]
+__all__ = ["known_arms", "run"]
 
 
 def run(
-    arms: str | None, output: Path, *, fast: bool, seeds: int, seed: int, sweep: bool, workers: int, **numbers: int | None
+    arms: list[str], output: Path, *, fast: bool, seeds: int, seed: int, sweep: bool, workers: int, **numbers: int | None
 ) -> int:
     """Run it and return the exit code; `numbers` are those of the budget that were asked for."""
     asked = {name: value for name, value in numbers.items() if value is not None}
-    budget, chosen = replace(FAST if fast else DEFAULT, **asked), _arms(arms)
+    budget = replace(FAST if fast else DEFAULT, **asked)
     from deformconv.studies.detection import experiment  # here, since it loads PyTorch
 
     try:
-        return experiment.run(output, budget=budget, arms=chosen, seeds=range(seed, seed + seeds), swept=sweep, workers=workers)
+        return experiment.run(output, budget=budget, arms=arms, seeds=range(seed, seed + seeds), swept=sweep, workers=workers)
     except (FolderError, WorkerError) as error:
         raise click.ClickException(str(error)) from None
 
 
-def _arms(text: str | None) -> list[str]:
+def known_arms(text: str | None) -> list[str]:
+    """The arms that `--arms` names, all without it; click's error if one is unknown."""
     if text is None:
         return ARMS
     names = [name.strip() for name in text.split(",")]

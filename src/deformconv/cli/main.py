@@ -105,7 +105,7 @@ def experiment() -> None:
 @click.option("--fast", is_flag=True, help="A few steps on small scenes: a minute, to see that it runs.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Train everything this many times.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The first of the seeds.")
-@click.option("--arms", metavar="ARM,...", help="Only these, of those below.  [default: all]")
+@click.option("--arms", metavar="ARM,...", help="Only these of the arms above, and regular.  [default: all]")
 @click.option("--sweep", is_flag=True, help="Also scenes whose digits vary less in scale and form.")
 @click.option("--steps", type=click.IntRange(1), help="Of every arm.  [default: 600, fast: 10]")
 @click.option("--base-steps", type=click.IntRange(1), help="Of the detector they are cut from.  [default: 1500, fast: 20]")
@@ -137,17 +137,18 @@ def detect(arms: str | None, output: Path, **options: Any) -> int:
 
     One seed takes about half an hour on two processors. What is done is kept
     in the folder: after Ctrl-C, which leaves no half-written file, or a crash
-    the same command goes on, to the same numbers, and with more seeds or arms
-    it adds these.
+    the same command goes on, to the same precision, and one with more seeds or
+    arms trains what is missing. The tables are of what a command asks for.
     """
     _need(
         "the experiment", "experiment", "torch", "torchvision", "lightning-fabric", "matplotlib", "mlxtend", "pycocotools",
         "rich", "scikit-image", "scikit-learn", "scipy",
     )  # fmt: skip
-    _make(output)
-    from deformconv.cli.experiment import run
+    from deformconv.cli.experiment import known_arms, run
 
-    return run(arms, output, **options)
+    chosen = known_arms(arms)
+    _make(output)
+    return run(chosen, output, **options)
 
 
 @deformconv.command()

@@ -85,7 +85,7 @@ def plan(arms: Iterable[str], seeds: Iterable[int], variations: Sequence[str] = 
 
     for seed in seeds:
         # What all differences are taken from comes first, and what takes longest: both processes have work from the start.
-        for arm in (BASE, *(arm for arm in (SCRATCH, "regular", *arms))):
+        for arm in (BASE, SCRATCH, "regular", *arms):
             if arm != SCRATCH or SCRATCH in arms:
                 add(Job(USUAL, seed, arm))
         for variation in variations:
@@ -108,7 +108,7 @@ def accepted(folder: Path, budget: Budget) -> None:
     except ValueError:
         found = None
     if not isinstance(found, dict) or found.keys() != asked.keys():
-        raise FolderError(f"{path} is not what this version writes: choose another folder by --output, or delete this one")
+        raise FolderError(f"{path} is not what this version writes: choose another folder by --output, or empty this one")
     for name, value in asked.items():
         if found[name] != value:
             raise FolderError(
