@@ -45,3 +45,16 @@ def test_a_job_that_raises_ends_all_with_its_traceback(tmp_path):
 def test_a_process_that_dies_ends_all_with_its_signal(tmp_path):
     with pytest.raises(WorkerError, match=r"the process of much-0-base ended with -9; a negative number is the signal"):
         run_jobs(tmp_path, FAST, [Job("much", 0, "base")], [], workers=1, watch=ignore, duty=duties.die)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_process_that_dies_while_it_has_nothing_to_do(tmp_path):
+    """The regular arm's, while v2 is trained on the other one; equal seconds need both."""
+    base, *others = plan(["seconds"], [0])
+    with pytest.raises(WorkerError, match=r"the process of much-0-seconds ended with -9"):
+        run_jobs(tmp_path, FAST, others, [base], workers=2, watch=ignore, duty=duties.die_afterwards)
+
+
+def test_a_job_that_can_never_begin(tmp_path):
+    with pytest.raises(ValueError, match="much-0-v2 needs a job that is neither done nor among those to do; expected it there"):
+        run_jobs(tmp_path, FAST, [Job("much", 0, "v2")], [], workers=1, watch=ignore, duty=duties.note)

@@ -44,6 +44,7 @@ def run_jobs(
         duty: what a process does for a job; a function that it can import.
 
     Raises:
+        ValueError: a job needs one that is neither in `done` nor among the jobs.
         WorkerError: a job raised, or its process ended. The others are stopped; a next run goes on from what they kept.
     """
     waiting, finished = list(jobs), set(done)
@@ -57,9 +58,14 @@ def run_jobs(
                     break
                 waiting.remove(ready)
                 idle.remove(connection)
-                connection.send(ready)
+                try:
+                    connection.send(ready)
+                except ConnectionError:  # it ended while it had nothing to do
+                    raise _lost(ready, processes[connection]) from None
                 busy[connection] = ready
                 watch(ready, 0.0, "begins")
+            if not busy:
+                raise ValueError(f"{waiting[0].name} needs a job that is neither done nor among those to do; expected it there.")
             for connection in cast(list[Connection], wait(list(busy))):
                 job = busy[connection]
                 kind, share, text = _message(connection, job, processes[connection])
@@ -76,12 +82,16 @@ def _message(connection: Connection, job: Job, process: Any) -> tuple[str, float
     try:
         found: tuple[str, float, str] = connection.recv()
     except (EOFError, ConnectionError):
-        process.join(_PATIENCE)
-        raise WorkerError(
-            f"the process of {job.name} ended with {process.exitcode}; a negative number is the signal that ended it. The same "
-            "command goes on from what is kept"
-        ) from None
+        raise _lost(job, process) from None
     return found
+
+
+def _lost(job: Job, process: Any) -> WorkerError:
+    process.join(_PATIENCE)
+    return WorkerError(
+        f"the process of {job.name} ended with {process.exitcode}; a negative number is the signal that ended it. The same "
+        "command goes on from what is kept"
+    )
 
 
 @contextmanager
