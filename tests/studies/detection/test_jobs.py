@@ -10,9 +10,11 @@ for needed in ("torch", "torchvision", "lightning_fabric", "mlxtend", "skimage",
 import torch  # noqa: E402
 
 from deformconv.studies.detection import jobs  # noqa: E402
-from deformconv.studies.detection.detector import cut, fresh, inner  # noqa: E402
+from deformconv.studies.detection.detector import ARMS, cut, fresh, inner  # noqa: E402
+from deformconv.studies.detection.evaluation import Scores  # noqa: E402
 from deformconv.studies.detection.plan import Budget, Job, result  # noqa: E402
 from deformconv.studies.detection.scenes import Scenes  # noqa: E402
+from deformconv.studies.detection.training import History  # noqa: E402
 
 TINY = Budget(base_steps=4, steps=3, batch=2, size=64, images=3)
 
@@ -70,6 +72,43 @@ def test_an_interrupted_job_goes_on_to_the_same_numbers(arm, done, tmp_path, mon
     assert {**whole, "seconds": 0} == {**again, "seconds": 0}
     states = [torch.load(folder / f"{job.name}.pt", weights_only=True) for folder in folders]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_arms_are_trained_on_the_same_scenes_and_tested_on_others(done, tmp_path, monkeypatch):
+    """That is what makes their differences paired; only their nets and numbers of steps differ."""
+    (tmp_path / "much-0-base.pt").write_bytes((done / "much-0-base.pt").read_bytes())
+    for arm in ("regular", "v2"):
+        (tmp_path / f"much-0-{arm}.json").write_text(json.dumps({"seconds": 6.0, "steps": 3}))
+    trained, tested = {}, {}
+
+    def train(model, scenes, **settings):
+        settings = {name: value for name, value in settings.items() if name not in ("checkpoint", "progress", "steps")}
+        trained[job.arm] = scenes.part, scenes.seed, scenes.size, scenes.variation, settings
+        return History([{"loss": 1.0}], 1.0)
+
+    def detections(model, scenes, count):
+        tested[job.arm] = scenes.part, scenes.seed, scenes.size, scenes.variation, count
+        return []
+
+    monkeypatch.setattr(jobs, "train", train)
+    monkeypatch.setattr(jobs, "detections", detections)
+    monkeypatch.setattr(jobs, "scores", lambda pairs: Scores(1.0, 2.0, 3.0, {}))
+    monkeypatch.setattr(jobs, "operations", lambda *_: 1.0)
+    for arm in ["scratch", *ARMS]:
+        job = Job("much", 0, arm)
+        jobs.run_job(tmp_path, TINY, job, ignore)
+    scratch = trained.pop("scratch")
+    assert trained.keys() == ARMS.keys() and all(one == trained["regular"] for one in trained.values())
+    assert trained["regular"][:4] == ("training", 0, 64, "much")
+    assert scratch[4]["seed"] != trained["regular"][4]["seed"]  # what comes after the cut is new to all
+    job = Job("much", 0, "base")
+    jobs.run_job(tmp_path, TINY, job, ignore)
+    assert trained["base"] == scratch
+    assert set(tested.values()) == {("test", 0, 64, "much", 3)}
+    job = Job("none", 1, "base")
+    jobs.run_job(tmp_path, TINY, job, ignore)
+    assert trained["base"][:4] == ("training", 1, 64, "none") and tested["base"] == ("test", 0, 64, "none", 3)
+    assert trained["base"][4]["seed"] not in (scratch[4]["seed"], trained["regular"][4]["seed"])
 
 
 def test_equal_seconds_follow_from_what_was_measured(done, tmp_path):

@@ -56,5 +56,5 @@ def test_a_process_that_dies_while_it_has_nothing_to_do(tmp_path):
 
 
 def test_a_job_that_can_never_begin(tmp_path):
-    with pytest.raises(ValueError, match="much-0-v2 needs a job that is neither done nor among those to do; expected it there"):
+    with pytest.raises(ValueError, match="much-0-v2 needs a job that is neither done nor among those to do; expected it"):
         run_jobs(tmp_path, FAST, [Job("much", 0, "v2")], [], workers=1, watch=ignore, duty=duties.note)

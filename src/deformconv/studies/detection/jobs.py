@@ -88,7 +88,7 @@ def _start(folder: Path, budget: Budget, job: Job) -> nn.Module:
 
 
 def _steps(folder: Path, budget: Budget, job: Job) -> int:
-    """How many; those of equal seconds follow from what two other jobs measured, so that they are the same in every run."""
+    """How many; those of equal seconds follow from what two other jobs measured and kept, so that they stay when it goes on."""
     if job.arm in (BASE, SCRATCH):
         return budget.base_steps
     if job.arm != "seconds":
@@ -104,7 +104,7 @@ def operations(detector: nn.Module, scenes: Scenes) -> float:
     """Multiplications and additions of an image's detection, a mean over some scenes.
 
     PyTorch's counter knows convolutions, ours among them without their interpolation, and matrix products. What it does not
-    know is counted here: an interpolated sample takes 8, of its four corners, and a mask 1.
+    know is counted here, RoI pooling: an interpolated sample takes 8, of its four corners.
     """
     samples: dict[Any, Callable[..., int]] = {
         torch.ops.torchvision.roi_align: _pooled,

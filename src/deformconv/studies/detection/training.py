@@ -252,7 +252,7 @@ def _loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"`checkpoint` {path} cannot be read: {error.strerror}; expected a file, or a path without one.") from None
+        raise ValueError(f"`checkpoint` {path} cannot be read: {error.strerror}; expected a file, or none yet.") from None
     except Exception as error:  # whatever its reader stumbles over: PyTorch promises no kind of error
         raise ValueError(
             f"`checkpoint` {path} is no file of torch.save, or only a part of one, or holds more than tensors and numbers "

@@ -65,7 +65,7 @@ def run_jobs(
                 busy[connection] = ready
                 watch(ready, 0.0, "begins")
             if not busy:
-                raise ValueError(f"{waiting[0].name} needs a job that is neither done nor among those to do; expected it there.")
+                raise ValueError(f"{waiting[0].name} needs a job that is neither done nor among those to do; expected it.")
             for connection in cast(list[Connection], wait(list(busy))):
                 job = busy[connection]
                 kind, share, text = _message(connection, job, processes[connection])
