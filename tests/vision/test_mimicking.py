@@ -213,6 +213,45 @@ def test_float64_stays_float64() -> None:
         assert losses[name].dtype == torch.float64 and losses[name].item() != losses[name].float().item()
 
 
+def test_in_half_precision_losses_are_taken_in_float32() -> None:
+    images, targets = scenes()
+    model = FeatureMimicking(detector().train(), rois_per_image=2, crop=64)
+    torch.manual_seed(2)
+    expected = model(images, targets)
+    torch.manual_seed(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images, targets)
+    for name in ("loss_mimic", "loss_rcnn_classifier"):
+        assert found[name].dtype == torch.float32
+        assert found[name].item() != found[name].bfloat16().item()  # no number that was rounded
+    assert found["loss_rcnn_classifier"].item() == pytest.approx(expected["loss_rcnn_classifier"].item(), rel=0.05)
+
+
+def test_a_patch_is_what_lies_under_its_box_within_the_image() -> None:
+    """The cut is exact where a box's side is the patch's; what is beyond the image is left out, though it is in the batch."""
+    model = FeatureMimicking(detector(), crop=32)
+    images, seen = torch.rand(2, 3, 64, 64), []
+    handle = model.detector.backbone.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    boxes = [torch.tensor([[16.0, 8.0, 48.0, 40.0]]), torch.tensor([[-9.0, 2.0, 32.0, 34.0], [20.0, 32.0, 90.0, 99.0]])]
+    model._teachers(images, [(64, 64), (64, 52)], boxes)
+    handle.remove()
+    first, second, third = seen[0]
+    assert torch.allclose(first, images[0, :, 8:40, 16:48], atol=1e-6)
+    assert torch.allclose(second, images[1, :, 2:34, :32], atol=1e-6)
+    assert torch.allclose(third, images[1, :, 32:64, 20:52], atol=1e-6)
+
+
+def test_patches_do_not_decide_how_boxes_of_images_are_pooled() -> None:
+    """Pooling finds its scales at its first call, which is the image's also in the first step of all."""
+    images, targets = scenes()
+    model = FeatureMimicking(detector().train(), crop=32)
+    pool, asked = model.detector.roi_heads.box_roi_pool, []
+    handle = pool.register_forward_pre_hook(lambda module, given: asked.append((module.scales, given[2][0])))
+    model(images, targets)
+    handle.remove()
+    assert asked == [(None, (64, 64)), ([0.125], (32, 32))]
+
+
 def test_training_lowers_it() -> None:
     torch.manual_seed(0)
     images, targets = scenes()
@@ -238,6 +277,8 @@ def test_texts() -> None:
         FeatureMimicking(detector(), crop=100)
     with pytest.raises(ValueError, match="`reduction` is 'max'; expected 'mean' or 'sum'"):
         FeatureMimicking(detector(), reduction="max")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`generator` is 5; expected a torch\.Generator, or a function that is called"):
+        FeatureMimicking(detector(), crop=64, generator=5)  # type: ignore[arg-type]
 
 
 def test_sentences_for_what_cannot_be() -> None:

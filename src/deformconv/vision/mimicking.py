@@ -51,7 +51,8 @@ class FeatureMimicking(nn.Module):
         as the detector: `model(images, targets)` in training gives its losses and the two; `model(images)` its detections.
 
     Raises:
-        TypeError: `detector` is no GeneralizedRCNN with a box head, or its box predictor has no `cls_score`.
+        TypeError: `detector` is no GeneralizedRCNN with a box head, or its box predictor has no `cls_score`; or `generator` is
+            neither a torch.Generator nor a function.
         ShapeError: `rois_per_image` or `crop` is below 1.
         ValueError: `crop` is no multiple of 32, `weight` negative, or `reduction` unknown; in a call, the detector alone is
             in evaluation mode.
@@ -94,6 +95,11 @@ class FeatureMimicking(nn.Module):
         _check_weight(weight)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"`reduction` is {reduction!r}; expected 'mean' or 'sum'.")
+        if generator is not None and not isinstance(generator, torch.Generator) and not callable(generator):
+            raise TypeError(
+                f"`generator` is {generator!r}; expected a torch.Generator, or a function that is called with a target "
+                "and returns one."
+            )
         self.detector = detector
         self.rois_per_image, self.crop, self.weight = count("rois_per_image", rois_per_image), crop, weight
         self.reduction, self.include_ground_truth = reduction, include_ground_truth
