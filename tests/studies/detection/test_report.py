@@ -85,6 +85,8 @@ def test_what_is_written():
         "2.30", "300", "250", "600",
     ]  # fmt: skip
     assert "Student's t interval of 95 % of the paired differences over 3 seeds" in text
+    assert "what other seeds may give on these test scenes, and not what other scenes would" in text
+    assert "The paper's detector (ResNet-50, images of 1000 pixels) has no feature pyramid" in report.page(found)
     one = report.tables(report.everything(RESULTS[::3], FAST, ["much"]))
     assert "one seed" in one and "no difference of one seed is a finding" in one and "Student" not in one
 

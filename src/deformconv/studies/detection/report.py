@@ -181,11 +181,10 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     """What must be known to read the tables."""
     budget = found["budget"]
     seeds = len({one["seed"] for one in found["results"]})
+    means = f"a mean of {seeds} seeds" if seeds > 1 else "of one seed, and no difference of one seed is a finding"
     said = [
         f"AP of {budget['images']} test scenes of {budget['size']} pixels, whose digits and photographs are not in training; "
-        f"a mean of {seeds} seeds." if seeds > 1 else
-        f"AP of {budget['images']} test scenes of {budget['size']} pixels, whose digits and photographs are not in training; "
-        "of one seed, and no difference of one seed is a finding.",
+        f"{means}.",
         f"Every arm is cut out of the same regular detector, trained for {budget['base_steps']} steps (its row is \"regular, "
         f"before\"), and trained for {budget['steps']} more on the same scenes in the same order; the one from scratch is "
         "compared with that row.",
@@ -196,7 +195,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         "convolutions.",
     ]  # fmt: skip
     if seeds > 1:
-        said.insert(1, f"In brackets Student's t interval of 95 % of the paired differences over {seeds} seeds.")
+        said.insert(
+            1,
+            f"In brackets Student's t interval of 95 % of the paired differences over {seeds} seeds, of each difference by "
+            "itself. It tells what other seeds may give on these test scenes, and not what other scenes would.",
+        )
     return said
 
 
@@ -238,7 +241,8 @@ def page(found: Mapping[str, Any]) -> str:
         "Written by `deformconv experiment detect`; docs/detection.md says what it is.",
         f"{machine['processor']}, {machine['system']}, Python {machine['python']}; {packages}.",
         tables(found).rstrip(),
-        "What others measured, on COCO, with other nets and far longer training:",
+        "What others measured on COCO, with larger nets and far longer training. The paper's detector (ResNet-50, images of "
+        "1000 pixels) has no feature pyramid: it dilates conv5 and pools boxes from there. mmdetection's (ResNet-50) has one:",
         published(),
         "Every training:",
         markdown(["arm", "variation", "seed", "AP", "AP50", "AP75", "steps", "seconds"], lines, 2),
