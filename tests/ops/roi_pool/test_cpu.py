@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.ops.roi_pool.suite import WANTED, BackendSuite
 
 import deformconv
 from deformconv.ops.roi_pool import cpu
+from deformconv.runtime import memory
 
 LARGE = Case("large", channels=70, size=(30, 40), batch=3, boxes=40, output_size=(7, 7), scale=0.25)
 
@@ -71,3 +73,22 @@ def test_memory_of_any_order() -> None:
     strange = [np.asfortranarray(call.input), call.boxes[::-1].copy()[::-1], np.asfortranarray(call.offset), call.mask]
     strange[3] = np.repeat(call.mask, 2, axis=-1)[..., ::2]
     np.testing.assert_array_equal(cpu.forward(call.spec, *strange), expected)
+
+
+@pytest.mark.parametrize(("direction", "maps"), [("forward", 1), ("backward", 2)])
+def test_beside_its_results_a_call_takes_a_map_or_two(direction: str, maps: int) -> None:
+    """The input's copy and its gradient's, at a box head's size; all else is small beside them."""
+    call = make(Case("box head", channels=256, size=(50, 84), batch=2, boxes=512, output_size=(7, 7), scale=1 / 16), "float32")
+    gradient = (call.grad_output,) if direction == "backward" else ()
+    wanted = (WANTED,) if direction == "backward" else ()
+    getattr(cpu, direction)(call.spec, *gradient, *call.arrays, *wanted)  # what is kept for the next calls is there
+    memory.release()
+    tracemalloc.start()
+    try:
+        found = getattr(cpu, direction)(call.spec, *gradient, *call.arrays, *wanted)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    results = [found] if direction == "forward" else [found.input, found.offset, found.mask]
+    beside = peak - sum(array.nbytes for array in results)
+    assert 0.9 * maps < beside / call.input.nbytes < maps + 0.3
