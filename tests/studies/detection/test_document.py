@@ -1,6 +1,7 @@
 """What the repository's texts say of the experiment is what was measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.studies.detection.test_report import RESULTS  # noqa: E402
 
 from deformconv.bench.readme import BEGIN, END, replaced  # noqa: E402
 from deformconv.studies.detection import document, report  # noqa: E402
-from deformconv.studies.detection.plan import FAST  # noqa: E402
+from deformconv.studies.detection.plan import DEFAULT, FAST  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 
@@ -49,3 +50,10 @@ def test_everything_is_written(tmp_path):
     assert page.count("\n| regular ") == 2 + 3 and "41.4" in page  # two tables, three trainings
     assert (repository / "docs" / "images" / "detections.png").read_bytes() == b"picture"
     assert not list(repository.rglob(".*"))
+
+
+def test_the_guide_names_the_steps_that_make_takes():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    base, steps = (int(re.search(rf"{name} (\d+)", makefile)[1]) for name in ("--base-steps", "--steps"))
+    text = f"({base:,} and {steps} for {DEFAULT.base_steps:,} and {DEFAULT.steps})"
+    assert text in (ROOT / document.GUIDE).read_text(encoding="utf-8")
