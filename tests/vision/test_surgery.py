@@ -50,6 +50,33 @@ def test_the_recipe_finds_every_3x3_of_its_stages(name: str, recipe: str, number
     assert all(layer.kernel_size == (3, 3) for layer in map(model.get_submodule, found))
 
 
+def test_the_recipe_knows_detectron2_s_names() -> None:
+    """Stages res2 to res5 in a backbone's `bottom_up`. Its own Conv2d, a subclass with a norm, is refused."""
+
+    class Conv2d(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(4, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.norm(super().forward(x))
+            return found
+
+    def block() -> nn.Module:
+        return nn.ModuleDict({f"conv{n}": nn.Conv2d(4, 4, taps) for n, taps in ((1, 1), (2, 3), (3, 1))})
+
+    def stage(blocks: int) -> nn.Module:
+        return nn.Sequential(*(block() for _ in range(blocks)))
+
+    stages = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 7), **{f"res{n}": stage(n - 1) for n in (2, 3, 4, 5)}})
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"fpn_output3": nn.Conv2d(4, 4, 3), "bottom_up": stages})})
+    expected = tuple(f"backbone.bottom_up.res{n}.{block}.conv2" for n in (3, 4, 5) for block in range(n - 1))
+    assert make_deformable(model, "resnet:conv3-conv5") == expected
+    stages["res5"][0]["conv2"] = Conv2d()
+    with pytest.raises(ValueError, match=r"layer 'backbone\.bottom_up\.res5\.0\.conv2' of `model` is a .*Conv2d; expected"):
+        make_deformable(model, "resnet:conv5")
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_the_net_computes_what_it_did(name: str) -> None:
     model, x = resnet(name), torch.rand(1, 3, 64, 64, dtype=torch.float64)

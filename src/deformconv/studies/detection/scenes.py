@@ -29,7 +29,8 @@ Pixels = npt.NDArray[np.float32]
 Ink = npt.NDArray[np.bool_]
 
 _SCIKIT_IMAGE, _SCIKIT_LEARN = "scikit-image:skimage/data/", "scikit-learn:sklearn/datasets/images/"
-# Without those of scikit-image that show letters or digits, and without motorcycle_right, the same scene as motorcycle_left.
+# Without those of scikit-image that are letters or digits (page, text, clock_motion), and without motorcycle_right, the same
+# scene as motorcycle_left.
 PHOTOGRAPHS = {
     "training": [
         *(_SCIKIT_IMAGE + name for name in (
