@@ -183,6 +183,8 @@ def test_the_entry(tmp_path: Path) -> None:
     [
         (["no_such_module:build", "--steps", "1"], "'no_such_module:build' cannot be imported"),
         (["json:no_such_function", "--steps", "1"], "expected a module and a function in it, as train:build"),
+        (["json", "--steps", "1"], "'json' is a module; expected a module and a function in it, as train:build"),
+        (["builtins:dict", "--steps", "1"], "'builtins:dict' returned a builtins.dict; expected a detector and its scenes"),
         (["json:dumps"], "neither --steps nor --seconds is given; expected one of them, or both"),
     ],
 )

@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from deformconv.studies.detection.training import launched, train
 
+_WHAT = "MODULE:FUNCTION"
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("build", metavar="MODULE:FUNCTION")
+@click.argument("build", metavar=_WHAT)
 @click.option("--steps", type=click.IntRange(1), help="End after so many steps.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="End after so many seconds of CPU time.")
 @click.option("--batch", type=click.IntRange(1), default=8, help="Images in a step, over all processes together.")
@@ -35,15 +38,15 @@ def main(build: str, accelerator: str, timeout: float, **settings: Any) -> None:
     """
     if settings["steps"] is None and settings["seconds"] is None:
         raise click.UsageError("neither --steps nor --seconds is given; expected one of them, or both.")
-    try:
-        made = resolve_name(build)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise click.BadParameter(
-            f"{build!r} cannot be imported: {error}; expected a module and a function in it, as train:build.",
-            param_hint="MODULE:FUNCTION",
-        ) from None
+    make = _function(build)
     fabric = launched(accelerator, timeout)
-    model, scenes = made()
+    made = make()
+    if not isinstance(made, (tuple, list)) or len(made) != 2:
+        raise click.BadParameter(
+            f"{build!r} returned a {type(made).__module__}.{type(made).__qualname__}; expected a detector and its scenes.",
+            param_hint=_WHAT,
+        )
+    model, scenes = made
     shown = sys.stderr if fabric.is_global_zero else io.StringIO()
     with click.progressbar(length=1000, label="Training", file=shown) as bar:
 
@@ -54,6 +57,18 @@ def main(build: str, accelerator: str, timeout: float, **settings: Any) -> None:
     if fabric.is_global_zero:
         last = history.losses[-1] if history.losses else {}
         click.echo(json.dumps({"steps": history.steps, "seconds": history.seconds, "losses": last}))
+
+
+def _function(name: str) -> Callable[[], Any]:
+    """What `build` names, as a function."""
+    expected = "expected a module and a function in it, as train:build."
+    try:
+        found = resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise click.BadParameter(f"{name!r} cannot be imported: {error}; {expected}", param_hint=_WHAT) from None
+    if not callable(found):
+        raise click.BadParameter(f"{name!r} is a {type(found).__qualname__}; {expected}", param_hint=_WHAT)
+    return cast(Callable[[], Any], found)
 
 
 if __name__ == "__main__":
