@@ -87,6 +87,9 @@ def test_what_is_written():
     assert "Student's t interval of 95 % of the paired differences over 3 seeds" in text
     assert "what other seeds may give on these test scenes, and not what other scenes would" in text
     assert "The paper's detector (ResNet-50, images of 1000 pixels) has no feature pyramid" in report.page(found)
+    assert "the one from scratch is compared with that row" in text and "Equal seconds: the regular detector was" in text
+    some = report.tables(report.everything([one for one in RESULTS if one["arm"] in ("base", "regular", "v2")], FAST, ["much"]))
+    assert "scratch" not in some and "Equal seconds:" not in some
     one = report.tables(report.everything(RESULTS[::3], FAST, ["much"]))
     assert "one seed" in one and "no difference of one seed is a finding" in one and "Student" not in one
 

@@ -180,20 +180,25 @@ def _swept(row: Mapping[str, Any]) -> list[str]:
 def notes(found: Mapping[str, Any]) -> list[str]:
     """What must be known to read the tables."""
     budget = found["budget"]
-    seeds = len({one["seed"] for one in found["results"]})
+    seeds, arms = len({one["seed"] for one in found["results"]}), {row["arm"] for row in found["arms"]}
     means = f"a mean of {seeds} seeds" if seeds > 1 else "of one seed, and no difference of one seed is a finding"
     said = [
         f"AP of {budget['images']} test scenes of {budget['size']} pixels, whose digits and photographs are not in training; "
         f"{means}.",
         f"Every arm is cut out of the same regular detector, trained for {budget['base_steps']} steps (its row is \"regular, "
-        f"before\"), and trained for {budget['steps']} more on the same scenes in the same order; the one from scratch is "
-        "compared with that row.",
-        f"Equal seconds: the regular detector was trained for as long as \"{TITLES[CLOCK]}\", in processor time of one "
-        "thread, and every arm is compared with that. An arm that takes longer is favoured by it, one that takes less is not.",
+        f"before\"), and trained for {budget['steps']} more on the same scenes in the same order"
+        f"{'; the one from scratch is compared with that row' * (SCRATCH in arms)}.",
         "Milliseconds are processor time of one thread, with the making of scenes. Operations are an image's, forward: "
         "multiplications and additions of convolutions, matrix products and pooling, without the interpolation of deformable "
         "convolutions.",
     ]  # fmt: skip
+    if "seconds" in arms:
+        said.insert(
+            2,
+            f'Equal seconds: the regular detector was trained for as long as "{TITLES[CLOCK]}", in processor time of one '
+            "thread, and every arm is compared with that. An arm that takes longer is favoured by it, one that takes less is "
+            "not.",
+        )
     if seeds > 1:
         said.insert(
             1,
