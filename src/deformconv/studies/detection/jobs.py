@@ -23,7 +23,7 @@ from deformconv.studies.files import whole_file
 __all__ = ["load", "operations", "run_job"]
 
 _RATE, _FRESH_RATE = 1e-3, 2e-3  # the peaks of learning rates
-_TEST_SEED = 0  # the test scenes are one and the same for all seeds and arms
+_TEST_SEED = 2  # the test scenes are one and the same for all seeds and arms; no setting was chosen by these
 _EVERY = 25  # steps from one checkpoint to the next
 _COUNTED = 8  # test scenes over which operations are counted
 
