@@ -6,10 +6,11 @@ Dispatch, the front ends, the registration with PyTorch and `explain` are made f
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from deformconv.errors import ShapeError
+from deformconv.ops.record import record
 
 __all__ = [
     "DTYPES", "HALF", "Argument", "Backend", "Line", "Operand", "Operator", "Parameter", "Spec", "check_dtypes_and_devices",
@@ -177,7 +178,7 @@ def check_grad_dtype(spec: Spec, grad_output: Operand) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@record(frozen=True, kw_only=True, eq=False)
 class Operator:
     """An operator, as everybody outside of its folder knows it."""
 

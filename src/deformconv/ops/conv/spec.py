@@ -7,13 +7,14 @@ one text. The file is long because each known mistake has its own sentence.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple, NoReturn
 
 from deformconv.errors import ShapeError
 from deformconv.ops.operator import Operand, check_dtypes_and_devices, check_grad_dtype
+from deformconv.ops.record import record
 from deformconv.ops.window import (
     axes,
     axis_name,
@@ -53,7 +54,7 @@ class Gradients(NamedTuple):
     mask: Any = None
 
 
-@dataclass(frozen=True)
+@record(frozen=True, kw_only=True)
 class ConvSpec:
     """A checked call: everything that shapes, dtypes and parameters determine."""
 
@@ -73,18 +74,6 @@ class ConvSpec:
     biased: bool
     boundary: str
     dtype: str
-
-    def __hash__(self) -> int:
-        """The hash of the fields, kept: each call asks for it, to find its plan."""
-        found: int | None = self.__dict__.get("_hash")
-        if found is None:
-            found = hash(tuple(getattr(self, field.name) for field in fields(self)))
-            object.__setattr__(self, "_hash", found)
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the hash, which is another one in another process."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def taps(self) -> int:

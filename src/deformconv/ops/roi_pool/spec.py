@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 
 from deformconv.errors import ShapeError
 from deformconv.ops.operator import Operand, check_dtypes_and_devices
+from deformconv.ops.record import record
 from deformconv.ops.window import by, channels_last, integers, n_of
 
 __all__ = ["CONVENTIONS", "Gradients", "RoiSpec", "check_boxes", "check_list", "check_order", "group_size_of", "roi_spec"]
@@ -33,7 +34,7 @@ class Gradients(NamedTuple):
     mask: Any = None
 
 
-@dataclass(frozen=True)
+@record(frozen=True, kw_only=True)
 class RoiSpec:
     """A checked call: everything that shapes, dtypes and parameters determine."""
 
