@@ -1,6 +1,7 @@
 """The demo from end to end, in a process of its own as a user runs it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 for extra in ("torch", "matplotlib", "mlxtend", "rich"):
     pytest.importorskip(extra, reason="the demo needs it")
 
-PICTURES = {"sampling-points-stride-2.png", "sampling-points-stride-4.png", "training.png"}
+PICTURES = {"sampling-points-middle.png", "sampling-points-last.png", "training.png"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,12 +59,17 @@ def test_the_fast_demo(tmp_path):
     # 30 seconds on two processors, counted so that other work on the machine does not matter.
     assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 60
 
-    for part in ("1. The classic example", "2. Three nets of equal budget", "3. Pictures", "4. The v2 net"):
+    for part in ("1. The classic example", "2. A trained net made deformable", "3. Pictures", "4. The v2 net"):
         assert f"\n{part}" in out
     assert "10x18x100x100" in out and "10x9x100x100" in out and "10x64x100x100" in out
     assert out.count("  ok  ") == 3 and "FAILED" not in out
-    table = [line.split() for line in out.splitlines() if line.rstrip().endswith("  one seed")]
-    assert [row[0] for row in table] == ["plain", "v1", "v2"]
+    share = r" +\d+\.\d%"
+    assert re.search(rf"^ +0({share}){{5}} +[+-]\d+\.\d +[+-]\d+\.\d$", out, re.M)  # before, and one of each kind
+    table = [line.split() for line in out.splitlines() if line.rstrip().endswith(" %")]
+    assert [row[0] for row in table] == ["plain", "longer", "v1", "v2"]
+    gains = re.findall(r"^  (v[12]) - (plain|longer) +[+-]\d+\.\d  +for (equal steps|no more cost): ", out, re.M)
+    budgets = (("plain", "equal steps"), ("longer", "no more cost"))
+    assert gains == [(kind, *budget) for budget in budgets for kind in ("v1", "v2")]
 
     files = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
     assert files == PICTURES | {"digits-v2.pt"}
@@ -89,6 +95,35 @@ def test_an_interrupt_during_training_leaves_nothing(tmp_path):
     assert process.returncode == 130
     assert err.strip() == "Interrupted: nothing is left half-written."
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_gains_are_paired_by_seed():
+    from deformconv.studies import demo
+
+    def run(kind, seed, accuracy):
+        return demo.Run(kind, seed, None, accuracies={0: 0.5, 3: accuracy})
+
+    plain = [run("plain", 0, 0.80), run("plain", 1, 0.70)]
+    v2 = [run("v2", 0, 0.81), run("v2", 1, 0.75)]
+    assert demo._gain(v2, plain) == "+3.0 (+1.0 to +5.0)"
+    assert demo._gain(plain, v2) == "-3.0 (-5.0 to -1.0)"
+    assert demo._gain(v2[:1], plain[:1]) == "+1.0"
+
+
+def test_training_takes_one_thread_and_gives_the_others_back():
+    import torch
+
+    from deformconv.studies import demo
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt), demo._one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyboardInterrupt
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_failed_check_ends_with_1(monkeypatch, capsys):

@@ -20,7 +20,7 @@ from deformconv.gluon import DeformableConvolution, ModulatedDeformableConvoluti
 from deformconv.studies import digits
 from deformconv.studies.digits import Digits
 from deformconv.studies.kernels import compiled
-from deformconv.studies.schedule import KINDS, Schedule, batches
+from deformconv.studies.schedule import CONVOLUTIONS, Schedule, batches
 
 __all__ = ["BLOCKS", "accuracy", "digit_net", "run", "train"]
 
@@ -66,15 +66,10 @@ def check_block(console: Console, kind: str, seed: int) -> bool:
 
 
 def digit_net(kind: str) -> nn.HybridSequential:
-    """The demo's net: five 3x3 convolutions, the third and the fifth deformable, maximum over positions, a linear layer."""
-    first, second = KINDS[kind]
-    block = BLOCKS[kind][0]
+    """The demo's net: three 3x3 convolutions, two of them deformable, maximum over positions, a linear layer."""
     net = nn.HybridSequential()
-    net.add(nn.Conv2D(12, 3, strides=2, padding=1, use_bias=False), nn.BatchNorm(), nn.Activation("relu"))
-    net.add(nn.Conv2D(16, 3, padding=1, use_bias=False), nn.BatchNorm(), nn.Activation("relu"))
-    net.add(block(first, 3, padding=1, use_bias=False), nn.BatchNorm(), nn.Activation("relu"))
-    net.add(nn.Conv2D(32, 3, strides=2, padding=1, use_bias=False), nn.BatchNorm(), nn.Activation("relu"))
-    net.add(block(second, 3, padding=1, use_bias=False), nn.BatchNorm(), nn.Activation("relu"))
+    for block, (channels, stride) in zip((nn.Conv2D, BLOCKS[kind][0], BLOCKS[kind][0]), CONVOLUTIONS, strict=True):
+        net.add(block(channels, 3, strides=stride, padding=1, use_bias=False), nn.BatchNorm(), nn.Activation("relu"))
     net.add(nn.GlobalMaxPool2D(), nn.Dense(10))
     return net
 

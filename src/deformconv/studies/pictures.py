@@ -18,14 +18,14 @@ from deformconv.torch import DeformConv2d
 __all__ = ["looks", "training_curves"]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and markers for print without colour.
-STYLES = {"plain": ("#0072B2", "o"), "v1": ("#E69F00", "s"), "v2": ("#009E73", "^")}
+STYLES = {"plain": ("#0072B2", "o"), "longer": ("#56B4E9", "D"), "v1": ("#E69F00", "s"), "v2": ("#009E73", "^")}
 SCALES = (0.6, 0.85, 1.1, 1.4)
 ROWS = ((4, 0), (6, 35), (8, -35))  # label, and rotation in degrees
-POSITIONS = {2: 3, 4: 2}  # how many output positions to show, by image pixels per input pixel
+POSITIONS = {2: 3, 4: 2}  # how many output positions to show, by image pixels per input pixel of the layer
 
 
 def training_curves(runs: Sequence[Run]) -> Figure:
-    """Loss and held-out accuracy of all runs by step."""
+    """Loss and held-out accuracy of all runs by step, from the trained net on."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for run in runs:
@@ -46,7 +46,7 @@ def training_curves(runs: Sequence[Run]) -> Figure:
     seeds = len({run.seed for run in runs})
     lines = "one line a seed" if seeds > 1 else "one seed"
     left.set(title="Training loss", xlabel="step", ylabel="mean of 15 steps", ylim=(0, None))
-    right.set(title="Accuracy on held-out digits", xlabel="step", ylabel="%", ylim=(0, 100))
+    right.set(title="Accuracy on held-out digits", xlabel="step", ylabel="%")
     for axes in (left, right):
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
@@ -70,9 +70,9 @@ def looks(net: DigitNet, scans: Digits, block: int) -> Figure:
     for row, (label, rotation) in enumerate(ROWS):
         image = np.repeat(_typical(scans, label)[None], len(SCALES), axis=0)
         canvases = digits.place(image, _centred(SCALES, rotation))
-        offset, mask, pixel = _predictions(net, block, canvases)
-        points = sampling_points(offset, 3, padding=1)
-        regular = regular_points(offset.shape[2:], 3, padding=1)
+        offset, mask, stride, pixel = _predictions(net, block, canvases)
+        points = sampling_points(offset, 3, stride=stride, padding=1)
+        regular = regular_points(offset.shape[2:], 3, stride=stride, padding=1)
         answers = scores(net, canvases).argmax(1).tolist()
         for column, canvas in enumerate(canvases):
             axes = panels[row, column]
@@ -81,7 +81,7 @@ def looks(net: DigitNet, scans: Digits, block: int) -> Figure:
                 canvas,
                 points[column, 0],
                 None if mask is None else mask[column],
-                at=_positions(canvas, offset.shape[2:], pixel),
+                at=_positions(canvas[:: stride * pixel, :: stride * pixel], POSITIONS[pixel]),
                 regular=regular,
                 pixel=pixel,
                 margin=1,
@@ -111,21 +111,21 @@ def _centred(scales: Sequence[float], degrees: float) -> Placement:
 
 
 @torch.inference_mode()
-def _predictions(net: DigitNet, block: int, canvases: digits.Images) -> tuple[Any, Any, int]:
-    """The offsets, masks and image pixels per input pixel of the deformable layer of a block."""
+def _predictions(net: DigitNet, block: int, canvases: digits.Images) -> tuple[Any, Any, int, int]:
+    """The offsets and masks of the deformable layer of a block, its stride, and the image pixels per pixel of its input."""
     net.eval()
     features = net.body[:block](torch.from_numpy(canvases)[:, None])
     layer = next(layer for layer in net.body[block].modules() if isinstance(layer, DeformConv2d))
     offset, mask = layer.offsets_and_mask(features)
-    return offset.numpy(), None if mask is None else mask.numpy(), canvases.shape[1] // features.shape[2]
+    pixel = canvases.shape[1] // features.shape[2]
+    return offset.numpy(), None if mask is None else mask.numpy(), features.shape[2] // offset.shape[2], pixel
 
 
-def _positions(canvas: Any, size: Sequence[int], pixel: int) -> list[tuple[int, int]]:
-    """Some output positions on ink, as far from each other as can be."""
-    ink = canvas[::pixel, ::pixel][: size[0], : size[1]]
+def _positions(ink: Any, most: int) -> list[tuple[int, int]]:
+    """Some output positions on ink, given at every one, as far from each other as can be."""
     candidates = np.argwhere(ink >= 0.5 * ink.max())
     chosen = [candidates[0]]
-    while len(chosen) < POSITIONS[pixel]:
+    while len(chosen) < most:
         distances = np.min([np.hypot(*(candidates - other).T) for other in chosen], axis=0)
         if distances.max() < 3:
             break  # windows so near to each other would hide one another

@@ -1,8 +1,8 @@
-"""What the demo's nets share in every framework: their widths, their schedule and their batches."""
+"""What the demo's nets share in every framework: their convolutions, their schedule and their batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,17 +10,15 @@ import numpy as np
 from deformconv.studies import digits
 from deformconv.studies.digits import Digits
 
-__all__ = ["KINDS", "Schedule", "batches"]
+__all__ = ["CONVOLUTIONS", "Schedule", "batches"]
 
-# The output channels of the two middle layers. A deformable layer also has the convolution that predicts
-# its offsets; the others' middle layers are wider, so that parameters and multiply-adds are the same
-# within 1.3 %.
-KINDS = {"plain": (52, 36), "v1": (26, 48), "v2": (16, 48)}
+# Output channels and stride of each 3x3 convolution. All but the first are deformable in nets of kind v1 and v2.
+CONVOLUTIONS = ((8, 2), (16, 2), (16, 1))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What all nets of a study share."""
+    """How long and how fast a net is trained."""
 
     steps: int
     evaluations: int  # on the held-out digits, the last one after the last step
@@ -33,7 +31,7 @@ class Schedule:
         return frozenset(round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations))
 
 
-def batches(training: Digits, schedule: Schedule, seed: int) -> Iterator[Digits]:
+def batches(training: Digits, schedule: Schedule, seed: int | Sequence[int]) -> Iterator[Digits]:
     """As many batches as there are steps: every scan once an epoch, each time at another placement."""
     random = np.random.default_rng(seed)
     order = np.empty(0, np.intp)
