@@ -104,10 +104,10 @@ def test_arms_are_trained_on_the_same_scenes_and_tested_on_others(done, tmp_path
     job = Job("much", 0, "base")
     jobs.run_job(tmp_path, TINY, job, ignore)
     assert trained["base"] == scratch
-    assert set(tested.values()) == {("test", 0, 64, "much", 3)}
+    assert set(tested.values()) == {("test", 2, 64, "much", 3)}
     job = Job("none", 1, "base")
     jobs.run_job(tmp_path, TINY, job, ignore)
-    assert trained["base"][:4] == ("training", 1, 64, "none") and tested["base"] == ("test", 0, 64, "none", 3)
+    assert trained["base"][:4] == ("training", 1, 64, "none") and tested["base"] == ("test", 2, 64, "none", 3)
     assert trained["base"][4]["seed"] not in (scratch[4]["seed"], trained["regular"][4]["seed"])
 
 
