@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ def _need(user: str, extra: str, *packages: str) -> None:
         raise click.ClickException(f"{user} needs {', '.join(missing)}, not installed here: {command(extra, *missing)}")
 
 
+_FIRST_SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The first of the seeds.")
+
+
+def _output(default: str, text: str) -> Callable[[Any], Any]:
+    """The option of a folder that a command makes."""
+    kind = click.Path(file_okay=False, writable=True, path_type=Path)
+    return click.option("--output", type=kind, default=default, show_default=True, help=text)
+
+
 def _make(output: Path) -> None:
     """Make a folder now, not after minutes of training."""
     try:
@@ -51,14 +60,8 @@ def _make(output: Path) -> None:
 @deformconv.command()
 @click.option("--fast", is_flag=True, help="A few training steps only: under 30 seconds, for a first look.")
 @click.option("--seeds", type=click.IntRange(1), help="Train every net this many times.  [default: 3, fast: 1]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The first of the seeds.")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, writable=True, path_type=Path),
-    default="demo-output",
-    show_default=True,
-    help="The folder for pictures and the trained net.",
-)
+@_FIRST_SEED
+@_output("demo-output", "The folder for pictures and the trained net.")
 def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
     """Run v1 and v2, fine-tune a net, draw where it looks.
 
@@ -104,20 +107,14 @@ def experiment() -> None:
 @experiment.command()
 @click.option("--fast", is_flag=True, help="A few steps on small scenes: a minute, to see that it runs.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Train everything this many times.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The first of the seeds.")
+@_FIRST_SEED
 @click.option("--arms", metavar="ARM,...", help="Only these of the arms above, and regular.  [default: all]")
 @click.option("--sweep", is_flag=True, help="Also scenes whose digits vary less in scale and form.")
 @click.option("--steps", type=click.IntRange(1), help="Of every arm.  [default: 600, fast: 10]")
 @click.option("--base-steps", type=click.IntRange(1), help="Of the detector they are cut from.  [default: 1500, fast: 20]")
 @click.option("--images", type=click.IntRange(1), help="To test on.  [default: 1000, fast: 24]")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes, of one thread each.")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, writable=True, path_type=Path),
-    default="detect-output",
-    show_default=True,
-    help="The folder for all that comes out.",
-)
+@_output("detect-output", "The folder for all that comes out.")
 def detect(arms: str | None, output: Path, **options: Any) -> int:
     """Train the DCNv2 paper's detectors, and a regular one.
 

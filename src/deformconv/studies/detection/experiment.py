@@ -46,7 +46,7 @@ def run(output: Path, *, budget: Budget, arms: Sequence[str], seeds: Sequence[in
 def train_all(console: Console, output: Path, budget: Budget, planned: Sequence[Job], workers: int) -> None:
     """Run the jobs that are not done, with a bar for each that runs and one for all."""
     done = [job for job in planned if result(output, job) is not None]
-    todo = [job for job in planned if job not in set(done)]
+    todo = [job for job in planned if job not in done]
     kept = f", {len(done)} of them done before" if done else ""
     console.print(
         f"{len(planned)} trainings{kept}; {workers} at a time, each on one thread.\n"
