@@ -92,7 +92,7 @@ DEFORM_CONV = Operator(
         Parameter("offset_groups", "int?"),
         Parameter("boundary", "str"),
     ),
-    backends=(Line("cpu"), Line("portable"), Line("reference", by_name_only=True)),
+    backends=(Line("cpu"), Line("gpu"), Line("portable"), Line("reference", by_name_only=True)),
     gradients=Gradients,
     check=_check,
     check_grad_output=check_grad_output,
