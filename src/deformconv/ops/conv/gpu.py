@@ -269,6 +269,8 @@ def backward(
     """The wanted gradients; None for the others. That of the input has its channels last in memory if the input does."""
     import torch
 
+    from deformconv.torch.tensors import memory_format
+
     found: dict[str, Any] = {}
     if "bias" in wanted:
         found["bias"] = grad_output.sum(dim=(0, *range(2, spec.rank + 2)))
@@ -289,7 +291,7 @@ def backward(
         of_part = _backward_of(spec, part, matrix, "weight" in sampled)
         d_weight = of_part if d_weight is None else d_weight + of_part
     if d_input is not None:
-        found["input"] = d_input.movedim(-1, 1)
+        found["input"] = d_input.movedim(-1, 1) if memory_format(input) is not torch.contiguous_format else _planes(d_input)
     if "offset" in sampled:
         found["offset"] = d_offset
     if "mask" in sampled:
@@ -377,6 +379,7 @@ def _sample_backward(
 def _collect(spec: ConvSpec, part: _Part, d_columns: Any, keys: Any, shares: Any) -> None:
     """Sum the input's gradient at each pixel from the samples near it, in the order of their numbers."""
     import torch
+    import triton.language as tl
 
     plan, images = _plan(spec), len(part.x)
     C, CG, GC, G = _channels(spec)
@@ -384,18 +387,50 @@ def _collect(spec: ConvSpec, part: _Part, d_columns: Any, keys: Any, shares: Any
     ordered, order = torch.sort(keys, stable=True)
     numbers = torch.arange(lists + 1, dtype=keys.dtype, device=keys.device)
     start = torch.searchsorted(ordered, numbers, out_int32=len(keys) < 2**31)
-    block = min(256, _power(GC))
-    _kernels().collect[images * spec.pixels, G, -(-GC // block)](
-        d_columns, order, start, shares, part.d_x, spec.positions, spec.pixels, C, CG, GC, G, plan.group, plan.tap,
-        *plan.pixels[:3], K=spec.taps, RANK=spec.rank, SPAN=plan.span, COLUMN_SPAN=plan.column_span,
-        ACC=plan.constants["ACC"], INDEX=plan.constants["INDEX"], BE=16, BC=block,
-        num_warps=4 if block > 64 else 1,
+    samples, exact, index = len(keys), plan.constants["ACC"], plan.constants["INDEX"]
+    rows, sorted_shares = torch.empty_like(order if index == tl.int64 else keys), torch.empty_like(shares)
+    _kernels().arrange[(-(-samples // 256),)](
+        order, shares, rows, sorted_shares, samples, spec.positions, C, G, plan.tap,
+        K=spec.taps, CORNERS=2**spec.rank, INDEX=index, BE=256, num_warps=4,
+    )  # fmt: skip
+    # A program is one warp, whose threads load 16 bytes each: of a pixel's channels, or of several pixels'.
+    block = min(512 // part.x.element_size(), _power(GC))
+    tile = 64 if toolchain.is_interpreted() else max(1, 32 // block)
+    places = images * spec.pixels
+    _kernels().collect[-(-places // tile), G, -(-GC // block)](
+        d_columns, rows, start, sorted_shares, part.d_x, places, samples, spec.pixels, C, CG, GC, G, plan.group,
+        *plan.pixels[:3], RANK=spec.rank, SPAN=plan.span, COLUMN_SPAN=plan.column_span, ACC=exact, INDEX=index,
+        BP=tile, BE=16, BC=block, num_warps=1,
     )  # fmt: skip
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with its second axis last, in memory too."""
-    return tensor.movedim(1, -1).contiguous()
+    if not tensor.is_contiguous() or tensor.numel() == 0:
+        return tensor.movedim(1, -1).contiguous()
+    N, A, *others = tensor.shape
+    rows = tensor.new_empty(N, *others, A)
+    _transpose(tensor, rows, N, A, prod(others))
+    return rows
+
+
+def _planes(rows: Tensor) -> Tensor:
+    """The tensor, whose last axis is to be the second, so in memory too."""
+    N, *others, A = rows.shape
+    planes = rows.new_empty(N, A, *others)
+    _transpose(rows, planes, N, prod(others), A)
+    return planes
+
+
+def _transpose(given: Tensor, to: Tensor, N: int, A: int, B: int) -> None:
+    """Write (N, A, B) as (N, B, A)."""
+    import triton.language as tl
+
+    if min(A, B) == 1:
+        to.copy_(given.reshape(to.shape))
+        return
+    index = tl.int32 if given.numel() < 2**31 else tl.int64
+    _kernels().transpose[N * -(-B // 64), -(-A // 64)](given, to, A, B, INDEX=index, BA=64, BB=64, num_warps=4)
 
 
 def _channels(spec: ConvSpec) -> tuple[int, int, int, int]:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from deformconv.sampling.triton import corner_of, offsets_of, place
 
-__all__ = ["collect", "convolve", "convolve_depthwise", "sample", "sample_backward"]
+__all__ = ["arrange", "collect", "convolve", "convolve_depthwise", "sample", "sample_backward", "transpose"]
 
 
 @triton.jit
@@ -205,10 +205,10 @@ def convolve_depthwise(
 
 @triton.jit
 def _store_entries(
-    key_ptr, share_ptr, entry, there, list_of, z_low, y_low, x_low, z, y, x, mask, counts, Z, Y, X, none,
+    key_ptr, share_ptr, entry, samples, there, list_of, z_low, y_low, x_low, z, y, x, mask, counts, Z, Y, X, none,
     RANK: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """For each sample the list that it is in, and its share of each corner's pixel.
+    """For each sample the list that it is in, and its share of each corner's pixel, a plane of shares for each corner.
 
     A list is of the samples whose low corner is one pixel, or next to the map before its first one along an axis: along each
     axis there is one list more than pixels. Samples that reach no pixel are in the list `none`.
@@ -226,7 +226,7 @@ def _store_entries(
         _pixel, _inside, z_weight, y_weight, x_weight = corner_of(
             z_low, y_low, x_low, z, y, x, Z, Y, X, CORNER, RANK, INSIDE
         )
-        tl.store(share_ptr + entry * (2**RANK) + CORNER, z_weight * y_weight * x_weight * mask, mask=there)
+        tl.store(share_ptr + tl.cast(samples, entry.dtype) * CORNER + entry, z_weight * y_weight * x_weight * mask, mask=there)
 
 
 @triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX"])
@@ -256,7 +256,7 @@ def sample_backward(
     if ENTRIES:
         lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
         _store_entries(
-            key_ptr, share_ptr, entry, there, (image * G + group) * lists, z_low, y_low, x_low, z, y, x, mask, counts,
+            key_ptr, share_ptr, entry, tl.cast(rows, INDEX) * G * K, there, (image * G + group) * lists, z_low, y_low, x_low, z, y, x, mask, counts,
             Z, Y, X, (rows // P) * G * lists, RANK, INSIDE,
         )  # fmt: skip
     if COLUMNS or POSITIONS:
@@ -301,62 +301,79 @@ def sample_backward(
                 tl.store(d_mask_ptr + entry, (value + poison).to(d_mask_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
-def _sum_of_entries(
-    order_ptr, share_ptr, d_columns_ptr, sums, first, middle, end, CORNER, column, is_channel, P, C, TAP, G,
-    K: tl.constexpr, CORNERS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, BE: tl.constexpr,
+@triton.jit(do_not_specialize=["samples", "P"])
+def arrange(
+    order_ptr, share_ptr, row_ptr, sorted_share_ptr, samples, P, C, G, TAP,
+    K: tl.constexpr, CORNERS: tl.constexpr, INDEX: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Add the shares of the entries from `first` to `end`: of the high corner along x before `middle`, of the low one after."""
-    for start in range(first, end, BE):
-        at = start + tl.arange(0, BE)
-        there = at < end
-        entry = tl.load(order_ptr + at, mask=there, other=0).to(INDEX)
-        corner = CORNER + tl.where(at < middle, 1, 0)
-        share = tl.load(share_ptr + entry * CORNERS + corner, mask=there, other=0.0)
-        plane = entry // P
-        row = plane // K // G * P + (entry - plane * P)
-        from_tap = tl.multiple_of(row * (K * C) + plane % K * TAP, SPAN)
-        d_column = tl.load(
-            d_columns_ptr + from_tap[:, None] + column[None, :], mask=there[:, None] & is_channel[None, :], other=0.0
-        )
-        sums += tl.sum(share[:, None] * d_column.to(ACC), axis=0)
-    return sums
+    """In the order of the lists, where each sample's column begins, and its shares."""
+    at = tl.program_id(0) * BE + tl.arange(0, BE)
+    there = at < samples
+    at = at.to(INDEX)
+    entry = tl.load(order_ptr + at, mask=there, other=0).to(INDEX)
+    plane = entry // P
+    row = plane // K // G * P + (entry - plane * P)
+    tl.store(row_ptr + at, row * (K * C) + plane % K * TAP, mask=there)
+    for CORNER in tl.static_range(CORNERS):
+        plane_of_corner = tl.cast(samples, INDEX) * CORNER
+        share = tl.load(share_ptr + plane_of_corner + entry, mask=there, other=0.0)
+        tl.store(sorted_share_ptr + plane_of_corner + at, share, mask=there)
 
 
-@triton.jit(do_not_specialize=["P", "pixels", "Z", "Y", "X"])
+@triton.jit(do_not_specialize=["places", "samples", "pixels", "Z", "Y", "X"])
 def collect(
-    d_columns_ptr, order_ptr, start_ptr, share_ptr, d_x_ptr, P, pixels, C, CG, GC, G, GROUP, TAP, Z, Y, X,
-    K: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+    d_columns_ptr, row_ptr, start_ptr, share_ptr, d_x_ptr, places, samples, pixels, C, CG, GC, G, GROUP, Z, Y, X,
+    RANK: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    BP: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The input's gradient at one pixel, in BC channels of one offset group: its samples' shares, always in the same order.
+    """The input's gradient at BP pixels, in BC channels of one offset group: samples' shares, always in the same order.
 
-    `order` has the samples of all lists one after the other, and `start` where each list begins there. Two lists that follow
-    one another along x are of the two corners along x.
+    `row` and `share` are of the samples of all lists one after the other, and `start` is where each list begins there. A pixel
+    is a corner of the samples of 2**RANK lists. Two that follow one another along x are summed as one; BE samples of all these
+    pairs of lists are summed at a time.
     """
-    place_of = tl.program_id(0)
+    place_of = tl.program_id(0) * BP + tl.arange(0, BP)
     group = tl.program_id(1)
     channel, is_channel = _channels(group, tl.program_id(2) * BC, GC, BC, SPAN)
     column = _column(channel, CG, GROUP, COLUMN_SPAN)
     image = (place_of // pixels).to(INDEX)
-    pixel = place_of % pixels
-    x = pixel % X
-    y = pixel // X % Y
-    z = pixel // X // Y
+    pixel = (place_of % pixels)[:, None]
+    PAIRS: tl.constexpr = 2 ** (RANK - 1)
+    pair = (tl.arange(0, BE) % PAIRS)[None, :]
+    step = (tl.arange(0, BE) // PAIRS)[None, :]
     lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
-    sums = tl.zeros((BC,), ACC)
-    for PAIR in tl.static_range(2 ** (RANK - 1)):
-        number = (image * G + group) * lists + x
-        if RANK >= 2:
-            number += (y + 1 - PAIR % 2) * (X + 1)
-        if RANK == 3:
-            number += (z + 1 - PAIR // 2) * ((X + 1) * (Y + 1))
-        first = tl.load(start_ptr + number)
-        middle = tl.load(start_ptr + number + 1)
-        end = tl.load(start_ptr + number + 2)
-        sums = _sum_of_entries(
-            order_ptr, share_ptr, d_columns_ptr, sums, first, middle, end, 2 * PAIR, column, is_channel, P, C, TAP, G,
-            K, 2**RANK, COLUMN_SPAN, ACC, INDEX, BE,
-        )  # fmt: skip
-    to = (image * pixels + pixel) * C + channel
-    tl.store(d_x_ptr + to, sums.to(d_x_ptr.dtype.element_ty), mask=is_channel)
+    number = ((image * G + group) * lists)[:, None] + pixel % X + tl.zeros_like(pair)
+    if RANK >= 2:
+        number += (pixel // X % Y + 1 - pair % 2) * (X + 1)
+    if RANK == 3:
+        number += (pixel // X // Y + 1 - pair // 2) * ((X + 1) * (Y + 1))
+    is_place = (place_of < places)[:, None]
+    first = tl.load(start_ptr + number, mask=is_place, other=0)
+    middle = tl.load(start_ptr + number + 1, mask=is_place, other=0)  # those before it have the pixel on their high side of x
+    end = tl.load(start_ptr + number + 2, mask=is_place, other=0)
+    sums = tl.zeros((BP, BC), ACC)
+    for turn in range(0, tl.max(tl.max(end - first, axis=1), axis=0), BE // PAIRS):
+        at = first + turn + step
+        there = at < end
+        corner = (2 * pair + tl.where(at < middle, 1, 0)).to(INDEX)
+        share = tl.load(share_ptr + corner * samples + at, mask=there, other=0.0)
+        row = tl.multiple_of(tl.load(row_ptr + at, mask=there, other=0), [COLUMN_SPAN, COLUMN_SPAN])
+        stored = there[:, :, None] & is_channel[None, None, :]
+        d_column = tl.load(d_columns_ptr + row[:, :, None] + column[None, None, :], mask=stored, other=0.0)
+        sums += tl.sum(share[:, :, None] * d_column.to(ACC), axis=1)
+    to = ((image * pixels)[:, None] + pixel) * C + channel[None, :]
+    tl.store(d_x_ptr + to, sums.to(d_x_ptr.dtype.element_ty), mask=is_place & is_channel[None, :])
+
+
+@triton.jit
+def transpose(
+    from_ptr, to_ptr, A, B, INDEX: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr
+):  # fmt: skip
+    """(N, A, B) as (N, B, A)."""
+    blocks = tl.cdiv(B, BB)
+    image = (tl.program_id(0) // blocks).to(INDEX) * A * B
+    b = tl.program_id(0) % blocks * BB + tl.arange(0, BB)
+    a = tl.program_id(1) * BA + tl.arange(0, BA)
+    there = (a < A)[:, None] & (b < B)[None, :]
+    value = tl.load(from_ptr + image + a.to(INDEX)[:, None] * B + b[None, :], mask=there, other=0.0)
+    tl.store(to_ptr + image + b.to(INDEX)[None, :] * A + a[:, None], value, mask=there)
