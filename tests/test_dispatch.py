@@ -145,6 +145,8 @@ def test_the_real_backends():
         assert dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", False, name).__name__ == f"deformconv.ops.conv.{name}"
     with pytest.raises(BackendError, match="portable: NumPy has no automatic derivative"):
         dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", True, "portable")
+    with pytest.raises(BackendError, match="gpu: it takes PyTorch's tensors, not numpy's arrays"):
+        dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", False, "gpu")
 
 
 def test_how_a_backend_computes_may_depend_on_the_device(backends, monkeypatch):

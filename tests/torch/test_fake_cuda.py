@@ -89,6 +89,7 @@ class TestExplain:
         """It has all that the kernels need."""
         for name in ("without_triton", "without_compiler", "without_headers"):
             monkeypatch.setattr(toolchain, name, lambda: None)
+        monkeypatch.setattr(toolchain, "is_interpreted", lambda: False)
         monkeypatch.setattr(gpu, "card", lambda device: None)
         dispatch._cached_first.cache_clear()
         yield

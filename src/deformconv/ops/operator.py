@@ -100,7 +100,7 @@ class Backend(Protocol):
     backend computes in, and arrays of that dtype. Beside half precision, arguments that are `precise` may be float32. Results
     are new arrays; backward returns them in the order of the operator's arguments, None for each that is not wanted. If a
     backend takes NumPy's memory and can run another library's calls, the keyword `library` says whose the arrays are. Native
-    arrays carry no graph. A backend of native arrays may have no `backward`: then PyTorch differentiates its `forward`. If it
+    arrays carry no graph, and their GPU is the current one. A backend of native arrays may have no `backward`: then PyTorch differentiates its `forward`. If it
     has `parts`, which cuts a call into smaller ones, PyTorch does that for one part after the other.
     """
 
@@ -127,7 +127,7 @@ class Backend(Protocol):
         ...
 
     def how(self, spec: Any, library: str, device: str) -> list[str]:
-        """What there is to say of how a call is computed, as sentences."""
+        """What there is to say of how a call is computed on a device, as sentences."""
         ...
 
     def computes_in(self, dtype: str, library: str) -> str:
