@@ -140,9 +140,7 @@ def _largest(spec: ConvSpec) -> int:
     return max(*sizes, samples * spec.in_channels, samples * spec.offset_groups * corners)
 
 
-def forward(
-    spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def forward(spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     """The output (N, C_out, *O); in memory its channels come last if the input's do."""
     import torch
 
@@ -360,7 +358,10 @@ def _sample_backward(
     C, CG, GC, G = _channels(spec)
     keys = shares = None
     if part.d_x is not None:
-        samples, exact = len(part.x) * G * spec.taps * spec.positions, torch.float64 if spec.dtype == "float64" else torch.float32
+        samples, exact = (
+            len(part.x) * G * spec.taps * spec.positions,
+            torch.float64 if spec.dtype == "float64" else torch.float32,
+        )
         lists = len(part.x) * G * prod(size + 1 for size in spec.input_size)
         keys = part.x.new_empty(samples, dtype=torch.int32 if lists < 2**31 else torch.int64)
         shares = part.x.new_empty(samples * 2**spec.rank, dtype=exact)
@@ -462,7 +463,9 @@ def warmup(dtypes: Collection[str], device: str) -> None:
     for name in dtypes:
         for stride in (1, 2):
             for masked in (False, True):
-                made = [torch.zeros(shape, device=device, dtype=getattr(torch, name)) for shape in ((1, 64, 16, 16), (64, 64, 3, 3))]
+                made = [
+                    torch.zeros(shape, device=device, dtype=getattr(torch, name)) for shape in ((1, 64, 16, 16), (64, 64, 3, 3))
+                ]
                 x, weight = (tensor.requires_grad_() for tensor in made)
                 size = 16 // stride
                 offset = torch.zeros(1, 18, size, size, device=device, requires_grad=True)

@@ -223,9 +223,7 @@ def _store_entries(
         number += (z_low + 1) * ((X + 1) * (Y + 1))
     tl.store(key_ptr + entry, tl.where(reaches, list_of + number, none).to(key_ptr.dtype.element_ty), mask=there)
     for CORNER in tl.static_range(2**RANK):
-        _pixel, _inside, z_weight, y_weight, x_weight = corner_of(
-            z_low, y_low, x_low, z, y, x, Z, Y, X, CORNER, RANK, INSIDE
-        )
+        _pixel, _inside, z_weight, y_weight, x_weight = corner_of(z_low, y_low, x_low, z, y, x, Z, Y, X, CORNER, RANK, INSIDE)
         tl.store(share_ptr + tl.cast(samples, entry.dtype) * CORNER + entry, z_weight * y_weight * x_weight * mask, mask=there)
 
 
