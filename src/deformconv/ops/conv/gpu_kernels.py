@@ -17,7 +17,7 @@ import triton.language as tl
 
 from deformconv.sampling.triton import corner_of, offsets_of, place
 
-__all__ = ["arrange", "collect", "convolve", "convolve_depthwise", "sample", "sample_backward", "transpose"]
+__all__ = ["arrange", "collect", "convolve_depthwise", "sample", "sample_backward", "transpose"]
 
 
 @triton.jit
@@ -28,12 +28,6 @@ def _rows(first, rows, P, BR: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.co
     image = tl.max_constancy((first + own_row) // P, ROW_SPAN)
     position = tl.max_contiguous(tl.multiple_of(first + own_row - image * P, ROW_SPAN), ROW_SPAN)
     return own_row.to(INDEX), there, image.to(INDEX), position
-
-
-@triton.jit
-def _planes(image, position, plane, ROW_SPAN: tl.constexpr):
-    """Where positions lie in planes, of which all begin at a multiple of ROW_SPAN: (positions, planes)."""
-    return (tl.multiple_of(image, ROW_SPAN) + position)[:, None] + tl.multiple_of(plane, ROW_SPAN)[None, :]
 
 
 @triton.jit
@@ -118,63 +112,10 @@ def sample(
 
 
 @triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX"])
-def convolve(
-    x_ptr, offset_ptr, mask_ptr, weight_ptr, bias_ptr, output_ptr,
-    rows, P, pixels, C, CG, GC, G, OG, O, Z, Y, X, OY, OX,
-    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, INSIDE: tl.constexpr,
-    LAST: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr,
-    BR: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """The output of BR rows and BO channels of one group, columns made and multiplied BC channels of a tap at a time.
-
-    BC divides the channels of a group and of an offset group. The weight is (O, K, CG), and the output has its channels LAST,
-    or is (N, O, P). Taps follow one another, so that they read pixels that are in the first-level cache.
-    """
-    K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    ACC: tl.constexpr = tl.float32
-    own_row, there, image, position = _rows(0, rows, P, BR, INDEX, ROW_SPAN)
-    blocks = tl.cdiv(OG, BO)
-    group = tl.program_id(1) // blocks
-    own_output = tl.program_id(1) % blocks * BO + tl.arange(0, BO)
-    is_output = own_output < OG
-    output = group * OG + own_output
-    within = tl.arange(0, BC)
-    every = tl.full((BC,), True, tl.int1)
-    sums = tl.zeros((BR, BO), ACC)
-    for turn in range(0, CG // BC * K):
-        tap = turn % K
-        block = turn // K * BC
-        channel, _whole = _channels(group, block, CG, BC, BC)
-        offset_group = (group * CG + block) // GC
-        z_low, y_low, x_low, z, y, x, _z, _y, _x, counts, poison = _place_tap(
-            offset_ptr, image, position, there, offset_group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
-        )
-        found = _interpolated(
-            x_ptr, image, channel, every, pixels, C, Z, Y, X, z_low, y_low, x_low, z, y, x, counts, poison,
-            RANK, INSIDE, ACC, BC,
-        )  # fmt: skip
-        if MASKED:
-            found = found * _mask_of(mask_ptr, image, position, there, offset_group, tap, P, G, K, ACC)[:, None]
-        at = (output.to(INDEX) * (K * CG))[None, :] + (tap * CG + block + within)[:, None]
-        weight = tl.load(weight_ptr + at, mask=is_output[None, :], other=0.0)
-        found = found.to(weight_ptr.dtype.element_ty)
-        if WIDE:  # Triton's interpreter multiplies bfloat16 by its bit patterns
-            found, weight = found.to(ACC), weight.to(ACC)
-        sums = tl.dot(found, weight, sums, input_precision=PRECISION)
-    if BIASED:
-        sums += tl.load(bias_ptr + output, mask=is_output, other=0.0).to(ACC)[None, :]
-    if LAST:
-        to = own_row[:, None] * O + output[None, :]
-    else:
-        to = _planes(image * O * P, position, output.to(INDEX) * P, ROW_SPAN)
-    tl.store(output_ptr + to, sums.to(output_ptr.dtype.element_ty), mask=there[:, None] & is_output[None, :])
-
-
-@triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX"])
 def convolve_depthwise(
     x_ptr, offset_ptr, mask_ptr, weight_ptr, bias_ptr, output_ptr, rows, P, pixels, C, GC, G, Z, Y, X, OY, OX,
     WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, INSIDE: tl.constexpr,
-    LAST: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The output of BR rows and BC channels where each channel is a group of its own; the weight is (K, C)."""
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
@@ -196,10 +137,7 @@ def convolve_depthwise(
         sums += found * tl.load(weight_ptr + tap * C + channel, mask=is_channel, other=0.0).to(ACC)[None, :]
     if BIASED:
         sums += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(ACC)[None, :]
-    if LAST:
-        to = own_row[:, None] * C + channel[None, :]
-    else:
-        to = _planes(image * C * P, position, channel.to(INDEX) * P, ROW_SPAN)
+    to = own_row[:, None] * C + channel[None, :]
     tl.store(output_ptr + to, sums.to(output_ptr.dtype.element_ty), mask=there[:, None] & is_channel[None, :])
 
 
