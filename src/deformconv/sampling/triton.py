@@ -82,7 +82,7 @@ def corner_of(
     z_low, y_low, x_low, z_fraction, y_fraction, x_fraction, Z, Y, X,
     CORNER: tl.constexpr, RANK: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """One corner of each position, CORNER having a bit for each axis: its pixel, whether it is inside, its weights (z, y, x)."""
+    """One corner of each position, by a bit of CORNER for each axis: its pixel, whether it is inside, weights (z, y, x)."""
     pixel, inside, x_weight = _end(x_low, x_fraction, X, CORNER & 1, INSIDE)
     y_weight = tl.full(x_weight.shape, 1.0, x_weight.dtype)
     z_weight = tl.full(x_weight.shape, 1.0, x_weight.dtype)

@@ -1,9 +1,9 @@
 """Deformable convolution on a GPU: a call's tensors, brought to the kernels of `gpu_kernels` and to PyTorch's products.
 
-Columns are written a piece at a time, so small that the card's second-level cache keeps it, and PyTorch multiplies them: on a
-card that is faster than a kernel that makes a tile's columns and multiplies them at once (docs/performance.md). Where each
-channel is a group there is no product to make. The gradient of the input is collected, pixel by pixel, from samples that were
-sorted: nothing is added by atomics, and results are the same bit for bit each time. No step waits for the GPU.
+Columns are written a piece at a time, and PyTorch multiplies them: that is faster than a kernel that makes a tile's columns and
+multiplies them at once (docs/performance.md). Where each channel is a group there is no product to make. The gradient of the
+input is collected, pixel by pixel, from samples that were sorted: nothing is added by atomics, and results are the same bit for
+bit each time. No step waits for the GPU.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ Tensor = Any
 TAKES: Literal["native"] = "native"
 DETERMINISTIC = True
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-_PIECE = 32 << 20  # bytes of columns at once, which caches of 40 MiB and more keep
-_IMAGES = 256 << 20  # bytes of the columns' gradient at once; the input's gradient is collected from whole images
+_PIECE = 256 << 20  # bytes of columns at once, or of the columns' gradient: larger products are faster, smaller take less room
 _PROGRAMS = 528  # four for each of a large card's 132 multiprocessors
 
 
@@ -137,6 +136,12 @@ def _rows_of_piece(spec: ConvSpec) -> int:
     return max(1, _PIECE // bytes_of_row // 128) * 128
 
 
+def _tile(channels: int) -> tuple[int, int]:
+    """How many rows a program goes through, and how many of an offset group's channels at a time."""
+    block = min(64, _power(channels))
+    return min(128, 1024 // block), block
+
+
 def _sample(spec: ConvSpec, x: Tensor, offset: Tensor, mask: Tensor | None, columns: Tensor, first: int) -> None:
     """Write the columns of as many rows as these have, from the row `first` on."""
     plan, rows = _plan(spec), len(columns)
@@ -150,12 +155,6 @@ def _sample(spec: ConvSpec, x: Tensor, offset: Tensor, mask: Tensor | None, colu
         plan.group, plan.tap, *plan.sizes, taps, **plan.constants, ROW_SPAN=plan.row_span, SPAN=plan.span,
         COLUMN_SPAN=plan.column_span, BR=tile, BC=block, num_warps=4,
     )  # fmt: skip
-
-
-def _tile(channels: int) -> tuple[int, int]:
-    """How many rows a program of `sample` goes through, and how many channels of an offset group."""
-    block = min(128, _power(channels))
-    return min(128, 2048 // block), block
 
 
 def _convolve_depthwise(
@@ -223,7 +222,7 @@ class _Part(NamedTuple):
 def _whole_images(spec: ConvSpec) -> Iterator[slice]:
     """As many images at a time as bound the memory of the columns' gradient, one at the least."""
     each = spec.positions * spec.taps * spec.in_channels * _BYTES[spec.dtype]
-    images = max(1, _IMAGES // each)
+    images = max(1, _PIECE // each)
     for image in range(0, spec.batch, images):
         yield slice(image, min(image + images, spec.batch))
 
@@ -273,24 +272,15 @@ def _sample_backward(
         keys, shares = part.x.new_empty(samples, dtype=dtype), part.x.new_empty(samples * 2**spec.rank, dtype=exact)
     none = part.x
     arrays = [none if t is None else t for t in (part.mask, d_columns, columns, part.d_offset, part.d_mask, keys, shares)]
-    tile, block = _backward_tile(spec, rows)
+    tile, block = _tile(GC)
+    if rows // tile * spec.taps * G < _PROGRAMS:  # few programs may take more channels at a time
+        block = min(256, _power(GC))
     _kernels().sample_backward[-(-rows // tile), spec.taps, G](
         part.x, part.offset, *arrays, rows, spec.positions, spec.pixels, C, CG, GC, G, plan.group, plan.tap, *plan.sizes,
         **plan.constants, COLUMNS=columns is not None, POSITIONS=part.d_offset is not None, ENTRIES=keys is not None,
         ROW_SPAN=plan.row_span, SPAN=plan.span, COLUMN_SPAN=plan.column_span, BR=tile, BC=block, num_warps=4,
     )  # fmt: skip
     return keys, shares
-
-
-def _backward_tile(spec: ConvSpec, rows: int) -> tuple[int, int]:
-    """How many rows a program of `sample_backward` goes through, and how many channels at a time."""
-    channels = spec.in_channels // spec.offset_groups
-    block = min(128 // _BYTES[spec.dtype], _power(channels))
-    if block < 32:
-        return 128, block
-    if rows // 32 * spec.taps * spec.offset_groups < _PROGRAMS:  # few programs are to be small ones
-        return 16, min(256, _power(channels))
-    return 2048 // block, block
 
 
 def _lists(spec: ConvSpec, part: _Part) -> int:
@@ -322,7 +312,7 @@ def _collect(spec: ConvSpec, part: _Part, d_columns: Any, keys: Any, shares: Any
     _kernels().collect[-(-places // tile), G, -(-GC // block)](
         d_columns, rows, start, sorted_shares, part.d_x, places, samples, spec.pixels, C, CG, GC, G, plan.group,
         *plan.sizes[:3], RANK=spec.rank, SPAN=plan.span, COLUMN_SPAN=plan.column_span, ACC=exact, INDEX=index,
-        BP=tile, BE=16, BC=block, num_warps=1,
+        BP=tile, BE=32, BC=block, num_warps=1,
     )  # fmt: skip
 
 

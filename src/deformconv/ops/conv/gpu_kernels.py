@@ -2,12 +2,14 @@
 
 Rows are the positions of all images, one after the other: row r is position r % P of image r // P. The input has its channels
 last, (N, pixels, C). Columns are (rows, groups, K, C / groups), so that a group's are a matrix, or (rows, K, C) where each
-channel is a group: GROUP and TAP say how far groups and taps lie apart. Offsets and masks stay as they are, (N, channels, P). A kernel's geometry is the constant WINDOW: kernel size, stride, padding before and dilation, each along
-(z, y, x). Spans say how many rows surely are of one image, and how many channels lie one after the other in an image and in
-columns, so that they are loaded and stored together.
+channel is a group: GROUP and TAP say how far groups and taps lie apart. Offsets and masks stay as they are, (N, channels, P).
 
-Numbers of elements are of INDEX, int64 where an array is so large. Interpolation, sums and products are of ACC, float32 for half precision. Loops store nothing that a later turn loads, and no
-sum is made by atomics: results are the same bit for bit each time.
+A kernel's geometry is the constant WINDOW: kernel size, stride, padding before and dilation, each along (z, y, x). Spans say
+how many rows surely are of one image, and how many channels lie one after the other in an image and in columns, so that they
+are loaded and stored together; no block is smaller than they are. Numbers of elements are of INDEX, int64 where an array is so
+large. Interpolation and sums are of ACC, float32 for half precision.
+
+Loops store nothing that a later turn loads, and no sum is made by atomics: results are the same bit for bit each time.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def _column(channel, CG, GROUP, COLUMN_SPAN: tl.constexpr):
 def sample(
     x_ptr, offset_ptr, mask_ptr, columns_ptr, first, rows, P, pixels, C, CG, GC, G, GROUP, TAP, Z, Y, X, OY, OX, taps,
     WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Columns of the rows from `first` on: BR rows, BC channels of one offset group, and `taps` taps a program."""
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
@@ -171,7 +174,8 @@ def sample_backward(
     rows, P, pixels, C, CG, GC, G, GROUP, TAP, Z, Y, X, OY, OX,
     WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
     COLUMNS: tl.constexpr, POSITIONS: tl.constexpr, ENTRIES: tl.constexpr,
-    INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """All that is read at one tap's samples of BR rows and one offset group.
 
@@ -192,8 +196,8 @@ def sample_backward(
     if ENTRIES:
         lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
         _store_entries(
-            key_ptr, share_ptr, entry, tl.cast(rows, INDEX) * G * K, there, (image * G + group) * lists, z_low, y_low, x_low, z, y, x, mask, counts,
-            Z, Y, X, (rows // P) * G * lists, RANK, INSIDE,
+            key_ptr, share_ptr, entry, tl.cast(rows, INDEX) * G * K, there, (image * G + group) * lists,
+            z_low, y_low, x_low, z, y, x, mask, counts, Z, Y, X, (rows // P) * G * lists, RANK, INSIDE,
         )  # fmt: skip
     if COLUMNS or POSITIONS:
         value, d_z, d_y, d_x = tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC)
