@@ -95,16 +95,17 @@ class Run:
                 if (reason := reason_against(library, dtype)) is None and not self.fits(library):
                     self.found["gpu"]["left out"] += 1
                     continue
-                if not row["results"]:
-                    self.found["gpu"]["rows"].append(row)
                 if reason is not None:
-                    row["results"][library] = {"reason": reason}
+                    result = {"reason": reason}
                 else:
                     began = time.monotonic()
                     allow_tf32(DTYPES[dtype].tf32)
                     tensors = tensors or given(case, dtype, self.plan.device, self.plan.channels_last)
-                    row["results"][library] = self.result(library, case, dtype, direction, tensors)
+                    result = self.result(library, case, dtype, direction, tensors)
                     self.longest[library] = max(self.longest.get(library, 0.0), time.monotonic() - began)
+                if not row["results"]:
+                    self.found["gpu"]["rows"].append(row)
+                row["results"][library] = result
                 self.tell(said(row, library))
                 yield row
 
@@ -236,6 +237,7 @@ def _kernels(plan: Plan, case: Case, dtype: str, direction: str) -> list[dict[st
 
 def _write(file: Path | None, found: dict[str, Any]) -> None:
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(file.name + ".part")
         part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         part.replace(file)
@@ -278,6 +280,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.chart is not None and importlib.util.find_spec("matplotlib") is None:
         parser.error("--chart needs matplotlib, not installed here; --from FILE --chart draws elsewhere what --json wrote")
+    if options.source is not None and not options.source.is_file():
+        parser.error(f"--from {options.source}: there is no such file")
     if options.source is None and options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here; --device cpu makes a smoke run, whose times are no figures")
     if options.profile and options.device == "cpu":

@@ -6,25 +6,26 @@ What the host takes to issue a call is measured apart. On a CPU there is the clo
 
 from __future__ import annotations
 
-import gc
 import platform
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
+import deformconv
 from deformconv.bench import document
 from deformconv.bench.gpu_peers import DTYPES, allow_tf32
 
 __all__ = ["ceilings", "clear", "kernels", "machine", "memory", "of_one_call", "times"]
 
-PACKAGES = ("deformconv", "numpy", "torch", "triton", "torchvision", "deformops")
+PACKAGES = ("numpy", "torch", "triton", "torchvision", "deformops")
 COPIED, SIDE = 1 << 30, 8192  # bytes of a copy, and the side of the square matrices of a product
 BLOCK, LEAST, MOST = 4e-3, 5, 40  # seconds of a block of replays, and the numbers of blocks
 
@@ -37,7 +38,7 @@ def times(call: Call, inputs: int, device: str, seconds: float) -> dict[str, Any
     `call` is called with the numbers of the inputs in turn; all that is compiled or tuned at a first call is so before.
     """
     if device == "cpu":
-        return _summary([_wall(lambda number=number: call(number)) for number in (*range(inputs), 0, 0)]) | {"by": "wall"}
+        return _summary([_wall(partial(call, number)) for number in (*range(inputs), 0, 0)]) | {"by": "wall"}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # a graph is recorded on a stream of its own, whose libraries may prepare themselves too
@@ -66,7 +67,7 @@ def _issue(call: Call, inputs: int, rounds: int = 5) -> float:
     found = []
     for _ in range(rounds):
         torch.cuda.synchronize()
-        found += [_wall(lambda number=number: call(number)) for number in range(inputs)]
+        found += [_wall(partial(call, number)) for number in range(inputs)]
     torch.cuda.synchronize()
     return median(found)
 
@@ -78,10 +79,10 @@ def _recorded(call: Call, inputs: int) -> tuple[Any, dict[str, str]]:
         with torch.cuda.graph(graph):
             for number in range(inputs):
                 call(number)
-    except RuntimeError as error:  # a call that waits for the GPU, among others
+    except Exception as error:  # of whatever kind: a call that waits for the GPU, for one
         with suppress(RuntimeError):
             torch.cuda.synchronize()
-        return None, {"not recorded": str(error).splitlines()[0][:150]}
+        return None, {"not recorded": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:150]}"}
     return graph, {}
 
 
@@ -127,7 +128,6 @@ def memory(call: Callable[[], Any], device: str) -> tuple[Any, int | None]:
 
 def clear(device: str) -> None:
     """Give back what a measurement took; RuntimeError if the GPU no longer answers."""
-    gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -159,7 +159,8 @@ def _multiplied(label: str, seconds: float) -> float:
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on apart from the code."""
-    found: dict[str, Any] = {"python": platform.python_version(), "packages": document.packages(PACKAGES)}
+    packages = {"deformconv": deformconv.__version__, **document.packages(PACKAGES)}
+    found: dict[str, Any] = {"python": platform.python_version(), "packages": packages}
     if device == "cpu":
         return {"device": "cpu", **found}
     card = torch.cuda.get_device_properties(0)
@@ -203,6 +204,6 @@ def of_one_call(averages: Iterable[Any], calls: int) -> list[dict[str, Any]]:
     found = [
         {"kernel": one.key, "microseconds": one.self_device_time_total / calls, "times": one.count / calls}
         for one in averages
-        if one.device_type != torch.autograd.DeviceType.CPU and one.self_device_time_total > 0
+        if one.device_type.name != "CPU" and one.self_device_time_total > 0
     ]
     return sorted(found, key=lambda one: -one["microseconds"])

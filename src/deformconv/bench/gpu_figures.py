@@ -19,8 +19,8 @@ from deformconv.bench.peers import DIRECTIONS
 from deformconv.bench.readme import replaced
 
 __all__ = [
-    "CHART", "DENSE", "GOALS", "LIBRARIES", "MARKS", "PAGE", "RESULTS", "Goal", "Verdict", "details", "floor", "kernel_table", "line", "notes",
-    "ours", "page", "roofline", "save_chart", "section", "speed_table", "verdict_table", "verdicts",
+    "CHART", "DENSE", "GOALS", "LIBRARIES", "MARKS", "PAGE", "RESULTS", "Goal", "Verdict", "details", "floor", "kernel_table",
+    "line", "notes", "ours", "page", "roofline", "save_chart", "section", "speed_table", "verdict_table", "verdicts",
 ]  # fmt: skip
 
 RESULTS, CHART, PAGE = "benchmarks/gpu.json", "benchmarks/gpu.png", "docs/performance.md"
@@ -31,7 +31,8 @@ LIBRARIES = {
     "deformconv": "deformconv", "dense": "plain", "dense-channels-last": "plain, channels last", "torchvision": "torchvision",
     "deformops": "deformops", "portable": "portable",
 }  # fmt: skip
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
+BYTES = {"bf16": 2, "fp32": 4, "tf32": 4, "fp16": 2}
+LAYOUTS = "ours / plain: the plain convolution's faster layout."
 PINNED = (
     "deformops runs one configuration of its kernels for each direction (blocks of 64x64x32 forward, 32x32x32 backward, "
     "4 warps, 2 stages); of itself it searches 24 and 16 of them for each dtype and size, which takes minutes."
@@ -252,6 +253,8 @@ def notes(found: Document) -> list[str]:
                 why = f"not recorded as a graph, so gaps count ({result.get('not recorded', 'no reason given')})"
                 reasons.setdefault(f"* {LIBRARIES[name]}: {why}", {})[where] = None
     said = [f"{reason}" + (f" ({', '.join(where)})" if any(where) else "") for reason, where in reasons.items()]
+    if any(milliseconds(row, *DENSE) is not None for row in part["rows"]):
+        said.append(LAYOUTS)
     if any("deformops" in row["results"] and "reason" not in row["results"]["deformops"] for row in part["rows"]):
         said.append(PINNED)
     if part.get("left out"):
@@ -296,7 +299,8 @@ def page(found: Document) -> str:
             parts += [f"GPU time of a call, {direction}, microseconds:", speed_table(rows, direction)]
     parts += ["\n".join(f"- {note.replace('*', chr(92) + '*')}" for note in notes(found))]
     if "ceilings" in found:
-        parts += ["Our times beside what the card could do at best, microseconds:", roofline(rows, found["ceilings"])]
+        parts += ["Our times beside the least that the card allows, microseconds (a cache may move bytes faster than a copy):"]
+        parts += [roofline(rows, found["ceilings"])]
     shown = " / ".join(LIBRARIES[name] for name in SHOWN)
     parts += [f"What else was measured, of {shown} (peak: memory beyond the arguments, results included):", details(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -330,7 +334,7 @@ def save_chart(path: Path, found: Document) -> None:
         where = f"{found['machine']['device']}, {dtype}, {found['gpu']['date']}"
         caption = f"{where}. GPU time. Left of 1x is faster than deformconv. Bars: quartiles."
         chart.draw(panel, [row for row in rows if row["dtype"] == dtype], caption)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def main(folder: Path) -> None:
