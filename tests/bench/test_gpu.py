@@ -352,6 +352,7 @@ def test_a_profile_goes_on_after_a_failure(monkeypatch, tmp_path):
 
 
 class TestOnTheCpu:
+    @pytest.mark.slow
     def test_a_smoke_run(self, tmp_path, capsys):
         file = tmp_path / "smoke.json"
         gpu.main(["--device", "cpu", "--dtypes", "fp32,bf16", "--libraries", "deformconv,dense,portable", "--json", str(file)])
