@@ -21,6 +21,8 @@
 #   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
 #                (with options only measure and print: BENCH="--quick", BENCH="--base main" beside another commit,
 #                BENCH="--help" for the others)
+#   make bench-gpu    on a machine with a GPU: beside torchvision, deformops and a plain convolution, in nine minutes; writes
+#                benchmarks/gpu.* and docs/performance.md's part on it (BENCH="--budget 120" and other options only measure)
 #   make bench-gluon    a training step in Gluon beside MXNet's own
 PYTHON ?= python3
 VENV ?= .venv
@@ -61,7 +63,7 @@ OLDEST_TORCH_TESTS := tests/torch -W default -k "not (test_opcheck or test_compi
 	or test_vmap_of_the_registered_operator or test_transforms_within_a_compiled_function)"
 
 .PHONY: help demo demo-gluon experiment test test-torch run-torch test-gluon test-fast test-other-kernels test-oldest test-oldest-torch \
-	check-serving docs wheel test-wheel lint bench bench-gluon clean
+	check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -130,6 +132,10 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(PY) -m deformconv.cli bench $(or $(BENCH),all --json benchmarks/results.json)
 	$(if $(BENCH),,$(PY) -m deformconv.bench.readme)
+
+bench-gpu: $(VENV)/installed-dev
+	$(PY) -m deformconv.bench.gpu $(or $(BENCH),--json benchmarks/gpu.json)
+	$(if $(BENCH),,$(PY) -m deformconv.bench.gpu_figures)
 
 bench-gluon: $(GLUON_VENV)/installed-dev-gluon
 	$(GLUON_PY) -m deformconv.bench.gluon

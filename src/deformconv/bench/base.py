@@ -29,7 +29,7 @@ from deformconv.bench.peers import RECORDED, Deformconv, Truth
 from deformconv.bench.reports import Plan, small_cases
 from deformconv.bench.startup import Start
 
-__all__ = ["REPORTS", "Report", "Tree", "Trees", "differing", "trees_of"]
+__all__ = ["REPORTS", "Report", "Tree", "Trees", "commit_here", "differing", "trees_of"]
 
 PACKAGE = "src/deformconv"
 WORKER = f"{PACKAGE}/bench/worker.py"
@@ -71,9 +71,7 @@ def trees_of(revision: str) -> Iterator[Trees]:
         _git(root, "cat-file", "-e", f"{commit}:{WORKER}")
     except Failure:
         raise Failure(f"the commit {base} cannot be measured: it has no {WORKER}") from None
-    here = _git(root, "rev-parse", "--short", "HEAD")
-    if _git(root, "status", "--porcelain", "--", PACKAGE):
-        here += " with changes"
+    here = commit_here()
     with tempfile.TemporaryDirectory(prefix="deformconv-base-") as name:
         folder = Path(name).resolve()
         archive = folder / "sources.zip"
@@ -85,6 +83,13 @@ def trees_of(revision: str) -> Iterator[Trees]:
         for tree in trees:
             _check_import(tree)
         yield trees
+
+
+def commit_here() -> str:
+    """The commit that lies here, and whether its files were changed; Failure outside of a git checkout."""
+    root = _root()
+    commit = _git(root, "rev-parse", "--short", "HEAD")
+    return f"{commit} with changes" if _git(root, "status", "--porcelain", "--", PACKAGE) else commit
 
 
 def _root() -> Path:

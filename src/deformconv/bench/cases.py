@@ -9,7 +9,7 @@ import numpy as np
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 from deformconv.ops.window import by, positions_along
 
-__all__ = ["CASES", "QUICK", "TOLERANCE", "Case", "case_of", "make", "named"]
+__all__ = ["CASES", "QUICK", "TOLERANCE", "Case", "case_of", "make", "named", "shapes_of"]
 
 TOLERANCE = 1e-4  # of another library in float32, which adds up thousands of numbers in its own order
 
@@ -108,24 +108,28 @@ def case_of(fields: dict[str, Any]) -> Case:
     return Case._make(tuple(value) if isinstance(value, list) else value for value in fields.values())
 
 
-def make(case: Case, dtype: str = "float32") -> tuple[ConvSpec, dict[str, Any]]:
-    """The case's checked call and its arrays, `grad_output` among them; the same in every process."""
-    rng = np.random.default_rng(0)
-    weight_shape = (case.out_channels, case.in_channels // case.groups, *case.kernel)
+def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
+    """The shapes of the case's arrays, with that of a mask also where the case has none."""
     taps = int(np.prod(case.kernel))
     paddings = [(amount, amount) for amount in case.padding]
     size = tuple(map(positions_along, case.size, case.kernel, case.stride, paddings, case.dilation))
-    shapes: dict[str, tuple[int, ...]] = {
+    return {
         "input": (case.batch, case.in_channels, *case.size),
         "offset": (case.batch, case.offset_groups * case.rank * taps, *size),
-        "weight": weight_shape,
+        "weight": (case.out_channels, case.in_channels // case.groups, *case.kernel),
         "bias": (case.out_channels,),
         "mask": (case.batch, case.offset_groups * taps, *size),
         "grad_output": (case.batch, case.out_channels, *size),
     }
+
+
+def make(case: Case, dtype: str = "float32") -> tuple[ConvSpec, dict[str, Any]]:
+    """The case's checked call and its arrays, `grad_output` among them; the same in every process."""
+    rng = np.random.default_rng(0)
+    shapes = shapes_of(case)
     arrays: dict[str, Any] = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
     arrays["offset"] = _away_from_integers(arrays["offset"] * case.sigma) if case.sigma else np.zeros_like(arrays["offset"])
-    arrays["weight"] /= np.sqrt(np.prod(weight_shape[1:])).astype(dtype)
+    arrays["weight"] /= np.sqrt(np.prod(shapes["weight"][1:])).astype(dtype)
     arrays["mask"] = rng.random(shapes["mask"]).astype(dtype) if case.masked else None
     input, offset, weight, bias = (Operand(arrays[name].shape, dtype) for name in ("input", "offset", "weight", "bias"))
     mask = Operand(shapes["mask"], dtype) if case.masked else None

@@ -14,7 +14,7 @@ from deformconv.bench.peers import DIRECTIONS, PEERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 __all__ = ["draw", "relative", "save"]
 
@@ -25,6 +25,16 @@ LOOKS = {
     "torchvision": ("#D55E00", "D"),
     "kornia": ("#CC79A7", "^"),
     "dense": ("#000000", "|"),
+    # On a GPU.
+    "dense-channels-last": ("#666666", "|"),
+    "deformops": ("#0072B2", "v"),
+    "portable": ("#CC79A7", "P"),
+}
+TITLES = {
+    **{name: peer.title for name, peer in PEERS.items()},
+    "dense-channels-last": "plain, channels last",
+    "deformops": "deformops",
+    "portable": "PyTorch's operations",
 }
 OURS = "#009E73"
 MEANS = 0.25  # how much further down than a case
@@ -49,7 +59,7 @@ def save(path: Path, document: Mapping[str, Any]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw(figure: Figure, rows: Sequence[Row], caption: str) -> None:
+def draw(figure: Figure | SubFigure, rows: Sequence[Row], caption: str) -> None:
     """Draw both directions side by side, with the geometric means at the bottom."""
     panels = [direction for direction in DIRECTIONS if any(relative([r for r in rows if r["direction"] == direction]))]
     axes = figure.subplots(1, len(panels) or 1, sharey=True, squeeze=False)[0]
@@ -69,7 +79,7 @@ def draw(figure: Figure, rows: Sequence[Row], caption: str) -> None:
     axes[0].set_ylim(height + 1.0, -0.7)
     names = [name for name in ("deformconv", *LOOKS) if name in handles]
     figure.legend(
-        [handles[name] for name in names], [PEERS[name].title for name in names],
+        [handles[name] for name in names], [TITLES[name] for name in names],
         loc="outside upper center", ncols=len(names), frameon=False, fontsize=11, handletextpad=0.4, columnspacing=1.8,
     )  # fmt: skip
     figure.supxlabel(caption, fontsize=8.5, color=GREY)

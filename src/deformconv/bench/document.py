@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from deformconv.runtime.host import processor_name
 
-__all__ = ["join", "machine", "read", "section"]
+__all__ = ["join", "machine", "packages", "read", "section"]
 
 PACKAGES = (
     "deformconv", "numpy", "numba", "torch", "torchvision", "kornia", "onnxruntime", "onnx", "openvino",
@@ -33,7 +34,7 @@ def machine() -> dict[str, Any]:
         "memory": f"{_memory()} GiB",
         "system": f"{platform.system()}, {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "packages": packages(PACKAGES),
     }
 
 
@@ -42,6 +43,11 @@ def _memory() -> int:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     except (AttributeError, OSError, ValueError):  # not a POSIX system
         return 0
+
+
+def packages(names: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    return {name: found for name in names if (found := _version(name)) is not None}
 
 
 def _version(package: str) -> str | None:

@@ -189,12 +189,12 @@ def _spreads(rows: Sequence[figures.Row]) -> str:
     return figures.markdown(["case", "direction", *names], lines, 2)
 
 
-def replaced(text: str, new: str) -> str:
+def replaced(text: str, new: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """A document with another section between its two marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"the document has no {(BEGIN if not begin else END).strip()}")
+        raise ValueError(f"the document has no {marks[1 if begin else 0].strip()}")
     return before + begin + new + end + after
 
 
