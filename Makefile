@@ -21,7 +21,8 @@
 #   make bench   measure everything (half an hour), write benchmarks/ and the README's comparison from it
 #                (with options only measure and print: BENCH="--quick", BENCH="--base main" beside another commit,
 #                BENCH="--help" for the others)
-#   make bench-gluon    a training step in Gluon beside MXNet's own
+#   make bench-gluon    a training step in Gluon and the pooling of boxes beside MXNet's own (a minute), write
+#                benchmarks/gluon.json and what docs say of it (with options only measure and print: BENCH="--rounds 2")
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -132,7 +133,7 @@ bench: $(VENV)/installed-dev
 	$(if $(BENCH),,$(PY) -m deformconv.bench.readme)
 
 bench-gluon: $(GLUON_VENV)/installed-dev-gluon
-	$(GLUON_PY) -m deformconv.bench.gluon
+	$(GLUON_PY) -m deformconv.bench.gluon $(or $(BENCH),--write .)
 
 # Running venv again repairs an environment whose making was interrupted before pip was in it.
 define install
