@@ -284,6 +284,9 @@ def pair() -> nn.Sequential:
         (["resnet:conv5"], ValueError, "Pass a pattern or a recipe as a string alone"),
         ("1", ValueError, r'layer \'1\' of `model` is a .*Sequential; .* For what it contains pass "1\.\*"'),
         ("", ValueError, r'For what it contains pass "\*"'),
+        ("conv3-conv5", ValueError, r'It has 0, 1\.0\. A recipe is written "resnet:conv3-conv5"\.'),
+        ("ResNet50:conv5", ValueError, 'A recipe is written "resnet:conv3-conv5"'),
+        ("resnet:conv5", ValueError, r"finds no convolution of more than one tap in `model`\. It has 0, 1\.0\.$"),
     ],
 )
 def test_which_of_other_kinds(which: Any, kind: type[Exception], text: str) -> None:
