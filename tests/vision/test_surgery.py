@@ -220,6 +220,9 @@ def test_timm() -> None:
     expected = model(x)
     assert len(make_deformable(model, "resnet:conv3-conv5")) == 6
     assert error(model(x).detach().numpy(), expected.detach().numpy()) < 1e-10
+    same = nn.Sequential(timm.layers.Conv2dSame(3, 4, 3, stride=2))  # it pads by the size of its input
+    with pytest.raises(ValueError, match=r"layer '0' of `model` is a timm\..*Conv2dSame; expected .* and not a subclass"):
+        make_deformable(same, "*")
 
 
 class Padded(nn.Conv2d):
