@@ -98,7 +98,8 @@ def plan(arms: Iterable[str], seeds: Iterable[int], variations: Sequence[str] = 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """A context in which no other command trains in the folder; FolderError if one does."""
+    """A context in which no other command trains in the folder, which is made; FolderError if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder / "lock"))
