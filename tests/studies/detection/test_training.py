@@ -240,6 +240,17 @@ def test_the_entry(tmp_path: Path) -> None:
     assert report["steps"] == 2 and report["losses"] == expected.losses[-1] and path.exists()
 
 
+def test_what_cannot_be_is_a_sentence_of_the_entry(tmp_path: Path) -> None:
+    """And no traceback, as an error of one's own module is."""
+    (tmp_path / "run.pt").write_bytes(b"no checkpoint")
+    for options, expected in (
+        (["--batch", "61"], "Error: `batch` is 61 and there are 60 scenes; expected at most so many, all different."),
+        (["--batch", "2", "--checkpoint", str(tmp_path / "run.pt")], "is no file of torch.save, or only a part of one"),
+    ):
+        done = CliRunner().invoke(main, [f"{__name__}:build", "--steps", "1", *options])
+        assert done.exit_code == 1 and expected in done.output and isinstance(done.exception, SystemExit)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

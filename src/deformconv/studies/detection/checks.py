@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_numbers", "check_scenes", "checked"]
+__all__ = ["SettingsError", "check_numbers", "check_scenes", "checked"]
 
 _TARGET = "`boxes` (n, 4), as x1, y1, x2, y2 in pixels, and `labels` (n,), int64"
+
+
+class SettingsError(ValueError):
+    """What training is asked for does not go together, or not with the checkpoint."""
 
 
 def check_numbers(**numbers: Any) -> None:

@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
-from deformconv.studies.detection.checks import check_numbers, check_scenes, checked
+from deformconv.studies.detection.checks import SettingsError, check_numbers, check_scenes, checked
 from deformconv.studies.detection.per_image import check_detector, drawn, per_image
 from deformconv.studies.files import whole_file
 from deformconv.torch import parameter_groups
@@ -133,9 +133,10 @@ def train(
 
     Raises:
         TypeError: `model` is not such a detector, `scenes` have no length, or a scene is not what `Scenes` says.
-        ValueError: neither `steps` nor `seconds` is given, a number is out of range, `batch` is no multiple of the number of
-            processes or more than there are scenes, or `checkpoint` is none of this function's, or that of a training with
-            other settings.
+        ValueError: a number is out of range, or a scene's shapes are.
+        SettingsError: a ValueError: neither `steps` nor `seconds` is given, `batch` is no multiple of the number of processes
+            or more than there are scenes, or `checkpoint` is none of this function's, or that of a training with other
+            settings.
         FloatingPointError: a loss or the gradient is not finite.
     """
     check_detector(model)
@@ -203,14 +204,16 @@ def _step(fabric: Fabric, module: Any, optimizer: Any, scenes: Scenes, settings:
 
 def _check(settings: _Settings, size: int, processes: int) -> None:
     if settings.steps is None and settings.seconds is None:
-        raise ValueError("neither `steps` nor `seconds` is given; expected one of them, or both, at which training ends.")
+        raise SettingsError("neither `steps` nor `seconds` is given; expected one of them, or both, at which training ends.")
     if settings.batch % processes:
-        raise ValueError(
+        raise SettingsError(
             f"`batch` is {settings.batch} for {processes} processes; expected a multiple of {processes}, as each takes an "
             "equal share."
         )
     if settings.batch > size:
-        raise ValueError(f"`batch` is {settings.batch} and there are {size} scenes; expected at most so many, all different.")
+        raise SettingsError(
+            f"`batch` is {settings.batch} and there are {size} scenes; expected at most so many, all different."
+        )
 
 
 def _save(
@@ -234,13 +237,13 @@ def _resumed(
     if found is None:
         return History()
     if not isinstance(found, dict) or not found.keys() >= {"settings", "history", "model", "optimizer"}:
-        raise ValueError(
+        raise SettingsError(
             f"`checkpoint` {path} holds {_described(found)}; expected the settings, history, model and optimizer that this "
             "function writes, or the path of another file."
         )
     for name, value in asdict(settings).items():
         if found["settings"][name] != value:
-            raise ValueError(
+            raise SettingsError(
                 f"`checkpoint` {path} is that of a training with `{name}` {found['settings'][name]!r}, and `{name}` is "
                 f"{value!r}; expected the same, or the path of another file."
             )
@@ -253,9 +256,9 @@ def _loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"`checkpoint` {path} cannot be read: {error.strerror}; expected a file, or none yet.") from None
+        raise SettingsError(f"`checkpoint` {path} cannot be read: {error.strerror}; expected a file, or none yet.") from None
     except Exception as error:  # whatever its reader stumbles over: PyTorch promises no kind of error
-        raise ValueError(
+        raise SettingsError(
             f"`checkpoint` {path} is no file of torch.save, or only a part of one, or holds more than tensors and numbers "
             f"({type(error).__name__}); expected one that this function wrote, or the path of another file."
         ) from error
