@@ -23,7 +23,8 @@
 #                BENCH="--help" for the others)
 #   make bench-gpu    on a machine with a GPU: beside torchvision, deformops and a plain convolution, in nine minutes; writes
 #                benchmarks/gpu.* and docs/performance.md's part on it (BENCH="--budget 120" and other options only measure)
-#   make bench-gluon    a training step in Gluon beside MXNet's own
+#   make bench-gluon    a training step in Gluon and the pooling of boxes beside MXNet's own (a minute), write
+#                benchmarks/gluon.json and what docs say of it (with options only measure and print: BENCH="--rounds 2")
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -138,7 +139,7 @@ bench-gpu: $(VENV)/installed-dev
 	$(if $(BENCH),,$(PY) -m deformconv.bench.gpu_figures)
 
 bench-gluon: $(GLUON_VENV)/installed-dev-gluon
-	$(GLUON_PY) -m deformconv.bench.gluon
+	$(GLUON_PY) -m deformconv.bench.gluon $(or $(BENCH),--write .)
 
 # Running venv again repairs an environment whose making was interrupted before pip was in it.
 define install

@@ -100,13 +100,39 @@ def test_a_failed_training_ends_with_1_and_says_why(installed, tmp_path, capsys,
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_folder_in_which_another_command_trains_is_refused(installed, tmp_path, capsys):
+    """Until that one ends, here by a signal that no program hears."""
+    from deformconv.studies.detection.plan import held
+
+    process = start(tmp_path, "--fast", "--arms", "v2", "--base-steps", "5000")
+    try:
+        for _ in range(600):
+            if (tmp_path / "budget.json").exists():
+                break
+            time.sleep(0.1)
+        assert main(["experiment", "detect", "--fast", "--output", str(tmp_path)]) == 1
+        said = capsys.readouterr()
+        assert said.err == (
+            f"Error: {tmp_path} is in use by another command, process {process.pid}: wait until that has ended, or choose "
+            "another folder by --output\n"
+        )
+        assert said.out == ""  # nothing is compiled or trained
+    finally:
+        process.kill()
+        process.communicate()
+    with held(tmp_path):
+        pass
+
+
+@pytest.mark.slow
 def test_from_end_to_end_and_once_more(installed, tmp_path, capsys):
     """A second run trains nothing."""
     out, err = start(tmp_path, *TINY).communicate(timeout=300)
     assert err == "" and "\x1b" not in out
     assert "3 trainings; 2 at a time" in out and "Done in" in out
     names = {f"much-0-{arm}.{end}" for arm in ("base", "regular", "v2") for end in ("json", "pt")}
-    written = {"budget.json", "detection.json", "detection.md", "detections.png", "where-v2-looks.png"}
+    written = {"budget.json", "lock", "detection.json", "detection.md", "detections.png", "where-v2-looks.png"}
     assert {path.name for path in tmp_path.iterdir()} == names | written
     first = json.loads((tmp_path / "detection.json").read_text())
     assert [row["arm"] for row in first["arms"]] == ["base", "regular", "v2"]
@@ -138,5 +164,6 @@ def test_an_interrupt_leaves_no_half_written_file(installed, tmp_path):
     assert process.returncode == 130
     assert err.strip() == "Interrupted: nothing is left half-written."
     files = {path.name for path in tmp_path.iterdir()}
-    assert files - {"budget.json"} and all(name == "budget.json" or name.endswith(".checkpoint.pt") for name in files)
+    files -= {"budget.json", "lock"}
+    assert files and all(name.endswith(".checkpoint.pt") for name in files)
     assert not any(name.startswith(".") for name in files)

@@ -15,7 +15,7 @@ def test_torch_is_absent_from_this_environment():
 
 
 def test_all_are_here_or_in_the_torch_environments_tests():
-    assert len(PROGRAMS) == 7 and len(programs("docs/gluon.md")) == 8
+    assert len(PROGRAMS) == 8 and len(programs("docs/gluon.md")) == 9
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: f"line {program.line}")

@@ -30,6 +30,9 @@ VARIANTS = [
 ]
 
 
+NO_MASK = "MXNet's operator takes no mask: multiply its output by it, or pass it to `deformconv.gluon.deform_roi_pool`."
+
+
 def arrays(call: Call) -> list[Any]:
     return [None if array is None else mx.nd.array(array, dtype=array.dtype) for array in call.arrays]
 
@@ -116,23 +119,43 @@ def test_errors() -> None:
         contrib.DeformablePSROIPooling(data, rois, trans, spatial_scale=1, output_dim=4, group_size=3)
     with pytest.raises(ShapeError, match=re.escape("`boxes` has shape (12, 4)")):
         deform_roi_pool(data, rois[:, 1:])
+    with pytest.raises(ShapeError, match=r"`boxes` has shape \(2, 6, 4\); .* of N images put each image's number in front"):
+        deform_roi_pool(data, mx.nd.zeros((2, 6, 4), dtype="float64"))
+    with pytest.raises(ShapeError, match=r"3 = 2 offsets \+ 1 mask: pass the last one as `mask`"):
+        deform_roi_pool(data, rois, mx.nd.zeros((12, 3, 7, 7), dtype="float64"))
+
+
+def test_the_hidden_output_is_seen_in_neither() -> None:
+    words = mxnet_words(VARIANTS[0])
+    for library in (mx.sym.contrib, contrib):
+        symbol = library.DeformablePSROIPooling(**words, name="pool")
+        assert symbol.list_outputs() == ["pool_output"] and len(symbol) == 1
+        assert [name for name in symbol.get_internals().list_outputs() if name.startswith("pool_")][-1] == "pool_output"
 
 
 def test_errors_of_contrib_are_in_mxnet_s_words(capfd: pytest.CaptureFixture[str]) -> None:
     """Neither `boxes` nor `offset` nor `gamma` is what its user passed."""
     call, words = make(VARIANTS[0]), mxnet_words(VARIANTS[0])
     data, rois, trans, _ = arrays(call)
+    boxes_of_images = mx.nd.zeros((2, 6, 4), dtype="float64")
     for given, others, kind, expected in (
         ((data, rois[:, 1:], trans), {}, ShapeError, "`rois` has shape (12, 4); expected (R, 5)"),
         ((data, rois, trans[:, :1]), {}, ShapeError, "`trans` has 1 channel; expected 2, x before y"),
+        ((data, rois, trans[:, :1]), {}, ShapeError, f"One number for each bin is a mask. {NO_MASK}"),
+        ((data, rois, mx.nd.zeros((12, 3, 3, 3), dtype="float64")), {}, ShapeError, f"3 = 2 offsets + 1 mask. {NO_MASK}"),
+        ((data, rois, trans.reshape((12, -1))), {}, ShapeError, "one after the other, pass `trans.reshape(-1, 2, 3, 3)`."),
+        ((data, trans[0], trans), {}, ShapeError, "`rois` has shape (2, 3, 3); expected (R, 5)"),
+        ((data, boxes_of_images, trans), {}, ShapeError, "of N images put each image's number in front of its rows, and join"),
         ((data, rois, trans[1:]), {}, ShapeError, "`trans` has 11 rows; expected one for each box, 12."),
         ((data, rois, trans.astype("float32")), {}, TypeError, "`trans` is float32 and `data` is float64; expected one dtype"),
         ((data, 3, trans), {}, TypeError, "`rois` is a int; expected an MXNet NDArray, as `data` is"),
         ((data, rois.tostype("row_sparse"), trans), {}, TypeError, "expected a dense array: `rois.tostype('default')`."),
         ((data, rois, trans), {"trans_std": float("nan")}, ValueError, "`trans_std` is nan; expected a finite number"),
+        ((data, rois, trans), {"trans_std": True}, TypeError, "`trans_std` is True; expected a number"),
     ):
-        with pytest.raises(kind, match=re.escape(expected)):
+        with pytest.raises(kind, match=re.escape(expected)) as raised:
             contrib.DeformablePSROIPooling(*given, **words | others)
+        assert not re.search(r"`(input|boxes|offset|mask|gamma|output_size|sampling_ratio)\b", str(raised.value))
     rois[0, 0] = 7  # values are looked at when MXNet computes, and the text is on stderr
     with pytest.raises(mx.base.MXNetError):
         contrib.DeformablePSROIPooling(data, rois, trans, **words).asnumpy()

@@ -338,12 +338,12 @@ class TestLayer:
         )
         with pytest.raises(ValueError, match="`trunk` is 'both'; expected 'shared' or 'separate'"):
             self.layer(trunk="both")
-        with pytest.raises(deformconv.ShapeError, match=r"`input` has 5 channels, .* this layer has channels=4"):
+        with pytest.raises(deformconv.ShapeError, match=r"`input` has 5 channels, .* has channels=4: build it with channels=5"):
             layer(torch.rand(1, 5, 4, 4), [torch.zeros(1, 4)])
 
     def test_a_constructor_s_errors(self) -> None:
         for wrong, kind, text in (
-            ({"convention": "algined"}, ValueError, "`convention` is 'algined'; expected 'aligned'"),
+            ({"convention": "algined"}, ValueError, r"`convention` is 'algined'; expected one of 'aligned' \(mmcv"),
             ({"spatial_scale": None}, TypeError, "`spatial_scale` is None; expected a number"),
             ({"spatial_scale": 0}, ValueError, "`spatial_scale` is 0.0; expected a positive number"),
             ({"sampling_ratio": None}, TypeError, "`sampling_ratio` is None"),

@@ -220,6 +220,9 @@ def test_timm() -> None:
     expected = model(x)
     assert len(make_deformable(model, "resnet:conv3-conv5")) == 6
     assert error(model(x).detach().numpy(), expected.detach().numpy()) < 1e-10
+    same = nn.Sequential(timm.layers.Conv2dSame(3, 4, 3, stride=2))  # it pads by the size of its input
+    with pytest.raises(ValueError, match=r"layer '0' of `model` is a timm\..*Conv2dSame; expected .* and not a subclass"):
+        make_deformable(same, "*")
 
 
 class Padded(nn.Conv2d):
@@ -284,6 +287,9 @@ def pair() -> nn.Sequential:
         (["resnet:conv5"], ValueError, "Pass a pattern or a recipe as a string alone"),
         ("1", ValueError, r'layer \'1\' of `model` is a .*Sequential; .* For what it contains pass "1\.\*"'),
         ("", ValueError, r'For what it contains pass "\*"'),
+        ("conv3-conv5", ValueError, r'It has 0, 1\.0\. A recipe is written "resnet:conv3-conv5"\.'),
+        ("ResNet50:conv5", ValueError, 'A recipe is written "resnet:conv3-conv5"'),
+        ("resnet:conv5", ValueError, r"finds no convolution of more than one tap in `model`\. It has 0, 1\.0\.$"),
     ],
 )
 def test_which_of_other_kinds(which: Any, kind: type[Exception], text: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from deformconv.bench.peers import Arrays, TorchPeer
 
-__all__ = ["ROI_CASES", "ROI_PEERS", "RoiCase", "roi_case_of"]
+__all__ = ["ROI_CASES", "ROI_PEERS", "RoiCase", "roi_arrays", "roi_case_of"]
 
 
 class RoiCase(NamedTuple):
@@ -50,7 +50,8 @@ def roi_case_of(fields: dict[str, Any]) -> RoiCase:
     return RoiCase(**{**fields, "size": tuple(fields["size"])})
 
 
-def _make(case: RoiCase) -> Arrays:
+def roi_arrays(case: RoiCase) -> Arrays:
+    """A case's input, boxes, offset, mask and gradient of the output, in float32."""
     random = np.random.default_rng(0)
     height, width = (length * case.stride for length in case.size)
     corner = random.uniform(0, 0.8, (case.boxes, 2)) * (width, height)
@@ -88,7 +89,7 @@ class _RoiPeer(TorchPeer):
 
     def prepare(self, case: Any) -> None:
         self.asked = self.case = case
-        tensors = {name: self.torch.from_numpy(array.astype(self.dtype)) for name, array in _make(case).items()}
+        tensors = {name: self.torch.from_numpy(array.astype(self.dtype)) for name, array in roi_arrays(case).items()}
         self.grad_output, self.boxes = tensors.pop("grad_output"), tensors.pop("boxes")
         self.tensors = {name: tensors[name] for name in self.given}
         self.operate = self.operator(case)

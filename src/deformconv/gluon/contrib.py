@@ -200,8 +200,8 @@ def DeformablePSROIPooling(
         name: the Symbol's name.
 
     Returns:
-        The output, shape (R, output_dim, pooled_size, pooled_size), of the kind that was passed. MXNet's hidden second output,
-        the number of samples that count, is not there.
+        The output, shape (R, output_dim, pooled_size, pooled_size), of the kind that was passed. MXNet's has a second output,
+        the number of samples that count, which it hides: neither a call nor a symbol gives it, and here it is not made.
 
     Raises:
         ShapeError, TypeError, ValueError: as `deformconv.gluon.deform_roi_pool`. MXNet's own reads other memory where a number
@@ -251,6 +251,6 @@ def DeformablePSROIPooling(
 
 def _single(name: str, value: Any) -> float:
     """A number in MXNet's precision, in which equal results need it."""
-    if not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` is {value!r}; expected a number.")
     return float(np.float32(value))

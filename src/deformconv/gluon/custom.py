@@ -54,6 +54,7 @@ class Registered:
         words: MXNet's names of arguments and parameters, where they are not the operator's.
         kept: the names of what else a symbol keeps, for `complete`.
         check_parameters: checks what it can without shapes, where a symbol is written, and returns the parameters.
+        sentences: what the operator's errors advise that does not hold for MXNet's, and what is said in its place.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class Registered:
         words: Mapping[str, str],
         kept: tuple[str, ...] = (),
         check_parameters: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        sentences: Mapping[str, str] = {},
     ) -> None:
         self.operator, self.op_type, self.complete, self.kept = operator, op_type, complete, kept
         self.check_parameters = check_parameters
-        self._words = dict(words)
+        self._words, self._sentences = dict(words), dict(sentences)
         self._ours = {word: name for name, word in words.items()}
         first = operator.names[0]
         self.first = self._words.get(first, first)  # MXNet's name of the first argument
@@ -77,8 +79,10 @@ class Registered:
     def in_gluon_words(self, error: Exception) -> Exception:
         """The same error, calling arguments as MXNet does."""
         text = str(error)
+        for sentence, said in self._sentences.items():
+            text = text.replace(sentence, said)
         for name, word in self._words.items():
-            text = re.sub(rf"\b{name}(?=[`\[,])", word, text)
+            text = re.sub(rf"\b{name}(?=[`\[,]|\.\w)", word, text)
         return type(error)(text)
 
     def in_our_words(self, named: dict[str, Any]) -> dict[str, Any]:

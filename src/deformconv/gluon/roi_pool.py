@@ -32,9 +32,16 @@ def _complete_as_promised(shapes: dict[str, list[int]], parameters: dict[str, An
         )
 
 
-DEFORM_ROI_POOL = Registered(operator.DEFORM_ROI_POOL, "deformconv_roi_pool", _complete, words={"input": "data"})
+# MXNet's functions take no list of each image's boxes.
+_ROWS = {"pass `list(boxes)`": "put each image's number in front of its rows, and join them"}
 
-# The same operator in the words of MXNet's, for `contrib`: its errors name what was passed.
+DEFORM_ROI_POOL = Registered(
+    operator.DEFORM_ROI_POOL, "deformconv_roi_pool", _complete, words={"input": "data"}, sentences=_ROWS
+)
+
+# The same operator in the words of MXNet's, for `contrib`: its errors name what was passed. MXNet's has no mask; those who have
+# one multiply what was pooled.
+_MASKED = "MXNet's operator takes no mask: multiply its output by it, or pass it to `deformconv.gluon.deform_roi_pool`"
 DEFORM_PSROI_POOL = Registered(
     operator.DEFORM_ROI_POOL,
     "deformconv_psroi_pool",
@@ -44,6 +51,10 @@ DEFORM_PSROI_POOL = Registered(
         "sampling_ratio": "sample_per_part",
     },
     kept=("channels",),
+    sentences=_ROWS | {
+        "3 = 2 offsets + 1 mask: pass the last one as `mask`.": f"3 = 2 offsets + 1 mask. {_MASKED}.",
+        "One number for each bin is a mask.": f"One number for each bin is a mask. {_MASKED}.",
+    },
 )  # fmt: skip
 
 

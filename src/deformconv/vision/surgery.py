@@ -124,9 +124,9 @@ def _found(model: nn.Module, which: str | Iterable[str]) -> list[str]:
     matches = _matcher(which)
     found = [name for name, module in modules.items() if matches(name) and _is_candidate(module)]
     if not found:
-        raise ValueError(
-            f"`which` is {which!r}, and finds no convolution of more than one tap in `model`.{_hint(modules, matches)}"
-        )
+        text = f"`which` is {which!r}, and finds no convolution of more than one tap in `model`.{_hint(modules, matches)}"
+        is_recipe = not which.startswith("resnet:") and re.search(r":|\bconv[2-5]-", which)
+        raise ValueError(text + (' A recipe is written "resnet:conv3-conv5".' if is_recipe else ""))
     return found
 
 

@@ -60,33 +60,45 @@ def test_position_sensitive_pooling_is_torchvision_s() -> None:
     np.testing.assert_allclose(reference_output(call), expected.numpy(), rtol=0, atol=1e-12)
 
 
+def by_grid_sample(case: Case, input: Any, boxes: Any, offset: Any, mask: Any) -> Any:
+    """Pooling as PyTorch's grid_sample computes it, at places that are moved onto the map; those too far away count as 0."""
+    import torch
+
+    S = case.sampling
+    places, inside = [], torch.ones(())
+    for axis in range(2):  # x, y
+        bins, size = case.output_size[1 - axis], case.size[1 - axis]
+        low, high = boxes[:, 1 + axis, None, None] * case.scale, boxes[:, 3 + axis, None, None] * case.scale
+        start = low - 0.5 if case.convention == "aligned" else low
+        length = high - low if case.convention == "aligned" else (high - low).clamp(min=1)
+        cells = (torch.arange(bins * S, dtype=input.dtype) + 0.5) / S
+        cells = cells[None, None, :] if axis == 0 else cells[None, :, None]
+        moved = offset[:, axis].repeat_interleave(S, 1).repeat_interleave(S, 2)  # (R, PH*S, PW*S)
+        place = start + length * (case.gamma * moved + cells / bins)
+        inside = inside * ((place >= -1) & (place <= size))
+        places.append(place / (size - 1) * 2 - 1)
+    images = input[boxes[:, 0].long()]
+    grid = torch.stack(places, -1)
+    found = torch.nn.functional.grid_sample(images, grid, "bilinear", "border", align_corners=True) * inside[:, None]
+    return torch.nn.functional.avg_pool2d(found, S) * mask
+
+
 @pytest.mark.parametrize("convention", ["aligned", "unaligned"])
-def test_moved_bins_are_grid_samples(convention: str) -> None:
-    """One sample of each bin, whose place PyTorch's grid_sample reads; inside of the map all agree what that means."""
+@pytest.mark.parametrize("sampling", [1, 2, 3])
+@pytest.mark.parametrize("spread", [0.5, 6.0])
+def test_moved_bins_are_grid_samples(convention: str, sampling: int, spread: float) -> None:
+    """Outputs and the three gradients, also where boxes reach over the map's border and offsets move bins beyond it."""
     torch = pytest.importorskip("torch")
-    case = Case("grid", boxes=6, size=(20, 24), sampling=1, convention=convention, scale=1.0, masked=False, spread=0.5)
+    case = Case(f"grid {spread}", boxes=16, size=(11, 14), convention=convention, sampling=sampling, spread=spread)
     call = make(case)
-    random = np.random.default_rng(3)
-    x, y = random.uniform(4, 9, (2, case.boxes))
-    call.boxes[:, 1:] = np.stack([x, y, x + random.uniform(4, 9, case.boxes), y + random.uniform(4, 7, case.boxes)], axis=1)
-    PH, PW = case.output_size
-    shift = 0.5 if convention == "aligned" else 0.0
-    width, height = call.boxes[:, 3] - call.boxes[:, 1], call.boxes[:, 4] - call.boxes[:, 2]
-    assert call.offset is not None
-    across = (
-        call.boxes[:, 1, None, None]
-        - shift
-        + width[:, None, None] * ((np.arange(PW) + 0.5)[None, None, :] / PW + case.gamma * call.offset[:, 0])
-    )
-    down = (
-        call.boxes[:, 2, None, None]
-        - shift
-        + height[:, None, None] * ((np.arange(PH) + 0.5)[None, :, None] / PH + case.gamma * call.offset[:, 1])
-    )
-    grid = np.stack([across / (case.size[1] - 1) * 2 - 1, down / (case.size[0] - 1) * 2 - 1], axis=-1)
-    images = call.input[call.boxes[:, 0].astype(int)]
-    expected = torch.nn.functional.grid_sample(torch.from_numpy(images), torch.from_numpy(grid), align_corners=True)
-    np.testing.assert_allclose(reference_output(call), expected.numpy(), rtol=0, atol=1e-12)
+    given = [torch.from_numpy(array).requires_grad_() for array in call.arrays]
+    output = by_grid_sample(case, *given)
+    np.testing.assert_allclose(reference_output(call), output.detach().numpy(), rtol=0, atol=1e-12)
+    leaves = [given[number] for number in (0, 2, 3)]
+    gradients = torch.autograd.grad(output, leaves, torch.from_numpy(call.grad_output))
+    ours = reference_gradients(call)
+    for name, gradient in zip(WANTED, gradients, strict=True):
+        np.testing.assert_allclose(getattr(ours, name), gradient.numpy(), rtol=0, atol=1e-10, err_msg=name)
 
 
 def test_mmcv_s_printed_numbers() -> None:

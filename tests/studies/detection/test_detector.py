@@ -43,6 +43,15 @@ def test_an_arm_computes_at_the_cut_what_the_regular_detector_does(arm, regular,
         assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max())
 
 
+def test_every_box_of_a_scene_is_pooled_from_the_finest_map(regular, images):
+    """As docs/detection.md says: by torchvision's rule only a box of 224 pixels and more is pooled from the next map."""
+    outputs(regular, images)  # so that it knows the levels
+    rule = regular.roi_heads.box_roi_pool.map_levels
+    sides = torch.tensor([1.0, 5.0, 64.0, 127.0, 128.0, 223.0, 224.0, 448.0])
+    boxes = torch.stack([0 * sides, 0 * sides, sides, sides], 1)
+    assert rule([boxes]).tolist() == [0] * 6 + [1, 2]
+
+
 @pytest.mark.parametrize("arm", [name for name in ARMS if name != "wide"])
 def test_an_arm_has_the_regular_detectors_parameters(arm, regular):
     """The same bits under the same names, its own copies, and beside them predictors alone."""

@@ -1,6 +1,7 @@
 """The experiment's jobs: their order, and that a folder has those of one budget."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from deformconv import __version__
 from deformconv.studies.detection import plan
 from deformconv.studies.detection.plan import ARMS
+from deformconv.studies.files import InUseError
 
 TINY = plan.Budget(base_steps=4)
 
@@ -43,3 +45,14 @@ def test_a_folder_is_of_one_budget_and_version(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"budget\.json is not what this version writes: .*, or empty this one"):
             plan.accepted(tmp_path, TINY)  # to delete the file alone would let any result pass
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    for _ in range(2):  # and is given back
+        with plan.held(folder):
+            expected = rf"{folder} is in use by another command, process {os.getpid()}: wait until .* another folder"
+            with pytest.raises(plan.FolderError, match=expected), plan.held(folder):
+                raise AssertionError
+    with pytest.raises(InUseError), plan.held(folder):  # what is raised within is nobody else's folder
+        raise InUseError("other")

@@ -129,7 +129,7 @@ def test_sentences_for_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither `steps` nor `seconds` is given; expected one of them, or both"):
         attempt(steps=None)
     for name in ("steps", "seconds", "batch", "learning_rate", "every"):
-        with pytest.raises(ValueError, match=f"`{name}` is -1; expected a number above 0"):
+        with pytest.raises(ValueError, match=f"`{name}` is -1; expected an? (number|integer) above 0"):
             attempt(**{name: -1})
     with pytest.raises(ValueError, match="`batch` is 61 and there are 60 scenes; expected at most so many, all different"):
         attempt(batch=61)
@@ -158,6 +158,68 @@ def test_sentences_for_what_cannot_be(tmp_path: Path) -> None:
         attempt(checkpoint=tmp_path / "run.pt", seed=1)
 
 
+class Changed(Scenes):
+    """Scenes of which something was changed."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.change(*super().__getitem__(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        (lambda image, target: (image, target, 3), TypeError, r"scene \d+ is a tuple of 3; expected two things, an image and"),
+        (lambda image, target: image, TypeError, r"scene \d+ is a torch.Tensor; expected two things, an image and its target"),
+        (lambda image, target: (image.numpy(), target), TypeError, r"the image of scene \d+ is a numpy.ndarray; expected a Py"),
+        (lambda image, target: ((image * 255).byte(), target), TypeError, r"the image of scene \d+ is uint8; .* `image / 255`"),
+        (lambda image, target: (image[None], target), ValueError, r"has shape \(1, 3, 64, 64\); expected \(3, H, W\)"),
+        (
+            lambda image, target: (image, [target]),
+            TypeError,
+            r"the target of scene \d+ is a list; expected a dict with `box",
+        ),
+        (lambda image, target: (image, {"boxes": target["boxes"]}), ValueError, r"has 'boxes', and no 'labels'; expected `box"),
+        (lambda image, target: (image, {**target, "boxes": target["boxes"].numpy()}), TypeError, "`boxes` of scene .* numpy"),
+        (lambda image, target: (image, {**target, "boxes": target["boxes"][:, :3]}), ValueError, r"has `boxes` \(\d, 3\) and"),
+        (lambda image, target: (image, {**target, "labels": target["labels"].float()}), TypeError, "`labels` of .* is float32"),
+    ],
+)
+def test_sentences_for_scenes(change: Any, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        train(detector(), Changed(change), steps=1, batch=2)
+
+
+def test_a_target_may_have_more_than_tensors() -> None:
+    """As those of torchvision's COCO, which have their file's number."""
+    found = train(
+        detector(), Changed(lambda image, target: (image, {**target, "file": "1.png", "image_id": 7})), steps=1, batch=2
+    )
+    assert found == History(train(detector(), Scenes(), steps=1, batch=2).losses, found.seconds)
+
+
+NO_NUMBERS = (
+    ("batch", 2.5, "an integer above 0"),
+    ("seed", True, "an integer of at least 0"),
+    ("learning_rate", "a", "a number above 0"),
+)
+
+
+def test_sentences_for_what_is_no_detector_no_scenes_or_no_number() -> None:
+    with pytest.raises(TypeError, match=r"`model` is a builtins\.str; expected torchvision's FasterRCNN, or a FeatureMim"):
+        train("fasterrcnn", Scenes(), steps=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`scenes` is a generator; expected what has a length and gives, for a number"):
+        train(detector(), (scene for scene in []), steps=1)  # type: ignore[arg-type]
+    for name, value, what in NO_NUMBERS:
+        with pytest.raises(TypeError, match=f"`{name}` is {value!r}; expected {what}"):
+            train(detector(), Scenes(), **{"steps": 1, "batch": 2, name: value})
+    with pytest.raises(ValueError, match="`seed` is -1; expected an integer of at least 0"):
+        train(detector(), Scenes(), steps=1, batch=2, seed=-1)
+
+
 def test_one_process_needs_no_launcher() -> None:
     fabric = launched()
     assert fabric.world_size == 1 and fabric.device == torch.device("cpu")
@@ -176,6 +238,17 @@ def test_the_entry(tmp_path: Path) -> None:
     report = json.loads(done.stdout.splitlines()[-1])
     expected = train(*build(), steps=2, batch=2, seed=4)
     assert report["steps"] == 2 and report["losses"] == expected.losses[-1] and path.exists()
+
+
+def test_what_cannot_be_is_a_sentence_of_the_entry(tmp_path: Path) -> None:
+    """And no traceback, as an error of one's own module is."""
+    (tmp_path / "run.pt").write_bytes(b"no checkpoint")
+    for options, expected in (
+        (["--batch", "61"], "Error: `batch` is 61 and there are 60 scenes; expected at most so many, all different."),
+        (["--batch", "2", "--checkpoint", str(tmp_path / "run.pt")], "is no file of torch.save, or only a part of one"),
+    ):
+        done = CliRunner().invoke(main, [f"{__name__}:build", "--steps", "1", *options])
+        assert done.exit_code == 1 and expected in done.output and isinstance(done.exception, SystemExit)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from deformconv.ops.window import by, channels_last, integers, n_of
 __all__ = ["CONVENTIONS", "Gradients", "RoiSpec", "check_boxes", "check_list", "check_order", "group_size_of", "roi_spec"]
 
 CONVENTIONS = ("aligned", "unaligned", "rounded")
+_WHOSE = ("mmcv, detectron2", "torchvision's detectors", "MXNet, the papers' code")
 MOST_SAMPLES = 2**12  # of a bin along an axis
 
 
@@ -212,7 +213,8 @@ def _spec(
     part_size: tuple[int, int],
 ) -> RoiSpec:
     if convention not in CONVENTIONS:
-        raise ValueError(f"`convention` is {convention!r}; expected {', '.join(map(repr, CONVENTIONS))}.")
+        known = ", ".join(f"{name!r} ({who})" for name, who in zip(CONVENTIONS, _WHOSE, strict=True))
+        raise ValueError(f"`convention` is {convention!r}; expected one of {known}.")
     if convention == "rounded" and sampling_ratio == 0:
         raise ShapeError(
             '`sampling_ratio` is 0, which lets a box decide, and convention="rounded" does not know that; expected at least 1.'

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import click
 
+from deformconv.studies.detection.checks import SettingsError
 from deformconv.studies.detection.training import launched, train
 
 _WHAT = "MODULE:FUNCTION"
@@ -53,7 +54,10 @@ def main(build: str, accelerator: str, timeout: float, **settings: Any) -> None:
         def progress(done: float, losses: dict[str, float]) -> None:
             bar.update(int(done * 1000) - bar.pos)
 
-        history = train(model, scenes, progress=progress, fabric=fabric, **settings)
+        try:
+            history = train(model, scenes, progress=progress, fabric=fabric, **settings)
+        except SettingsError as error:
+            raise click.ClickException(str(error)) from None
     if fabric.is_global_zero:
         last = history.losses[-1] if history.losses else {}
         click.echo(json.dumps({"steps": history.steps, "seconds": history.seconds, "losses": last}))

@@ -114,7 +114,8 @@ def _wide(model: FasterRCNN) -> nn.Module:
 
 
 def _pool(model: FasterRCNN, *, modulated: bool) -> MultiScaleDeformRoIPool:
-    # One predictor for all levels: one for each would be more parameters than all the rest of this detector.
+    # One predictor for all levels: one for each would be more parameters than all the rest of this detector, and by
+    # torchvision's rule all boxes of such small scenes are pooled from one level.
     return MultiScaleDeformRoIPool.like(
         model.roi_heads.box_roi_pool, PYRAMID, hidden=HIDDEN, share_levels=True, modulated=modulated
     )

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from deformconv.studies.detection import report
 from deformconv.studies.detection.jobs import load, run_job
-from deformconv.studies.detection.plan import BASE, TITLES, USUAL, Budget, Job, accepted, plan, result
+from deformconv.studies.detection.plan import BASE, TITLES, USUAL, Budget, Job, accepted, held, plan, result
 from deformconv.studies.detection.scenes import VARIATIONS, Scenes
 from deformconv.studies.detection.workers import run_jobs
 from deformconv.studies.files import whole_file
@@ -25,22 +25,24 @@ __all__ = ["run"]
 def run(output: Path, *, budget: Budget, arms: Sequence[str], seeds: Sequence[int], swept: bool, workers: int) -> int:
     """Train what the folder does not have yet, `workers` at a time; print and write the report, draw, return the exit code.
 
-    Raises FolderError if the folder has results of another budget, and WorkerError if a training fails.
+    Raises FolderError if the folder has results of another budget or another command uses it, and WorkerError if a training
+    fails.
     """
     console = Console(highlight=False)
     started = time.perf_counter()
-    accepted(output, budget)
-    variations = list(VARIATIONS) if swept else [USUAL]
-    planned = plan(arms, seeds, variations)
-    compiled(console, rois=True)
-    train_all(console, output, budget, planned, workers)
-    results = [one for job in planned if (one := result(output, job)) is not None]
-    found = report.everything(results, budget, variations)
-    report.print_report(console, found)
-    _write(console, output, found)
-    _draw(console, output, budget, planned)
-    console.print(f"\nDone in {_minutes(time.perf_counter() - started)}.", style="bold")
-    return 0
+    with held(output):
+        accepted(output, budget)
+        variations = list(VARIATIONS) if swept else [USUAL]
+        planned = plan(arms, seeds, variations)
+        compiled(console, rois=True)
+        train_all(console, output, budget, planned, workers)
+        results = [one for job in planned if (one := result(output, job)) is not None]
+        found = report.everything(results, budget, variations)
+        report.print_report(console, found)
+        _write(console, output, found)
+        _draw(console, output, budget, planned)
+        console.print(f"\nDone in {_minutes(time.perf_counter() - started)}.", style="bold")
+        return 0
 
 
 def train_all(console: Console, output: Path, budget: Budget, planned: Sequence[Job], workers: int) -> None:

@@ -21,7 +21,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from deformconv.vision import FeatureMimicking
 
-__all__ = ["Sampler", "drawn", "generator", "per_image"]
+__all__ = ["Sampler", "check_detector", "drawn", "generator", "per_image"]
 
 # What is chosen in an image, each by a generator of its own.
 ANCHORS, BOXES, PATCHES = range(3)
@@ -123,16 +123,10 @@ def _losses(scores: Tensor, deltas: Tensor, labels: Tensor, regression_targets: 
     return classes, boxes
 
 
-@contextmanager
-def per_image(model: GeneralizedRCNN | FeatureMimicking) -> Iterator[None]:
-    """A context in which the detector's losses and choices are each image's own.
+def check_detector(model: Any) -> None:
+    """Raise TypeError unless `model` is a Faster R-CNN of torchvision, or one within FeatureMimicking, whose losses are known.
 
-    Images of one size and layers that normalise within an image provided, a batch's loss is then the mean of its images'
-    losses, each of which depends on that image and its `target["image_id"]` alone.
-
-    Raises:
-        TypeError: `model` is not a Faster R-CNN of torchvision or one within FeatureMimicking, or has masks or keypoints,
-            whose losses are means over the boxes of a batch.
+    Those of masks and keypoints are means over the boxes of a batch.
     """
     detector = model.detector if isinstance(model, FeatureMimicking) else model
     if not isinstance(detector, GeneralizedRCNN):
@@ -152,6 +146,21 @@ def per_image(model: GeneralizedRCNN | FeatureMimicking) -> Iterator[None]:
             "the detector has a head for masks or keypoints, whose loss is a mean over the boxes of a batch; expected heads "
             "for boxes alone."
         )
+
+
+@contextmanager
+def per_image(model: GeneralizedRCNN | FeatureMimicking) -> Iterator[None]:
+    """A context in which the detector's losses and choices are each image's own.
+
+    Images of one size and layers that normalise within an image provided, a batch's loss is then the mean of its images'
+    losses, each of which depends on that image and its `target["image_id"]` alone.
+
+    Raises TypeError where `check_detector` does.
+    """
+    check_detector(model)
+    detector = model.detector if isinstance(model, FeatureMimicking) else model
+    rpn: Any = detector.rpn
+    heads: Any = detector.roi_heads
     samplers = rpn.fg_bg_sampler, heads.fg_bg_sampler
     drawing = getattr(model, "generator", None)
     for part, kind in ((rpn, _Proposals), (heads, _Heads)):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from deformconv import __version__
-from deformconv.studies.files import whole_file
+from deformconv.studies.files import InUseError, locked, whole_file
 
 __all__ = [
     "ARMS", "BASE", "CLOCK", "DEFAULT", "FAST", "SCRATCH", "SWEPT", "TITLES", "USUAL", "Budget", "FolderError", "Job",
-    "accepted", "plan", "result",
+    "accepted", "held", "plan", "result",
 ]  # fmt: skip
 
 BASE, SCRATCH = "base", "scratch"  # the regular detector and v2's, both from fresh weights
@@ -36,7 +37,7 @@ ARMS = [name for name in TITLES if name != BASE]  # what may be asked for
 
 
 class FolderError(ValueError):
-    """A folder has results of something else."""
+    """A folder has results of something else, or another command uses it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,21 @@ def plan(arms: Iterable[str], seeds: Iterable[int], variations: Sequence[str] = 
                 for arm in SWEPT:
                     add(Job(variation, seed, arm))
     return list(jobs)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A context in which no other command trains in the folder, which is made; FolderError if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / "lock"))
+        except InUseError as error:
+            raise FolderError(
+                f"{folder} is in use by another command, {error}: wait until that has ended, or choose another folder by "
+                "--output"
+            ) from None
+        yield
 
 
 def accepted(folder: Path, budget: Budget) -> None:

@@ -17,7 +17,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
-from deformconv.studies.detection.per_image import drawn, per_image
+from deformconv.studies.detection.checks import SettingsError, check_numbers, check_scenes, checked
+from deformconv.studies.detection.per_image import check_detector, drawn, per_image
 from deformconv.studies.files import whole_file
 from deformconv.torch import parameter_groups
 
@@ -131,15 +132,19 @@ def train(
         The losses of all steps, those before the checkpoint among them.
 
     Raises:
-        TypeError: `model` is not such a detector.
-        ValueError: neither `steps` nor `seconds` is given, a number is out of range, `batch` is no multiple of the number of
-            processes or more than there are scenes, or `checkpoint` is none of this function's, or that of a training with
-            other settings.
+        TypeError: `model` is not such a detector, `scenes` have no length, or a scene is not what `Scenes` says.
+        ValueError: a number is out of range, or a scene's shapes are.
+        SettingsError: a ValueError: neither `steps` nor `seconds` is given, `batch` is no multiple of the number of processes
+            or more than there are scenes, or `checkpoint` is none of this function's, or that of a training with other
+            settings.
         FloatingPointError: a loss or the gradient is not finite.
     """
+    check_detector(model)
+    check_scenes(scenes)
+    check_numbers(steps=steps, seconds=seconds, batch=batch, learning_rate=learning_rate, seed=seed, every=every)
     fabric, path = fabric or launched(), None if checkpoint is None else Path(checkpoint)
     settings = _Settings(steps, seconds, batch, learning_rate, schedule, seed)
-    _check(settings, every, len(scenes), fabric.world_size)
+    _check(settings, len(scenes), fabric.world_size)
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate), weight_decay=WEIGHT_DECAY)
     peaks = [group["lr"] for group in optimizer.param_groups]
     history = _resumed(fabric, path, settings, model, optimizer)
@@ -176,10 +181,10 @@ def _step(fabric: Fabric, module: Any, optimizer: Any, scenes: Scenes, settings:
     dtype = next(parameter.dtype for parameter in module.parameters())
     images, targets = [], []
     for place in mine:
-        image, target = scenes[numbers[place]]
+        image, target = checked(scenes[numbers[place]], numbers[place])
         images.append(image.to(fabric.device, dtype))
         found = {**target, "boxes": target["boxes"].to(dtype), "image_id": torch.tensor(draws[place])}
-        targets.append({name: value.to(fabric.device) for name, value in found.items()})
+        targets.append({name: value.to(fabric.device) for name, value in found.items() if isinstance(value, Tensor)})
     # Layers that draw by themselves, as dropout, need no state in the checkpoint either.
     torch.manual_seed(draws[mine[0]])
     losses = module(images, targets)
@@ -197,19 +202,18 @@ def _step(fabric: Fabric, module: Any, optimizer: Any, scenes: Scenes, settings:
     return values
 
 
-def _check(settings: _Settings, every: int, size: int, processes: int) -> None:
+def _check(settings: _Settings, size: int, processes: int) -> None:
     if settings.steps is None and settings.seconds is None:
-        raise ValueError("neither `steps` nor `seconds` is given; expected one of them, or both, at which training ends.")
-    for name, value in {**vars(settings), "every": every}.items():
-        if name in ("steps", "seconds", "batch", "learning_rate", "every") and value is not None and not value > 0:
-            raise ValueError(f"`{name}` is {value!r}; expected a number above 0.")
+        raise SettingsError("neither `steps` nor `seconds` is given; expected one of them, or both, at which training ends.")
     if settings.batch % processes:
-        raise ValueError(
+        raise SettingsError(
             f"`batch` is {settings.batch} for {processes} processes; expected a multiple of {processes}, as each takes an "
             "equal share."
         )
     if settings.batch > size:
-        raise ValueError(f"`batch` is {settings.batch} and there are {size} scenes; expected at most so many, all different.")
+        raise SettingsError(
+            f"`batch` is {settings.batch} and there are {size} scenes; expected at most so many, all different."
+        )
 
 
 def _save(
@@ -233,13 +237,13 @@ def _resumed(
     if found is None:
         return History()
     if not isinstance(found, dict) or not found.keys() >= {"settings", "history", "model", "optimizer"}:
-        raise ValueError(
+        raise SettingsError(
             f"`checkpoint` {path} holds {_described(found)}; expected the settings, history, model and optimizer that this "
             "function writes, or the path of another file."
         )
     for name, value in asdict(settings).items():
         if found["settings"][name] != value:
-            raise ValueError(
+            raise SettingsError(
                 f"`checkpoint` {path} is that of a training with `{name}` {found['settings'][name]!r}, and `{name}` is "
                 f"{value!r}; expected the same, or the path of another file."
             )
@@ -252,9 +256,9 @@ def _loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"`checkpoint` {path} cannot be read: {error.strerror}; expected a file, or none yet.") from None
+        raise SettingsError(f"`checkpoint` {path} cannot be read: {error.strerror}; expected a file, or none yet.") from None
     except Exception as error:  # whatever its reader stumbles over: PyTorch promises no kind of error
-        raise ValueError(
+        raise SettingsError(
             f"`checkpoint` {path} is no file of torch.save, or only a part of one, or holds more than tensors and numbers "
             f"({type(error).__name__}); expected one that this function wrote, or the path of another file."
         ) from error

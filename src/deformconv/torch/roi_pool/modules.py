@@ -157,7 +157,8 @@ class DeformRoIPool(nn.Module):
         is_known = isinstance(input, Tensor) and not modes.traced()  # else a shape is nothing to compare with
         if is_known and input.ndim == 4 and input.shape[1] != self.channels:
             raise ShapeError(
-                f"`input` has {input.shape[1]} channels, shape {tuple(input.shape)}; this layer has channels={self.channels}."
+                f"`input` has {input.shape[1]} channels, shape {tuple(input.shape)}; this layer has channels={self.channels}: "
+                f"build it with channels={input.shape[1]}."
             )
         return deform_roi_pool(
             input, boxes, offset, mask, self.output_size, self.spatial_scale, self.sampling_ratio,
