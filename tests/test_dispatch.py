@@ -23,7 +23,7 @@ SPEC = conv_spec(
 @pytest.fixture
 def backends(monkeypatch):
     """Stand-ins for the registered backends: set `reasons[name]`, read `asked`."""
-    reasons: dict[str, list[str]] = {"cpu": [], "portable": [], "reference": []}
+    reasons: dict[str, list[str]] = {"cpu": [], "gpu": ["too far"], "portable": [], "reference": []}
     asked: list[str] = []
 
     def load(operator, name):
@@ -33,7 +33,7 @@ def backends(monkeypatch):
 
         module = types.ModuleType(name)
         module.reasons_against = reasons_against
-        module.how = lambda spec, library: []
+        module.how = lambda spec, library, device: []
         module.computes_in = lambda dtype, library: dtype
         return module
 
@@ -77,6 +77,7 @@ def test_the_error_prints_shapes_dtype_and_every_reason(backends):
         "No backend can run this call: input (2, 4, 8, 8), offset (2, 18, 8, 8), weight (6, 4, 3, 3), "
         "mask (2, 9, 8, 8); float32, numpy on cpu, forward.\n"
         "  cpu: too warm; too wet\n"
+        "  gpu: too far\n"
         "  portable: too cold\n"
         '  reference: can run it, but only when asked for by backend="reference"'
     )
@@ -93,11 +94,11 @@ def test_the_error_of_a_named_backend(backends):
 
 
 def test_an_unknown_name(backends):
-    expected = '`backend` is \'gpu\'; expected "cpu", "portable", "reference", or None for the first that can'
+    expected = '`backend` is \'cuda\'; expected "cpu", "gpu", "portable", "reference", or None for the first that can'
     with pytest.raises(ValueError, match=expected):
-        chosen("gpu")
+        chosen("cuda")
     with pytest.raises(ValueError, match=expected):
-        dispatch.explain(DEFORM_CONV, SPEC, "numpy", "cpu", "gpu")
+        dispatch.explain(DEFORM_CONV, SPEC, "numpy", "cpu", "cuda")
 
 
 @pytest.mark.parametrize("name", [["cpu"], 0, np.array(["cpu", "portable"])], ids=repr)
@@ -123,9 +124,11 @@ def test_explain(backends):
         "input (2, 4, 8, 8), offset (2, 18, 8, 8), weight (6, 4, 3, 3), mask (2, 9, 8, 8); float32, torch on cuda:0",
         "forward: portable",
         "  cpu: too warm",
+        "  gpu: too far",
         '  reference: can run it, but only when asked for by backend="reference"',
         "backward: portable",
         "  cpu: too warm",
+        "  gpu: too far",
         '  reference: can run it, but only when asked for by backend="reference"',
     ]
 
@@ -133,16 +136,31 @@ def test_explain(backends):
 def test_explain_does_not_raise_where_nothing_can_run(backends):
     backends.reasons["cpu"] = ["too warm"]
     lines = dispatch.explain(DEFORM_CONV, SPEC, "numpy", "cpu", "cpu").splitlines()
-    assert lines[1:3] == ["forward: no backend can run it", "  cpu: too warm"]
+    assert lines[1:4] == ["forward: no backend can run it", "  cpu: too warm", "  gpu: too far"]
 
 
 def test_the_real_backends():
     assert dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", True).__name__ == "deformconv.ops.conv.cpu"
-    assert dispatch.choose(DEFORM_CONV, SPEC, "torch", "cuda:0", True).__name__ == "deformconv.ops.conv.portable"
     for name in ("cpu", "portable", "reference"):
         assert dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", False, name).__name__ == f"deformconv.ops.conv.{name}"
     with pytest.raises(BackendError, match="portable: NumPy has no automatic derivative"):
         dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", True, "portable")
+    with pytest.raises(BackendError, match="gpu: it takes PyTorch's tensors, not numpy's arrays"):
+        dispatch.choose(DEFORM_CONV, SPEC, "numpy", "cpu", False, "gpu")
+
+
+def test_how_a_backend_computes_may_depend_on_the_device(backends, monkeypatch):
+    load = dispatch.load
+
+    def load_another(operator, name):
+        module = load(operator, name)
+        module.how = lambda spec, library, device: [f"it computes {spec.dtype} of {library} on {device}"]
+        return module
+
+    backends.reasons.update(cpu=["too warm"], gpu=[])
+    monkeypatch.setattr(dispatch, "load", load_another)
+    lines = dispatch.explain(DEFORM_CONV, SPEC, "torch", "cuda:1").splitlines()
+    assert lines[1:4] == ["forward: gpu", "  gpu: it computes float32 of torch on cuda:1", "  cpu: too warm"]
 
 
 def test_a_fault_of_a_backend_is_raised_and_not_hidden(monkeypatch):
@@ -166,6 +184,7 @@ def test_verdicts_are_data(backends):
     backends.reasons["cpu"] = ["too warm.", "too wet"]
     assert dispatch.verdicts(DEFORM_CONV, SPEC, "torch", "cuda:0", backward=True) == [
         ("cpu", False, ("too warm", "too wet")),
+        ("gpu", False, ("too far",)),
         ("portable", True, ()),
         ("reference", False, ('can run it, but only when asked for by backend="reference"',)),
     ]

@@ -67,6 +67,8 @@ OF_A_FRAMEWORK = {
     "deformconv.convert.torchvision_kernels",
     "deformconv.convert.torchvision_modules",
 }
+# And these, which are written in Triton, as what they import is.
+OF_TRITON = {"deformconv.ops.conv.gpu_kernels", "deformconv.sampling.triton"}
 
 
 def name_of(file: Path) -> str:
@@ -189,12 +191,12 @@ def test_the_exception_is_lazy():
 def test_frameworks_stay_in_their_rooms():
     """Outside of its rooms a framework is imported inside of functions only, if at all."""
     for module, file in MODULES.items():
-        if room(module) not in (*PLAIN, "deformconv") or module in OF_A_FRAMEWORK:
+        if room(module) not in (*PLAIN, "deformconv") or module in OF_A_FRAMEWORK | OF_TRITON:
             continue
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 tops = {target.split(".")[0] for target, _ in imported(node, module, False)}
-                assert not tops & {"torch", "torchvision", "mxnet", "jax", "keras"}, f"{file}:{node.lineno}"
+                assert not tops & {"torch", "torchvision", "mxnet", "jax", "keras", "triton"}, f"{file}:{node.lineno}"
 
 
 def run_python(code: str) -> str:
@@ -204,7 +206,7 @@ def run_python(code: str) -> str:
 
 
 def test_import_loads_no_framework_and_no_numba():
-    heavy = ("numba", "llvmlite", "torch", "torchvision", "mxnet", "jax", "matplotlib", "array_api_compat")
+    heavy = ("numba", "llvmlite", "torch", "torchvision", "triton", "mxnet", "jax", "matplotlib", "array_api_compat")
     code = f"import deformconv, sys; print([name for name in {heavy} if name in sys.modules])"
     assert run_python(code) == "[]"
 
@@ -243,14 +245,15 @@ WITHOUT_FRAMEWORKS = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "mxnet"):
+        if name.partition(".")[0] in ("torch", "triton", "mxnet"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
 """
 
 
 def test_everything_but_their_rooms_works_without_frameworks():
-    modules = [m for m in MODULES if room(m) in PLAIN and m not in OF_A_FRAMEWORK and not m.endswith("__main__")]
+    apart = OF_A_FRAMEWORK | OF_TRITON
+    modules = [m for m in MODULES if room(m) in PLAIN and m not in apart and not m.endswith("__main__")]
     code = f"""{WITHOUT_FRAMEWORKS}
 import importlib
 import numpy as np
@@ -263,9 +266,22 @@ for backend in (None, "portable", "reference"):
 gradients = deformconv.deform_conv_backward(np.ones((1, 3, 4, 4)), x, offset, weight)
 assert (gradients.weight == 16).all()
 print(deformconv.explain(x, offset, weight).splitlines()[1])
-assert not [name for name in ("torch", "mxnet") if name in sys.modules]
+assert not [name for name in ("torch", "triton", "mxnet") if name in sys.modules]
 """
     assert run_python(code) == "forward: cpu"
+
+
+@pytest.mark.slow
+def test_the_torch_room_loads_triton_for_calls_on_a_gpu_alone():
+    pytest.importorskip("torch")
+    code = """
+import sys, torch, deformconv, deformconv.torch
+x, offset, weight = torch.rand(1, 2, 5, 5), torch.zeros(1, 18, 3, 3), torch.rand(3, 2, 3, 3, requires_grad=True)
+deformconv.torch.deform_conv2d(x, offset, weight).sum().backward()
+deformconv.explain(x, offset, weight)
+print("triton" in sys.modules)
+"""
+    assert run_python(code) == "False"
 
 
 def test_the_torch_room_without_torch_tells_how_to_get_it():
@@ -378,6 +394,8 @@ def test_all_lists_what_is_there(module):
         for extra in extras:
             if find_spec(extra) is None:
                 pytest.skip(f"needs {extra}")
+    if module in OF_TRITON and find_spec("triton") is None:
+        pytest.skip("needs triton")
     names = getattr(importlib.import_module(module), "__all__", [])
     missing = [name for name in names if not hasattr(sys.modules[module], name)]
     assert not missing

@@ -27,6 +27,7 @@ PAGES = [
     "docs/from-detectron2.md",
     "docs/from-mmcv.md",
     "docs/from-torchvision.md",
+    "docs/gpu.md",
     "docs/supported.md",
 ]
 

@@ -62,7 +62,8 @@ def deform_conv(
         offset_groups: verified when given, else inferred from `offset`.
         boundary: what lies outside of the input. "zeros": a corner of the interpolation outside of it is 0.
             "inside": a sample is 0 unless 0 <= q < size on every axis, and then the last pixel continues.
-        backend: "cpu", "portable" or "reference"; None takes the first that can run the call (see `explain`).
+        backend: "cpu", "gpu", "portable" or "reference"; None takes the first that can run the call (see
+            `explain`).
 
     Returns:
         The output, shape (N, C_out, *O), where O is, along every axis,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deformconv import __version__, installation
-from deformconv.cli import doctor, warmup
+from deformconv.cli import doctor, trial, warmup
 from deformconv.cli import main as command_line
 from deformconv.cli.main import main
 
@@ -28,7 +28,7 @@ def run(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
     [
         (["--help"], ["demo", "doctor", "warmup", "Commands:"]),
         (["demo", "--help"], ["--fast", "--seeds", "--output", "--seed", "digits"]),
-        (["warmup", "-h"], ["--dtype", "--rank", "--cpu", "x86-64-v3", "DEFORMCONV_CACHE_DIR", "DEFORMCONV_CPU"]),
+        (["warmup", "-h"], ["--dtype", "--rank", "--cpu", "x86-64-v3", "DEFORMCONV_CACHE_DIR", "DEFORMCONV_CPU", "--gpu"]),
         (["doctor", "--help"], ["backends"]),
         (["--version"], [__version__]),
     ],
@@ -232,7 +232,7 @@ class TestDoctor:
     def test_a_sound_installation_ends_with_0(self, capsys):
         assert main(["doctor"]) == 0
         text = capsys.readouterr().out
-        for title in ("Versions", "Processor", "Kernel cache", "Backends", "Self-test"):
+        for title in ("Versions", "Processor", "Kernel cache", "Backends", "GPUs", "Self-test"):
             assert f"\n{title}" in text
         assert "cpu backward      ok" in text and "All in order." in text
         assert "FAILED" not in text and ESCAPE not in text
@@ -261,7 +261,7 @@ class TestDoctor:
         assert "torch             not installed" in result.stdout
 
     def test_a_wrong_result_ends_with_1(self, monkeypatch, capsys):
-        right = doctor._values
+        right = trial.values
 
         def wrong(backend, *arguments):
             values = right(backend, *arguments)
@@ -269,7 +269,7 @@ class TestDoctor:
                 values["output"] = values["output"] * 1.001
             return values
 
-        monkeypatch.setattr(doctor, "_values", wrong)
+        monkeypatch.setattr(trial, "values", wrong)
         assert main(["doctor"]) == 1
         text = capsys.readouterr().out
         assert "portable forward  FAILED: error 1.0e-03 in output" in text
@@ -278,7 +278,7 @@ class TestDoctor:
     def test_nan_is_a_wrong_result(self):
         import numpy as np
 
-        assert doctor._verdict({"a": np.array([np.nan, 1])}, {"a": np.ones(2)}).startswith("FAILED: error nan in a")
+        assert trial.verdict({"a": np.array([np.nan, 1])}, {"a": np.ones(2)}).startswith("FAILED: error nan in a")
 
     def test_a_section_that_breaks_does_not_hide_the_others(self, monkeypatch, capsys):
         def broken():

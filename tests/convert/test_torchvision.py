@@ -16,9 +16,12 @@ from tests.torch.tensors import call_of  # noqa: E402
 from torch import nn  # noqa: E402
 from torchvision.ops import deform_conv2d  # noqa: E402  bound before anything is put under it
 
-from deformconv.convert import accelerate_torchvision  # noqa: E402
+from deformconv import dispatch  # noqa: E402
+from deformconv.convert import accelerate_torchvision, torchvision_kernels  # noqa: E402
 from deformconv.convert import torchvision as convert  # noqa: E402
-from deformconv.ops.conv import cpu  # noqa: E402
+from deformconv.ops.conv import cpu, gpu, portable  # noqa: E402
+from deformconv.torch import native  # noqa: E402
+from deformconv.torch.conv.functional import DEFORM_CONV  # noqa: E402
 
 PARITY = [
     case
@@ -162,6 +165,111 @@ def test_without_torchvision(monkeypatch):
     text = "accelerate_torchvision needs torchvision, which is not installed: pip install torchvision$"
     with pytest.raises(ModuleNotFoundError, match=text):
         accelerate_torchvision()
+
+
+class TestOnGpus:
+    """The kernels for GPUs, called by PyTorch's dispatcher with tensors of the CPU: there need be no GPU."""
+
+    x, offset, mask = torch.rand(2, 3, 6, 6), torch.randn(2, 18, 6, 6), torch.rand(2, 9, 6, 6)
+    weight, bias, grad = torch.rand(4, 3, 3, 3), torch.rand(4), torch.rand(2, 4, 6, 6)
+    parameters = (1, 1, 1, 1, 1, 1, 1, 1, True)
+
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        dispatch._cached_first.cache_clear()
+        yield
+        dispatch._cached_first.cache_clear()
+
+    @pytest.fixture
+    def kernels(self, monkeypatch):
+        """Stand-ins for our GPU kernels, and how often they ran."""
+        calls = []
+
+        def forward(spec, *operands):
+            calls.append("forward")
+            return portable.forward(spec, *operands)
+
+        def backward(spec, grad_output, *operands, wanted):
+            calls.append("backward")
+            return native.backward(DEFORM_CONV.operator, spec, grad_output, operands, wanted, portable.forward)
+
+        monkeypatch.setattr(gpu, "reasons_against", lambda *call: [])
+        monkeypatch.setattr(gpu, "forward", forward)
+        monkeypatch.setattr(gpu, "backward", backward)
+        return calls
+
+    def forward(self, key, mask=None):
+        op = torch.ops.torchvision.deform_conv2d.default
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        given = self.mask if mask is None else mask
+        return op.redispatch(keys, self.x, self.weight, self.offset, given, self.bias, *self.parameters)
+
+    def backward(self, key):
+        op = torch.ops.torchvision._deform_conv2d_backward.default
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        return op.redispatch(keys, self.grad, self.x, self.weight, self.offset, self.mask, self.bias, *self.parameters)
+
+    @pytest.fixture
+    def torchvisions_own(self):
+        """For what needs a torchvision for GPUs: what its kernel says to tensors of the CPU."""
+        if not torchvision_kernels._is_there("deform_conv2d", "CUDA") or "CUDA" not in torchvision_kernels.dispatch_keys():
+            pytest.skip("needs PyTorch 2.9 and a torchvision with kernels for GPUs")
+        return pytest.raises(RuntimeError, match="must be a CUDA tensor")
+
+    def test_ours_run(self, kernels):
+        if "CUDA" not in torchvision_kernels.dispatch_keys():
+            pytest.skip("needs PyTorch 2.9")
+        expected = self.forward("CPU"), *self.backward("CPU")
+        with accelerate_torchvision():
+            found = self.forward("CUDA"), *self.backward("CUDA")
+        assert kernels == ["forward", "backward"]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs, "float32")
+
+    def test_torchvisions_own_comes_back(self, kernels, torchvisions_own):
+        with accelerate_torchvision():
+            self.forward("CUDA")
+        with torchvisions_own:
+            self.forward("CUDA")
+
+    def test_what_ours_cannot_run_is_torchvisions(self, monkeypatch, torchvisions_own):
+        """PyTorch's operations, which take such calls elsewhere, are slower than it."""
+        monkeypatch.setattr(gpu, "reasons_against", lambda *call: ["no Triton"])
+        monkeypatch.setattr(portable, "forward", lambda *call: pytest.fail("PyTorch's operations ran"))
+        with accelerate_torchvision(), torchvisions_own:
+            self.forward("CUDA")
+
+    def test_in_both_directions(self, monkeypatch):
+        monkeypatch.setattr(gpu, "reasons_against", lambda *call: ["no Triton"])
+        monkeypatch.setattr(torchvision_kernels, "_is_there", lambda name, key: True)
+        monkeypatch.setattr(torchvision_kernels, "_kernel_of", lambda *which: lambda error, *call: (which, str(error), call))
+        arguments = ("keys", self.x, self.weight, self.offset, self.mask, self.bias, *self.parameters)
+        ours = torchvision_kernels.kernels("CUDA")
+        for name, call in (("deform_conv2d", arguments), ("_deform_conv2d_backward", ("keys", self.grad, *arguments[1:]))):
+            which, why, given = ours[name](*call)
+            assert which == (name, "CUDA") and all(a is b for a, b in zip(given, call, strict=True))
+            assert 'backend="gpu" cannot run this call' in why and "\n  gpu: no Triton\n" in why
+
+    def test_what_ours_refuse_is_torchvisions(self, kernels, torchvisions_own):
+        with accelerate_torchvision(), torchvisions_own:
+            self.forward("CUDA", self.mask[:, :2])
+        assert kernels == []
+
+    def test_beside_a_torchvision_for_cpus_alone(self, monkeypatch):
+        monkeypatch.setattr(torchvision_kernels, "_is_there", lambda name, key: key == "CPU")
+        monkeypatch.setattr(gpu, "reasons_against", lambda *call: ["no Triton"])
+        monkeypatch.setattr(cpu, "reasons_against", lambda *call: ["it is on a GPU"])
+        expected = self.forward("CPU")
+        ours = torchvision_kernels.kernels("CUDA")
+        arguments = (self.x, self.weight, self.offset, self.mask, self.bias, *self.parameters)
+        assert_close(ours["deform_conv2d"](None, *arguments), expected, "float32")
+        assert len(ours["_deform_conv2d_backward"](None, self.grad, *arguments)) == 5
+        with pytest.raises(RuntimeError, match="`mask` has 2 channels"):
+            ours["deform_conv2d"](None, *arguments[:3], self.mask[:, :2], *arguments[4:])
+
+    def test_pytorch_that_cannot_hand_on_keeps_its_own(self, monkeypatch):
+        monkeypatch.delattr(torch.library, "get_kernel", raising=False)
+        assert torchvision_kernels.dispatch_keys() == ("CPU",)
 
 
 class TestTorchvisionsExpectations:

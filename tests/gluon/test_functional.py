@@ -243,8 +243,8 @@ def test_mistakes_are_told_in_gluons_words():
         deform_conv(x, offset, weight, padding=1, mask=mx.nd.ones((1, 8, 8, 8)))
     with pytest.raises(ValueError, match="`boundary` is 'border'; expected 'zeros' or 'inside'"):
         deform_conv(x, offset, weight, padding=1, boundary="border")
-    with pytest.raises(ValueError, match="`backend` is 'gpu'; expected \"cpu\""):
-        deform_conv(x, offset, weight, padding=1, backend="gpu")
+    with pytest.raises(ValueError, match="`backend` is 'cuda'; expected \"cpu\""):
+        deform_conv(x, offset, weight, padding=1, backend="cuda")
 
 
 def test_other_things_than_arrays():
@@ -409,7 +409,7 @@ def test_a_symbols_parameters_are_checked_where_it_is_written():
     symbols = [mx.sym.var(name) for name in ("data", "offset", "weight")]
     for keywords, message in [
         ({"boundary": "border"}, "`boundary` is 'border'; expected 'zeros' or 'inside'."),
-        ({"backend": "gpu"}, "`backend` is 'gpu'"),
+        ({"backend": "cuda"}, "`backend` is 'cuda'"),
         ({"stride": 0}, "`stride` is 0; expected at least 1"),
         ({"dilation": (1, 0)}, r"`dilation` is \(1, 0\); expected at least 1"),
         ({"padding": (1, 1, 1, 1)}, "`padding` has 4 entries"),

@@ -139,7 +139,9 @@ def test_explain_says_how_and_why():
     x, offset = torch.rand(4, 256, 200, 200, device="meta"), torch.rand(4, 18, 200, 200, device="meta")
     lines = deformconv.explain(x, offset, torch.rand(256, 256, 3, 3, device="meta"), padding=1).splitlines()
     how = "  portable: PyTorch's own operations compute the call in 24 parts, one after the other, so that memory stays bounded"
-    assert lines[1:4] == ["forward: portable", how, "  cpu: its kernels run on the CPU and the arrays are on meta"]
+    cpu = "  cpu: its kernels run on the CPU and the arrays are on meta"
+    gpu = "  gpu: its kernels run on GPUs of NVIDIA and AMD and the arrays are on meta"
+    assert lines[1:5] == ["forward: portable", how, cpu, gpu]
     x, offset = torch.rand(1, 2, 5, 5), torch.rand(1, 18, 5, 5)
     text = deformconv.explain(x, offset, torch.rand(2, 2, 3, 3), padding=1, backend="portable")
     assert "  portable: PyTorch's own operations compute the call at once" in text

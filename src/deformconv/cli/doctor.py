@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -16,10 +17,10 @@ import numpy as np
 
 import deformconv
 from deformconv import dispatch
-from deformconv.accuracy import TOLERANCE, error
+from deformconv.cli import trial
 from deformconv.cli.progress import progress
 from deformconv.ops.conv.operator import DEFORM_CONV
-from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
+from deformconv.ops.conv.spec import ConvSpec
 
 __all__ = ["run"]
 
@@ -31,8 +32,6 @@ PACKAGES = (
 EXTENSIONS = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")
 
 TESTED_KERNELS = 3  # those that a small call takes
-
-WINDOW: dict[str, Any] = {"stride": (1, 2), "padding": ((0, 0), (1, 1))}
 
 Lines = Iterator[tuple[str, str]]  # what is looked at, and what was found
 
@@ -46,6 +45,7 @@ def run() -> int:
         *_print("Processor", _processor),
         *_print("Kernel cache", _cache),
         *_print("Backends", _backends),
+        *_print("GPUs", _gpus),
         *_print("Self-test: forward and backward against the reference", _self_test),
     ]
     if failures:
@@ -169,7 +169,7 @@ def _use_of(name: str) -> str:
 
 
 def _backends() -> Lines:
-    spec, _ = _tiny_call()
+    spec, _ = trial.tiny_call()
     for library in ("numpy", "torch"):
         if find_spec(library) is None:
             yield library, "not installed"
@@ -183,68 +183,80 @@ def _backends() -> Lines:
                     yield "", str(verdict)
 
 
+def _gpus() -> Lines:
+    from deformconv.runtime import toolchain
+
+    if find_spec("torch") is None:
+        yield "devices", "none is used, since PyTorch is not installed"
+        return
+    from deformconv.ops import gpu
+
+    with warnings.catch_warnings(record=True) as warned:  # of an old driver, as an example
+        warnings.simplefilter("always")
+        cards = gpu.cards()
+    if not cards:
+        why = "".join(f": {warning.message}" for warning in warned)
+        yield "devices", f"none that PyTorch finds, which is built for {_what_pytorch_is_for()}{why}"
+        return
+    for device, card in cards.items():
+        yield device, f"{card}, {card.memory / 2**30:.0f} GiB"
+    yield "triton", toolchain.without_triton() or f"{toolchain.triton_version()}, keeps kernels in {toolchain.kernel_folder()}"
+    yield "C compiler", toolchain.without_compiler() or str(toolchain.compiler())
+    yield "Python.h", toolchain.without_headers() or str(toolchain.headers())
+    if toolchain.is_interpreted():
+        yield "TRITON_INTERPRET", "is set: kernels run as Python on the CPU, slowly"
+    for device in cards:
+        yield from _launch(device)
+
+
+def _what_pytorch_is_for() -> str:
+    import torch
+
+    kinds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    return next((f"{kind} {version}" for kind, version in kinds.items() if version), "CPUs alone")
+
+
+def _launch(device: str) -> Lines:
+    """Our kernels on a GPU, forward and backward, beside the reference."""
+    import torch
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32, which an environment may ask for, has no error of float32
+    try:
+        for dtype in ("float32", "bfloat16"):
+            reasons = dispatch.load(DEFORM_CONV, "gpu").reasons_against(trial.tiny_call()[0], "torch", device, True)
+            if reasons:
+                yield f"{device} {dtype}", f"PyTorch's operations, since {'; '.join(reasons)}"
+                continue
+            try:
+                yield f"{device} {dtype}", trial.verdict(*trial.gpu_values(device, dtype), dtype)
+            except Exception as error:  # what a driver, a compiler or a kernel says
+                yield f"{device} {dtype}", f"FAILED: {type(error).__name__}: {error}"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def _self_test() -> Lines:
-    spec, arrays = _tiny_call()
+    spec, arrays = trial.tiny_call()
     grad_output = np.random.default_rng(1).normal(size=spec.output_shape).astype(np.float32)
-    expected = _values("reference", arrays, grad_output)
+    expected = trial.values("reference", arrays, grad_output)
     _compile(spec, arrays, grad_output)
     for backend in [line.name for line in DEFORM_CONV.backends if line.name != "reference"]:
         for backward in (False, True):
             direction = "backward" if backward else "forward"
             if dispatch.load(DEFORM_CONV, backend).reasons_against(spec, "numpy", "cpu", backward):
                 continue
-            found = _values(backend, arrays, grad_output, backward)
-            yield f"{backend} {direction}", _verdict(found, expected)
+            found = trial.values(backend, arrays, grad_output, backward)
+            yield f"{backend} {direction}", trial.verdict(found, expected)
     if find_spec("torch") is not None:
-        yield "torch, both", _verdict(_torch_values(arrays, grad_output), expected)
+        import torch
+
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        yield "torch, both", trial.verdict(trial.torch_values(tensors, torch.from_numpy(grad_output)), expected)
 
 
 def _compile(spec: ConvSpec, arrays: dict[str, Any], grad_output: Any) -> None:
     """Have the kernels compiled of which the lines that follow are said, where they can be."""
     if not dispatch.load(DEFORM_CONV, "cpu").reasons_against(spec, "numpy", "cpu", True):
         with progress(TESTED_KERNELS):
-            _values("cpu", arrays, grad_output)
-
-
-def _tiny_call() -> tuple[ConvSpec, dict[str, Any]]:
-    """A small v2 call with nothing symmetric about it, and its arrays."""
-    random = np.random.default_rng(0)
-    shapes = {"input": (2, 4, 6, 7), "offset": (2, 24, 5, 4), "weight": (6, 2, 2, 3), "bias": (6,)}
-    shapes["mask"] = (2, 12, 5, 4)
-    arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    operands = {name: Operand(array.shape, str(array.dtype)) for name, array in arrays.items()}
-    x, offset, weight, bias, mask = operands.values()
-    return conv_spec(x, offset, weight, bias, mask, **WINDOW), arrays
-
-
-def _values(backend: str, arrays: dict[str, Any], grad_output: Any, backward: bool | None = None) -> dict[str, Any]:
-    """The output, or the gradients, or both, by name."""
-    values: dict[str, Any] = {}
-    if backward is not True:
-        values["output"] = deformconv.deform_conv(**arrays, **WINDOW, backend=backend)
-    if backward is not False:
-        gradients = deformconv.deform_conv_backward(grad_output, **arrays, **WINDOW, backend=backend)
-        values.update(gradients._asdict())
-    return values
-
-
-def _torch_values(arrays: dict[str, Any], grad_output: Any) -> dict[str, Any]:
-    import torch
-
-    from deformconv.torch import deform_conv2d
-
-    tensors: dict[str, Any] = {name: torch.from_numpy(array.copy()).requires_grad_() for name, array in arrays.items()}
-    output = deform_conv2d(**tensors, **WINDOW)
-    output.backward(torch.from_numpy(grad_output))
-    gradients = {name: tensor.grad.numpy() for name, tensor in tensors.items()}
-    return {"output": output.detach().numpy(), **gradients}
-
-
-def _verdict(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """The largest error of several arrays; all are float32."""
-    errors = {name: error(value, expected[name]) for name, value in found.items()}
-    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
-    limit = TOLERANCE["float32"]
-    if errors[worst] <= limit:
-        return f"ok, error {errors[worst]:.0e}"
-    return f"FAILED: error {errors[worst]:.1e} in {worst}; {limit:.0e} is the most that rounding explains"
+            trial.values("cpu", arrays, grad_output)

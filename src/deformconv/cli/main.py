@@ -16,6 +16,7 @@ from deformconv.installation import command
 __all__ = ["main"]
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+HALF, WHOLE = ("float16", "bfloat16"), ("float32", "float64")
 MODULES = {"lightning-fabric": "lightning_fabric", "scikit-image": "skimage", "scikit-learn": "sklearn"}  # by their packages
 
 
@@ -151,10 +152,8 @@ def detect(arms: str | None, output: Path, **options: Any) -> int:
 @deformconv.command()
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float64", "all"]),
-    default="float32",
-    show_default=True,
-    help="The dtype of the calls to come.",
+    type=click.Choice(["float32", "float64", "float16", "bfloat16", "all"]),
+    help="The dtype of the calls to come.  [default: float32; with --gpu also float16 and bfloat16]",
 )
 @click.option(
     "--rank",
@@ -171,29 +170,40 @@ def detect(arms: str | None, output: Path, **options: Any) -> int:
     "[default: DEFORMCONV_CPU, or native]",
 )
 @click.option("--rois", is_flag=True, help="Also deformable RoI pooling.")
-def warmup(dtype: str, ranks: tuple[str, ...], cpu_name: str | None, rois: bool) -> int:
-    """Compile the CPU kernels now, not at the first call.
+@click.option("--gpu", is_flag=True, help="The kernels of convolution for the GPUs of this machine, not the CPU's.")
+def warmup(dtype: str | None, ranks: tuple[str, ...], cpu_name: str | None, rois: bool, gpu: bool) -> int:
+    """Compile the kernels now, not at the first call.
 
     The machine code is kept in a folder (see `deformconv doctor`, or set DEFORMCONV_CACHE_DIR), so this is
     done once per machine; in a container's build it saves every container the time. Ends with 1 if nothing
     can be kept.
 
+    GPU kernels are compiled by Triton, for the GPUs that are there, and kept in its own folder (set
+    TRITON_CACHE_DIR).
+
     Code for this very processor is found again on processors of the same kind only. An image that runs on
     others sets DEFORMCONV_CPU to a level that all of them have, for this command and for the programs that
     load the kernels: x86-64-v3 (AVX2) is nearly every x86 server since 2015, x86-64-v4 has AVX-512.
     """
-    from deformconv.cli.warmup import run
+    from deformconv.cli import warmup
 
-    dtypes = ["float32", "float64"] if dtype == "all" else [dtype]
-    return run(dtypes, [int(rank) for rank in ranks or "123"], cpu_name, rois)
+    if gpu:
+        others = {"--rank": ranks, "--cpu": cpu_name, "--rois": rois}
+        if given := [name for name, value in others.items() if value]:
+            raise click.UsageError(f"{', '.join(given)}: of the CPU's kernels alone, not of --gpu")
+        return warmup.run_on_gpus({None: HALF + WHOLE[:1], "all": HALF + WHOLE}.get(dtype, (str(dtype),)))
+    if dtype in HALF:
+        raise click.UsageError(f"--dtype {dtype} is of --gpu; the CPU computes it in float32, so pass --dtype float32")
+    dtypes = WHOLE if dtype == "all" else (dtype or "float32",)
+    return warmup.run(dtypes, [int(rank) for rank in ranks or "123"], cpu_name, rois)
 
 
 @deformconv.command()
 def doctor() -> int:
     """Report what there is, what is used, and whether it computes.
 
-    Versions, processor, threads, cache folder, which backends run and why the others do not; then a tiny
-    forward and backward pass is compared with the reference. Ends with 1 if that fails.
+    Versions, processor, threads, cache folder, which backends run and why the others do not, GPUs; then a tiny
+    forward and backward pass is compared with the reference, on every GPU as well. Ends with 1 if that fails.
     """
     from deformconv.cli.doctor import run
 

@@ -1,4 +1,4 @@
-"""`deformconv warmup`: compile the CPU kernels ahead."""
+"""`deformconv warmup`: compile the kernels ahead."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import click
 from deformconv.cli.progress import progress
 from deformconv.errors import BackendError
 
-__all__ = ["run"]
+__all__ = ["run", "run_on_gpus"]
 
 EACH_DTYPE, EACH_RANK = 2, 6  # kernels: one that no rank matters to; three others; and for each what runs it on a team
 EACH_ROIS = 6  # three of RoI pooling; and for each what runs it on a team
 
 
 def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None, rois: bool = False) -> int:
-    """Compile, say what was done, and return the exit code. `cpu_name` is for whom, if not for whom DEFORMCONV_CPU says."""
+    """Compile for the CPU, say what was done, and return the exit code.
+
+    `cpu_name` is the processor that it is for, if not the one that DEFORMCONV_CPU says.
+    """
     if find_spec("numba") is None:
         raise click.ClickException("there is nothing to compile: Numba is not installed (pip install numba)")
     asked = os.environ.get("DEFORMCONV_CPU", "")
@@ -57,6 +60,33 @@ def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None
     click.echo(f"{done}: {len(files)} kernels are in {folder or next(iter(files)).parents[1]}")
     if cache.LEVEL is not None and asked != cache.LEVEL:
         click.echo(f"Processes that have DEFORMCONV_CPU={cache.LEVEL} in their environment load those for {cache.LEVEL}.")
+    return 0
+
+
+def run_on_gpus(dtypes: Sequence[str]) -> int:
+    """Compile for each kind of GPU that is there, say what was done, and return the exit code."""
+    if find_spec("torch") is None:
+        raise click.ClickException("there is no GPU to compile for, since PyTorch, which finds them, is not installed")
+    from deformconv.ops import gpu as on_gpu
+    from deformconv.ops.conv import gpu
+    from deformconv.runtime import toolchain
+
+    cards = on_gpu.cards()
+    if not cards:
+        raise click.ClickException("there is no GPU to compile for: PyTorch finds none, see `deformconv doctor`")
+    started, done = time.perf_counter(), set()
+    for device, card in cards.items():
+        if card.architecture in done:
+            continue
+        if reasons := on_gpu.reasons_against(dtypes[0], "torch", device):
+            click.echo(f"Nothing is compiled for {device}: {'; '.join(reasons)}", err=True)
+            continue
+        click.echo(f"{device}, {card}: {', '.join(dtypes)} ...")
+        gpu.warmup(dtypes, device)
+        done.add(card.architecture)
+    if not done:
+        return 1
+    click.echo(f"Ready in {time.perf_counter() - started:.0f} s: the kernels are in {toolchain.kernel_folder()}")
     return 0
 
 

@@ -51,12 +51,17 @@ class Acceleration:
 
 
 def accelerate_torchvision() -> Acceleration:
-    """Put this library's CPU kernels under `torchvision.ops.deform_conv2d`, forward and backward.
+    """Put this library's kernels under `torchvision.ops.deform_conv2d`, forward and backward, on CPUs and GPUs.
 
     Every caller gets them, however it imported the function or the layer: models of a hub, subclasses of
     `torchvision.ops.DeformConv2d`, compiled and traced graphs. Calls that this library refuses, as a mask with
-    too few channels, go to torchvision's own kernel and raise what they always raised. Other devices are left
-    alone. It lasts until `undo()` of the result, or until the end of its `with` block, for the whole process.
+    too few channels, go to torchvision's own kernel and raise what they always raised. It lasts until `undo()`
+    of the result, or until the end of its `with` block, for the whole process.
+
+    Tensors on a GPU run this library's GPU kernels, with PyTorch 2.9 or newer. What they cannot run, for want of
+    Triton or of a C compiler as an example, goes to torchvision's own kernel as well (`deformconv doctor` says
+    what is missing); with a torchvision that was built for CPUs alone it runs PyTorch operations. Where there is
+    no GPU nothing else changes, and other devices are left alone.
 
     Returns:
         An Acceleration, with `undo()`, to be used as a context manager or not.
@@ -85,9 +90,10 @@ def _overridden() -> Any:
     """Registrations that last until the library is destroyed."""
     import torch
 
-    from deformconv.convert.torchvision_kernels import kernels
+    from deformconv.convert.torchvision_kernels import dispatch_keys, kernels
 
     library = torch.library.Library("torchvision", "IMPL")
-    for name, kernel in kernels().items():
-        library.impl(name, kernel, "CPU", with_keyset=True)
+    for key in dispatch_keys():
+        for name, kernel in kernels(key).items():
+            library.impl(name, kernel, key, with_keyset=True)
     return library

@@ -100,8 +100,9 @@ class Backend(Protocol):
     backend computes in, and arrays of that dtype. Beside half precision, arguments that are `precise` may be float32. Results
     are new arrays; backward returns them in the order of the operator's arguments, None for each that is not wanted. If a
     backend takes NumPy's memory and can run another library's calls, the keyword `library` says whose the arrays are. Native
-    arrays carry no graph. A backend of native arrays may have no `backward`: then PyTorch differentiates its `forward`. If it
-    has `parts`, which cuts a call into smaller ones, PyTorch does that for one part after the other.
+    arrays carry no graph, and their GPU is the current one. A backend of native arrays may have no `backward`: then PyTorch
+    differentiates its `forward`. If it has `parts`, which cuts a call into smaller ones, PyTorch does that for one part after
+    the other.
     """
 
     @property
@@ -126,8 +127,8 @@ class Backend(Protocol):
         """Why this backend cannot run a call, as sentences; none if it can."""
         ...
 
-    def how(self, spec: Any, library: str) -> list[str]:
-        """What there is to say of how a call is computed, as sentences."""
+    def how(self, spec: Any, library: str, device: str) -> list[str]:
+        """What there is to say of how a call is computed on a device, as sentences."""
         ...
 
     def computes_in(self, dtype: str, library: str) -> str:

@@ -19,7 +19,7 @@ from deformconv.torch.tensors import PLAIN
 __all__ = [
     "Door", "active", "any_autocast", "autocast", "compiling", "deterministic", "door", "exporting",
     "forward_mode", "is_special", "map_level",
-    "mapped", "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
+    "mapped", "on_device_of", "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
 ]  # fmt: skip
 
 # "memory": a backend reads the tensors' memory. "registered": PyTorch's dispatcher is called, and a compiler, tracer, mode or
@@ -119,6 +119,13 @@ def autocast(device: str) -> bool:
 def without_autocast(device: str) -> Any:
     """A context in which autocast does not reach the operations that make up ours."""
     return torch.autocast(device, enabled=False) if autocast(device) else nullcontext()
+
+
+def on_device_of(tensor: Tensor) -> Any:
+    """A context in which a tensor's GPU is the current one, on which kernels are launched."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
 
 
 def deterministic() -> Deterministic | None:

@@ -139,7 +139,7 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
     if op.operator.has_values_to_check:
         _check_values(spec, op.operator.arguments, operands)
     if module.TAKES == "native":
-        with torch.no_grad(), modes.without_autocast(first.device.type):
+        with torch.no_grad(), modes.without_autocast(first.device.type), modes.on_device_of(first):
             tensors = [_brought(*pair, inner) for pair in zip(op.operator.arguments, operands, strict=True)]
             output = native.forward_in_parts(op.operator, module, inner, tensors).to(first.dtype)
     elif inner is spec:
@@ -173,7 +173,7 @@ def backward(plan: Plan, grad_output: Tensor, operands: Sequence[Tensor | None],
         _check_values(spec, operator.in_backward, operands)
     arrays: list[Any]
     if module.TAKES == "native":
-        with modes.without_autocast(first.device.type), modes.with_derivatives():
+        with modes.without_autocast(first.device.type), modes.with_derivatives(), modes.on_device_of(first):
             grad = in_dtype(inner.dtype, grad_output)
             arrays = [_brought(*pair, inner) for pair in zip(operator.in_backward, operands, strict=True)]
             if hasattr(module, "backward"):

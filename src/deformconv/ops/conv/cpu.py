@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from deformconv.ops import cpu as on_cpu
+from deformconv.ops.conv.reach import reasons_against_int32
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
 from deformconv.ops.operator import half_in_float32 as computes_in
 from deformconv.runtime import arrays, threads
@@ -30,26 +31,14 @@ __all__ = [
 
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
-_PIXELS, _AXIS_LIMIT = 2**31 - 1, 2**29  # `sampling.corners` counts in int32; see INT32_REACH there
 
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run a call, as sentences; none if it can."""
-    reasons = on_cpu.reasons_against(spec.dtype, library, device)
-    if spec.pixels >= _PIXELS:
-        reasons.append(f"an image of {spec.pixels} pixels exceeds its 32-bit pixel numbers")
-    for axis in range(spec.rank):
-        reach = (
-            spec.input_size[axis] + sum(spec.padding[axis]) + spec.dilation[axis] * spec.kernel_size[axis] + spec.stride[axis]
-        )
-        if reach >= _AXIS_LIMIT:
-            reasons.append(
-                f"axis {axis} spans {reach} pixels with padding, window and stride, and its positions are 32-bit numbers"
-            )
-    return reasons
+    return on_cpu.reasons_against(spec.dtype, library, device) + reasons_against_int32(spec)
 
 
-def how(spec: ConvSpec, library: str) -> list[str]:
+def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return on_cpu.how(_multiplications(spec), library)
 

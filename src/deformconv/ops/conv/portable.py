@@ -35,7 +35,7 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
     return reasons_against_arrays("deform_conv", library, backward)
 
 
-def how(spec: ConvSpec, library: str) -> list[str]:
+def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     if library != "torch":
         return []

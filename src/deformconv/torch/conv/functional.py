@@ -60,9 +60,10 @@ def deform_conv2d(
 ) -> Tensor:
     """Convolve images with a kernel whose taps are moved by `offset` and, in v2, weighed by `mask`.
 
-    `torchvision.ops.deform_conv2d` with the same arguments in the same order, and then more. On the CPU it
-    runs compiled kernels, forward and backward, also under `torch.compile` and `torch.func`; other devices,
-    higher derivatives and forward mode run PyTorch operations. The formula is in `deformconv.deform_conv`.
+    `torchvision.ops.deform_conv2d` with the same arguments in the same order, and then more. On the CPU and on
+    GPUs it runs compiled kernels, forward and backward, also under `torch.compile` and `torch.func`; other
+    devices, higher derivatives and forward mode run PyTorch operations. The formula is in
+    `deformconv.deform_conv`.
 
     Args:
         input: shape (N, C_in, H, W). Or (C_in, H, W), one image, with `offset` and `mask` without N as well.
@@ -77,7 +78,7 @@ def deform_conv2d(
         groups: verified when given, else inferred from `input` and `weight`.
         offset_groups: verified when given, else inferred from `offset`.
         boundary: "zeros" or "inside", as in `deformconv.deform_conv`.
-        backend: "cpu" or "portable"; None takes the first that can run the call.
+        backend: "cpu", "gpu" or "portable"; None takes the first that can run the call.
 
     Returns:
         The output, shape (N, C_out, H_out, W_out), of the dtype and on the device of `input`.

@@ -1,0 +1,377 @@
+"""Deformable convolution's kernels for GPUs, in Triton: functions of pointers and integers, which know no framework.
+
+Rows are the positions of all images, one after the other: row r is position r % P of image r // P. The input has its channels
+last, (N, pixels, C). Columns are (rows, groups, K, C / groups), so that a group's are a matrix, or (rows, K, C) where each
+channel is a group: GROUP and TAP say how far groups and taps lie apart. Offsets and masks stay as they are, (N, channels, P). A kernel's geometry is the constant WINDOW: kernel size, stride, padding before and dilation, each along
+(z, y, x). Spans say how many rows surely are of one image, and how many channels lie one after the other in an image and in
+columns, so that they are loaded and stored together.
+
+Numbers of elements are of INDEX, int64 where an array is so large. Interpolation, sums and products are of ACC, float32 for half precision. Loops store nothing that a later turn loads, and no
+sum is made by atomics: results are the same bit for bit each time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from deformconv.sampling.triton import corner_of, offsets_of, place
+
+__all__ = ["arrange", "collect", "convolve", "convolve_depthwise", "sample", "sample_backward", "transpose"]
+
+
+@triton.jit
+def _rows(first, rows, P, BR: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr):
+    """BR rows of one program: their numbers from `first` on, which of them there are, their images and positions there."""
+    own_row = tl.program_id(0) * BR + tl.arange(0, BR)
+    there = tl.max_constancy(own_row < rows, ROW_SPAN)
+    image = tl.max_constancy((first + own_row) // P, ROW_SPAN)
+    position = tl.max_contiguous(tl.multiple_of(first + own_row - image * P, ROW_SPAN), ROW_SPAN)
+    return own_row.to(INDEX), there, image.to(INDEX), position
+
+
+@triton.jit
+def _planes(image, position, plane, ROW_SPAN: tl.constexpr):
+    """Where positions lie in planes, of which all begin at a multiple of ROW_SPAN: (positions, planes)."""
+    return (tl.multiple_of(image, ROW_SPAN) + position)[:, None] + tl.multiple_of(plane, ROW_SPAN)[None, :]
+
+
+@triton.jit
+def _place_tap(
+    offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX,
+    WINDOW: tl.constexpr, RANK: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Where one tap samples at each position, as `sampling.triton.place` says it."""
+    K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
+    x_base = position % OX * WINDOW[1][2] - WINDOW[2][2] + tap % WINDOW[0][2] * WINDOW[3][2]
+    y_base = position // OX % OY * WINDOW[1][1] - WINDOW[2][1] + tap // WINDOW[0][2] % WINDOW[0][1] * WINDOW[3][1]
+    z_base = position // OX // OY * WINDOW[1][0] - WINDOW[2][0] + tap // (WINDOW[0][2] * WINDOW[0][1]) * WINDOW[3][0]
+    plane = tl.cast(P, image.dtype)
+    first = offset_ptr + ((image * G + group) * K + tap) * RANK * plane + position
+    z_offset, y_offset, x_offset = offsets_of(first, plane, there, RANK, ACC)
+    return place(z_base, y_base, x_base, z_offset, y_offset, x_offset, there, Z, Y, X, RANK, INSIDE)
+
+
+@triton.jit
+def _mask_of(mask_ptr, image, position, there, group, tap, P, G, K: tl.constexpr, ACC: tl.constexpr):
+    return tl.load(mask_ptr + ((image * G + group) * K + tap) * P + position, mask=there, other=0.0).to(ACC)
+
+
+@triton.jit
+def _interpolated(
+    x_ptr, image, channel, is_channel, pixels, C, Z, Y, X,
+    z_low, y_low, x_low, z_fraction, y_fraction, x_fraction, counts, poison,
+    RANK: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Samples (positions, channels) of an image with its channels last."""
+    sample = tl.zeros((counts.shape[0], channel.shape[0]), ACC) + poison[:, None]
+    for CORNER in tl.static_range(2**RANK):
+        pixel, inside, z, y, x = corner_of(
+            z_low, y_low, x_low, z_fraction, y_fraction, x_fraction, Z, Y, X, CORNER, RANK, INSIDE
+        )
+        at = tl.multiple_of((image * pixels + pixel) * C, SPAN)[:, None] + channel[None, :]
+        value = tl.load(x_ptr + at, mask=(inside & counts)[:, None] & is_channel[None, :], other=0.0)
+        sample += (z * y * x)[:, None] * value.to(ACC)
+    return sample
+
+
+@triton.jit
+def _channels(group, first, size, BC: tl.constexpr, SPAN: tl.constexpr):
+    """BC channels of a group of `size` channels from its channel `first` on, and which of them there are."""
+    own = first + tl.arange(0, BC)
+    there = tl.max_constancy(own < size, SPAN)
+    return tl.max_contiguous(tl.multiple_of(group * size + own, SPAN), SPAN), there
+
+
+@triton.jit
+def _column(channel, CG, GROUP, COLUMN_SPAN: tl.constexpr):
+    """Where a channel's sample of the first tap lies within a row of columns."""
+    group = channel // CG
+    return tl.max_contiguous(tl.multiple_of(group * GROUP + (channel - group * CG), COLUMN_SPAN), COLUMN_SPAN)
+
+
+@triton.jit(do_not_specialize=["first", "rows", "P", "pixels", "Z", "Y", "X", "OY", "OX", "taps"])
+def sample(
+    x_ptr, offset_ptr, mask_ptr, columns_ptr, first, rows, P, pixels, C, CG, GC, G, GROUP, TAP, Z, Y, X, OY, OX, taps,
+    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
+    INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Columns of the rows from `first` on: BR rows, BC channels of one offset group, and `taps` taps a program."""
+    K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
+    own_row, there, image, position = _rows(first, rows, P, BR, INDEX, ROW_SPAN)
+    blocks = tl.cdiv(GC, BC)
+    group = tl.program_id(1) // blocks
+    channel, is_channel = _channels(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
+    for tap in range(tl.program_id(2) * taps, tl.minimum(tl.program_id(2) * taps + taps, K)):
+        z_low, y_low, x_low, z, y, x, _z, _y, _x, counts, poison = _place_tap(
+            offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
+        )
+        found = _interpolated(
+            x_ptr, image, channel, is_channel, pixels, C, Z, Y, X, z_low, y_low, x_low, z, y, x, counts, poison,
+            RANK, INSIDE, ACC, SPAN,
+        )  # fmt: skip
+        if MASKED:
+            found = found * _mask_of(mask_ptr, image, position, there, group, tap, P, G, K, ACC)[:, None]
+        row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, COLUMN_SPAN)
+        at = row_of_tap[:, None] + _column(channel, CG, GROUP, COLUMN_SPAN)[None, :]
+        tl.store(columns_ptr + at, found.to(columns_ptr.dtype.element_ty), mask=there[:, None] & is_channel[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX"])
+def convolve(
+    x_ptr, offset_ptr, mask_ptr, weight_ptr, bias_ptr, output_ptr,
+    rows, P, pixels, C, CG, GC, G, OG, O, Z, Y, X, OY, OX,
+    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, INSIDE: tl.constexpr,
+    LAST: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr,
+    BR: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The output of BR rows and BO channels of one group, columns made and multiplied BC channels of a tap at a time.
+
+    BC divides the channels of a group and of an offset group. The weight is (O, K, CG), and the output has its channels LAST,
+    or is (N, O, P). Taps follow one another, so that they read pixels that are in the first-level cache.
+    """
+    K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
+    ACC: tl.constexpr = tl.float32
+    own_row, there, image, position = _rows(0, rows, P, BR, INDEX, ROW_SPAN)
+    blocks = tl.cdiv(OG, BO)
+    group = tl.program_id(1) // blocks
+    own_output = tl.program_id(1) % blocks * BO + tl.arange(0, BO)
+    is_output = own_output < OG
+    output = group * OG + own_output
+    within = tl.arange(0, BC)
+    every = tl.full((BC,), True, tl.int1)
+    sums = tl.zeros((BR, BO), ACC)
+    for turn in range(0, CG // BC * K):
+        tap = turn % K
+        block = turn // K * BC
+        channel, _whole = _channels(group, block, CG, BC, BC)
+        offset_group = (group * CG + block) // GC
+        z_low, y_low, x_low, z, y, x, _z, _y, _x, counts, poison = _place_tap(
+            offset_ptr, image, position, there, offset_group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
+        )
+        found = _interpolated(
+            x_ptr, image, channel, every, pixels, C, Z, Y, X, z_low, y_low, x_low, z, y, x, counts, poison,
+            RANK, INSIDE, ACC, BC,
+        )  # fmt: skip
+        if MASKED:
+            found = found * _mask_of(mask_ptr, image, position, there, offset_group, tap, P, G, K, ACC)[:, None]
+        at = (output.to(INDEX) * (K * CG))[None, :] + (tap * CG + block + within)[:, None]
+        weight = tl.load(weight_ptr + at, mask=is_output[None, :], other=0.0)
+        found = found.to(weight_ptr.dtype.element_ty)
+        if WIDE:  # Triton's interpreter multiplies bfloat16 by its bit patterns
+            found, weight = found.to(ACC), weight.to(ACC)
+        sums = tl.dot(found, weight, sums, input_precision=PRECISION)
+    if BIASED:
+        sums += tl.load(bias_ptr + output, mask=is_output, other=0.0).to(ACC)[None, :]
+    if LAST:
+        to = own_row[:, None] * O + output[None, :]
+    else:
+        to = _planes(image * O * P, position, output.to(INDEX) * P, ROW_SPAN)
+    tl.store(output_ptr + to, sums.to(output_ptr.dtype.element_ty), mask=there[:, None] & is_output[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX"])
+def convolve_depthwise(
+    x_ptr, offset_ptr, mask_ptr, weight_ptr, bias_ptr, output_ptr, rows, P, pixels, C, GC, G, Z, Y, X, OY, OX,
+    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, INSIDE: tl.constexpr,
+    LAST: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The output of BR rows and BC channels where each channel is a group of its own; the weight is (K, C)."""
+    K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
+    own_row, there, image, position = _rows(0, rows, P, BR, INDEX, ROW_SPAN)
+    blocks = tl.cdiv(GC, BC)
+    group = tl.program_id(1) // blocks
+    channel, is_channel = _channels(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
+    sums = tl.zeros((BR, BC), ACC)
+    for tap in range(0, K):
+        z_low, y_low, x_low, z, y, x, _z, _y, _x, counts, poison = _place_tap(
+            offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
+        )
+        found = _interpolated(
+            x_ptr, image, channel, is_channel, pixels, C, Z, Y, X, z_low, y_low, x_low, z, y, x, counts, poison,
+            RANK, INSIDE, ACC, SPAN,
+        )  # fmt: skip
+        if MASKED:
+            found = found * _mask_of(mask_ptr, image, position, there, group, tap, P, G, K, ACC)[:, None]
+        sums += found * tl.load(weight_ptr + tap * C + channel, mask=is_channel, other=0.0).to(ACC)[None, :]
+    if BIASED:
+        sums += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(ACC)[None, :]
+    if LAST:
+        to = own_row[:, None] * C + channel[None, :]
+    else:
+        to = _planes(image * C * P, position, channel.to(INDEX) * P, ROW_SPAN)
+    tl.store(output_ptr + to, sums.to(output_ptr.dtype.element_ty), mask=there[:, None] & is_channel[None, :])
+
+
+@triton.jit
+def _store_entries(
+    key_ptr, share_ptr, entry, samples, there, list_of, z_low, y_low, x_low, z, y, x, mask, counts, Z, Y, X, none,
+    RANK: tl.constexpr, INSIDE: tl.constexpr,
+):  # fmt: skip
+    """For each sample the list that it is in, and its share of each corner's pixel, a plane of shares for each corner.
+
+    A list is of the samples whose low corner is one pixel, or next to the map before its first one along an axis: along each
+    axis there is one list more than pixels. Samples that reach no pixel are in the list `none`.
+    """
+    reaches = counts & (x_low >= -1) & (x_low < X)
+    number = x_low + 1
+    if RANK >= 2:
+        reaches = reaches & (y_low >= -1) & (y_low < Y)
+        number += (y_low + 1) * (X + 1)
+    if RANK == 3:
+        reaches = reaches & (z_low >= -1) & (z_low < Z)
+        number += (z_low + 1) * ((X + 1) * (Y + 1))
+    tl.store(key_ptr + entry, tl.where(reaches, list_of + number, none).to(key_ptr.dtype.element_ty), mask=there)
+    for CORNER in tl.static_range(2**RANK):
+        _pixel, _inside, z_weight, y_weight, x_weight = corner_of(z_low, y_low, x_low, z, y, x, Z, Y, X, CORNER, RANK, INSIDE)
+        tl.store(share_ptr + tl.cast(samples, entry.dtype) * CORNER + entry, z_weight * y_weight * x_weight * mask, mask=there)
+
+
+@triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX"])
+def sample_backward(
+    x_ptr, offset_ptr, mask_ptr, d_columns_ptr, columns_ptr, d_offset_ptr, d_mask_ptr, key_ptr, share_ptr,
+    rows, P, pixels, C, CG, GC, G, GROUP, TAP, Z, Y, X, OY, OX,
+    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
+    COLUMNS: tl.constexpr, POSITIONS: tl.constexpr, ENTRIES: tl.constexpr,
+    INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """All that is read at one tap's samples of BR rows and one offset group.
+
+    COLUMNS: the columns again. POSITIONS: the gradients of offsets and masks, from that of the columns. ENTRIES: which samples
+    the gradient of the input is to be collected from.
+    """
+    K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
+    own_row, there, image, position = _rows(0, rows, P, BR, INDEX, ROW_SPAN)
+    tap = tl.program_id(1)
+    group = tl.program_id(2)
+    z_low, y_low, x_low, z, y, x, z_slope, y_slope, x_slope, counts, poison = _place_tap(
+        offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
+    )
+    mask = tl.full((BR,), 1.0, ACC)
+    if MASKED:
+        mask = _mask_of(mask_ptr, image, position, there, group, tap, P, G, K, ACC)
+    entry = ((image * G + group) * K + tap) * P + position
+    if ENTRIES:
+        lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
+        _store_entries(
+            key_ptr, share_ptr, entry, tl.cast(rows, INDEX) * G * K, there, (image * G + group) * lists, z_low, y_low, x_low, z, y, x, mask, counts,
+            Z, Y, X, (rows // P) * G * lists, RANK, INSIDE,
+        )  # fmt: skip
+    if COLUMNS or POSITIONS:
+        value, d_z, d_y, d_x = tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC)
+        for start in range(0, GC, BC):
+            channel, is_channel = _channels(group, start, GC, BC, SPAN)
+            row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, COLUMN_SPAN)
+            at = row_of_tap[:, None] + _column(channel, CG, GROUP, COLUMN_SPAN)[None, :]
+            stored = there[:, None] & is_channel[None, :]
+            if POSITIONS:
+                d_column = tl.load(d_columns_ptr + at, mask=stored, other=0.0).to(ACC)
+            column = tl.zeros((BR, BC), ACC)
+            for CORNER in tl.static_range(2**RANK):
+                pixel, inside, z_weight, y_weight, x_weight = corner_of(
+                    z_low, y_low, x_low, z, y, x, Z, Y, X, CORNER, RANK, INSIDE
+                )
+                of = tl.multiple_of((image * pixels + pixel) * C, SPAN)[:, None] + channel[None, :]
+                corner = tl.load(x_ptr + of, mask=(inside & counts)[:, None] & is_channel[None, :], other=0.0).to(ACC)
+                if COLUMNS:
+                    column += (z_weight * y_weight * x_weight)[:, None] * corner
+                if POSITIONS:
+                    found = tl.sum(d_column * corner, axis=1)
+                    value += z_weight * y_weight * x_weight * found
+                    d_x += (z_weight * y_weight if CORNER & 1 else -z_weight * y_weight) * found
+                    if RANK >= 2:
+                        d_y += (z_weight * x_weight if CORNER & 2 else -z_weight * x_weight) * found
+                    if RANK == 3:
+                        d_z += (y_weight * x_weight if CORNER & 4 else -y_weight * x_weight) * found
+            if COLUMNS:
+                column = (column + poison[:, None]) * mask[:, None]
+                tl.store(columns_ptr + at, column.to(columns_ptr.dtype.element_ty), mask=stored)
+        if POSITIONS:
+            plane = tl.cast(P, INDEX)
+            first = d_offset_ptr + ((image * G + group) * K + tap) * RANK * plane + position
+            dtype = d_offset_ptr.dtype.element_ty
+            tl.store(first + (RANK - 1) * plane, ((d_x * x_slope + poison) * mask).to(dtype), mask=there)
+            if RANK >= 2:
+                tl.store(first + (RANK - 2) * plane, ((d_y * y_slope + poison) * mask).to(dtype), mask=there)
+            if RANK == 3:
+                tl.store(first, ((d_z * z_slope + poison) * mask).to(dtype), mask=there)
+            if MASKED:
+                tl.store(d_mask_ptr + entry, (value + poison).to(d_mask_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["samples", "P"])
+def arrange(
+    order_ptr, share_ptr, row_ptr, sorted_share_ptr, samples, P, C, G, TAP,
+    K: tl.constexpr, CORNERS: tl.constexpr, INDEX: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """In the order of the lists, where each sample's column begins, and its shares."""
+    at = tl.program_id(0) * BE + tl.arange(0, BE)
+    there = at < samples
+    at = at.to(INDEX)
+    entry = tl.load(order_ptr + at, mask=there, other=0).to(INDEX)
+    plane = entry // P
+    row = plane // K // G * P + (entry - plane * P)
+    tl.store(row_ptr + at, row * (K * C) + plane % K * TAP, mask=there)
+    for CORNER in tl.static_range(CORNERS):
+        plane_of_corner = tl.cast(samples, INDEX) * CORNER
+        share = tl.load(share_ptr + plane_of_corner + entry, mask=there, other=0.0)
+        tl.store(sorted_share_ptr + plane_of_corner + at, share, mask=there)
+
+
+@triton.jit(do_not_specialize=["places", "samples", "pixels", "Z", "Y", "X"])
+def collect(
+    d_columns_ptr, row_ptr, start_ptr, share_ptr, d_x_ptr, places, samples, pixels, C, CG, GC, G, GROUP, Z, Y, X,
+    RANK: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    BP: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The input's gradient at BP pixels, in BC channels of one offset group: samples' shares, always in the same order.
+
+    `row` and `share` are of the samples of all lists one after the other, and `start` is where each list begins there. A pixel
+    is a corner of the samples of 2**RANK lists. Two that follow one another along x are summed as one; BE samples of all these
+    pairs of lists are summed at a time.
+    """
+    place_of = tl.program_id(0) * BP + tl.arange(0, BP)
+    group = tl.program_id(1)
+    channel, is_channel = _channels(group, tl.program_id(2) * BC, GC, BC, SPAN)
+    column = _column(channel, CG, GROUP, COLUMN_SPAN)
+    image = (place_of // pixels).to(INDEX)
+    pixel = (place_of % pixels)[:, None]
+    PAIRS: tl.constexpr = 2 ** (RANK - 1)
+    pair = (tl.arange(0, BE) % PAIRS)[None, :]
+    step = (tl.arange(0, BE) // PAIRS)[None, :]
+    lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
+    number = ((image * G + group) * lists)[:, None] + pixel % X + tl.zeros_like(pair)
+    if RANK >= 2:
+        number += (pixel // X % Y + 1 - pair % 2) * (X + 1)
+    if RANK == 3:
+        number += (pixel // X // Y + 1 - pair // 2) * ((X + 1) * (Y + 1))
+    is_place = (place_of < places)[:, None]
+    first = tl.load(start_ptr + number, mask=is_place, other=0)
+    middle = tl.load(start_ptr + number + 1, mask=is_place, other=0)  # those before it have the pixel on their high side of x
+    end = tl.load(start_ptr + number + 2, mask=is_place, other=0)
+    sums = tl.zeros((BP, BC), ACC)
+    for turn in range(0, tl.max(tl.max(end - first, axis=1), axis=0), BE // PAIRS):
+        at = first + turn + step
+        there = at < end
+        corner = (2 * pair + tl.where(at < middle, 1, 0)).to(INDEX)
+        share = tl.load(share_ptr + corner * samples + at, mask=there, other=0.0)
+        row = tl.multiple_of(tl.load(row_ptr + at, mask=there, other=0), [COLUMN_SPAN, COLUMN_SPAN])
+        stored = there[:, :, None] & is_channel[None, None, :]
+        d_column = tl.load(d_columns_ptr + row[:, :, None] + column[None, None, :], mask=stored, other=0.0)
+        sums += tl.sum(share[:, :, None] * d_column.to(ACC), axis=1)
+    to = ((image * pixels)[:, None] + pixel) * C + channel[None, :]
+    tl.store(d_x_ptr + to, sums.to(d_x_ptr.dtype.element_ty), mask=is_place & is_channel[None, :])
+
+
+@triton.jit
+def transpose(
+    from_ptr, to_ptr, A, B, INDEX: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr
+):  # fmt: skip
+    """(N, A, B) as (N, B, A)."""
+    blocks = tl.cdiv(B, BB)
+    image = (tl.program_id(0) // blocks).to(INDEX) * A * B
+    b = tl.program_id(0) % blocks * BB + tl.arange(0, BB)
+    a = tl.program_id(1) * BA + tl.arange(0, BA)
+    there = (a < A)[:, None] & (b < B)[None, :]
+    value = tl.load(from_ptr + image + a.to(INDEX)[:, None] * B + b[None, :], mask=there, other=0.0)
+    tl.store(to_ptr + image + b.to(INDEX)[None, :] * A + a[:, None], value, mask=there)
