@@ -151,16 +151,20 @@ class Build:
 
     @property
     def loads(self) -> Counter[int]:
-        """How many single instructions load so many bytes of global memory for a thread, with their copies in unrolled loops."""
+        """How many instructions load so many bytes of global memory for a thread, with their copies in unrolled loops."""
         text = self.texts.get("ptx") or self.texts["amdgcn"]
         return Counter(size for line in text.splitlines() if (size := _loaded(line)))
 
-    @property
-    def wide_loads_due(self) -> int:
-        """How many instructions of 16 bytes the loads of matrices take, of which each is written once."""
+    def wide_loads_due(self, argument: str) -> int:
+        """How many instructions of 16 bytes the loads of matrices of one tensor take, of which each is written once."""
         threads = self.launch.options["num_warps"] * target_of(self.launch.card).warp_size
-        found = re.findall(r"tt\.load .* : tensor<(\d+)x(\d+)x!tt\.ptr<\w+?(\d+)>>", self.texts["ttir"])
-        return sum(int(rows) * int(columns) * int(bits) // 8 // (16 * threads) for rows, columns, bits in found)
+        made = _operations(self.texts["ttir"])
+        due = 0
+        for operation, names, types, _ in made.values():
+            shape = re.match(r"tensor<(\d+)x(\d+)x!tt\.ptr<\w+?(\d+)>>", types)
+            if operation == "tt.load" and shape is not None and _root(made, names[0]) == f"%{argument}":
+                due += int(shape[1]) * int(shape[2]) * int(shape[3]) // 8 // (16 * threads)
+        return due
 
     @property
     def narrow_products(self) -> set[str]:
@@ -217,22 +221,31 @@ def _amd(code: str) -> tuple[int, int, Counter[str]]:
 PASSED = r"arith\.(?:addi|subi|extsi|extui|select|index_cast)|tt\.(?:splat|broadcast|expand_dims|reshape|trans|unsplat)"
 
 
-def _narrow_products(ttir: str) -> set[str]:
-    where = dict(re.findall(r"^(#loc\w*) = loc\((.*)\)$", ttir, re.M))
+def _operations(ttir: str) -> dict[str, tuple[str, list[str], str, str]]:
+    """What makes each value: the operation, the values that it takes, its types and its place in the source."""
     made: dict[str, tuple[str, list[str], str, str]] = {}
-    begins: list[str] = []
     for line in ttir.splitlines():
         for inner, outer in re.findall(r"(%\w+) = (%\w+)(?=[,)])", line):  # a loop's own name of what it begins with
-            made[inner] = "arith.addi", [outer], "", ""
+            made[inner] = "tt.splat", [outer], "", ""
         match = re.match(r"\s*(%\w+)(?::\d+)? = ([\w.]+) (.*?)(?: loc\((#loc\w*)\))?$", line)
-        if match is None:
-            continue
-        name, operation, rest, location = match.groups()
-        operands, _, types = rest.partition(" : ")
-        names = re.findall(r"%\w+", operands)
-        made[name] = operation, names, types, location or ""
-        if operation == "tt.addptr":
-            begins.append(names[1])
+        if match is not None:
+            name, operation, rest, location = match.groups()
+            operands, _, types = rest.rpartition(" : ")
+            made[name] = operation, re.findall(r"%\w+", operands), types, location or ""
+    return made
+
+
+def _root(made: dict[str, tuple[str, list[str], str, str]], name: str) -> str:
+    """The argument of the kernel that a pointer comes from."""
+    while name in made:
+        name = made[name][1][0]
+    return name
+
+
+def _narrow_products(ttir: str) -> set[str]:
+    where = dict(re.findall(r"^(#loc\w*) = loc\((.*)\)$", ttir, re.M))
+    made = _operations(ttir)
+    begins = [names[1] for operation, names, _, _ in made.values() if operation == "tt.addptr"]
     found, seen = set(), set()
     while begins:
         name = begins.pop()
@@ -240,9 +253,9 @@ def _narrow_products(ttir: str) -> set[str]:
             continue
         seen.add(name)
         operation, names, types, location = made[name]
-        if operation == "arith.muli" and not re.search(r"\bi64|xi64", types):
-            if not any(made.get(one, ("",))[0] == "arith.constant" for one in names):
-                found.add(_line(where, location))
+        constant = any(made.get(one, ("",))[0] == "arith.constant" for one in names)
+        if operation == "arith.muli" and not types.endswith(("i64", "i64>")) and not constant:
+            found.add(_line(where, location))
         if operation == "arith.muli" or re.fullmatch(PASSED, operation):
             begins += names
     return found

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,22 +44,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this process cannot run: kernels are interpreted in a process of their own, and GPUs are rare."""
-    no_gpu: str | None = None
-    for item in items:
-        if item.get_closest_marker("interpreter") is not None:
-            if not INTERPRETED:
-                item.add_marker(pytest.mark.skip(reason="`make run-interpreter` runs them, with TRITON_INTERPRET=1"))
-        elif INTERPRETED:
-            item.add_marker(pytest.mark.skip(reason="TRITON_INTERPRET=1 is set, and Triton's kernels are interpreted"))
-        elif item.get_closest_marker("cuda") is not None:
-            no_gpu = _no_gpu() if no_gpu is None else no_gpu
-            if no_gpu:
-                item.add_marker(pytest.mark.skip(reason=no_gpu))
+    if item.get_closest_marker("interpreter") is not None:
+        if not INTERPRETED:
+            pytest.skip("`make run-interpreter` runs them, with TRITON_INTERPRET=1")
+    elif INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 is set, and these are not about interpreted kernels")
+    elif item.get_closest_marker("cuda") is not None and (reason := _without_gpu()):
+        pytest.skip(reason)
 
 
-def _no_gpu() -> str:
+@cache
+def _without_gpu() -> str:
     """Why no GPU can be used here; nothing if one can."""
     if find_spec("torch") is None or find_spec("triton") is None:
         return "PyTorch and Triton are not both installed"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.ops.conv.cases import Case
+from tests.ops.conv.cases import Case, make
 from tests.ops.conv.suite import in_float64, reference_backward
 from tests.tolerances import TOLERANCE, assert_close, error
 from tests.torch.hostile import OFFSETS, spoiled
@@ -63,9 +63,9 @@ def forget_what_was_compiled():
 
 
 class TestRegistered:
-    @by_rank
-    def test_opcheck(self, rank):
-        operands, parameters, grad_output = arguments_of(TINY[rank], requires_grad=True)
+    def test_opcheck(self):
+        """Of one rank, since it calls the kernels some forty times."""
+        operands, parameters, grad_output = arguments_of(TINY[2], requires_grad=True)
         parameters[-1] = "gpu"
         opcheck(DEFORM_CONV.forward_op, (*operands, *parameters))
         del operands[3]
@@ -128,21 +128,16 @@ class TestDerivatives:
         for found, expected in zip(second("gpu"), second("portable"), strict=True):
             assert_close(found.detach(), expected.detach(), "float64")
 
-    def test_transforms(self):
-        function, arrays, keywords, _ = call_of(TINY[2], away_from_kinks=True)
-        given = list(arrays.values())
-        tangents = [torch.randn_like(t) for t in given]
+    def test_vmap_is_a_loop(self):
+        function, arrays, keywords, _ = call_of(TINY[2])
+        stacked = [torch.stack([t, 0.5 * t]) for t in arrays.values()]
 
-        def call(backend):
-            return lambda *some: function(**dict(zip(arrays, some, strict=True)), **keywords, backend=backend)
+        def call(*given, backend="gpu"):
+            return function(**dict(zip(arrays, given, strict=True)), **keywords, backend=backend)
 
-        stacked = [torch.stack([t, 0.5 * t]) for t in given]
-        mapped = torch.func.vmap(call("gpu"))(*stacked)
-        for one, i in zip(mapped, range(2), strict=True):
-            assert_close(one, call("portable")(*(t[i] for t in stacked)), "float64")
-        found, expected = (torch.func.jvp(call(backend), tuple(given), tuple(tangents)) for backend in ("gpu", "portable"))
-        for ours, wanted in zip(found, expected, strict=True):
-            assert_close(ours, wanted, "float64")
+        mapped = torch.func.vmap(call)(*stacked)
+        for number, one in enumerate(mapped):
+            assert_close(one, call(*(t[number] for t in stacked), backend="portable"), "float64")
 
     def test_only_what_requires_a_gradient_gets_one(self):
         function, arrays, keywords, grad_output = call_of(FORMS[2])
@@ -173,17 +168,15 @@ class TestLayouts:
                 assert ours.is_contiguous(memory_format=form), name
 
     @pytest.mark.parametrize("form", FORMS_OF_MEMORY)
-    @pytest.mark.parametrize("name", [*GRADIENTS, "grad_output"])
-    def test_strides_do_not_matter(self, name, form):
+    def test_strides_do_not_matter(self, form):
         function, arrays, keywords, grad_output = call_of(FORMS[2])
-        arrays = arrays | {"grad_output": grad_output}
-        odd = FORMS_OF_MEMORY[form](arrays[name])
+        odd = {name: FORMS_OF_MEMORY[form](t) for name, t in (arrays | {"grad_output": grad_output}).items()}
+        plain = {name: t.clone(memory_format=torch.contiguous_format) for name, t in odd.items()}
         found, expected = (
-            results(function, {n: given[n] for n in given if n != "grad_output"}, keywords, given["grad_output"])
-            for given in (arrays | {name: odd}, arrays | {name: odd.clone(memory_format=torch.contiguous_format)})
+            results(function, {name: t[name] for name in arrays}, keywords, t["grad_output"]) for t in (odd, plain)
         )
-        for ours, wanted in zip(found, expected, strict=True):
-            assert_close(ours, wanted, "float64")
+        for name, ours, wanted in zip(("output", *arrays), found, expected, strict=True):
+            assert_close(ours, wanted, "float64", name)
 
     def test_a_layer_without_a_batch(self):
         function, arrays, keywords, grad_output = call_of(FORMS[2].but(batch=1))
@@ -207,9 +200,8 @@ class TestLayouts:
 
 
 class TestPrecision:
-    """The interpreter cuts a float32 off where it makes a bfloat16 of it, and a GPU rounds; it multiplies matrices of bfloat16 by
-    their bit patterns, so that the kernels multiply float32 there. What is said of bfloat16 here is said within a tolerance of
-    both ways; that tensor cores are used is seen in the compiled code, and that they are right on a GPU.
+    """Triton's own interpreter is wrong in bfloat16 (see tests/interpreted.py). That tensor cores multiply is seen in compiled
+    code alone, and that they are right on a GPU.
     """
 
     @halves
@@ -219,7 +211,7 @@ class TestPrecision:
         coarse = {n: t.to(half) if not mixed or n in ("input", "weight", "bias") else t for n, t in arrays.items()}
         found = results(function, coarse, keywords, grad_output.to(half))
         exact = {n: t.double() for n, t in coarse.items()}
-        expected = results(function, exact, keywords, grad_output.to(half).double(), "cpu")
+        expected = results(function, exact, keywords, grad_output.to(half).double(), "portable")
         for name, ours, wanted in zip(("output", *coarse), found, expected, strict=True):
             assert ours.dtype == (half if name == "output" else coarse[name].dtype), name
             most = TOLERANCE[name_of(half)] * (1 if name == "output" else 2)
@@ -231,10 +223,9 @@ class TestPrecision:
         x = torch.arange(32.0).expand(1, 1, 8, 32)[..., :24]
         weight, offset = torch.ones(1, 1, 1, 1), torch.zeros(1, 2, 8, 24)
         offset[:, 1] = -16.06
-        exact = deform_conv2d(x, offset, weight, backend="cpu")[..., 18:]
+        exact = deform_conv2d(x, offset, weight, backend="portable")[..., 18:]
         fine = deform_conv2d(x.to(half), offset, weight.to(half), backend="gpu")[..., 18:]
-        # A whole unit in the last place: half of one on a GPU, which rounds.
-        assert (fine - exact).abs().max() <= exact.max() * torch.finfo(half).eps
+        assert (fine - exact).abs().max() <= exact.max() * torch.finfo(half).eps / 2
 
     @halves
     def test_autocast(self, half):
@@ -258,23 +249,21 @@ class TestPrecision:
 
 
 class TestOddOffsets:
-    """A float that is no int32 becomes the least of them in the interpreter, and on a GPU the nearest, or 0 for NaN: the kernels
-    must not make one of it.
+    """A float that is no int32 becomes another number on each kind of machine: the kernels must not make an integer of it, and
+    the interpreter refuses to.
     """
 
     @pytest.mark.parametrize("kind", OFFSETS)
     @pytest.mark.parametrize("boundary", ["zeros", "inside"])
     def test_against_the_definition(self, kind, boundary):
-        from tests.ops.conv.cases import make
-
         case = Case("2-D", (6, 5), (2, 3), padding=1, groups=2, offset_groups=2, boundary=boundary)
-        for dtype in ("float64", "float32"):
-            call = make(case, dtype)
-            call = call.but(offset=spoiled(call.offset, OFFSETS[kind]))
-            found = results(FUNCTIONS[2], tensors(call), keywords(case), torch.from_numpy(call.grad_output))
-            expected = [in_float64(call, reference.forward), *in_float64(call, reference_backward)]
-            for name, ours, wanted in zip(("output", *GRADIENTS), found, expected, strict=True):
-                assert_close(ours, wanted, dtype, name)
+        dtype = "float32" if boundary == "zeros" else "float64"
+        call = make(case, dtype)
+        call = call.but(offset=spoiled(call.offset, OFFSETS[kind]))
+        found = results(FUNCTIONS[2], tensors(call), keywords(case), torch.from_numpy(call.grad_output))
+        expected = [in_float64(call, reference.forward), *in_float64(call, reference_backward)]
+        for name, ours, wanted in zip(("output", *GRADIENTS), found, expected, strict=True):
+            assert_close(ours, wanted, dtype, name)
 
     @halves
     def test_beside_half_precision(self, half):
@@ -287,8 +276,7 @@ class TestOddOffsets:
             coarse["offset"][n, channel, row, 2] = value
             without["mask"][n, channel // 2, row, 2] = 0
         found, expected = (results(function, given, keywords, grad_output.to(half)) for given in (coarse, without))
-        for (n, channel, row) in far:  # a far sample's value is 0, and so is its mask's gradient
+        for n, channel, row in far:  # a far sample's value is 0, and so is its mask's gradient
             expected[-1][n, channel // 2, row, 2] = 0
         for name, ours, wanted in zip(("output", *coarse), found, expected, strict=True):
             assert_close(ours.double(), wanted.double(), name_of(half), name)
-

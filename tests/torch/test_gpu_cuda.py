@@ -1,8 +1,8 @@
 """On a GPU: the kernels from PyTorch, with streams, graphs, threads, compilers and other devices around them.
 
-    make test-gpu
-    compute-sanitizer --tool memcheck python -m pytest -m cuda -k "tails or half" tests/ops/conv/test_gpu_cuda.py
-    compute-sanitizer --tool racecheck python -m pytest -m cuda -k "tails or half" tests/ops/conv/test_gpu_cuda.py
+make test-gpu
+compute-sanitizer --tool memcheck python -m pytest -m cuda -k "tails or half" tests/ops/conv/test_gpu_cuda.py
+compute-sanitizer --tool racecheck python -m pytest -m cuda -k "tails or half" tests/ops/conv/test_gpu_cuda.py
 """
 
 from __future__ import annotations

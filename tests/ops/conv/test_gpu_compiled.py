@@ -1,7 +1,7 @@
 """What the GPU kernels compile to, for cards that are not here: see tests/compiled.py.
 
-Each build is of what a call asks for: block sizes, types and hints are the backend's own. That says nothing of time, and nothing
-of races; but a spill, a load of single numbers or an address of 32 bits is seen here.
+Each build is of what a call asks for: block sizes, types and hints are the backend's own. That says nothing of time, and
+nothing of races; but a spill, a load of single numbers or an address of 32 bits is seen here.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import ast
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from tests.ops.conv.cases import Case, make
 
+from deformconv.ops.conv import gpu
+from deformconv.ops.conv.spec import GRADIENTS
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from tests.compiled import SHARED_MEMORY, Build, Launch, built, capability_of, launches_for
-
-from deformconv.ops.conv import gpu
-from deformconv.ops.conv.spec import GRADIENTS
+from tests.compiled import SHARED_MEMORY, Build, Launch, built, capability_of, launches_for  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -45,9 +44,6 @@ CALLS = [
     ("sm_80", VOLUME, "float32", False),
     ("sm_90", VOLUME, "bfloat16", False),
 ]
-FORWARD = {"convolve", "sample", "convolve_depthwise"}
-SMALL = {"transpose", "arrange"}  # compiled for few cards, since they differ little
-
 # Registers of a thread, of the 255 that there are on NVIDIA's cards, and bytes of shared memory. A multiprocessor has 65,536
 # registers, so that 168 leave it three programs of 4 warps.
 MOST = {
@@ -57,11 +53,16 @@ MOST = {
     "convolve_depthwise": (168, 8 << 10),
     "collect": (168, 8 << 10),
     "arrange": (64, 8 << 10),
-    "transpose": (64, 17 << 10),
+    "transpose": (96, 33 << 10),
 }
-# Products of 32 bits that may become parts of addresses of 64, and why they are small.
+# How lines begin in which a product of 32 bits becomes a part of an address of 64, and why it is small.
 SMALL_PRODUCTS = {
     "pixel = y_pixel * X + pixel": "a pixel of one image, of which there are less than 2**31",
+    "position = ": "image * P is no more than the row's number",
+    "return tl.max_contiguous(tl.multiple_of(group * size + own, SPAN), SPAN)": "a channel",
+    "return tl.max_contiguous(tl.multiple_of(group * GROUP + (channel - group * CG), ": "within one row of columns",
+    "row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, ": "tap * TAP is within one row of columns",
+    "number += (pixel // X % Y + 1 - pair % 2) * (X + 1)": "a list of one image, of which there are hardly more than pixels",
 }
 
 
@@ -86,7 +87,8 @@ def asked_for(card: str, case: Case, dtype: str, tf32: bool = False, wide: bool 
             gpu.backward(spec, grad_output, input, offset, weight, mask, GRADIENTS)
     if wide:
         gpu._plan.cache_clear()
-    return [launch for launch in asked if launch.name not in SMALL or card in ("sm_75", "gfx942")]
+    kept = {"transpose": ("sm_75", "gfx942"), "arrange": ("sm_75", "gfx942"), "collect": ("sm_75", "sm_80", "sm_90", "gfx942")}
+    return [launch for launch in asked if card in kept.get(launch.name, (card,))]
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +96,8 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Build]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         launches = [launch for call in CALLS for launch in asked_for(*call, wide=call[0] == "sm_75")]
-        with ThreadPoolExecutor(2) as pool:
-            yield list(pool.map(built, dict.fromkeys(launches)))
+        # One after the other: of threads that compile at once, some get other code, since LLVM has options for a whole process.
+        yield [built(launch) for launch in dict.fromkeys(launches)]
 
 
 def test_nothing_spills(builds: list[Build]) -> None:
@@ -123,9 +125,10 @@ def test_products_are_made_by_tensor_cores(builds: list[Build]) -> None:
     assert {build.launch.card for build in products} == set(INSTRUCTIONS)
     for build in products:
         assert build.count(INSTRUCTIONS[build.launch.card]), build.launch
-        # The rest is the interpolation: for each column 4 corners.
-        elements = build.launch.constant("BR") * build.launch.constant("BC") // (32 * build.launch.options["num_warps"])
-        assert build.count("FFMA") <= 8 * elements + 64, f"{build.launch}: {build.count('FFMA')} FFMA"
+        # What the product of a turn would take of a thread. The rest is the interpolation.
+        rows, outputs, channels = (build.launch.constant(name) for name in ("BR", "BO", "BC"))
+        product = rows * outputs * channels // (32 * build.launch.options["num_warps"])
+        assert build.count("FFMA") <= product / 4, f"{build.launch}: {build.count('FFMA')} FFMA"
 
 
 def test_float32_is_rounded_to_tf32_only_where_that_is_allowed(builds: list[Build]) -> None:
@@ -141,16 +144,17 @@ def test_float32_is_rounded_to_tf32_only_where_that_is_allowed(builds: list[Buil
 
 def test_corners_are_loaded_16_bytes_at_a_time(builds: list[Build]) -> None:
     """A thread's channels of a corner in one instruction; beside them it loads offsets and masks, of 4 bytes or 8."""
-    seen = set()
+    cards = set()
     for build in builds:
         if build.launch.name in ("convolve", "sample", "sample_backward"):
-            due, found = build.wide_loads_due, build.loads
+            due, found = build.wide_loads_due("x_ptr"), build.loads
             assert due > 0
             assert found[16] >= due, f"{build.launch}: {found}, {due} of 16 bytes expected"
-            own = 8 if build.launch.signature["offset_ptr"] == "*fp64" else 4
-            assert set(found) <= {16, own}, f"{build.launch}: {found}"
-            seen.add(build.launch.card)
-    assert len(seen) == 7
+            single = 8 if build.launch.signature["offset_ptr"] == "*fp64" else 4
+            if build.launch.card.startswith("sm_"):  # on AMD's card, the gradient of columns is loaded number by number
+                assert set(found) <= {16, single}, f"{build.launch}: {found}"
+            cards.add(build.launch.card)
+    assert cards == {card for card, *_ in CALLS}
 
 
 def test_no_sum_is_made_by_atomics(builds: list[Build]) -> None:
@@ -159,12 +163,14 @@ def test_no_sum_is_made_by_atomics(builds: list[Build]) -> None:
 
 
 def test_addresses_of_large_tensors_are_multiplied_in_64_bits(builds: list[Build]) -> None:
-    large = [build for build in builds if build.launch.card == "sm_75"]
-    assert {build.launch.name for build in large} >= {"sample", "sample_backward", "collect"}
+    large = [build for build in builds if build.launch.card == "sm_75" and build.launch.name != "transpose"]
+    assert {build.launch.name for build in large} == {"sample", "sample_backward", "arrange", "collect"}
+    assert all(str(build.launch.constant("INDEX")) == "int64" for build in large)
     found = defaultdict(set)
     for build in large:
-        for line in build.narrow_products - set(SMALL_PRODUCTS):
-            found[line].add(build.launch.name)
+        for line in build.narrow_products:
+            if not line.startswith(tuple(SMALL_PRODUCTS)):
+                found[line].add(build.launch.name)
     assert not found, "\n".join(f"{line}: {', '.join(names)}" for line, names in found.items())
 
 
