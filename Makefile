@@ -6,6 +6,8 @@
 #                (with options only train and print: EXPERIMENT="--fast", EXPERIMENT="--help" for the others)
 #   make test    test-torch, then test-gluon; a part that fails does not stop the next, and all fails at the end
 #   make test-torch    build .venv for development, check style and types, run every test but MXNet's
+#   make run-interpreter    the part of make test-torch that runs the GPU kernels without a GPU, in Triton's interpreter
+#   make test-gpu    the tests that need a GPU (GPU="-n 8" hands pytest options: with pytest-xdist, processes that compile)
 #   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
 #   make test-fast    what make test-torch tests but for the slow tests: under a minute, once the kernels are compiled
 #   make test-other-kernels    what could differ on another processor, with PyTorch's, MKL's, oneDNN's and OpenBLAS's
@@ -63,8 +65,12 @@ OLDEST_TORCH_TESTS := tests/torch -W default -k "not (test_opcheck or test_compi
 	or test_export_with_any_batch_and_size or test_export_to_training_and_decomposed or test_compiled_autograd \
 	or test_vmap_of_the_registered_operator or test_transforms_within_a_compiled_function)"
 
-.PHONY: help demo demo-gluon experiment test test-torch run-torch test-gluon test-fast test-other-kernels test-oldest test-oldest-torch \
-	check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean
+# Triton asks for the variable when kernels are defined, so that they are interpreted in a process of their own.
+INTERPRETED_TESTS := tests/test_interpreted.py tests/ops/conv/test_gpu.py tests/torch/test_gpu.py
+GPU_TESTS := tests/ops/conv/test_gpu_cuda.py tests/torch/test_gpu_cuda.py
+
+.PHONY: help demo demo-gluon experiment test test-torch run-torch run-interpreter test-gpu test-gluon test-fast \
+	test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -88,10 +94,16 @@ test:
 	$(call parts,test-torch test-gluon)
 
 test-torch:
-	$(call parts,lint run-torch)
+	$(call parts,lint run-torch run-interpreter)
 
 run-torch: $(VENV)/installed-dev
 	$(PY) -m pytest
+
+run-interpreter: $(VENV)/installed-dev
+	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED_TESTS)
+
+test-gpu: $(VENV)/installed-dev
+	$(PY) -m pytest -m cuda $(GPU_TESTS) $(GPU)
 
 test-fast: $(VENV)/installed-dev
 	$(PY) -m pytest -m 'not slow'

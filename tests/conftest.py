@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +39,49 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     named = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
     return None if any(path.is_relative_to(collection_path) for path in named) else True
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this process cannot run: kernels are interpreted in a process of their own, and GPUs are rare."""
+    if item.get_closest_marker("interpreter") is not None:
+        if not INTERPRETED:
+            pytest.skip("`make run-interpreter` runs them, with TRITON_INTERPRET=1")
+    elif INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 is set, and these are not about interpreted kernels")
+    elif item.get_closest_marker("cuda") is not None and (reason := _without_gpu()):
+        pytest.skip(reason)
+
+
+@cache
+def _without_gpu() -> str:
+    """Why no GPU can be used here; nothing if one can."""
+    if find_spec("torch") is None or find_spec("triton") is None:
+        return "PyTorch and Triton are not both installed"
+    import torch
+
+    return "" if torch.cuda.is_available() else "PyTorch finds no GPU"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many tests wait for a GPU: nothing else has tried the compiled kernels."""
+    skipped = sum("cuda" in report.keywords for report in terminalreporter.stats.get("skipped", []))
+    if skipped:
+        terminalreporter.write_line(f"{skipped} GPU tests were skipped. Where there is a GPU, `make test-gpu` runs them.")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter() -> Iterator[None]:
+    """Where kernels are interpreted, what the interpreter does otherwise than a GPU is an error, or put right."""
+    with ExitStack() as stack:
+        if INTERPRETED and find_spec("triton") is not None:
+            from tests.interpreted import honest
+
+            stack.enter_context(honest())
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,160 @@
+"""On a GPU: everything a backend must satisfy, in every dtype, and what compiled code can get wrong and an interpreter cannot.
+
+`make test-gpu` runs it; tests/torch/test_gpu_cuda.py has what PyTorch puts around the kernels. Before a release,
+
+    compute-sanitizer --tool memcheck python -m pytest -m cuda -k "half_precision" tests/ops/conv/test_gpu_cuda.py
+
+and the same with racecheck.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.ops.conv.cases import Call, Case, make
+from tests.ops.conv.gpu_suite import HALF_CASES, TAILS, GpuSuite, assert_near, by_half, by_mix, half_call, half_results
+from tests.ops.conv.suite import configurations, in_float64, odd, reference_backward
+
+from deformconv.ops.conv import gpu, reference
+from deformconv.ops.conv.spec import GRADIENTS
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.cuda
+
+
+class TestGpu(GpuSuite):
+    device = "cuda"
+
+    # Fewer than of other backends: each configuration is compiled anew.
+    @settings(max_examples=12)
+    @given(st.data())
+    def test_output_of_any_configuration(self, data: st.DataObject) -> None:
+        call = self.make(data.draw(configurations(self.ranks)))
+        self.assert_close(self.output(call), in_float64(call, reference.forward))
+
+    @settings(max_examples=12)
+    @given(st.data())
+    def test_gradients_of_any_configuration(self, data: st.DataObject) -> None:
+        call = self.make(data.draw(configurations(self.ranks)))
+        self.assert_gradients(call, in_float64(call, reference_backward), self.dtypes[0])
+
+
+@by_mix
+@pytest.mark.parametrize("case", [*HALF_CASES, *TAILS], ids=lambda case: case.name)
+def test_half_precision(case: Case, half: str, mixed: bool) -> None:
+    for name, result, expected in half_results(half_call(case, half, mixed, "cuda")):
+        assert_near(name, result, expected, half)
+
+
+@by_half
+@pytest.mark.parametrize("boundary", ["zeros", "inside"])
+def test_odd_numbers_beside_half_precision(half: str, boundary: str) -> None:
+    """In the one kernel that samples and multiplies, and in the two of columns."""
+    for channels in (32, 12):
+        case = Case("", (9, 11), (3, 3), padding=1, in_channels=channels, out_channels=32, offset_groups=2, boundary=boundary)
+        for name, result, expected in half_results(half_call(case, half, True, "cuda", odd)):
+            assert_near(name, result, expected, half)
+
+
+# A convolution's tile of each kind, rests and several turns of every loop.
+LARGE = Case("large", (47, 50), (3, 3), padding=1, batch=4, in_channels=192, out_channels=272, offset_groups=3)
+PIPELINED = [
+    LARGE,
+    LARGE.but(name="128 outputs", batch=1, out_channels=120),
+    LARGE.but(name="groups", groups=3, out_channels=96),
+    LARGE.but(name="depthwise", groups=192, out_channels=192),
+    Case("volume", (6, 14, 15), (3, 3, 3), padding=1, batch=1, in_channels=64, out_channels=48),
+]
+
+
+class Staged:
+    """The kernels, compiled for another number of stages: how many turns of a loop are in flight at once."""
+
+    def __init__(self, stages: int) -> None:
+        self.kernels, self.stages, self.launched = gpu._kernels(), stages, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return _StagedKernel(self, name)
+
+
+class _StagedKernel:
+    def __init__(self, staged: Staged, name: str) -> None:
+        self.staged, self.name = staged, name
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.staged.launched.add(self.name)
+            getattr(self.staged.kernels, self.name)[grid](*arguments, **options | {"num_stages": self.staged.stages})
+
+        return launch
+
+
+def results(call: Any) -> list[Any]:
+    """The output and the gradients of a call of `half_call`'s kind."""
+    t = call.tensors
+    output = gpu.forward(call.spec, *(t[name] for name in ("input", "offset", "weight", "bias", "mask")))
+    operands = (t[name] for name in ("grad_output", "input", "offset", "weight", "mask"))
+    return [output, *gpu.backward(call.spec, *operands, wanted=GRADIENTS)]
+
+
+def single_call(case: Case, dtype: str) -> Any:
+    call = make(case, dtype)
+    names = ("grad_output", "input", "offset", "weight", "bias", "mask")
+    return SimpleNamespace(spec=call.spec, tensors={name: torch.from_numpy(getattr(call, name)).cuda() for name in names})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", PIPELINED, ids=lambda case: case.name)
+def test_a_pipeline_changes_no_bit(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads of the next turn, made early, must not see what this turn has yet to write, nor miss it."""
+    call = half_call(case, dtype, True, "cuda") if dtype == "bfloat16" else single_call(case, dtype)
+    found = []
+    for stages in (1, 2, 3):
+        staged = Staged(stages)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "_kernels", lambda staged=staged: staged)
+            try:
+                found.append(results(call))
+            except Exception as error:
+                # Three stages of a large tile may ask for more shared memory than the card has.
+                assert stages == 3 and type(error).__name__ == "OutOfResources", error
+        assert {"sample_backward", "collect"} <= staged.launched
+    for others in found[1:]:
+        for name, one, other in zip(("output", *GRADIENTS), found[0], others, strict=True):
+            assert torch.equal(one, other), name
+
+
+def test_the_cases_have_every_kind_of_tile() -> None:
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is not None or capability < (8, 0):
+        pytest.skip("products are PyTorch's on this card")
+    tiles = {gpu.tile(make(case, "float32").spec, capability, True) for case in PIPELINED}
+    assert None in tiles
+    assert {256, 128} <= {tile.outputs for tile in tiles if tile is not None}
+
+
+class TestLargeSums:
+    """Float32 as exact as the suite asks for, where a sum is of thousands of numbers."""
+
+    def error(self, call: Call, name: str) -> float:
+        from tests.tolerances import error
+
+        operands = [torch.from_numpy(getattr(call, n)).cuda() for n in ("grad_output", "input", "offset", "weight", "mask")]
+        found = getattr(gpu.backward(call.spec, *operands, wanted=[name]), name)
+        expected = getattr(in_float64(call, reference_backward), name)
+        return error(found.cpu(), expected)
+
+    @pytest.mark.parametrize("name", ["weight", "offset", "mask", "input"])
+    def test_of_numbers_of_one_sign(self, name: str) -> None:
+        """Of 10,000 positions, or of 512 channels; tests run with PyTorch's own choice, which is not TF32."""
+        wide = Case("wide", (100, 100), (2, 2), padding=((1, 0), (1, 0)), batch=1, in_channels=3, out_channels=2)
+        deep = Case("deep", (5, 6), (3, 3), padding=1, batch=1, in_channels=512, out_channels=64)
+        for case in (wide, deep):
+            call = make(case, "float32")
+            call = call.but(**{n: np.abs(getattr(call, n)) for n in ("input", "grad_output", "mask", "weight")})
+            assert self.error(call, name) <= 1e-5
