@@ -64,11 +64,12 @@ def results(function, leaves, keywords, grad_output, **more):
 
 
 def exact(leaves):
+    """The same numbers in float64 on the CPU."""
     return {name: None if t is None else t.detach().double().cpu().requires_grad_() for name, t in leaves.items()}
 
 
 def same(found, expected):
-    return all(torch.equal(ours.nan_to_num(0.5), wanted.nan_to_num(0.5)) for ours, wanted in zip(found, expected, strict=True))
+    return all(torch.equal(ours, wanted) for ours, wanted in zip(found, expected, strict=True))
 
 
 def poison_the_cache():
@@ -98,7 +99,7 @@ def test_it_is_what_runs():
 def test_it_agrees_with_the_definition_s_other_ways(case):
     function, leaves, keywords, grad_output = gpu_call(case, torch.float64)
     found = results(function, leaves, keywords, grad_output)
-    expected = results(function, exact(leaves), keywords, grad_output.cpu())
+    expected = results(function, exact(leaves), keywords, grad_output.cpu(), backend="portable")
     names = ["output", *(name for name, t in leaves.items() if t is not None)]
     for name, ours, wanted in zip(names, found, expected, strict=True):
         assert ours.is_cuda
@@ -110,51 +111,56 @@ def test_it_agrees_with_the_definition_s_other_ways(case):
 def test_half_precision_is_near_float64(half, mixed):
     function, leaves, keywords, grad_output = gpu_call(LAYER, half, mixed)
     found = results(function, leaves, keywords, grad_output)
-    expected = results(function, exact(leaves), keywords, grad_output.double().cpu())
+    expected = results(function, exact(leaves), keywords, grad_output.double().cpu(), backend="portable")
     for name, ours, wanted in zip(("output", *leaves), found, expected, strict=True):
         most = TOLERANCE[name_of(half)] * (1 if name == "output" else 2)
         assert error(ours.double().cpu(), wanted) <= most, name
 
 
+# Each way to tell PyTorch whether its products of float32 may be TF32.
+SETTINGS = {
+    "allow_tf32": lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+    "set_float32_matmul_precision": lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
+    "fp32_precision": lambda on: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if on else "ieee"),
+}
+HAS_FP32_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # PyTorch 2.9
+
+
 class TestSingle:
-    """float32 is float32, unless PyTorch was told that its products may be TF32."""
+    """float32 is float32, unless PyTorch was told that its products may be TF32; it is asked at each call."""
 
     DEEP = Case("deep", (14, 14), (3, 3), padding=1, in_channels=256, out_channels=256)
+
+    @pytest.fixture(autouse=True)
+    def as_before(self):
+        yield
+        if HAS_FP32_PRECISION:  # first, since the older setting cannot be read after it
+            torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_tf32 = False
 
     def errors(self):
         function, leaves, keywords, grad_output = gpu_call(self.DEEP)
         found = results(function, leaves, keywords, grad_output)
-        expected = results(function, exact(leaves), keywords, grad_output.double().cpu())
+        expected = results(function, exact(leaves), keywords, grad_output.double().cpu(), backend="portable")
         return {
             name: error(ours.cpu(), wanted) for name, ours, wanted in zip(("output", *leaves), found, expected, strict=True)
         }
 
-    def test_without_tf32(self, monkeypatch):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-        for name, found in self.errors().items():
-            assert found <= TOLERANCE["float32"], name
+    def test_pytorch_s_own_choice(self):
+        assert max(self.errors().values()) <= TOLERANCE["float32"]
 
-    def test_with_tf32(self, monkeypatch):
-        """Ten bits of a product's operands, and so an error some hundred times that of float32."""
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-        errors = self.errors()
-        assert max(errors.values()) <= 2e-3
-        if torch.cuda.get_device_capability() >= (8, 0):
-            assert errors["output"] > 1e-5, "the setting was not read"
-
-    def test_the_setting_by_its_newer_name(self):
-        """Which PyTorch refuses to tell by the older one."""
-        matmul = torch.backends.cuda.matmul
-        if not hasattr(matmul, "fp32_precision"):
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_settings(self, setting):
+        """TF32 has ten bits of each number, and so an error some hundred times that of float32."""
+        if setting == "fp32_precision" and not HAS_FP32_PRECISION:
             pytest.skip("PyTorch 2.9 brought it")
-        before = matmul.fp32_precision
-        try:
-            matmul.fp32_precision = "ieee"
-            assert max(self.errors().values()) <= TOLERANCE["float32"]
-            matmul.fp32_precision = "tf32"
-            assert max(self.errors().values()) <= 2e-3
-        finally:
-            matmul.fp32_precision = before
+        for on in (False, True, False):
+            SETTINGS[setting](on)
+            errors = self.errors()
+            assert max(errors.values()) <= (2e-3 if on else TOLERANCE["float32"]), errors
+            if torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0):
+                assert (errors["output"] > TOLERANCE["float32"]) == on, errors
 
 
 class TestSameBits:
@@ -374,7 +380,7 @@ class TestHotPixel:
             offset[:, 2 * tap + 1] = 40.5 - (columns - 1 + tap % 3)
         leaves = leaves | {"offset": offset.cuda().requires_grad_()}
         found = results(function, leaves, keywords, grad_output)
-        expected = results(function, exact(leaves), keywords, grad_output.double().cpu())
+        expected = results(function, exact(leaves), keywords, grad_output.double().cpu(), backend="portable")
         for name, ours, wanted in zip(("output", *leaves), found, expected, strict=True):
             assert_close(ours.cpu(), wanted, "float32", name)
         assert self.milliseconds((function, leaves, keywords, grad_output)) <= 10 * usual + 5
