@@ -40,12 +40,6 @@ CARDS = tuple(SHARED_MEMORY)
 OPTIONS = ("num_warps", "num_ctas", "num_stages", "maxnreg", "enable_fp_fusion", "waves_per_eu", "matrix_instr_nonkdim")
 
 
-def capability_of(card: str) -> tuple[int, int]:
-    """NVIDIA's compute capability; (0, 0) of AMD's."""
-    version = card.removeprefix("sm_")
-    return (int(version[:-1]), int(version[-1])) if version.isdigit() else (0, 0)
-
-
 def target_of(card: str) -> GPUTarget:
     if card.startswith("sm_"):
         return GPUTarget("cuda", int(card[3:]), 32)

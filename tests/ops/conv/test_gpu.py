@@ -101,7 +101,7 @@ class TestBeyond32Bits:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
     def test_an_image(self, holes: Callable[..., Any], dtype: Any) -> None:
-        """The one kernel of half precision, and the columns of float32."""
+        """In both sizes of numbers."""
         spec, t, corner = self.call(holes, dtype)
         output = gpu.forward(spec, t["input"], t["offset"], t["weight"], None, None)
         assert_near("output", output, reference.forward(corner.spec, *corner.arrays), name_of(dtype))
@@ -205,7 +205,7 @@ class TestMistakes:
     CASES = (
         Case("dense", (4, 5), (2, 3), padding=2, in_channels=36, out_channels=32, groups=2, offset_groups=3),
         Case(
-            "one kernel",
+            "one group",
             (4, 5),
             (2, 2),
             padding=1,

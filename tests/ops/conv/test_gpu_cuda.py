@@ -54,18 +54,18 @@ def test_half_precision(case: Case, half: str, mixed: bool) -> None:
 @by_half
 @pytest.mark.parametrize("boundary", ["zeros", "inside"])
 def test_odd_numbers_beside_half_precision(half: str, boundary: str) -> None:
-    """In the one kernel that samples and multiplies, and in the two of columns."""
+    """In whole blocks of channels, and with a rest."""
     for channels in (32, 12):
         case = Case("", (9, 11), (3, 3), padding=1, in_channels=channels, out_channels=32, offset_groups=2, boundary=boundary)
         for name, result, expected in half_results(half_call(case, half, True, "cuda", odd)):
             assert_near(name, result, expected, half)
 
 
-# A convolution's tile of each kind, rests and several turns of every loop.
+# Rests and several turns of every loop.
 LARGE = Case("large", (47, 50), (3, 3), padding=1, batch=4, in_channels=192, out_channels=272, offset_groups=3)
 PIPELINED = [
     LARGE,
-    LARGE.but(name="128 outputs", batch=1, out_channels=120),
+    LARGE.but(name="one image", batch=1, out_channels=120),
     LARGE.but(name="groups", groups=3, out_channels=96),
     LARGE.but(name="depthwise", groups=192, out_channels=192),
     Case("volume", (6, 14, 15), (3, 3, 3), padding=1, batch=1, in_channels=64, out_channels=48),
@@ -127,15 +127,6 @@ def test_a_pipeline_changes_no_bit(case: Case, dtype: str, monkeypatch: pytest.M
     for others in found[1:]:
         for name, one, other in zip(("output", *GRADIENTS), found[0], others, strict=True):
             assert torch.equal(one, other), name
-
-
-def test_the_cases_have_every_kind_of_tile() -> None:
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is not None or capability < (8, 0):
-        pytest.skip("products are PyTorch's on this card")
-    tiles = {gpu.tile(make(case, "float32").spec, capability, True) for case in PIPELINED}
-    assert None in tiles
-    assert {256, 128} <= {tile.outputs for tile in tiles if tile is not None}
 
 
 class TestLargeSums:
