@@ -133,7 +133,7 @@ def detect(arms: str | None, output: Path, **options: Any) -> int:
       v2-mimic   the same, and feature mimicking
       scratch    v2-conv, trained from the start
 
-    One seed takes about half an hour on two processors. What is done is kept
+    One seed takes some 20 minutes on two free processors. What is done is kept
     in the folder: after Ctrl-C, which leaves no half-written file, or a crash
     the same command goes on, to the same precision, and one with more seeds or
     arms trains what is missing. The tables are of what a command asks for.
