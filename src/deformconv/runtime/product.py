@@ -15,7 +15,7 @@ __all__ = ["multiply", "pays"]
 
 Tensor = Any
 
-# Compute capabilities on which it was measured to be faster. Cards of other kinds do TF32 no more than twice as fast as float32.
+# Compute capabilities on which it was measured to be faster. Many others do TF32 no more than twice as fast as float32.
 _CAPABILITIES = ((9, 0),)
 _TILE = {"BM": 64, "BN": 64, "BK": 32}
 
