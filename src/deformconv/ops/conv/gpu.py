@@ -17,7 +17,7 @@ from deformconv.ops import gpu as on_gpu
 from deformconv.ops.backends import as_given as computes_in
 from deformconv.ops.conv.reach import reasons_against_int32
 from deformconv.ops.conv.spec import ConvSpec, Gradients
-from deformconv.runtime import toolchain
+from deformconv.runtime import product, toolchain
 
 __all__ = ["DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "how", "reasons_against", "warmup"]
 
@@ -52,7 +52,8 @@ def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     if _is_depthwise(spec):
         return ["each channel is a group: one kernel samples and sums"]
     pieces = -(-spec.batch * spec.positions // _rows_of_piece(spec))
-    return ["a kernel samples, and PyTorch multiplies" + (f", {pieces} pieces one after the other" if pieces > 1 else "")]
+    how = "another multiplies, by TF32 and as exactly as float32" if _multiplies(spec, device) else "PyTorch multiplies"
+    return [f"a kernel samples, and {how}" + (f", {pieces} pieces one after the other" if pieces > 1 else "")]
 
 
 @cache
@@ -115,19 +116,29 @@ def _convolve(
     """Write the output's rows, as many at a time as a piece of the columns has."""
     import torch
 
-    groups, most = spec.groups, _rows_of_piece(spec)
-    matrix = weight.reshape(groups, spec.out_channels // groups, -1).transpose(1, 2)
-    room = x.new_empty(min(most, len(output)), groups, matrix.shape[1])
+    groups, most, ours = spec.groups, _rows_of_piece(spec), _multiplies(spec, str(x.device))
+    matrix = weight.reshape(groups, spec.out_channels // groups, -1)
+    room = x.new_empty(min(most, len(output)), groups, matrix.shape[2])
     for first in range(0, len(output), most):
-        to = output[first : first + most]
+        to = output[first : first + most].reshape(-1, groups, matrix.shape[1])
         columns = room[: len(to)]
         _sample(spec, x, offset, mask, columns, first)
-        if groups == 1 and bias is not None:
-            torch.addmm(bias, columns[:, 0], matrix[0], out=to)
-            continue
-        to = to.reshape(len(to), groups, -1).transpose(0, 1)
-        given = to if bias is None else bias.reshape(groups, 1, -1).expand_as(to)
-        torch.baddbmm(given, columns.transpose(0, 1), matrix, beta=0 if bias is None else 1, out=to)
+        if ours:
+            product.multiply(columns, matrix, bias, to)
+        elif groups == 1 and bias is not None:
+            torch.addmm(bias, columns[:, 0], matrix[0].t(), out=to[:, 0])
+        else:
+            given = to if bias is None else bias.reshape(groups, -1).expand_as(to)
+            torch.baddbmm(
+                given.transpose(0, 1), columns.transpose(0, 1), matrix.transpose(1, 2), beta=0 if bias is None else 1,
+                out=to.transpose(0, 1),
+            )  # fmt: skip
+
+
+def _multiplies(spec: ConvSpec, device: str) -> bool:
+    """Whether products are made by a kernel of ours."""
+    outputs = spec.out_channels // spec.groups
+    return product.pays(spec.dtype, device, outputs, spec.taps * spec.in_channels // spec.groups)
 
 
 def _rows_of_piece(spec: ConvSpec) -> int:
@@ -241,7 +252,10 @@ def _backward_of(spec: ConvSpec, part: _Part, weight: Tensor, weight_wanted: boo
             torch.mul(grad.reshape(rows, 1, -1), weight.reshape(spec.in_channels, spec.taps).t(), out=d_columns)
         else:
             matrix = weight.reshape(groups, spec.out_channels // groups, -1)
-            torch.bmm(grad.transpose(0, 1), matrix, out=d_columns.transpose(0, 1))
+            if product.pays(spec.dtype, str(grad.device), matrix.shape[2], matrix.shape[1]):
+                product.multiply(grad, matrix.transpose(1, 2).contiguous(), None, d_columns)
+            else:
+                torch.bmm(grad.transpose(0, 1), matrix, out=d_columns.transpose(0, 1))
     if weight_wanted:
         columns = part.x.new_empty(shape)
     keys, shares = _sample_backward(spec, part, d_columns, columns)
