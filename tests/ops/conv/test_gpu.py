@@ -179,7 +179,9 @@ RULE, KERNELS = "deformconv.sampling.triton", "deformconv.ops.conv.gpu_kernels"
 # A mistake, the module, and what is replaced in its text by what.
 MUTATIONS = [
     Mutation("two taps swapped", KERNELS, "+ tap % WINDOW[0][2] * WINDOW[3][2]", "+ (tap ^ 1) % WINDOW[0][2] * WINDOW[3][2]"),
-    Mutation("no mask", KERNELS, "* P + position, mask=there, other=0.0)", "* P + position, mask=there, other=0.0) * 0 + 1"),
+    Mutation(
+        "no mask", KERNELS, "* P + position, mask=there, other=0.0).to(ACC)", "* P + position, mask=there).to(ACC) * 0 + 1"
+    ),
     Mutation("no rule for NaN", RULE, 'tl.where(offset != offset, float("nan"), 0.0)', "tl.where(offset != offset, 0.0, 0.0)"),
     Mutation("far offsets are converted", RULE, "near = tl.abs(offset) < 1073741824.0", "near = offset == offset"),
     Mutation(

@@ -81,7 +81,7 @@ def _plan(spec: ConvSpec) -> _Plan:
             "ACC": tl.float64 if spec.dtype == "float64" else tl.float32,
             "INDEX": tl.int32 if _largest(spec) < 2**31 else tl.int64,
         },
-        row_span=gcd(spec.positions, 16),
+        row_span=next(span for span in (16, 4, 1) if spec.positions % span == 0),  # few, since each is compiled anew
         span=gcd(of_offsets, 16),
         column_span=gcd(of_offsets, 16) if depthwise else gcd(own, of_offsets, 16),
         group=1 if depthwise else spec.taps * own,
@@ -189,7 +189,7 @@ def backward(
     import torch
 
     found: dict[str, Any] = {}
-    if "bias" in wanted:
+    if "bias" in wanted and spec.biased:
         found["bias"] = grad_output.sum(dim=(0, *range(2, spec.rank + 2)))
     given = {"input": input, "offset": offset, "weight": weight} | ({} if mask is None else {"mask": mask})
     given = {name: value for name, value in given.items() if name in wanted}
@@ -287,8 +287,6 @@ def _sample_backward(
     none = part.x
     arrays = [none if t is None else t for t in (part.mask, d_columns, columns, part.d_offset, part.d_mask, keys, shares)]
     tile, block = _tile(GC)
-    if rows // tile * spec.taps * G < _PROGRAMS:  # few programs may take more channels at a time
-        block = min(256, _power(GC))
     _kernels().sample_backward[-(-rows // tile), spec.taps, G](
         part.x, part.offset, *arrays, rows, spec.positions, spec.pixels, C, CG, GC, G, plan.group, plan.tap, *plan.sizes,
         **plan.constants, COLUMNS=columns is not None, POSITIONS=part.d_offset is not None, ENTRIES=keys is not None,
