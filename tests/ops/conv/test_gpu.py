@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from tests import mutations
+from tests.mutations import Mutation
 from tests.ops.conv.cases import Call, Case, call_of
 from tests.ops.conv.gpu_suite import HALF_CASES, GpuSuite, assert_near, by_mix, half_call, half_results
 from tests.ops.conv.suite import by_boundary, odd, reference_backward
 
 from deformconv.ops.conv import gpu, reference
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
+from deformconv.sampling import lists
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -113,7 +114,9 @@ class TestBeyond32Bits:
     def test_the_gradient_of_an_image(self, holes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
         """Of its last pixels' last channels, which the last program writes."""
         spec, t, corner = self.call(holes, torch.float16)
-        monkeypatch.setattr(gpu, "_kernels", lambda: only_last("collect"))
+        from deformconv.sampling import triton_lists
+
+        monkeypatch.setattr(lists, "_kernels", lambda: only_last(triton_lists, "collect"))
         operands = (t["grad_output"], t["input"], t["offset"], t["weight"], None)
         found = gpu.backward(spec, *operands, ("input",)).input[:, -16:, -1:, -self.FAR :]
         assert_near("input", found, reference_backward(corner).input[:, -16:, -1:], "float16")
@@ -130,7 +133,9 @@ class TestBeyond32Bits:
             Operand(x.shape, "float16"), Operand(tuple(offset.shape), "float16"), Operand((1, 1, 1, 1), "float16"),
             padding=((size - far, 0), (size - far, 0)),
         )  # fmt: skip
-        monkeypatch.setattr(gpu, "_kernels", lambda: only_last("convolve_depthwise"))
+        from deformconv.ops.conv import gpu_kernels
+
+        monkeypatch.setattr(gpu, "_kernels", lambda: only_last(gpu_kernels, "convolve_depthwise"))
         half = torch.from_numpy(x).half()
         output = gpu.forward(spec, half, offset, torch.ones(1, 1, 1, 1).half(), None, mask)[..., -1:, -far:]
         whole = np.zeros((1, 2, far, far))
@@ -147,13 +152,11 @@ class TestBeyond32Bits:
         gpu._plan.cache_clear()
 
 
-def only_last(name: str) -> Any:
+def only_last(kernels: Any, name: str) -> Any:
     """The kernels; of one of them the last program runs alone."""
     from tests.interpreted import LastProgram
 
-    from deformconv.ops.conv import gpu_kernels
-
-    return SimpleNamespace(**vars(gpu_kernels) | {name: LastProgram(getattr(gpu_kernels, name))})
+    return SimpleNamespace(**vars(kernels) | {name: LastProgram(getattr(kernels, name))})
 
 
 def interpreter_error() -> type[Exception]:
@@ -166,16 +169,8 @@ def name_of(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class Mutation(NamedTuple):
-    """A mistake in the text of the kernels."""
-
-    what: str
-    module: str
-    old: str
-    new: str
-
-
-RULE, KERNELS = "deformconv.sampling.triton", "deformconv.ops.conv.gpu_kernels"
+RULE, LISTS = "deformconv.sampling.triton", "deformconv.sampling.triton_lists"
+KERNELS = "deformconv.ops.conv.gpu_kernels"
 # A mistake, the module, and what is replaced in its text by what.
 MUTATIONS = [
     Mutation("two taps swapped", KERNELS, "+ tap % WINDOW[0][2] * WINDOW[3][2]", "+ (tap ^ 1) % WINDOW[0][2] * WINDOW[3][2]"),
@@ -192,11 +187,11 @@ MUTATIONS = [
     Mutation("the low corner's weight twice", RULE, "weight = fraction", "weight = 1.0 - fraction"),
     Mutation("another axis's derivative", KERNELS, "(z_weight * x_weight if CORNER & 2", "(z_weight * x_weight if CORNER & 1"),
     Mutation("one offset group's planes", KERNELS, "(image * G + group) * K + tap) * RANK", "(image * G) * K + tap) * RANK"),
-    Mutation("low and high corners exchanged", KERNELS, "tl.where(at < middle, 1, 0)", "tl.where(at < middle, 0, 1)"),
-    Mutation("a list too few", KERNELS, "end = tl.load(start_ptr + number + 2", "end = tl.load(start_ptr + number + 1"),
+    Mutation("low and high corners exchanged", LISTS, "tl.where(at < middle, 1, 0)", "tl.where(at < middle, 0, 1)"),
+    Mutation("a list too few", LISTS, "end = tl.load(start_ptr + number + 2", "end = tl.load(start_ptr + number + 1"),
     Mutation("programs overlap", KERNELS, "own_row = tl.program_id(0) * BR", "own_row = tl.program_id(0) * (BR - 1)"),
     Mutation(
-        "an untrue hint", KERNELS, "tl.multiple_of(group * size + own, SPAN)", "tl.multiple_of(group * size + own, 2 * SPAN)"
+        "an untrue hint", LISTS, "tl.multiple_of(group * size + own, SPAN)", "tl.multiple_of(group * size + own, 2 * SPAN)"
     ),
 ]
 
@@ -229,17 +224,8 @@ class TestMistakes:
 
     @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
     def test_it_is_noticed(self, mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in (RULE, KERNELS):
-            text = inspect.getsource(importlib.import_module(name))
-            if name == mutation.module:
-                assert mutation.old in text, "the text has changed: find the place again"
-                text = text.replace(mutation.old, mutation.new)
-            file = tmp_path / f"{name}.py"
-            file.write_text(text)
-            spec = importlib.util.spec_from_file_location(name, file)
-            module = importlib.util.module_from_spec(spec)
-            monkeypatch.setitem(sys.modules, name, module)
-            spec.loader.exec_module(module)
+        mutations.load(mutation, (RULE, LISTS, KERNELS), tmp_path, monkeypatch)
         monkeypatch.setattr(gpu, "_kernels", lambda: sys.modules[KERNELS])
+        monkeypatch.setattr(lists, "_kernels", lambda: sys.modules[LISTS])
         with pytest.raises((AssertionError, interpreter_error())):
             self.check()
