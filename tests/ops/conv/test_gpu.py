@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from tests import mutations
 from tests.mutations import Mutation
-from tests.ops.conv.cases import Call, Case, call_of
+from tests.ops.conv.cases import Call, Case, call_of, make
 from tests.ops.conv.gpu_suite import HALF_CASES, GpuSuite, assert_near, by_mix, half_call, half_results
-from tests.ops.conv.suite import by_boundary, odd, reference_backward
+from tests.ops.conv.suite import by_boundary, in_float64, odd, reference_backward
+from tests.tolerances import assert_close
 
 from deformconv.ops.conv import gpu, reference
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
@@ -64,6 +65,33 @@ def test_half_precision(case: Case, half: str, mixed: bool) -> None:
     """bfloat16 is rounded and multiplied as tests/interpreted.py has it, since Triton's own interpreter is wrong there."""
     for name, result, expected in half_results(half_call(case, half, mixed)):
         assert_near(name, result, expected, half)
+
+
+class TestLongLists:
+    """Of many samples near one pixel, which are summed in runs."""
+
+    @pytest.mark.parametrize("run", [2, 4, 16])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case("line", (40,), (3,), padding=1, in_channels=5, out_channels=4, offset_groups=1),
+            Case("plane", (5, 6), (3, 3), padding=1, in_channels=12, out_channels=8, offset_groups=2, boundary="inside"),
+            Case("volume", (2, 3, 3), (2, 2, 2), padding=1, batch=1, in_channels=4, out_channels=2),
+        ],
+        ids=lambda case: case.name,
+    )
+    def test_some_are_whole_runs(self, case: Case, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lists, "_RUN", run)
+        call = make(case, "float64")
+        # Half of all samples are moved to the neighbourhood of one pixel.
+        axes = np.indices(call.spec.output_size)
+        offset = call.offset.reshape(call.spec.batch, call.spec.offset_groups, call.spec.taps, call.spec.rank, -1).copy()
+        middle = np.array(call.spec.input_size)[:, None] // 2 - axes.reshape(call.spec.rank, -1)
+        offset[..., ::2] = middle[:, ::2] + offset[..., ::2] / 8
+        call = call.but(offset=offset.reshape(call.offset.shape))
+        t = {name: torch.from_numpy(getattr(call, name)) for name in ("grad_output", "input", "offset", "weight", "mask")}
+        found = gpu.backward(call.spec, *t.values(), wanted=["input"]).input
+        assert_close(found.numpy(), in_float64(call, reference_backward).input, "float64")
 
 
 class TestBeyond32Bits:
@@ -187,8 +215,9 @@ MUTATIONS = [
     Mutation("the low corner's weight twice", RULE, "weight = fraction", "weight = 1.0 - fraction"),
     Mutation("another axis's derivative", KERNELS, "(z_weight * x_weight if CORNER & 2", "(z_weight * x_weight if CORNER & 1"),
     Mutation("one offset group's planes", KERNELS, "(image * G + group) * K + tap) * RANK", "(image * G) * K + tap) * RANK"),
-    Mutation("low and high corners exchanged", LISTS, "tl.where(at < middle, 1, 0)", "tl.where(at < middle, 0, 1)"),
-    Mutation("a list too few", LISTS, "end = tl.load(start_ptr + number + 2", "end = tl.load(start_ptr + number + 1"),
+    Mutation("low and high corners exchanged", LISTS, "pixel % X + 1 - corner % 2", "pixel % X + corner % 2"),
+    Mutation("a list too few", LISTS, "end = tl.load(start_ptr + number + 1", "end = tl.load(start_ptr + number"),
+    Mutation("runs are summed again", LISTS, "count = end - first - runs * RUN", "count = end - first"),
     Mutation("programs overlap", KERNELS, "own_row = tl.program_id(0) * BR", "own_row = tl.program_id(0) * (BR - 1)"),
     Mutation(
         "an untrue hint", LISTS, "tl.multiple_of(group * size + own, SPAN)", "tl.multiple_of(group * size + own, 2 * SPAN)"
@@ -213,6 +242,11 @@ class TestMistakes:
             boundary="inside",
         ),
     )
+
+    @pytest.fixture(autouse=True)
+    def short_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So short that lists of a few samples have some."""
+        monkeypatch.setattr(lists, "_RUN", 4)
 
     def check(self) -> None:
         for case in self.CASES:

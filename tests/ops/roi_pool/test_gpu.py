@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation("lists of one group", KERNELS, "(image * groups + group) * lists", "(image * groups) * lists"),
     Mutation("what does not count divides", KERNELS, "tl.where(counted > 0.0, counted, 1.0)", "4.0 + 0.0 * counted"),
     Mutation("samples of one row", KERNELS, "sample // SAMPLES, Y", "sample % SAMPLES, Y"),
-    Mutation("low and high corners exchanged", LISTS, "tl.where(at < middle, 1, 0)", "tl.where(at < middle, 0, 1)"),
+    Mutation("low and high corners exchanged", LISTS, "pixel % X + 1 - corner % 2", "pixel % X + corner % 2"),
     Mutation("programs overlap", KERNELS, ".to(INDEX) * BR + tl.arange(0, BR)", ".to(INDEX) * (BR - 1) + tl.arange(0, BR)"),
     Mutation(
         "no `other`", KERNELS, "value = tl.load(x_ptr + at, mask=counts[:, None] & is_channel[None, :], other=0.0)",

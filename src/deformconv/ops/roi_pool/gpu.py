@@ -215,10 +215,6 @@ def _sample_backward(spec: RoiSpec, call: _Call, of_input: bool) -> tuple[Tensor
         entries = lists.entries(_lists(spec), rows * spec.classes * spec.sampling_ratio**2, none)
     arrays = [none if tensor is None else tensor for tensor in (call.d_offset, call.d_mask, *(entries or (None, None)))]
     tile, block = tiles.tile(spec.class_channels)
-    if (
-        rows // tile * spec.classes < tiles.PROGRAMS and spec.dtype != "float64"
-    ):  # few programs may take more channels at a time
-        block = min(256, tiles.power(spec.class_channels))
     _kernels().pool_backward[-(-rows // tile), spec.classes](
         *call[:5], *arrays, rows, *plan.sizes, *plan.factors, **plan.constants,
         POSITIONS=call.d_offset is not None or call.d_mask is not None, ENTRIES=entries is not None,
