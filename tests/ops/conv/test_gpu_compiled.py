@@ -58,7 +58,7 @@ SMALL_PRODUCTS = {
     "return tl.max_contiguous(tl.multiple_of(group * size + own, SPAN), SPAN)": "a channel",
     "return tl.max_contiguous(tl.multiple_of(group * GROUP + (channel - group * CG), ": "within one row of columns",
     "row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, ": "tap * TAP is within one row of columns",
-    "number += (pixel // X % Y + 1 - corner // 2 % 2) * (X + 1)": "a list of one image, of which there are few more than pixels",
+    "number += (pixel // X % Y + 1 - corner // 2 % 2) * (X + 1)": "a list of one image, hardly more than pixels",
 }
 
 
