@@ -49,4 +49,4 @@ def _transpose(given: Tensor, to: Tensor, N: int, A: int, B: int) -> None:
     import triton.language as tl
 
     index = tl.int32 if given.numel() < 2**31 else tl.int64
-    _kernels().transpose[N * -(-B // 64), -(-A // 64)](given, to, A, B, INDEX=index, BA=64, BB=64, num_warps=4)
+    _kernels().transpose[(N * -(-A // 64) * -(-B // 64),)](given, to, A, B, INDEX=index, BA=64, BB=64, num_warps=4)

@@ -108,6 +108,7 @@ def test_the_public_function(sampling: int) -> None:
         assert_close(ours.cpu(), theirs, "float64")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own scripts, which its compiler imports
 def test_compiled_by_pytorch() -> None:
     case = Case("compiled", channels=8, boxes=5)
     _, tensors, grad_output = on_gpu(case, torch.float32)

@@ -154,20 +154,19 @@ def backward(
         return Gradients(**{name: torch.zeros_like(tensor) for name, tensor in given.items()})
     exact = torch.float64 if spec.dtype == "float64" else torch.float32
     by_bin, positions = (spec.boxes, spec.classes, 2, *spec.output_size), given.keys() & {"offset", "mask"}
+    d_offset = input.new_empty(by_bin, dtype=exact) if positions and spec.deformed else None
+    d_mask = input.new_empty(by_bin[:2] + by_bin[3:], dtype=exact) if positions and spec.masked else None
     x = turned.rows(_by_group(spec, input))
-    call = _Call(
-        x, *_contiguous(x, boxes, offset, mask), turned.rows(grad_output),
-        d_offset=input.new_empty(by_bin, dtype=exact) if positions and spec.deformed else None,
-        d_mask=input.new_empty(by_bin[:2] + by_bin[3:], dtype=exact) if positions and spec.masked else None,
-    )  # fmt: skip
+    boxes, offset, mask = _contiguous(x, boxes, offset, mask)
+    call = _Call(x, boxes, offset, mask, turned.rows(grad_output), d_offset, d_mask)
     found: dict[str, Any] = {}
     d_x = _whole_backward(spec, call, "input" in given)
     if d_x is not None:
         found["input"] = _as_channels(spec, turned.formed(d_x.to(input.dtype), input))
     if "offset" in given:
-        found["offset"] = _by_part(spec, call.d_offset).reshape(spec.offset_shape).to(given["offset"].dtype)
-    if "mask" in given:
-        found["mask"] = call.d_mask.sum(1, keepdim=True).to(given["mask"].dtype)
+        found["offset"] = _by_part(spec, d_offset).reshape(spec.offset_shape).to(given["offset"].dtype)
+    if d_mask is not None and "mask" in given:
+        found["mask"] = d_mask.sum(1, keepdim=True).to(given["mask"].dtype)
     return Gradients(**found)
 
 
@@ -266,6 +265,6 @@ def warmup(dtypes: Collection[str], device: str) -> None:
                 precise_ones = [tensor.to(device, precise) for tensor in (boxes, offset, mask)[: 2 + masked]]
                 shapes = [Operand(tuple(tensor.shape), name) for tensor in (x, *precise_ones)]
                 spec = roi_spec(*shapes, convention=convention)
-                given = [*precise_ones, *(None,) * (3 - len(precise_ones))]
+                given: tuple[Any, ...] = (*precise_ones, None)[:3]
                 forward(spec, x, *given)
-                backward(spec, grad_output, x, *given, wanted=("input", "offset", "mask"))
+                backward(spec, grad_output, x, given[0], given[1], given[2], ("input", "offset", "mask"))
