@@ -290,9 +290,14 @@ def line(found: Document) -> str:
     )
 
 
+def _timed(found: Document, *libraries: str) -> list[Row]:
+    """The rows of calls that were timed, by one of these libraries or by any: a run that ends early leaves others."""
+    return [row for row in found["gpu"]["rows"] if any(milliseconds(row, name) is not None for name in libraries or LIBRARIES)]
+
+
 def page(found: Document) -> str:
     """Every table."""
-    rows = found["gpu"]["rows"]
+    rows = _timed(found)
     parts = [line(found), verdict_table(rows), ours(rows)]
     for direction in DIRECTIONS:
         if any(row["direction"] == direction for row in rows):
@@ -322,7 +327,7 @@ def save_chart(path: Path, found: Document) -> None:
 
     from deformconv.bench import chart
 
-    rows = found["gpu"]["rows"]
+    rows = _timed(found, "deformconv")
     dtypes = [name for name in BYTES if chart.relative([row for row in rows if row["dtype"] == name])]
     if not dtypes:
         raise ValueError("there is nothing to draw: no other library has a time, or deformconv has none")
