@@ -71,6 +71,7 @@ OF_A_FRAMEWORK = {
 OF_TRITON = {
     "deformconv.ops.conv.gpu_kernels",
     "deformconv.ops.roi_pool.gpu_kernels",
+    "deformconv.runtime.triton_product",
     "deformconv.runtime.triton_turned",
     "deformconv.sampling.triton",
     "deformconv.sampling.triton_lists",

@@ -250,7 +250,7 @@ def deform_roi_pool(
         offset: shape (R, 2, PH, PW), x before y, in `gamma` times the box's width and height; None for RoI align.
         mask: shape (R, 1, PH, PW), a factor for each bin; None for v1.
         output_size, spatial_scale, sampling_ratio, convention, gamma, position_sensitive, part_size: as there.
-        backend: "cpu", "portable" or "reference"; None takes the first that can run the call.
+        backend: "cpu", "gpu", "portable" or "reference"; None takes the first that can run the call.
 
     Returns:
         The output, shape (R, C, PH, PW); with `position_sensitive` it has C / (PH*PW) channels.
