@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tests.ops.conv.cases import Call, Case, call_of
+from tests.ops.conv.cases import Call, Case, call_of, output_size
 from tests.ops.conv.gpu_suite import HALF_CASES, GpuSuite, assert_near, by_mix, half_call, half_results
 from tests.ops.conv.suite import by_boundary, odd, reference_backward
 
 from deformconv.ops.conv import gpu, reference
-from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
+from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Operand, conv_spec
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -145,6 +146,48 @@ class TestBeyond32Bits:
         with pytest.raises(interpreter_error(), match="within none of the launch"):
             gpu.forward(spec, t["input"], t["offset"], t["weight"], None, None)
         gpu._plan.cache_clear()
+
+
+class Recorded:
+    """The kernels, of which a launch is noted and none runs."""
+
+    def __init__(self) -> None:
+        self.grids: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+
+    def __getattr__(self, name: str) -> Any:
+        def launched(grid: tuple[int, ...]) -> Callable[..., None]:
+            self.grids[name].append(grid)
+            return lambda *arguments, **options: None
+
+        return _Launches(launched)
+
+
+class _Launches:
+    def __init__(self, launched: Callable[..., Any]) -> None:
+        self.launched = launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.launched(grid)
+
+
+@pytest.mark.parametrize("stride", [1, 1000], ids=["many positions", "few positions"])
+def test_a_large_image_has_no_grid_that_no_gpu_takes(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of nine million pixels: beside the first, a grid's axes have at most 65,535 programs."""
+    from tests.interpreted import GRID
+
+    case = Case("", (3000, 3000), (1, 1), stride=stride, batch=1, in_channels=2, out_channels=3, masked=False)
+    out = output_size(case)
+    x, weight, bias = torch.zeros(1, 2, 3000, 3000).half(), torch.zeros(3, 2, 1, 1).half(), torch.zeros(3).half()
+    offset, grad_output = torch.zeros(1, 2, *out).half(), torch.zeros(1, 3, *out).half()
+    operands = [Operand(tuple(t.shape), "float16") for t in (x, offset, weight, bias)]
+    spec, recorded = conv_spec(*operands, stride=stride), Recorded()
+    monkeypatch.setattr(gpu, "_kernels", lambda: recorded)
+    gpu.forward(spec, x, offset, weight, bias, None)
+    gpu.backward(spec, grad_output, x, offset, weight, None, GRADIENTS)
+    assert {"sample", "sample_backward", "collect", "transpose"} <= set(recorded.grids)
+    for name, grids in recorded.grids.items():
+        for grid in grids:
+            assert all(size <= most for size, most in zip(grid, GRID, strict=False)), f"{name}: {grid}"
 
 
 def only_last(name: str) -> Any:
