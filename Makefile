@@ -66,8 +66,10 @@ OLDEST_TORCH_TESTS := tests/torch -W default -k "not (test_opcheck or test_compi
 	or test_vmap_of_the_registered_operator or test_transforms_within_a_compiled_function)"
 
 # Triton asks for the variable when kernels are defined, so that they are interpreted in a process of their own.
-INTERPRETED_TESTS := tests/test_interpreted.py tests/ops/conv/test_gpu.py tests/torch/test_gpu.py
-GPU_TESTS := tests/ops/conv/test_gpu_cuda.py tests/torch/test_gpu_cuda.py
+INTERPRETED_TESTS := tests/test_interpreted.py tests/runtime/test_product.py tests/ops/conv/test_gpu.py \
+	tests/ops/roi_pool/test_gpu.py tests/torch/test_gpu.py
+GPU_TESTS := tests/runtime/test_product.py tests/ops/conv/test_gpu_cuda.py tests/ops/roi_pool/test_gpu_cuda.py \
+	tests/torch/test_gpu_cuda.py
 
 .PHONY: help demo demo-gluon experiment test test-torch run-torch run-interpreter test-gpu test-gluon test-fast \
 	test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean

@@ -68,7 +68,13 @@ OF_A_FRAMEWORK = {
     "deformconv.convert.torchvision_modules",
 }
 # And these, which are written in Triton, as what they import is.
-OF_TRITON = {"deformconv.ops.conv.gpu_kernels", "deformconv.sampling.triton"}
+OF_TRITON = {
+    "deformconv.ops.conv.gpu_kernels",
+    "deformconv.ops.roi_pool.gpu_kernels",
+    "deformconv.runtime.triton_turned",
+    "deformconv.sampling.triton",
+    "deformconv.sampling.triton_lists",
+}
 
 
 def name_of(file: Path) -> str:

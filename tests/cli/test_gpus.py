@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 from deformconv import dispatch  # noqa: E402
 from deformconv.ops.conv import gpu, portable  # noqa: E402
+from deformconv.ops.roi_pool import gpu as roi_gpu  # noqa: E402
 from deformconv.torch import calls, native  # noqa: E402
 from deformconv.torch.conv.functional import DEFORM_CONV  # noqa: E402
 
@@ -44,6 +45,7 @@ class TestWarmup:
         """What is asked of the kernels."""
         asked = []
         monkeypatch.setattr(gpu, "warmup", lambda dtypes, device: asked.append((device, tuple(dtypes))))
+        monkeypatch.setattr(roi_gpu, "warmup", lambda dtypes, device: asked.append((f"boxes on {device}", tuple(dtypes))))
         return asked
 
     def test_each_kind_of_card_once(self, cards, compiled, capsys, tmp_path):
@@ -68,6 +70,11 @@ class TestWarmup:
         assert main(["warmup", "--gpu", "--dtype", dtype]) == 0
         assert compiled == [("cuda:0", expected)]
 
+    def test_pooling_of_boxes(self, cards, compiled):
+        cards["cuda:0"] = H100
+        assert main(["warmup", "--gpu", "--rois", "--dtype", "float32"]) == 0
+        assert compiled == [("cuda:0", ("float32",)), ("boxes on cuda:0", ("float32",))]
+
     def test_what_is_missing_ends_with_1(self, cards, compiled, capsys, monkeypatch):
         cards["cuda:0"] = H100
         monkeypatch.setattr(toolchain, "without_compiler", lambda: "install a compiler")
@@ -88,7 +95,7 @@ class TestWarmup:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--gpu", "--rank", "2", "--rois"], "--rank, --rois: of the CPU's kernels alone, not of --gpu"),
+            (["--gpu", "--rank", "2", "--cpu", "native"], "--rank, --cpu: of the CPU's kernels alone, not of --gpu"),
             (["--gpu", "--cpu", "native"], "--cpu: of the CPU's kernels alone, not of --gpu"),
             (["--dtype", "bfloat16"], "--dtype bfloat16 is of --gpu; the CPU computes it in float32, so pass --dtype float32"),
         ],

@@ -37,7 +37,7 @@ from deformconv.bench.gpu_peers import (
 )  # fmt: skip
 from deformconv.bench.peers import DIRECTIONS
 
-__all__ = ["Lost", "Plan", "Run", "jobs", "main", "measure", "profile", "said"]
+__all__ = ["Lost", "Plan", "Run", "jobs", "main", "measure", "profile", "said", "words_of"]
 
 CASES = {case.name: case for case in (*GPU_CASES, TINY)}
 NAMES = tuple(case.name for case in GPU_CASES)
@@ -175,7 +175,12 @@ def _error(actual: Any, right: Any) -> float:
 
 def said(row: dict[str, Any], library: str) -> str:
     """A result in a line."""
-    result = row["results"][library]
+    label = f"{case_of(row['layer']).name:12} {row['dtype']:4}  {row['direction']:16}  {library:19}"
+    return f"{label} {words_of(row['results'][library])}"
+
+
+def words_of(result: dict[str, Any]) -> str:
+    """What there is in a result."""
     words = [f"{1000 * result['milliseconds']:10.1f} us by {result['by']}"] if "milliseconds" in result else []
     words += [result["reason"]] if "reason" in result else []
     words += [f"{digits(1000 * result['issue'])} us to issue"] if "issue" in result else []
@@ -184,8 +189,7 @@ def said(row: dict[str, Any], library: str) -> str:
     words += ["the same bits" if result["same bits"] else "OTHER BITS"] if "same bits" in result else []
     words += [f"not recorded: {result['not recorded']}"] if "not recorded" in result else []
     words += [f"backend {result['backend']}"] if "backend" in result else []
-    label = f"{case_of(row['layer']).name:12} {row['dtype']:4}  {row['direction']:16}  {library:19}"
-    return f"{label} {', '.join(words)}"
+    return ", ".join(words)
 
 
 def measure(run: Run, file: Path | None = None) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def detect(arms: str | None, output: Path, **options: Any) -> int:
       v2-mimic   the same, and feature mimicking
       scratch    v2-conv, trained from the start
 
-    One seed takes about half an hour on two processors. What is done is kept
+    One seed takes some 20 minutes on two free processors. What is done is kept
     in the folder: after Ctrl-C, which leaves no half-written file, or a crash
     the same command goes on, to the same precision, and one with more seeds or
     arms trains what is missing. The tables are of what a command asks for.
@@ -170,7 +170,7 @@ def detect(arms: str | None, output: Path, **options: Any) -> int:
     "[default: DEFORMCONV_CPU, or native]",
 )
 @click.option("--rois", is_flag=True, help="Also deformable RoI pooling.")
-@click.option("--gpu", is_flag=True, help="The kernels of convolution for the GPUs of this machine, not the CPU's.")
+@click.option("--gpu", is_flag=True, help="The kernels for the GPUs of this machine, not the CPU's.")
 def warmup(dtype: str | None, ranks: tuple[str, ...], cpu_name: str | None, rois: bool, gpu: bool) -> int:
     """Compile the kernels now, not at the first call.
 
@@ -188,10 +188,10 @@ def warmup(dtype: str | None, ranks: tuple[str, ...], cpu_name: str | None, rois
     from deformconv.cli import warmup
 
     if gpu:
-        others = {"--rank": ranks, "--cpu": cpu_name, "--rois": rois}
+        others = {"--rank": ranks, "--cpu": cpu_name}
         if given := [name for name, value in others.items() if value]:
             raise click.UsageError(f"{', '.join(given)}: of the CPU's kernels alone, not of --gpu")
-        return warmup.run_on_gpus({None: HALF + WHOLE[:1], "all": HALF + WHOLE}.get(dtype, (str(dtype),)))
+        return warmup.run_on_gpus({None: HALF + WHOLE[:1], "all": HALF + WHOLE}.get(dtype, (str(dtype),)), rois)
     if dtype in HALF:
         raise click.UsageError(f"--dtype {dtype} is of --gpu; the CPU computes it in float32, so pass --dtype float32")
     dtypes = WHOLE if dtype == "all" else (dtype or "float32",)

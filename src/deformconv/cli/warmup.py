@@ -63,12 +63,13 @@ def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None
     return 0
 
 
-def run_on_gpus(dtypes: Sequence[str]) -> int:
+def run_on_gpus(dtypes: Sequence[str], rois: bool = False) -> int:
     """Compile for each kind of GPU that is there, say what was done, and return the exit code."""
     if find_spec("torch") is None:
         raise click.ClickException("there is no GPU to compile for, since PyTorch, which finds them, is not installed")
     from deformconv.ops import gpu as on_gpu
     from deformconv.ops.conv import gpu
+    from deformconv.ops.roi_pool import gpu as roi_gpu
     from deformconv.runtime import toolchain
 
     cards = on_gpu.cards()
@@ -83,6 +84,8 @@ def run_on_gpus(dtypes: Sequence[str]) -> int:
             continue
         click.echo(f"{device}, {card}: {', '.join(dtypes)} ...")
         gpu.warmup(dtypes, device)
+        if rois:
+            roi_gpu.warmup(dtypes, device)
         done.add(card.architecture)
     if not done:
         return 1

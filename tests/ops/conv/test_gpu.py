@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
-from tests.ops.conv.cases import Call, Case, call_of, output_size
+from tests import mutations
+from tests.mutations import Mutation
+from tests.ops.conv.cases import Call, Case, call_of, make, output_size
 from tests.ops.conv.gpu_suite import HALF_CASES, GpuSuite, assert_near, by_mix, half_call, half_results
-from tests.ops.conv.suite import by_boundary, odd, reference_backward
+from tests.ops.conv.suite import by_boundary, in_float64, odd, reference_backward
+from tests.tolerances import assert_close
 
 from deformconv.ops.conv import gpu, reference
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Operand, conv_spec
+from deformconv.sampling import lists
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -64,6 +66,33 @@ def test_half_precision(case: Case, half: str, mixed: bool) -> None:
     """bfloat16 is rounded and multiplied as tests/interpreted.py has it, since Triton's own interpreter is wrong there."""
     for name, result, expected in half_results(half_call(case, half, mixed)):
         assert_near(name, result, expected, half)
+
+
+class TestLongLists:
+    """Of many samples near one pixel, which are summed in runs."""
+
+    @pytest.mark.parametrize("run", [2, 4, 16])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case("line", (40,), (3,), padding=1, in_channels=5, out_channels=4, offset_groups=1),
+            Case("plane", (5, 6), (3, 3), padding=1, in_channels=12, out_channels=8, offset_groups=2, boundary="inside"),
+            Case("volume", (2, 3, 3), (2, 2, 2), padding=1, batch=1, in_channels=4, out_channels=2),
+        ],
+        ids=lambda case: case.name,
+    )
+    def test_some_are_whole_runs(self, case: Case, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lists, "_RUN", run)
+        call = make(case, "float64")
+        # Half of all samples are moved to the neighbourhood of one pixel.
+        axes = np.indices(call.spec.output_size)
+        offset = call.offset.reshape(call.spec.batch, call.spec.offset_groups, call.spec.taps, call.spec.rank, -1).copy()
+        middle = np.array(call.spec.input_size)[:, None] // 2 - axes.reshape(call.spec.rank, -1)
+        offset[..., ::2] = middle[:, ::2] + offset[..., ::2] / 8
+        call = call.but(offset=offset.reshape(call.offset.shape))
+        t = {name: torch.from_numpy(getattr(call, name)) for name in ("grad_output", "input", "offset", "weight", "mask")}
+        found = gpu.backward(call.spec, *t.values(), wanted=["input"]).input
+        assert_close(found.numpy(), in_float64(call, reference_backward).input, "float64")
 
 
 class TestBeyond32Bits:
@@ -114,7 +143,9 @@ class TestBeyond32Bits:
     def test_the_gradient_of_an_image(self, holes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
         """Of its last pixels' last channels, which the last program writes."""
         spec, t, corner = self.call(holes, torch.float16)
-        monkeypatch.setattr(gpu, "_kernels", lambda: only_last("collect"))
+        from deformconv.sampling import triton_lists
+
+        monkeypatch.setattr(lists, "_kernels", lambda: only_last(triton_lists, "collect"))
         operands = (t["grad_output"], t["input"], t["offset"], t["weight"], None)
         found = gpu.backward(spec, *operands, ("input",)).input[:, -16:, -1:, -self.FAR :]
         assert_near("input", found, reference_backward(corner).input[:, -16:, -1:], "float16")
@@ -131,7 +162,9 @@ class TestBeyond32Bits:
             Operand(x.shape, "float16"), Operand(tuple(offset.shape), "float16"), Operand((1, 1, 1, 1), "float16"),
             padding=((size - far, 0), (size - far, 0)),
         )  # fmt: skip
-        monkeypatch.setattr(gpu, "_kernels", lambda: only_last("convolve_depthwise"))
+        from deformconv.ops.conv import gpu_kernels
+
+        monkeypatch.setattr(gpu, "_kernels", lambda: only_last(gpu_kernels, "convolve_depthwise"))
         half = torch.from_numpy(x).half()
         output = gpu.forward(spec, half, offset, torch.ones(1, 1, 1, 1).half(), None, mask)[..., -1:, -far:]
         whole = np.zeros((1, 2, far, far))
@@ -148,55 +181,32 @@ class TestBeyond32Bits:
         gpu._plan.cache_clear()
 
 
-class Recorded:
-    """The kernels, of which a launch is noted and none runs."""
-
-    def __init__(self) -> None:
-        self.grids: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-
-    def __getattr__(self, name: str) -> Any:
-        def launched(grid: tuple[int, ...]) -> Callable[..., None]:
-            self.grids[name].append(grid)
-            return lambda *arguments, **options: None
-
-        return _Launches(launched)
-
-
-class _Launches:
-    def __init__(self, launched: Callable[..., Any]) -> None:
-        self.launched = launched
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self.launched(grid)
-
-
 @pytest.mark.parametrize("stride", [1, 1000], ids=["many positions", "few positions"])
 def test_a_large_image_has_no_grid_that_no_gpu_takes(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image of nine million pixels: beside the first, a grid's axes have at most 65,535 programs."""
     from tests.interpreted import GRID
+    from triton.runtime.interpreter import GridExecutor
 
+    grids: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *_, **__: grids[self.fn.__name__].append(self.grid))
     case = Case("", (3000, 3000), (1, 1), stride=stride, batch=1, in_channels=2, out_channels=3, masked=False)
-    out = output_size(case)
+    positions = output_size(case)
     x, weight, bias = torch.zeros(1, 2, 3000, 3000).half(), torch.zeros(3, 2, 1, 1).half(), torch.zeros(3).half()
-    offset, grad_output = torch.zeros(1, 2, *out).half(), torch.zeros(1, 3, *out).half()
-    operands = [Operand(tuple(t.shape), "float16") for t in (x, offset, weight, bias)]
-    spec, recorded = conv_spec(*operands, stride=stride), Recorded()
-    monkeypatch.setattr(gpu, "_kernels", lambda: recorded)
+    offset, grad_output = torch.zeros(1, 2, *positions).half(), torch.zeros(1, 3, *positions).half()
+    spec = conv_spec(*(Operand(tuple(t.shape), "float16") for t in (x, offset, weight, bias)), stride=stride)
     gpu.forward(spec, x, offset, weight, bias, None)
     gpu.backward(spec, grad_output, x, offset, weight, None, GRADIENTS)
-    assert {"sample", "sample_backward", "collect", "transpose"} <= set(recorded.grids)
-    for name, grids in recorded.grids.items():
-        for grid in grids:
+    assert {"sample", "sample_backward", "arrange", "collect"} <= set(grids)
+    for name, found in grids.items():
+        for grid in found:
             assert all(size <= most for size, most in zip(grid, GRID, strict=False)), f"{name}: {grid}"
 
 
-def only_last(name: str) -> Any:
+def only_last(kernels: Any, name: str) -> Any:
     """The kernels; of one of them the last program runs alone."""
     from tests.interpreted import LastProgram
 
-    from deformconv.ops.conv import gpu_kernels
-
-    return SimpleNamespace(**vars(gpu_kernels) | {name: LastProgram(getattr(gpu_kernels, name))})
+    return SimpleNamespace(**vars(kernels) | {name: LastProgram(getattr(kernels, name))})
 
 
 def interpreter_error() -> type[Exception]:
@@ -209,20 +219,14 @@ def name_of(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class Mutation(NamedTuple):
-    """A mistake in the text of the kernels."""
-
-    what: str
-    module: str
-    old: str
-    new: str
-
-
-RULE, KERNELS = "deformconv.sampling.triton", "deformconv.ops.conv.gpu_kernels"
+RULE, LISTS = "deformconv.sampling.triton", "deformconv.sampling.triton_lists"
+KERNELS = "deformconv.ops.conv.gpu_kernels"
 # A mistake, the module, and what is replaced in its text by what.
 MUTATIONS = [
     Mutation("two taps swapped", KERNELS, "+ tap % WINDOW[0][2] * WINDOW[3][2]", "+ (tap ^ 1) % WINDOW[0][2] * WINDOW[3][2]"),
-    Mutation("no mask", KERNELS, "* P + position, mask=there, other=0.0)", "* P + position, mask=there, other=0.0) * 0 + 1"),
+    Mutation(
+        "no mask", KERNELS, "* P + position, mask=there, other=0.0).to(ACC)", "* P + position, mask=there).to(ACC) * 0 + 1"
+    ),
     Mutation("no rule for NaN", RULE, 'tl.where(offset != offset, float("nan"), 0.0)', "tl.where(offset != offset, 0.0, 0.0)"),
     Mutation("far offsets are converted", RULE, "near = tl.abs(offset) < 1073741824.0", "near = offset == offset"),
     Mutation(
@@ -233,11 +237,12 @@ MUTATIONS = [
     Mutation("the low corner's weight twice", RULE, "weight = fraction", "weight = 1.0 - fraction"),
     Mutation("another axis's derivative", KERNELS, "(z_weight * x_weight if CORNER & 2", "(z_weight * x_weight if CORNER & 1"),
     Mutation("one offset group's planes", KERNELS, "(image * G + group) * K + tap) * RANK", "(image * G) * K + tap) * RANK"),
-    Mutation("low and high corners exchanged", KERNELS, "tl.where(at < middle, 1, 0)", "tl.where(at < middle, 0, 1)"),
-    Mutation("a list too few", KERNELS, "end = tl.load(start_ptr + number + 2", "end = tl.load(start_ptr + number + 1"),
+    Mutation("low and high corners exchanged", LISTS, "pixel % X + 1 - corner % 2", "pixel % X + corner % 2"),
+    Mutation("a list too few", LISTS, "end = tl.load(start_ptr + number + 1", "end = tl.load(start_ptr + number"),
+    Mutation("runs are summed again", LISTS, "count = end - first - runs * RUN", "count = end - first"),
     Mutation("programs overlap", KERNELS, "own_row = tl.program_id(0) * BR", "own_row = tl.program_id(0) * (BR - 1)"),
     Mutation(
-        "an untrue hint", KERNELS, "tl.multiple_of(group * size + own, SPAN)", "tl.multiple_of(group * size + own, 2 * SPAN)"
+        "an untrue hint", LISTS, "tl.multiple_of(group * size + own, SPAN)", "tl.multiple_of(group * size + own, 2 * SPAN)"
     ),
 ]
 
@@ -260,6 +265,11 @@ class TestMistakes:
         ),
     )
 
+    @pytest.fixture(autouse=True)
+    def short_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So short that lists of a few samples have some."""
+        monkeypatch.setattr(lists, "_RUN", 4)
+
     def check(self) -> None:
         for case in self.CASES:
             for name, result, expected in half_results(half_call(case, "bfloat16", mixed=True, change=odd)):
@@ -270,17 +280,8 @@ class TestMistakes:
 
     @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
     def test_it_is_noticed(self, mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in (RULE, KERNELS):
-            text = inspect.getsource(importlib.import_module(name))
-            if name == mutation.module:
-                assert mutation.old in text, "the text has changed: find the place again"
-                text = text.replace(mutation.old, mutation.new)
-            file = tmp_path / f"{name}.py"
-            file.write_text(text)
-            spec = importlib.util.spec_from_file_location(name, file)
-            module = importlib.util.module_from_spec(spec)
-            monkeypatch.setitem(sys.modules, name, module)
-            spec.loader.exec_module(module)
+        mutations.load(mutation, (RULE, LISTS, KERNELS), tmp_path, monkeypatch)
         monkeypatch.setattr(gpu, "_kernels", lambda: sys.modules[KERNELS])
+        monkeypatch.setattr(lists, "_kernels", lambda: sys.modules[LISTS])
         with pytest.raises((AssertionError, interpreter_error())):
             self.check()

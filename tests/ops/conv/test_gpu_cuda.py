@@ -22,6 +22,7 @@ from tests.ops.conv.suite import configurations, in_float64, odd, reference_back
 
 from deformconv.ops.conv import gpu, reference
 from deformconv.ops.conv.spec import GRADIENTS
+from deformconv.sampling import lists
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.cuda
@@ -76,7 +77,8 @@ class Staged:
     """The kernels, compiled for another number of stages: how many turns of a loop are in flight at once."""
 
     def __init__(self, stages: int) -> None:
-        self.kernels, self.stages, self.launched = gpu._kernels(), stages, set[str]()
+        kernels = {name: kernel for module in (gpu, lists) for name, kernel in vars(module._kernels()).items()}
+        self.kernels, self.stages, self.launched = SimpleNamespace(**kernels), stages, set[str]()
 
     def __getattr__(self, name: str) -> Any:
         return _StagedKernel(self, name)
@@ -117,7 +119,8 @@ def test_a_pipeline_changes_no_bit(case: Case, dtype: str, monkeypatch: pytest.M
     for stages in (1, 2, 3):
         staged = Staged(stages)
         with monkeypatch.context() as patch:
-            patch.setattr(gpu, "_kernels", lambda staged=staged: staged)
+            for module in (gpu, lists):
+                patch.setattr(module, "_kernels", lambda staged=staged: staged)
             try:
                 found.append(results(call))
             except Exception as error:

@@ -55,10 +55,11 @@ class ForwardSuite:
 
     backend: Any
     dtypes: ClassVar[tuple[str, ...]] = ("float64", "float32")
+    cases: ClassVar[list[Case]] = CASES
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Try each test with all that the backend takes, as far as its arguments do not say otherwise."""
-        values = {"dtype": self.dtypes, "case": CASES}
+        values = {"dtype": self.dtypes, "case": self.cases}
         said = [re.findall(r"\w+", str(mark.args[0])) for mark in metafunc.definition.iter_markers("parametrize")]
         for name in [name for name in values if name in metafunc.fixturenames and name not in chain(*said)]:
             metafunc.parametrize(name, values[name], ids=lambda value: getattr(value, "name", value))

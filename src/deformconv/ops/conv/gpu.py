@@ -17,7 +17,8 @@ from deformconv.ops import gpu as on_gpu
 from deformconv.ops.backends import as_given as computes_in
 from deformconv.ops.conv.reach import reasons_against_int32
 from deformconv.ops.conv.spec import ConvSpec, Gradients
-from deformconv.runtime import toolchain
+from deformconv.runtime import product, tiles, turned
+from deformconv.sampling import lists
 
 __all__ = ["DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "how", "reasons_against", "warmup"]
 
@@ -27,7 +28,6 @@ TAKES: Literal["native"] = "native"
 DETERMINISTIC = True
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _PIECE = 256 << 20  # bytes of columns at once, or of the columns' gradient: larger products are faster, smaller take less room
-_PROGRAMS = 528  # four for each of a large card's 132 multiprocessors
 
 
 class _Plan(NamedTuple):
@@ -52,7 +52,8 @@ def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     if _is_depthwise(spec):
         return ["each channel is a group: one kernel samples and sums"]
     pieces = -(-spec.batch * spec.positions // _rows_of_piece(spec))
-    return ["a kernel samples, and PyTorch multiplies" + (f", {pieces} pieces one after the other" if pieces > 1 else "")]
+    how = "another multiplies, by TF32 and as exactly as float32" if _multiplies(spec, device) else "PyTorch multiplies"
+    return [f"a kernel samples, and {how}" + (f", {pieces} pieces one after the other" if pieces > 1 else "")]
 
 
 @cache
@@ -80,7 +81,7 @@ def _plan(spec: ConvSpec) -> _Plan:
             "ACC": tl.float64 if spec.dtype == "float64" else tl.float32,
             "INDEX": tl.int32 if _largest(spec) < 2**31 else tl.int64,
         },
-        row_span=gcd(spec.positions, 16),
+        row_span=next(span for span in (16, 4, 1) if spec.positions % span == 0),  # few, since each is compiled anew
         span=gcd(of_offsets, 16),
         column_span=gcd(of_offsets, 16) if depthwise else gcd(own, of_offsets, 16),
         group=1 if depthwise else spec.taps * own,
@@ -101,12 +102,12 @@ def forward(spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias:
     if spec.in_channels == 0:
         rows.zero_() if bias is None else rows.copy_(bias)
     elif rows.numel():
-        x, offset, mask = _rows(input), offset.contiguous(), None if mask is None else mask.contiguous()
+        x, offset, mask = turned.rows(input), offset.contiguous(), None if mask is None else mask.contiguous()
         if _is_depthwise(spec):
             _convolve_depthwise(spec, x, offset, weight, bias, mask, rows)
         else:
-            _convolve(spec, x, offset, _rows(weight), bias, mask, rows.reshape(-1, spec.out_channels))
-    return _formed(rows, input)
+            _convolve(spec, x, offset, turned.rows(weight), bias, mask, rows.reshape(-1, spec.out_channels))
+    return turned.formed(rows, input)
 
 
 def _convolve(
@@ -115,19 +116,29 @@ def _convolve(
     """Write the output's rows, as many at a time as a piece of the columns has."""
     import torch
 
-    groups, most = spec.groups, _rows_of_piece(spec)
-    matrix = weight.reshape(groups, spec.out_channels // groups, -1).transpose(1, 2)
-    room = x.new_empty(min(most, len(output)), groups, matrix.shape[1])
+    groups, most, ours = spec.groups, _rows_of_piece(spec), _multiplies(spec, str(x.device))
+    matrix = weight.reshape(groups, spec.out_channels // groups, -1)
+    room = x.new_empty(min(most, len(output)), groups, matrix.shape[2])
     for first in range(0, len(output), most):
-        to = output[first : first + most]
+        to = output[first : first + most].reshape(-1, groups, matrix.shape[1])
         columns = room[: len(to)]
         _sample(spec, x, offset, mask, columns, first)
-        if groups == 1 and bias is not None:
-            torch.addmm(bias, columns[:, 0], matrix[0], out=to)
-            continue
-        to = to.reshape(len(to), groups, -1).transpose(0, 1)
-        given = to if bias is None else bias.reshape(groups, 1, -1).expand_as(to)
-        torch.baddbmm(given, columns.transpose(0, 1), matrix, beta=0 if bias is None else 1, out=to)
+        if ours:
+            product.multiply(columns, matrix, bias, to)
+        elif groups == 1 and bias is not None:
+            torch.addmm(bias, columns[:, 0], matrix[0].t(), out=to[:, 0])
+        else:
+            given = to if bias is None else bias.reshape(groups, -1).expand_as(to)
+            torch.baddbmm(
+                given.transpose(0, 1), columns.transpose(0, 1), matrix.transpose(1, 2), beta=0 if bias is None else 1,
+                out=to.transpose(0, 1),
+            )  # fmt: skip
+
+
+def _multiplies(spec: ConvSpec, device: str) -> bool:
+    """Whether products are made by a kernel of ours."""
+    outputs = spec.out_channels // spec.groups
+    return product.pays(spec.dtype, device, outputs, spec.taps * spec.in_channels // spec.groups)
 
 
 def _rows_of_piece(spec: ConvSpec) -> int:
@@ -136,19 +147,13 @@ def _rows_of_piece(spec: ConvSpec) -> int:
     return max(1, _PIECE // bytes_of_row // 128) * 128
 
 
-def _tile(channels: int) -> tuple[int, int]:
-    """How many rows a program goes through, and how many of an offset group's channels at a time."""
-    block = min(64, _power(channels))
-    return min(128, 1024 // block), block
-
-
 def _sample(spec: ConvSpec, x: Tensor, offset: Tensor, mask: Tensor | None, columns: Tensor, first: int) -> None:
     """Write the columns of as many rows as these have, from the row `first` on."""
     plan, rows = _plan(spec), len(columns)
     C, CG, GC, G = _channels(spec)
-    tile, block = _tile(GC)
+    tile, block = tiles.tile(GC)
     of_rows, of_channels = -(-rows // tile), G * -(-GC // block)
-    parts = min(spec.taps, -(-_PROGRAMS // (of_rows * of_channels)))  # few programs share out taps as well
+    parts = min(spec.taps, -(-tiles.PROGRAMS // (of_rows * of_channels)))  # few programs share out taps as well
     taps = -(-spec.taps // parts)
     _kernels().sample[of_rows, of_channels, -(-spec.taps // taps)](
         x, offset, x if mask is None else mask, columns, first, rows, spec.positions, spec.pixels, C, CG, GC, G,
@@ -162,7 +167,7 @@ def _convolve_depthwise(
 ) -> None:
     plan, rows = _plan(spec), spec.batch * spec.positions
     C, _, GC, G = _channels(spec)
-    block = min(64, _power(GC))
+    block = min(64, tiles.power(GC))
     _kernels().convolve_depthwise[-(-rows // 32), G * -(-GC // block)](
         x, offset, x if mask is None else mask, weight.reshape(C, -1).t().contiguous(), x if bias is None else bias, output,
         rows, spec.positions, spec.pixels, C, GC, G, *plan.sizes, **plan.constants, BIASED=bias is not None,
@@ -178,7 +183,7 @@ def backward(
     import torch
 
     found: dict[str, Any] = {}
-    if "bias" in wanted:
+    if "bias" in wanted and spec.biased:
         found["bias"] = grad_output.sum(dim=(0, *range(2, spec.rank + 2)))
     given = {"input": input, "offset": offset, "weight": weight} | ({} if mask is None else {"mask": mask})
     given = {name: value for name, value in given.items() if name in wanted}
@@ -186,24 +191,24 @@ def backward(
         return Gradients(**found, **{name: torch.zeros_like(value) for name, value in given.items()})
     positions = given.keys() & {"offset", "mask"}
     whole = _Part(
-        x=_rows(input),
+        x=turned.rows(input),
         offset=offset.contiguous(),
         mask=None if mask is None else mask.contiguous(),
-        grad=_rows(grad_output),
+        grad=turned.rows(grad_output),
         d_x=input.new_empty(spec.batch, *spec.input_size, spec.in_channels) if "input" in given else None,
         d_offset=torch.empty_like(offset, memory_format=torch.contiguous_format) if positions else None,
         d_mask=torch.empty_like(mask, memory_format=torch.contiguous_format) if positions and mask is not None else None,
     )
-    matrix, d_weight = _rows(weight), None
+    matrix, d_weight = turned.rows(weight), None
     for images in _whole_images(spec):
         part = _Part(*(None if tensor is None else tensor[images] for tensor in whole))
         of_part = _backward_of(spec, part, matrix, "weight" in given)
         d_weight = of_part if d_weight is None or of_part is None else d_weight + of_part
     if d_weight is not None:
-        found["weight"] = _formed(d_weight.to(weight.dtype).reshape(matrix.shape), weight)
+        found["weight"] = turned.formed(d_weight.to(weight.dtype).reshape(matrix.shape), weight)
     found |= {"offset": whole.d_offset} if "offset" in given else {}
     found |= {"mask": whole.d_mask} if "mask" in given else {}
-    found |= {"input": _formed(whole.d_x, input)} if "input" in given else {}
+    found |= {"input": turned.formed(whole.d_x, input)} if "input" in given else {}
     return Gradients(**found)
 
 
@@ -241,7 +246,10 @@ def _backward_of(spec: ConvSpec, part: _Part, weight: Tensor, weight_wanted: boo
             torch.mul(grad.reshape(rows, 1, -1), weight.reshape(spec.in_channels, spec.taps).t(), out=d_columns)
         else:
             matrix = weight.reshape(groups, spec.out_channels // groups, -1)
-            torch.bmm(grad.transpose(0, 1), matrix, out=d_columns.transpose(0, 1))
+            if product.pays(spec.dtype, str(grad.device), matrix.shape[2], matrix.shape[1]):
+                product.multiply(grad, matrix.transpose(1, 2).contiguous(), None, d_columns)
+            else:
+                torch.bmm(grad.transpose(0, 1), matrix, out=d_columns.transpose(0, 1))
     if weight_wanted:
         columns = part.x.new_empty(shape)
     keys, shares = _sample_backward(spec, part, d_columns, columns)
@@ -259,22 +267,14 @@ def _sample_backward(
     spec: ConvSpec, part: _Part, d_columns: Tensor | None, columns: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write columns and the gradients of offsets and masks, and return each sample's list and its shares of pixels."""
-    import torch
-
     plan, rows = _plan(spec), len(part.x) * spec.positions
     C, CG, GC, G = _channels(spec)
     keys = shares = None
     if part.d_x is not None:
-        samples, lists = rows * G * spec.taps, _lists(spec, part)
-        # Sorting takes half the time for half as many bits.
-        dtype = next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if lists <= torch.iinfo(dtype).max)
-        exact = torch.float64 if spec.dtype == "float64" else torch.float32
-        keys, shares = part.x.new_empty(samples, dtype=dtype), part.x.new_empty(samples * 2**spec.rank, dtype=exact)
+        keys, shares = lists.entries(_lists(spec, part), rows * G * spec.taps, part.x)
     none = part.x
     arrays = [none if t is None else t for t in (part.mask, d_columns, columns, part.d_offset, part.d_mask, keys, shares)]
-    tile, block = _tile(GC)
-    if rows // tile * spec.taps * G < _PROGRAMS:  # few programs may take more channels at a time
-        block = min(256, _power(GC))
+    tile, block = tiles.tile(GC)
     _kernels().sample_backward[-(-rows // tile), spec.taps, G](
         part.x, part.offset, *arrays, rows, spec.positions, spec.pixels, C, CG, GC, G, plan.group, plan.tap, *plan.sizes,
         **plan.constants, COLUMNS=columns is not None, POSITIONS=part.d_offset is not None, ENTRIES=keys is not None,
@@ -283,70 +283,17 @@ def _sample_backward(
     return keys, shares
 
 
-def _lists(spec: ConvSpec, part: _Part) -> int:
-    """How many lists of samples there are: along each axis one more than pixels."""
-    return len(part.x) * spec.offset_groups * prod(size + 1 for size in spec.input_size)
+def _lists(spec: ConvSpec, part: _Part) -> lists.Lists:
+    """The lists of a part's samples, of which an offset group has its own."""
+    return lists.Lists(len(part.x), spec.input_size, spec.offset_groups, spec.in_channels // spec.offset_groups)
 
 
 def _collect(spec: ConvSpec, part: _Part, d_columns: Any, keys: Any, shares: Any) -> None:
-    """Sum the input's gradient at each pixel from the samples near it, in the order of their numbers."""
-    import torch
-    import triton.language as tl
-
-    plan, samples = _plan(spec), len(keys)
-    C, CG, GC, G = _channels(spec)
-    exact, index = plan.constants["ACC"], plan.constants["INDEX"]
-    ordered, order = torch.sort(keys, stable=True)
-    numbers = torch.arange(_lists(spec, part) + 1, dtype=keys.dtype, device=keys.device)
-    start = torch.searchsorted(ordered, numbers, out_int32=samples < 2**31)
-    rows = torch.empty_like(order, dtype=torch.int64 if index == tl.int64 else torch.int32)
-    sorted_shares = torch.empty_like(shares)
-    _kernels().arrange[(-(-samples // 256),)](
-        order, shares, rows, sorted_shares, samples, spec.positions, C, G, plan.tap,
-        K=spec.taps, CORNERS=2**spec.rank, INDEX=index, BE=256, num_warps=4,
-    )  # fmt: skip
-    # A program is one warp, whose threads load 16 bytes each: of a pixel's channels, or of several pixels'.
-    block = min(512 // d_columns.element_size(), _power(GC))
-    tile = 64 if toolchain.is_interpreted() else max(1, 32 // block)
-    places = len(part.x) * spec.pixels
-    _kernels().collect[-(-places // tile), G, -(-GC // block)](
-        d_columns, rows, start, sorted_shares, part.d_x, places, samples, spec.pixels, C, CG, GC, G, plan.group,
-        *plan.sizes[:3], RANK=spec.rank, SPAN=plan.span, COLUMN_SPAN=plan.column_span, ACC=exact, INDEX=index,
-        BP=tile, BE=32, BC=block, num_warps=1,
-    )  # fmt: skip
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with its second axis last, in memory too."""
-    N, A, *others = tensor.shape
-    if not tensor.is_contiguous() or min(tensor.shape) == 0 or 1 in (A, prod(others)):
-        return tensor.movedim(1, -1).contiguous()
-    rows = tensor.new_empty(N, *others, A)
-    _transpose(tensor, rows, N, A, prod(others))
-    return rows
-
-
-def _formed(rows: Tensor, like: Tensor) -> Tensor:
-    """The tensor with its last axis as the second; in memory it stays last if that of `like` is."""
-    import torch
-    from torch._prims_common import suggest_memory_format
-
-    if suggest_memory_format(like) is not torch.contiguous_format:
-        return rows.movedim(-1, 1)
-    N, *others, A = rows.shape
-    if not rows.is_contiguous() or min(rows.shape) == 0 or 1 in (A, prod(others)):
-        return rows.movedim(-1, 1).contiguous()
-    planes = rows.new_empty(N, A, *others)
-    _transpose(rows, planes, N, prod(others), A)
-    return planes
-
-
-def _transpose(given: Tensor, to: Tensor, N: int, A: int, B: int) -> None:
-    """Write (N, A, B) as (N, B, A)."""
-    import triton.language as tl
-
-    index = tl.int32 if given.numel() < 2**31 else tl.int64
-    _kernels().transpose[N * -(-B // 64), -(-A // 64)](given, to, A, B, INDEX=index, BA=64, BB=64, num_warps=4)
+    """Sum the input's gradient at each pixel from the samples near it."""
+    plan = _plan(spec)
+    C, CG, _, G = _channels(spec)
+    rows = lists.Rows(spec.positions, G, spec.taps, spec.taps * C, plan.tap, CG, plan.group, plan.column_span)
+    lists.collect(_lists(spec, part), rows, keys, shares, d_columns, part.d_x, plan.constants["INDEX"])
 
 
 def _channels(spec: ConvSpec) -> tuple[int, int, int, int]:
@@ -362,11 +309,6 @@ def _is_depthwise(spec: ConvSpec) -> bool:
 def _three(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
     """Numbers along (z, y, x)."""
     return (fill,) * (3 - len(values)) + tuple(values)
-
-
-def _power(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << max(0, number - 1).bit_length()
 
 
 def warmup(dtypes: Collection[str], device: str) -> None:

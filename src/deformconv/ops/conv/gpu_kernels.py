@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from deformconv.sampling.triton import corner_of, offsets_of, place
+from deformconv.sampling.triton_lists import channels_of, column_of, store_entries
 
-__all__ = ["arrange", "collect", "convolve_depthwise", "sample", "sample_backward", "transpose"]
+__all__ = ["convolve_depthwise", "sample", "sample_backward"]
 
 
 @triton.jit
@@ -71,21 +72,6 @@ def _interpolated(
     return sample
 
 
-@triton.jit
-def _channels(group, first, size, BC: tl.constexpr, SPAN: tl.constexpr):
-    """BC channels of a group of `size` channels from its channel `first` on, and which of them there are."""
-    own = first + tl.arange(0, BC)
-    there = tl.max_constancy(own < size, SPAN)
-    return tl.max_contiguous(tl.multiple_of(group * size + own, SPAN), SPAN), there
-
-
-@triton.jit
-def _column(channel, CG, GROUP, COLUMN_SPAN: tl.constexpr):
-    """Where a channel's sample of the first tap lies within a row of columns."""
-    group = channel // CG
-    return tl.max_contiguous(tl.multiple_of(group * GROUP + (channel - group * CG), COLUMN_SPAN), COLUMN_SPAN)
-
-
 @triton.jit(do_not_specialize=["first", "rows", "P", "pixels", "Z", "Y", "X", "OY", "OX", "taps"])
 def sample(
     x_ptr, offset_ptr, mask_ptr, columns_ptr, first, rows, P, pixels, C, CG, GC, G, GROUP, TAP, Z, Y, X, OY, OX, taps,
@@ -98,7 +84,7 @@ def sample(
     own_row, there, image, position = _rows(first, rows, P, BR, INDEX, ROW_SPAN)
     blocks = tl.cdiv(GC, BC)
     group = tl.program_id(1) // blocks
-    channel, is_channel = _channels(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
+    channel, is_channel = channels_of(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
     for tap in range(tl.program_id(2) * taps, tl.minimum(tl.program_id(2) * taps + taps, K)):
         z_low, y_low, x_low, z, y, x, _z, _y, _x, counts, poison = _place_tap(
             offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
@@ -110,7 +96,7 @@ def sample(
         if MASKED:
             found = found * _mask_of(mask_ptr, image, position, there, group, tap, P, G, K, ACC)[:, None]
         row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, COLUMN_SPAN)
-        at = row_of_tap[:, None] + _column(channel, CG, GROUP, COLUMN_SPAN)[None, :]
+        at = row_of_tap[:, None] + column_of(channel, CG, GROUP, COLUMN_SPAN)[None, :]
         tl.store(columns_ptr + at, found.to(columns_ptr.dtype.element_ty), mask=there[:, None] & is_channel[None, :])
 
 
@@ -125,7 +111,7 @@ def convolve_depthwise(
     own_row, there, image, position = _rows(0, rows, P, BR, INDEX, ROW_SPAN)
     blocks = tl.cdiv(GC, BC)
     group = tl.program_id(1) // blocks
-    channel, is_channel = _channels(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
+    channel, is_channel = channels_of(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
     sums = tl.zeros((BR, BC), ACC)
     for tap in range(0, K):
         z_low, y_low, x_low, z, y, x, _z, _y, _x, counts, poison = _place_tap(
@@ -142,30 +128,6 @@ def convolve_depthwise(
         sums += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(ACC)[None, :]
     to = own_row[:, None] * C + channel[None, :]
     tl.store(output_ptr + to, sums.to(output_ptr.dtype.element_ty), mask=there[:, None] & is_channel[None, :])
-
-
-@triton.jit
-def _store_entries(
-    key_ptr, share_ptr, entry, samples, there, list_of, z_low, y_low, x_low, z, y, x, mask, counts, Z, Y, X, none,
-    RANK: tl.constexpr, INSIDE: tl.constexpr,
-):  # fmt: skip
-    """For each sample the list that it is in, and its share of each corner's pixel, a plane of shares for each corner.
-
-    A list is of the samples whose low corner is one pixel, or next to the map before its first one along an axis: along each
-    axis there is one list more than pixels. Samples that reach no pixel are in the list `none`.
-    """
-    reaches = counts & (x_low >= -1) & (x_low < X)
-    number = x_low + 1
-    if RANK >= 2:
-        reaches = reaches & (y_low >= -1) & (y_low < Y)
-        number += (y_low + 1) * (X + 1)
-    if RANK == 3:
-        reaches = reaches & (z_low >= -1) & (z_low < Z)
-        number += (z_low + 1) * ((X + 1) * (Y + 1))
-    tl.store(key_ptr + entry, tl.where(reaches, list_of + number, none).to(key_ptr.dtype.element_ty), mask=there)
-    for CORNER in tl.static_range(2**RANK):
-        _pixel, _inside, z_weight, y_weight, x_weight = corner_of(z_low, y_low, x_low, z, y, x, Z, Y, X, CORNER, RANK, INSIDE)
-        tl.store(share_ptr + tl.cast(samples, entry.dtype) * CORNER + entry, z_weight * y_weight * x_weight * mask, mask=there)
 
 
 @triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX"])
@@ -195,16 +157,16 @@ def sample_backward(
     entry = ((image * G + group) * K + tap) * P + position
     if ENTRIES:
         lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
-        _store_entries(
+        store_entries(
             key_ptr, share_ptr, entry, tl.cast(rows, INDEX) * G * K, there, (image * G + group) * lists,
             z_low, y_low, x_low, z, y, x, mask, counts, Z, Y, X, (rows // P) * G * lists, RANK, INSIDE,
         )  # fmt: skip
     if COLUMNS or POSITIONS:
         value, d_z, d_y, d_x = tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC)
         for start in range(0, GC, BC):
-            channel, is_channel = _channels(group, start, GC, BC, SPAN)
+            channel, is_channel = channels_of(group, start, GC, BC, SPAN)
             row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, COLUMN_SPAN)
-            at = row_of_tap[:, None] + _column(channel, CG, GROUP, COLUMN_SPAN)[None, :]
+            at = row_of_tap[:, None] + column_of(channel, CG, GROUP, COLUMN_SPAN)[None, :]
             stored = there[:, None] & is_channel[None, :]
             if POSITIONS:
                 d_column = tl.load(d_columns_ptr + at, mask=stored, other=0.0).to(ACC)
@@ -239,81 +201,3 @@ def sample_backward(
                 tl.store(first, ((d_z * z_slope + poison) * mask).to(dtype), mask=there)
             if MASKED:
                 tl.store(d_mask_ptr + entry, (value + poison).to(d_mask_ptr.dtype.element_ty), mask=there)
-
-
-@triton.jit(do_not_specialize=["samples", "P"])
-def arrange(
-    order_ptr, share_ptr, row_ptr, sorted_share_ptr, samples, P, C, G, TAP,
-    K: tl.constexpr, CORNERS: tl.constexpr, INDEX: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
-    """In the order of the lists, where each sample's column begins, and its shares."""
-    at = tl.program_id(0) * BE + tl.arange(0, BE)
-    there = at < samples
-    at = at.to(INDEX)
-    entry = tl.load(order_ptr + at, mask=there, other=0).to(INDEX)
-    plane = entry // P
-    row = plane // K // G * P + (entry - plane * P)
-    tl.store(row_ptr + at, row * (K * C) + plane % K * TAP, mask=there)
-    for CORNER in tl.static_range(CORNERS):
-        plane_of_corner = tl.cast(samples, INDEX) * CORNER
-        share = tl.load(share_ptr + plane_of_corner + entry, mask=there, other=0.0)
-        tl.store(sorted_share_ptr + plane_of_corner + at, share, mask=there)
-
-
-@triton.jit(do_not_specialize=["places", "samples", "pixels", "Z", "Y", "X"])
-def collect(
-    d_columns_ptr, row_ptr, start_ptr, share_ptr, d_x_ptr, places, samples, pixels, C, CG, GC, G, GROUP, Z, Y, X,
-    RANK: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    BP: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """The input's gradient at BP pixels, in BC channels of one offset group: samples' shares, always in the same order.
-
-    `row` and `share` are of the samples of all lists one after the other, and `start` is where each list begins there. A pixel
-    is a corner of the samples of 2**RANK lists. Two that follow one another along x are summed as one; BE samples of all these
-    pairs of lists are summed at a time.
-    """
-    place_of = tl.program_id(0) * BP + tl.arange(0, BP)
-    group = tl.program_id(1)
-    channel, is_channel = _channels(group, tl.program_id(2) * BC, GC, BC, SPAN)
-    column = _column(channel, CG, GROUP, COLUMN_SPAN)
-    image = (place_of // pixels).to(INDEX)
-    pixel = (place_of % pixels)[:, None]
-    PAIRS: tl.constexpr = 2 ** (RANK - 1)
-    pair = (tl.arange(0, BE) % PAIRS)[None, :]
-    step = (tl.arange(0, BE) // PAIRS)[None, :]
-    lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
-    number = ((image * G + group) * lists)[:, None] + pixel % X + tl.zeros_like(pair)
-    if RANK >= 2:
-        number += (pixel // X % Y + 1 - pair % 2) * (X + 1)
-    if RANK == 3:
-        number += (pixel // X // Y + 1 - pair // 2) * ((X + 1) * (Y + 1))
-    is_place = (place_of < places)[:, None]
-    first = tl.load(start_ptr + number, mask=is_place, other=0)
-    middle = tl.load(start_ptr + number + 1, mask=is_place, other=0)  # those before it have the pixel on their high side of x
-    end = tl.load(start_ptr + number + 2, mask=is_place, other=0)
-    sums = tl.zeros((BP, BC), ACC)
-    for turn in range(0, tl.max(tl.max(end - first, axis=1), axis=0), BE // PAIRS):
-        at = first + turn + step
-        there = at < end
-        corner = (2 * pair + tl.where(at < middle, 1, 0)).to(INDEX)
-        share = tl.load(share_ptr + corner * samples + at, mask=there, other=0.0)
-        row = tl.multiple_of(tl.load(row_ptr + at, mask=there, other=0), [COLUMN_SPAN, COLUMN_SPAN])
-        stored = there[:, :, None] & is_channel[None, None, :]
-        d_column = tl.load(d_columns_ptr + row[:, :, None] + column[None, None, :], mask=stored, other=0.0)
-        sums += tl.sum(share[:, :, None] * d_column.to(ACC), axis=1)
-    to = ((image * pixels)[:, None] + pixel) * C + channel[None, :]
-    tl.store(d_x_ptr + to, sums.to(d_x_ptr.dtype.element_ty), mask=is_place & is_channel[None, :])
-
-
-@triton.jit
-def transpose(
-    from_ptr, to_ptr, A, B, INDEX: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr
-):  # fmt: skip
-    """(N, A, B) as (N, B, A)."""
-    blocks = tl.cdiv(B, BB)
-    image = (tl.program_id(0) // blocks).to(INDEX) * A * B
-    b = tl.program_id(0) % blocks * BB + tl.arange(0, BB)
-    a = tl.program_id(1) * BA + tl.arange(0, BA)
-    there = (a < A)[:, None] & (b < B)[None, :]
-    value = tl.load(from_ptr + image + a.to(INDEX)[:, None] * B + b[None, :], mask=there, other=0.0)
-    tl.store(to_ptr + image + b.to(INDEX)[None, :] * A + a[:, None], value, mask=there)

@@ -11,9 +11,10 @@ from deformconv.ops.window import integers
 
 if TYPE_CHECKING:  # each of them is a backend
     from deformconv.ops.operator import Backend
-    from deformconv.ops.roi_pool import cpu, portable, reference
+    from deformconv.ops.roi_pool import cpu, gpu, portable, reference
 
     _cpu: Backend = cpu
+    _gpu: Backend = gpu
     _portable: Backend = portable
     _reference: Backend = reference
 
@@ -66,7 +67,7 @@ DEFORM_ROI_POOL = Operator(
         Argument("mask", optional=True, by_image=False, precise=True, leaves_out=True),
     ),
     parameters=_PARAMETERS,
-    backends=(Line("cpu"), Line("portable"), Line("reference", by_name_only=True)),
+    backends=(Line("cpu"), Line("gpu"), Line("portable"), Line("reference", by_name_only=True)),
     gradients=Gradients,
     check=_check,
     pack=_pack,

@@ -56,7 +56,7 @@ def deform_roi_pool(
         position_sensitive: whether each bin reads channels of its own: channel (c*PH + i)*PW + j of `input` gives channel c of
             the output in bin (i, j). Then the output has C / (PH*PW) channels.
         part_size: how many offsets a box has along its axes, an int or two, if not `output_size`: bins share them then.
-        backend: "cpu" or "portable"; None takes the first that can run the call.
+        backend: "cpu", "gpu" or "portable"; None takes the first that can run the call.
 
     Returns:
         The output, shape (R, C, PH, PW), of the dtype and on the device of `input`.

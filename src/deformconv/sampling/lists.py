@@ -1,0 +1,104 @@
+"""The gradient of a sampled input on a GPU: lists of samples by pixels, sorted by PyTorch, and collected by `triton_lists`.
+
+Nothing is added by atomics, and no step waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import gcd, prod
+from typing import Any, NamedTuple
+
+from deformconv.runtime import tiles, toolchain
+
+__all__ = ["Lists", "Rows", "collect", "entries"]
+
+Tensor = Any
+
+_RUN = 256  # samples of one list that are summed apart from others
+
+
+class Lists(NamedTuple):
+    """The lists of an input whose groups of channels are sampled each at positions of their own."""
+
+    images: int
+    size: tuple[int, ...]
+    groups: int  # of channels, one after the other
+    channels: int  # of a group
+
+    @property
+    def number(self) -> int:
+        """How many lists there are: along each axis one more than pixels."""
+        return self.images * self.groups * prod(size + 1 for size in self.size)
+
+
+class Rows(NamedTuple):
+    """Where the numbers lie, in the rows of a gradient, by which samples' shares are multiplied.
+
+    Sample ((n * groups + group) * taps + tap) * positions + p begins at row * (n * positions + p) + tap_of_row * tap, and
+    channel c of the input's gradient is c % together + column * (c // together) numbers on.
+    """
+
+    positions: int
+    groups: int
+    taps: int
+    row: int
+    tap_of_row: int
+    together: int
+    column: int
+    span: int  # channels that surely lie together, at a multiple of so many numbers
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels' module, which loads Triton: the first call does it."""
+    from deformconv.sampling import triton_lists
+
+    return triton_lists
+
+
+def entries(lists: Lists, samples: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for each sample's list, and for its shares of pixels, for `triton_lists.store_entries`; `like` has the dtype."""
+    import torch
+
+    # Sorting takes half the time for half as many bits.
+    dtype = next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if lists.number <= torch.iinfo(dtype).max)
+    exact = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return like.new_empty(samples, dtype=dtype), like.new_empty(samples * 2 ** len(lists.size), dtype=exact)
+
+
+def collect(lists: Lists, rows: Rows, keys: Tensor, shares: Tensor, gradient: Tensor, to: Tensor, index: Any) -> None:
+    """Write the input's gradient (images, *size, channels): at each pixel the sum of the samples near it, in their order.
+
+    `gradient` has the rows that shares are multiplied by, and numbers of elements are of `index`.
+    """
+    import torch
+    import triton.language as tl
+
+    samples, rank = len(keys), len(lists.size)
+    ordered, order = torch.sort(keys, stable=True)
+    numbers = torch.arange(lists.number + 1, dtype=keys.dtype, device=keys.device)
+    start = torch.searchsorted(ordered, numbers, out_int32=samples < 2**31)
+    begins = torch.empty_like(order, dtype=torch.int64 if index == tl.int64 else torch.int32)
+    sorted_shares = torch.empty_like(shares)
+    _kernels().arrange[(-(-samples // 256),)](
+        order, shares, begins, sorted_shares, samples, rows.positions, rows.groups, rows.row, rows.tap_of_row,
+        K=rows.taps, CORNERS=2**rank, INDEX=index, BE=256, num_warps=4,
+    )  # fmt: skip
+    # A program is one warp, whose threads load 16 bytes each: of a pixel's channels, or of several pixels'.
+    block = min(512 // gradient.element_size(), tiles.power(lists.channels))
+    blocks, spans = -(-lists.channels // block), {"SPAN": gcd(lists.channels, 16), "COLUMN_SPAN": rows.span}
+    spans |= {"ACC": tl.float64 if shares.dtype is torch.float64 else tl.float32, "INDEX": index, "RUN": _RUN}
+    runs = torch.empty(samples // _RUN * 2**rank * lists.channels, dtype=shares.dtype, device=shares.device)
+    places, groups = lists.images * prod(lists.size), lists.groups
+    layout = rows.together, lists.channels, groups, rows.column
+    if samples >= _RUN:
+        _kernels().sum_runs[samples // _RUN, 2**rank, blocks](
+            gradient, begins, ordered, sorted_shares, runs, samples, lists.number, lists.number // (lists.images * groups),
+            *layout, CORNERS=2**rank, **spans, BE=min(16, _RUN), BC=block, num_warps=1,
+        )  # fmt: skip
+    tile = 64 if toolchain.is_interpreted() else max(1, 32 // block)
+    _kernels().collect[-(-places // tile), groups, blocks](
+        gradient, begins, start, sorted_shares, runs, to, places, samples, prod(lists.size), groups * lists.channels, *layout,
+        *(1,) * (3 - rank), *lists.size, RANK=rank, **spans, BP=tile, BE=32, BC=block, num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,127 @@
+"""A product of float32 by TF32 units: the numbers in Triton's interpreter and on a GPU, and what is compiled for cards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from deformconv.runtime import product  # noqa: E402
+
+# M, G, K, N: whole blocks, and rests of rows and of columns.
+SHAPES = [(64, 1, 64, 64), (67, 1, 96, 70), (5, 3, 64, 65), (130, 2, 32, 128)]
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def factors(shape: tuple[int, ...], device: str, rows_apart: int = 0) -> tuple[Any, Any, Any, Any]:
+    """Left, right, bias, and room for the result, all NaN; rows of `left` and of the result lie apart."""
+    M, G, K, N = shape
+    generator = torch.Generator().manual_seed(0)
+    left, right, bias = (torch.randn(size, generator=generator) for size in ((M, G, K + rows_apart), (G, N, K), (G * N,)))
+    room = torch.full((M, G, N + rows_apart), torch.nan)
+    left, room = (tensor.to(device)[..., : tensor.shape[2] - rows_apart] for tensor in (left, room))
+    return left, right.to(device), bias.to(device), room
+
+
+def exact(left: Any, right: Any, bias: Any) -> Any:
+    found = torch.einsum("mgk,gnk->mgn", left.double(), right.double())
+    return found if bias is None else found + bias.double().reshape(right.shape[0], -1)
+
+
+def check(shape: tuple[int, ...], device: str) -> None:
+    for rows_apart in (0, 3):
+        left, right, bias, to = factors(shape, device, rows_apart)
+        for given in (bias, None):
+            product.multiply(left, right, given, to)
+            expected = exact(left, right, given)
+            # Of float32's own products of as many numbers; TF32's error is 300 times as large.
+            assert (to - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.interpreter
+@by_shape
+def test_it_is_right(shape: tuple[int, ...]) -> None:
+    """The interpreter ignores how exact a product is to be: see the test on a GPU."""
+    check(shape, "cpu")
+
+
+@pytest.mark.cuda
+class TestOnAGpu:
+    @by_shape
+    def test_it_is_as_exact_as_float32(self, shape: tuple[int, ...]) -> None:
+        check(shape, "cuda")
+
+    def test_sums_of_many(self) -> None:
+        left, right, _, to = factors((300, 1, 4608, 80), "cuda")
+        left, right = left.abs(), right.abs()
+        product.multiply(left, right, None, to)
+        expected = exact(left, right, None)
+        assert ((to - expected).abs() / expected).max() <= 1e-5
+
+    def test_odd_numbers(self) -> None:
+        """An infinity or NaN stays what it is, though it cannot be split into a number of TF32 and a rest."""
+        left, right, _, to = factors((64, 1, 64, 64), "cuda")
+        left[3, 0, 5], left[7, 0, 1], right[0, 9, 2] = torch.inf, torch.nan, -torch.inf
+        left[:, 0, 2] = left[:, 0, 2].abs() + 0.5
+        left[11, 0, 2] = 1.0  # of which no rest is left
+        product.multiply(left, right, None, to)
+        expected = exact(left, right, None).float()
+        odd = ~expected.isfinite()
+        assert torch.equal(odd, ~to.isfinite())
+        assert torch.equal(to[odd].nan_to_num(), expected[odd].nan_to_num())
+        assert (to - expected)[~odd].abs().max() <= 1e-6 * expected[~odd].abs().max()
+
+    def test_large_and_small_numbers(self) -> None:
+        for scale in (1e18, 1e-15):
+            left, right, _, to = factors((64, 1, 64, 64), "cuda")
+            product.multiply(left * scale, right * scale, None, to)
+            expected = exact(left * scale, right * scale, None)
+            assert (to - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+class TestWhereItPays:
+    @pytest.fixture(autouse=True)
+    def fast(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(product, "_is_fast", lambda device: device == "cuda:0")
+
+    def test_float32_of_blocks(self) -> None:
+        assert product.pays("float32", "cuda:0", across=64, depth=576)
+        assert not product.pays("float32", "cuda:1", across=64, depth=576)
+        assert not product.pays("float32", "cuda:0", across=64, depth=27)
+        assert not product.pays("float32", "cuda:0", across=3, depth=576)
+        for dtype in ("bfloat16", "float16", "float64"):
+            assert not product.pays(dtype, "cuda:0", across=64, depth=576)
+
+    def test_not_where_tf32_is_allowed(self) -> None:
+        """It is asked at each call, by the newer setting too, after which PyTorch does not let the older one be read."""
+        matmul = torch.backends.cuda.matmul
+        before = matmul.allow_tf32
+        try:
+            for allowed in (True, False):
+                matmul.allow_tf32 = allowed
+                assert product.pays("float32", "cuda:0", across=64, depth=576) is not allowed
+            if hasattr(matmul, "fp32_precision"):
+                setting = matmul.fp32_precision
+                matmul.fp32_precision = "tf32"
+                assert not product.pays("float32", "cuda:0", across=64, depth=576)
+                matmul.fp32_precision = setting
+        finally:
+            matmul.allow_tf32 = before
+
+
+@pytest.mark.slow
+def test_it_is_made_by_tensor_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    from tests.compiled import built, launches_for
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with launches_for("sm_90") as asked:
+        left, right, bias, to = factors((64, 1, 64, 64), "cpu")
+        product.multiply(left, right, bias, to)
+    (build,) = map(built, asked)
+    assert build.launch.constant("BK") == 32
+    assert build.count("HGMMA") >= 3 and build.count("FFMA") == 0  # three products for one
+    assert build.stack == 0 and build.registers <= 255 and build.shared <= 99 << 10
+    assert not build.float_atomics
