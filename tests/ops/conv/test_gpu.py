@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 from tests import mutations
 from tests.mutations import Mutation
-from tests.ops.conv.cases import Call, Case, call_of, make
+from tests.ops.conv.cases import Call, Case, call_of, make, output_size
 from tests.ops.conv.gpu_suite import HALF_CASES, GpuSuite, assert_near, by_mix, half_call, half_results
 from tests.ops.conv.suite import by_boundary, in_float64, odd, reference_backward
 from tests.tolerances import assert_close
 
 from deformconv.ops.conv import gpu, reference
-from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
+from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Operand, conv_spec
 from deformconv.sampling import lists
 
 torch = pytest.importorskip("torch")
@@ -178,6 +179,27 @@ class TestBeyond32Bits:
         with pytest.raises(interpreter_error(), match="within none of the launch"):
             gpu.forward(spec, t["input"], t["offset"], t["weight"], None, None)
         gpu._plan.cache_clear()
+
+
+@pytest.mark.parametrize("stride", [1, 1000], ids=["many positions", "few positions"])
+def test_a_large_image_has_no_grid_that_no_gpu_takes(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of nine million pixels: beside the first, a grid's axes have at most 65,535 programs."""
+    from tests.interpreted import GRID
+    from triton.runtime.interpreter import GridExecutor
+
+    grids: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *_, **__: grids[self.fn.__name__].append(self.grid))
+    case = Case("", (3000, 3000), (1, 1), stride=stride, batch=1, in_channels=2, out_channels=3, masked=False)
+    positions = output_size(case)
+    x, weight, bias = torch.zeros(1, 2, 3000, 3000).half(), torch.zeros(3, 2, 1, 1).half(), torch.zeros(3).half()
+    offset, grad_output = torch.zeros(1, 2, *positions).half(), torch.zeros(1, 3, *positions).half()
+    spec = conv_spec(*(Operand(tuple(t.shape), "float16") for t in (x, offset, weight, bias)), stride=stride)
+    gpu.forward(spec, x, offset, weight, bias, None)
+    gpu.backward(spec, grad_output, x, offset, weight, None, GRADIENTS)
+    assert {"sample", "sample_backward", "arrange", "collect"} <= set(grids)
+    for name, found in grids.items():
+        for grid in found:
+            assert all(size <= most for size, most in zip(grid, GRID, strict=False)), f"{name}: {grid}"
 
 
 def only_last(kernels: Any, name: str) -> Any:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from functools import cache, lru_cache
+from itertools import product as product_of
 from math import gcd, prod
 from typing import Any, Literal, NamedTuple
 
 from deformconv.ops import gpu as on_gpu
 from deformconv.ops.backends import as_given as computes_in
 from deformconv.ops.conv.reach import reasons_against_int32
-from deformconv.ops.conv.spec import ConvSpec, Gradients
+from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
 from deformconv.runtime import product, tiles, turned
 from deformconv.sampling import lists
 
@@ -315,14 +316,16 @@ def warmup(dtypes: Collection[str], device: str) -> None:
     """Compile the kernels that usual 3 x 3 calls take on a device, forward and backward; Triton keeps them on disk."""
     import torch
 
-    from deformconv.torch import deform_conv2d
-
-    for name in dtypes:
-        for stride in (1, 2):
-            for masked in (False, True):
-                shapes = (1, 64, 16, 16), (64, 64, 3, 3)
-                x, weight = (torch.zeros(shape, device=device, dtype=getattr(torch, name)).requires_grad_() for shape in shapes)
-                size = 16 // stride
-                offset = torch.zeros(1, 18, size, size, device=device, requires_grad=True)
-                mask = torch.ones(1, 9, size, size, device=device, requires_grad=True) if masked else None
-                deform_conv2d(x, offset, weight, mask=mask, stride=stride, padding=1, backend="gpu").sum().backward()
+    for name, stride, masked in product_of(dtypes, (1, 2), (False, True)):
+        dtype, precise = getattr(torch, name), torch.float64 if name == "float64" else torch.float32
+        size = 16 // stride
+        x, weight, grad_output = (
+            torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 64, 16, 16), (64, 64, 3, 3), (1, 64, size, size))
+        )
+        offset, mask = (torch.zeros(1, channels, size, size, device=device, dtype=precise) for channels in (18, 9))
+        shapes = [Operand(tuple(tensor.shape), name) for tensor in (x, offset, weight)]
+        of_mask = Operand(tuple(mask.shape), name) if masked else None
+        spec = conv_spec(*shapes, mask=of_mask, stride=stride, padding=1)
+        forward(spec, x, offset, weight, None, mask if masked else None)
+        wanted = ("input", "offset", "weight", "mask") if masked else ("input", "offset", "weight")
+        backward(spec, grad_output, x, offset, weight, mask if masked else None, wanted)

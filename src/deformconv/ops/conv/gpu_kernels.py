@@ -183,10 +183,8 @@ def sample_backward(
                     found = tl.sum(d_column * corner, axis=1)
                     value += z_weight * y_weight * x_weight * found
                     d_x += (z_weight * y_weight if CORNER & 1 else -z_weight * y_weight) * found
-                    if RANK >= 2:
-                        d_y += (z_weight * x_weight if CORNER & 2 else -z_weight * x_weight) * found
-                    if RANK == 3:
-                        d_z += (y_weight * x_weight if CORNER & 4 else -y_weight * x_weight) * found
+                    d_y += (z_weight * x_weight if CORNER & 2 else -z_weight * x_weight) * found
+                    d_z += (y_weight * x_weight if CORNER & 4 else -y_weight * x_weight) * found
             if COLUMNS:
                 column = (column + poison[:, None]) * mask[:, None]
                 tl.store(columns_ptr + at, column.to(columns_ptr.dtype.element_ty), mask=stored)
