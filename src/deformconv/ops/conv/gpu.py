@@ -323,9 +323,8 @@ def warmup(dtypes: Collection[str], device: str) -> None:
             torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 64, 16, 16), (64, 64, 3, 3), (1, 64, size, size))
         )
         offset, mask = (torch.zeros(1, channels, size, size, device=device, dtype=precise) for channels in (18, 9))
-        shapes = [Operand(tuple(tensor.shape), name) for tensor in (x, offset, weight)]
-        of_mask = Operand(tuple(mask.shape), name) if masked else None
-        spec = conv_spec(*shapes, mask=of_mask, stride=stride, padding=1)
+        of_x, of_offset, of_weight, of_mask = (Operand(tuple(tensor.shape), name) for tensor in (x, offset, weight, mask))
+        spec = conv_spec(of_x, of_offset, of_weight, mask=of_mask if masked else None, stride=stride, padding=1)
         forward(spec, x, offset, weight, None, mask if masked else None)
         wanted = ("input", "offset", "weight", "mask") if masked else ("input", "offset", "weight")
         backward(spec, grad_output, x, offset, weight, mask if masked else None, wanted)
