@@ -66,15 +66,19 @@ def test_the_documents_quote_the_committed_figures():
     assert quoted(ROOT, bench.GUIDE) == bench.sentence(figures)
     assert quoted(ROOT, bench.EXPLAINED) == bench.pooling_sentence(figures)
     assert figures["v1 speedup"] >= 12 and figures["v2 to v1"] <= 1.4
+    assert figures["pooling"]["forward+backward"]["speedup"] >= 20
 
 
 def made_up():
-    kinds = dict(zip(ROI_KINDS, (800.0, 32.0), strict=True))
-    direction = {"milliseconds": kinds, "quartiles": {}, "speedup": 25.0}
+    times = dict(zip(DIRECTIONS, ((800.0, 32.0), (1800.0, 72.0)), strict=True))
+    pooling = {
+        name: {"milliseconds": dict(zip(ROI_KINDS, both, strict=True)), "quartiles": {}, "speedup": 25.0}
+        for name, both in times.items()
+    }
     block = dict(zip(KINDS, (400.0, 20.0, 30.0), strict=True))
     return {
         "machine": {"processors": "2", "processor": "Some"}, "milliseconds": block, "v1 speedup": 20.0, "v2 to v1": 1.5,
-        "pooling": dict.fromkeys(DIRECTIONS, direction),
+        "pooling": pooling,
     }  # fmt: skip
 
 

@@ -159,7 +159,7 @@ def pooling_sentence(figures: Mapping[str, Any]) -> str:
         return ""
     forward, both = (figures["pooling"][direction] for direction in DIRECTIONS)
     (theirs, ours), (theirs_both, ours_both) = (
-        (f"{found['milliseconds'][kind]:.3g}" for kind in ROI_KINDS) for found in (forward, both)
+        [f"{found['milliseconds'][kind]:.0f}" for kind in ROI_KINDS] for found in (forward, both)
     )
     return (
         f"Beside MXNet's operator, on its arrays: `mxnet.nd.contrib.DeformablePSROIPooling` and the same call of "
