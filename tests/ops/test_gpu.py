@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from deformconv.ops import gpu
+from deformconv.ops.conv import gpu as conv
+from deformconv.ops.conv.spec import Operand, conv_spec
 from deformconv.runtime import toolchain
 
 H100 = gpu.Card("NVIDIA H100 80GB HBM3", "sm_90", (9, 0), 80 << 30)
@@ -127,3 +129,20 @@ class TestCards:
         gpu.reasons_against("float32", "torch", "cuda:0")
         assert not torch.cuda.is_initialized()
         gpu.card.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "stride", "reasons"),
+    [
+        (1, (46_339, 46_339), 46_339, []),
+        (1, (46_340, 46_340), 46_340, ["a batch of 2147488281 pixels exceeds its 32-bit numbers"]),
+        (33, (8_192, 8_192), 8_192, ["a batch of 2214592512 pixels exceeds its 32-bit numbers"]),
+        (2, (40_000, 30_000), 1, ["a batch of 2400000000 output positions exceeds its 32-bit numbers",
+                                  "a batch of 2400000000 pixels exceeds its 32-bit numbers"]),
+    ],
+)  # fmt: skip
+def test_what_convolutions_count_in_32_bits(machine, batch, size, stride, reasons):
+    positions = tuple((length - 1) // stride + 1 for length in size)
+    shapes = (batch, 1, *size), (batch, 2, *positions), (1, 1, 1, 1)
+    spec = conv_spec(*(Operand(shape, "float32") for shape in shapes), stride=stride)
+    assert conv.reasons_against(spec, "torch", "cuda:0", False) == reasons

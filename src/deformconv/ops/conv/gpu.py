@@ -27,6 +27,7 @@ Tensor = Any
 
 TAKES: Literal["native"] = "native"
 DETERMINISTIC = True
+_LIMIT = 2**31 - 2**12  # of what programs count in 32 bits, with room for the last block
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _PIECE = 256 << 20  # bytes of columns at once, or of the columns' gradient: larger products are faster, smaller take less room
 
@@ -45,7 +46,11 @@ class _Plan(NamedTuple):
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run a call, as sentences; none if it can."""
-    return on_gpu.reasons_against(spec.dtype, library, device) + reasons_against_int32(spec)
+    reasons = on_gpu.reasons_against(spec.dtype, library, device) + reasons_against_int32(spec)
+    lists = prod(size + 1 for size in spec.input_size)  # of an image's samples, which its input's gradient is collected from
+    counted = ("output positions", spec.batch * spec.positions), ("pixels", max(lists, spec.batch * spec.pixels))
+    reasons += [f"a batch of {number} {what} exceeds its 32-bit numbers" for what, number in counted if number >= _LIMIT]
+    return reasons
 
 
 def how(spec: ConvSpec, library: str, device: str) -> list[str]:
