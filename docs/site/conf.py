@@ -16,7 +16,7 @@ extensions += ["pages", "docstrings", "formulas"]  # which lie beside this file
 
 # The repository itself is the source, so that its links between files are the site's.
 root_doc = "README"
-include_patterns = ["*.md", "benchmarks/README.md", "docs/**.md", "docs/**.ipynb"]
+include_patterns = ["*.md", "benchmarks/*.md", "docs/**.md", "docs/**.ipynb"]
 source_suffix = {".md": "markdown", ".ipynb": "notebook"}
 
 myst_enable_extensions = ["dollarmath"]

@@ -17,7 +17,7 @@ CONTENTS = {
     "Guides": ["pytorch", "gpu", "detection", "gluon", "serving", "deploy", "performance", "extending"],
     "Coming from": ["from-torchvision", "from-mmcv", "from-detectron2", "from-dcnv2", "from-mxnet"],
     "API": ["api/root", "api/torch", "api/gluon", "api/vision", "api/convert", "api/plots"],
-    "Behind it": ["mathematics", "design", "style", "../benchmarks/README"],
+    "Behind it": ["mathematics", "design", "style", "../benchmarks/README", "../benchmarks/detection"],
     "The project": ["../CHANGELOG", "../VERSIONING", "../CONTRIBUTING", "../SECURITY", "../CODE_OF_CONDUCT"],
 }
 
