@@ -68,7 +68,7 @@ def _without_gpu() -> str:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say how many tests wait for a GPU: nothing else has tried the compiled kernels."""
-    skipped = sum("cuda" in report.keywords for report in terminalreporter.stats.get("skipped", []))
+    skipped = sum("cuda" in getattr(report, "keywords", ()) for report in terminalreporter.stats.get("skipped", []))
     if skipped:
         terminalreporter.write_line(f"{skipped} GPU tests were skipped. Where there is a GPU, `make test-gpu` runs them.")
 
