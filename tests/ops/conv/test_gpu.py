@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from tests import mutations
 from tests.mutations import Mutation
-from tests.ops.conv.cases import Call, Case, call_of, make, output_size
+from tests.ops.conv.cases import ARGUMENTS, Call, Case, call_of, make, output_size
 from tests.ops.conv.gpu_suite import HALF_CASES, GpuSuite, assert_near, half_call, half_results
 from tests.ops.conv.suite import by_boundary, in_float64, odd, reference_backward
 from tests.tolerances import assert_close
 
 from deformconv.ops.conv import gpu, reference
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Operand, conv_spec
+from deformconv.runtime import product
 from deformconv.sampling import lists
 
 torch = pytest.importorskip("torch")
@@ -100,6 +101,30 @@ class TestLongLists:
         t = {name: torch.from_numpy(getattr(call, name)) for name in ("grad_output", "input", "offset", "weight", "mask")}
         found = gpu.backward(call.spec, *t.values(), wanted=["input"]).input
         assert_close(found.numpy(), in_float64(call, reference_backward).input, "float64")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+def test_products_of_ours(groups: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a card multiplies float32 by TF32, as none does here: in place of PyTorch's, forward and backward."""
+    multiply, made = product.multiply, []
+
+    def counted(left: Any, *others: Any) -> None:
+        made.append(left.shape)
+        multiply(left, *others)
+
+    monkeypatch.setattr(product, "pays", lambda dtype, device, across, depth: dtype == "float32")
+    monkeypatch.setattr(product, "multiply", counted)
+    case = Case("", (3, 4), (2, 2), padding=1, batch=1, in_channels=64, out_channels=32 * groups, groups=groups, biased=biased)
+    call = make(case, "float32")
+    t = {name: None if array is None else torch.from_numpy(array) for name in ARGUMENTS for array in [getattr(call, name)]}
+    assert_close(gpu.forward(call.spec, *t.values()).numpy(), in_float64(call, reference.forward), "float32")
+    names = ("input", "offset", "weight", "mask")
+    found = gpu.backward(call.spec, torch.from_numpy(call.grad_output), *(t[name] for name in names), wanted=names)
+    expected = in_float64(call, reference_backward)
+    for name in names:
+        assert_close(getattr(found, name).numpy(), getattr(expected, name), "float32", name)
+    assert len(made) == 2
 
 
 class TestBeyond32Bits:

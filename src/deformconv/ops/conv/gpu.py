@@ -47,8 +47,8 @@ class _Plan(NamedTuple):
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run a call, as sentences; none if it can."""
     reasons = on_gpu.reasons_against(spec.dtype, library, device) + reasons_against_int32(spec)
-    lists = prod(size + 1 for size in spec.input_size)  # of an image's samples, which its input's gradient is collected from
-    counted = ("output positions", spec.batch * spec.positions), ("pixels", max(lists, spec.batch * spec.pixels))
+    of_image = prod(size + 1 for size in spec.input_size)  # lists of samples, from which the input's gradient is collected
+    counted = ("output positions", spec.batch * spec.positions), ("pixels", max(of_image, spec.batch * spec.pixels))
     reasons += [f"a batch of {number} {what} exceeds its 32-bit numbers" for what, number in counted if number >= _LIMIT]
     return reasons
 
@@ -58,8 +58,8 @@ def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     if _is_depthwise(spec):
         return ["each channel is a group: one kernel samples and sums"]
     pieces = -(-spec.batch * spec.positions // _rows_of_piece(spec))
-    how = "another multiplies, by TF32 and as exactly as float32" if _multiplies(spec, device) else "PyTorch multiplies"
-    return [f"a kernel samples, and {how}" + (f", {pieces} pieces one after the other" if pieces > 1 else "")]
+    second = "another multiplies, by TF32 and as exactly as float32" if _multiplies(spec, device) else "PyTorch multiplies"
+    return [f"a kernel samples, and {second}" + (f", {pieces} pieces one after the other" if pieces > 1 else "")]
 
 
 @cache

@@ -55,21 +55,27 @@ def _mask_of(mask_ptr, image, position, there, group, tap, P, G, K: tl.constexpr
 
 
 @triton.jit
-def _interpolated(
-    x_ptr, image, channel, is_channel, pixels, C, Z, Y, X,
-    z_low, y_low, x_low, z_fraction, y_fraction, x_fraction, counts, poison,
-    RANK: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr, SPAN: tl.constexpr,
+def _sampled(
+    x_ptr, offset_ptr, mask_ptr, image, position, there, channel, is_channel, group, tap, P, pixels, C, G, Z, Y, X, OY, OX,
+    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Samples (positions, channels) of an image with its channels last."""
-    sample = tl.zeros((counts.shape[0], channel.shape[0]), ACC) + poison[:, None]
+    """One tap's samples (positions, channels), times their masks; each image has its channels last."""
+    z_low, y_low, x_low, z_fraction, y_fraction, x_fraction, _z, _y, _x, counts, poison = _place_tap(
+        offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
+    )
+    found = tl.zeros((counts.shape[0], channel.shape[0]), ACC) + poison[:, None]
     for CORNER in tl.static_range(2**RANK):
         pixel, inside, z, y, x = corner_of(
             z_low, y_low, x_low, z_fraction, y_fraction, x_fraction, Z, Y, X, CORNER, RANK, INSIDE
         )
         at = tl.multiple_of((image * pixels + pixel) * C, SPAN)[:, None] + channel[None, :]
         value = tl.load(x_ptr + at, mask=(inside & counts)[:, None] & is_channel[None, :], other=0.0)
-        sample += (z * y * x)[:, None] * value.to(ACC)
-    return sample
+        found += (z * y * x)[:, None] * value.to(ACC)
+    if MASKED:
+        K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
+        found = found * _mask_of(mask_ptr, image, position, there, group, tap, P, G, K, ACC)[:, None]
+    return found
 
 
 @triton.jit(do_not_specialize=["first", "rows", "P", "pixels", "Z", "Y", "X", "OY", "OX", "taps"])
@@ -86,15 +92,10 @@ def sample(
     group = tl.program_id(1) // blocks
     channel, is_channel = channels_of(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
     for tap in range(tl.program_id(2) * taps, tl.minimum(tl.program_id(2) * taps + taps, K)):
-        z_low, y_low, x_low, z, y, x, _z, _y, _x, counts, poison = _place_tap(
-            offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
-        )
-        found = _interpolated(
-            x_ptr, image, channel, is_channel, pixels, C, Z, Y, X, z_low, y_low, x_low, z, y, x, counts, poison,
-            RANK, INSIDE, ACC, SPAN,
+        found = _sampled(
+            x_ptr, offset_ptr, mask_ptr, image, position, there, channel, is_channel, group, tap, P, pixels, C, G,
+            Z, Y, X, OY, OX, WINDOW, RANK, MASKED, INSIDE, ACC, SPAN,
         )  # fmt: skip
-        if MASKED:
-            found = found * _mask_of(mask_ptr, image, position, there, group, tap, P, G, K, ACC)[:, None]
         row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, COLUMN_SPAN)
         at = row_of_tap[:, None] + column_of(channel, CG, GROUP, COLUMN_SPAN)[None, :]
         tl.store(columns_ptr + at, found.to(columns_ptr.dtype.element_ty), mask=there[:, None] & is_channel[None, :])
@@ -114,15 +115,10 @@ def convolve_depthwise(
     channel, is_channel = channels_of(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
     sums = tl.zeros((BR, BC), ACC)
     for tap in range(0, K):
-        z_low, y_low, x_low, z, y, x, _z, _y, _x, counts, poison = _place_tap(
-            offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
-        )
-        found = _interpolated(
-            x_ptr, image, channel, is_channel, pixels, C, Z, Y, X, z_low, y_low, x_low, z, y, x, counts, poison,
-            RANK, INSIDE, ACC, SPAN,
+        found = _sampled(
+            x_ptr, offset_ptr, mask_ptr, image, position, there, channel, is_channel, group, tap, P, pixels, C, G,
+            Z, Y, X, OY, OX, WINDOW, RANK, MASKED, INSIDE, ACC, SPAN,
         )  # fmt: skip
-        if MASKED:
-            found = found * _mask_of(mask_ptr, image, position, there, group, tap, P, G, K, ACC)[:, None]
         sums += found * tl.load(weight_ptr + tap * C + channel, mask=is_channel, other=0.0).to(ACC)[None, :]
     if BIASED:
         sums += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(ACC)[None, :]
