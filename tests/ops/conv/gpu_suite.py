@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,9 +12,11 @@ from tests.ops.conv.suite import ConvSuite, in_float64, reference_backward
 from tests.tolerances import TOLERANCE, assert_close, error
 
 from deformconv.ops.conv import gpu, reference
-from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients
+from deformconv.ops.conv.spec import GRADIENTS, Gradients
 
 torch = pytest.importorskip("torch")
+
+from tests.half_calls import HalfCall, halved  # noqa: E402
 
 PRECISE = ("offset", "mask")  # which may be float32 beside half precision
 HALF = ("float16", "bfloat16")
@@ -83,28 +84,11 @@ def tensor_of(array: Array, device: str) -> Any:
     return tensor.as_strided((span,), (1,)).to(device).as_strided(tensor.shape, tensor.stride())
 
 
-class HalfCall(NamedTuple):
-    """A call in half precision, and the same numbers in float64."""
-
-    spec: ConvSpec
-    tensors: dict[str, Any]  # the arguments and grad_output
-    exact: Call
-
-
 def half_call(
     case: Case, half: str, mixed: bool, device: str = "cpu", change: Callable[[Call], Call] = lambda call: call
 ) -> HalfCall:
     """Arguments in half precision; `mixed`: offsets and mask in float32, as positions should be."""
-    call, tensors, exact = change(make(case, "float32")), {}, {}
-    for name in (*ARGUMENTS, "grad_output"):
-        array = getattr(call, name)
-        if array is None:
-            tensors[name] = exact[name] = None
-            continue
-        tensor = torch.from_numpy(array)
-        tensor = tensor if mixed and name in PRECISE else tensor.to(getattr(torch, half))
-        tensors[name], exact[name] = tensor.to(device), tensor.double().numpy()
-    return HalfCall(replace(call.spec, dtype=half), tensors, call.but(**exact))
+    return halved(change(make(case, "float32")), ARGUMENTS, PRECISE, half, mixed, device)
 
 
 def half_results(call: HalfCall) -> Iterator[tuple[str, Any, Array]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,9 +22,11 @@ from tests.ops.roi_pool.suite import (
 from tests.tolerances import assert_close
 
 from deformconv.ops.roi_pool import gpu
-from deformconv.ops.roi_pool.spec import Gradients, RoiSpec
+from deformconv.ops.roi_pool.spec import Gradients
 
 torch = pytest.importorskip("torch")
+
+from tests.half_calls import HalfCall, halved  # noqa: E402
 
 PRECISE = ("boxes", "offset", "mask")  # which may be float32 beside half precision
 
@@ -141,28 +143,11 @@ class GpuSuite(BackendSuite):
         assert found.is_contiguous(memory_format=form) or case.position_sensitive  # whose channels change places
 
 
-class HalfCall(NamedTuple):
-    """A call in half precision, and the same numbers in float64."""
-
-    spec: RoiSpec
-    tensors: dict[str, Any]  # the arguments and grad_output
-    exact: Call
-
-
 def half_call(
     case: Case, half: str, mixed: bool, device: str = "cpu", change: Callable[[Call], Call] = lambda call: call
 ) -> HalfCall:
     """Arguments in half precision; `mixed`: boxes, offsets and mask in float32, as positions should be."""
-    call, tensors, exact = change(make(case, "float32")), {}, {}
-    for name in (*ARGUMENTS, "grad_output"):
-        array = getattr(call, name)
-        if array is None:
-            tensors[name] = exact[name] = None
-            continue
-        tensor = torch.from_numpy(array)
-        tensor = tensor if mixed and name in PRECISE else tensor.to(getattr(torch, half))
-        tensors[name], exact[name] = tensor.to(device), tensor.double().numpy()
-    return HalfCall(replace(call.spec, dtype=half), tensors, call.but(**exact))
+    return halved(change(make(case, "float32")), ARGUMENTS, PRECISE, half, mixed, device)
 
 
 def half_results(call: HalfCall) -> Iterator[tuple[str, Any, Array]]:
