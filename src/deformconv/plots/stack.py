@@ -16,7 +16,7 @@ from deformconv.ops.window import count, n_of
 if TYPE_CHECKING:
     from deformconv.plots.record import Call, Trace
 
-__all__ = ["UnitPoints", "checked_group", "checked_image", "unit_points"]
+__all__ = ["UnitPoints", "checked_group", "checked_image", "offsets_and_masks", "unit_points"]
 
 Array = npt.NDArray[np.float64]
 
@@ -120,7 +120,7 @@ def unit_points(
     offsets, masks = [], []
     for call in chain:
         taken = slice(None) if group is None or call is not chain[0] else slice(group, group + 1)
-        offset, mask = _fields(call, image)
+        offset, mask = offsets_and_masks(call, image)
         offsets.append(scale * offset[taken])
         masks.append(None if mask is None else mask[taken])
     none = [None] * len(chain)
@@ -151,6 +151,15 @@ def checked_group(call: Call, offset_group: int | None) -> int | None:
     return offset_group
 
 
+def offsets_and_masks(call: Call, image: int) -> tuple[Array, Array | None]:
+    """An image's offsets (G, K, D, *O) and masks (G, K, *O), as float64; offsets that are not finite are NaN."""
+    shape = call.offset_groups, call.K
+    offset = call.offset[image].double().cpu().numpy().reshape(*shape, call.D, *call.output_size)
+    offset = np.where(np.isfinite(offset), offset, np.nan)  # NumPy warns of inf - inf, and not of NaN
+    mask = None if call.mask is None else call.mask[image].double().cpu().numpy().reshape(*shape, *call.output_size)
+    return offset, mask
+
+
 def _chain(trace: Trace, layer: str, index: int, layers: int) -> list[Call]:
     """The calls to pass, the unit's own first: before each, the nearest that it can see."""
     chain = [trace[layer, index]]
@@ -174,15 +183,6 @@ def _check_paths(chain: Sequence[Call], groups: Sequence[int]) -> None:
             f"`layers` is {len(chain)}: {' x '.join(map(str, each))} = {prod(each)} paths; expected at most {MOST}. Pass fewer "
             "layers or, where the layer has several, one `offset_group`."
         )
-
-
-def _fields(call: Call, image: int) -> tuple[Array, Array | None]:
-    """An image's offsets (G, K, D, *O) and masks (G, K, *O)."""
-    shape = call.offset_groups, call.K
-    offset = call.offset[image].double().cpu().numpy().reshape(*shape, call.D, *call.output_size)
-    offset = np.where(np.isfinite(offset), offset, np.nan)  # with which arithmetic warns of nothing
-    mask = None if call.mask is None else call.mask[image].double().cpu().numpy().reshape(*shape, *call.output_size)
-    return offset, mask
 
 
 def _ends(
