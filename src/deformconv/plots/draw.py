@@ -72,8 +72,8 @@ def draw_sampling_points(
         window = np.asarray(regular)[:, :, rows, columns] * pixel + origin
         middle = window.mean(axis=0)  # (2, positions)
         style.rays(axes, np.tile(middle.T, (len(chosen), 1)), at_points, 0.6)
-        style.mark(axes, "regular", np.moveaxis(window, 1, 2), size**0.5 / 1.3)
-        style.mark(axes, "unit", middle.T, 1.2 * size**0.5)
+        style.mark(axes, "regular", np.moveaxis(window, 1, 2), size**0.5 / 1.5)
+        style.mark(axes, "unit", middle.T, 1.3 * size**0.5)
     colours = {"c": amount.ravel(), "cmap": style.AMOUNT, "vmin": 0, "vmax": mask_limit}
     drawn = style.dots(axes, at_points, size * np.abs(amount).ravel(), **{**colours, **looks})
     if margin:

@@ -61,7 +61,8 @@ def draw_unit_points(
     if regular:
         style.mark(axes, "regular", view.regular, (5.0 if single else 3.5) + 1.5 * (zoom is not None))
     order = np.argsort(weights, kind="stable")  # the heaviest on top
-    areas = area * np.clip(np.abs(weights[order]) / (1.0 if single and not alike else most), 0.12, None)
+    heaviest = most if top is None else top
+    areas = area * np.clip(np.abs(weights[order]) / (1.0 if single and not alike else heaviest), 0.12, None)
     if top is None:
         top = (2.0 if most > 1 else 1.0) if single else most
     looks = {"color": style.ORANGE} if alike else {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AMOUNT", "BLUE", "GREEN", "HEAT", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "VERMILLION", "YELLOW",
     "add_bar", "add_legend", "dots", "frame", "grey", "halo", "limits", "line", "mark", "of_the_picture", "positions", "rays",
-    "sample", "save", "show",
+    "sample", "save", "show", "window",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float64]
@@ -60,19 +60,28 @@ def grey(image: Any, contrast: float = 1.0) -> Array:
     return np.repeat((0.5 + contrast * (values - 0.5))[..., None], 3, axis=2)
 
 
-def limits(axes: Axes, size: tuple[int, int], points: Any = (), at: Any = None, zoom: float | None = None) -> None:
-    """Show the picture and what lies up to a fifth of its sides outside of it, or `zoom` pixels to each side of `at`."""
+def window(size: tuple[int, int], points: Any = (), at: Any = None, zoom: float | None = None) -> tuple[Array, Array]:
+    """The corners, y before x, of what to show: `zoom` pixels to each side of `at`, or the picture and what lies near it.
+
+    Near is what lies up to a fifth of the picture's sides outside of it.
+    """
     low, high = np.array([-0.5, -0.5]), np.array(size) - 0.5
     if zoom is not None:
         middle = np.asarray(at, np.float64).reshape(-1, 2).mean(axis=0)
-        low, high = middle - zoom, middle + zoom
-    elif len(points):
-        most, space = 0.2 * np.array(size), 0.02 * max(size)
-        before, after = low - np.min(points, axis=0), np.max(points, axis=0) - high
-        if max(*before, *after) > 0:
-            frame(axes, size)
-        low = low - np.where(before > 0, np.minimum(before + space, most), 0)
-        high = high + np.where(after > 0, np.minimum(after + space, most), 0)
+        return middle - zoom, middle + zoom
+    if len(points) == 0:
+        return low, high
+    most, space = 0.2 * np.array(size), 0.02 * max(size)
+    before, after = low - np.min(points, axis=0), np.max(points, axis=0) - high
+    low = low - np.where(before > 0, np.minimum(before + space, most), 0)
+    return low, high + np.where(after > 0, np.minimum(after + space, most), 0)
+
+
+def limits(axes: Axes, size: tuple[int, int], points: Any = (), at: Any = None, zoom: float | None = None) -> None:
+    """Set the axes' limits to that window."""
+    low, high = window(size, points, at, zoom)
+    if zoom is None and (high - low > size).any():
+        frame(axes, size)
     axes.set(xlim=(low[1], high[1]), ylim=(high[0], low[0]))
 
 
@@ -93,23 +102,25 @@ def dots(axes: Axes, points: Any, areas: Any, **looks: Any) -> PathCollection:
 def mark(axes: Axes, kind: str, points: Any, size: float | None = None) -> PathCollection:
     """Draw marks of a kind, "unit" (a cross) or "regular" (small plus signs), at points (M, 2), y before x."""
     points = np.asarray(points, np.float64).reshape(-1, 2)
-    looks = _mark(kind)
-    width = looks["markersize"] if size is None else size
+    looks = _mark(kind, size)
     return axes.scatter(
-        points[:, 1], points[:, 0], s=width**2, marker=looks["marker"], color=looks["color"],
+        points[:, 1], points[:, 0], s=looks["markersize"] ** 2, marker=looks["marker"], color=looks["color"],
         linewidths=looks["markeredgewidth"], path_effects=looks["path_effects"], zorder=7 if kind == "unit" else 6,
     )  # fmt: skip
 
 
-def _mark(kind: str, color: Any = None) -> dict[str, Any]:
-    """What marks of a kind look like, in the words of a line."""
-    if kind == "unit":
-        return {"marker": "x", "markersize": 9.0, "color": YELLOW, "markeredgewidth": 2.0, "path_effects": halo(4.0, 1.0)}
-    if kind == "regular":
-        return {"marker": "+", "markersize": 5.0, "color": "white", "markeredgewidth": 0.9, "path_effects": halo(2.2)}
+def _mark(kind: str, size: float | None = None, color: Any = None) -> dict[str, Any]:
+    """What marks of a kind look like, in the words of a line; `size` is their width in points."""
+    if kind == "dot":
+        return {
+            "marker": "o", "markersize": 6.0, "markerfacecolor": color, "markeredgecolor": "white", "markeredgewidth": 0.8,
+            "path_effects": halo(2.0),
+        }  # fmt: skip
+    marker, width, stroke, colour = {"unit": ("x", 9.0, 0.22, YELLOW), "regular": ("+", 5.0, 0.18, "white")}[kind]
+    width = width if size is None else size
     return {
-        "marker": "o", "markersize": 6.0, "markerfacecolor": color, "markeredgecolor": "white", "markeredgewidth": 0.8,
-        "path_effects": halo(2.0),
+        "marker": marker, "markersize": width, "color": colour, "markeredgewidth": stroke * width,
+        "path_effects": halo(stroke * width + max(1.0, 0.2 * width), 1.0 if kind == "unit" else 0.85),
     }  # fmt: skip
 
 
@@ -123,7 +134,7 @@ def sample(kind: str, label: str, color: Any = None) -> Line2D:
     """A legend's mark of a kind: "unit", "regular" or "dot"."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], linestyle="none", label=label, **_mark(kind, color))
+    return Line2D([], [], linestyle="none", label=label, **_mark(kind, color=color))
 
 
 def line(label: str, color: str, style: str = "-", width: float = 1.4) -> Line2D:
