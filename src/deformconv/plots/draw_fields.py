@@ -147,6 +147,7 @@ def draw_offset_field(
         )
     if getattr(view, kind) is None:
         raise ValueError(f"The layer '{view.layer}' has no masks to draw: it is v1, or was called without a mask.")
+    flow = np.where(np.isfinite(flow).all(axis=0), flow, 0)  # of offsets that are not finite nothing is drawn
     size = style.show(axes, style.grey(image, 0.6))
     (top, left), (down, right) = np.array(view.origin) - np.array(view.step) / 2, view.step
     extent = (left, left + right * flow.shape[2], top + down * flow.shape[1], top)
@@ -160,9 +161,10 @@ def draw_offset_field(
             _wheel_legend(axes, longest, times)
     else:
         values = np.asarray(getattr(view, kind), np.float64)
-        top_value = float(values.max(initial=0)) or 1.0
+        top_value = float(np.max(values, initial=0, where=np.isfinite(values))) or 1.0
         highest = {"spread": top_value, "outside": 1.0, "mask": max(top_value, 2.0) if top_value > 1 else 1.0}[kind]
         alpha = np.full_like(values, 0.65) if kind == "mask" else 0.25 + 0.6 * np.clip(values / highest, 0, 1)
+        alpha = np.where(np.isfinite(values), alpha, 0)
         drawn = axes.imshow(
             values, extent=extent, zorder=1, interpolation="nearest", alpha=alpha, vmin=0, vmax=highest,
             cmap=style.AMOUNT if kind == "mask" else style.HEAT,
@@ -209,6 +211,4 @@ def _wheel_legend(axes: Axes, longest: float, times: float) -> None:
     inset.imshow(np.dstack([0.5 + shade * (colour_wheel(np.stack([y, x])) - 0.5), length <= 1]), interpolation="bilinear")
     inset.set_axis_off()
     inset.set_title(f"mean offset\nof a window:\nrim {longest:.2g} px", fontsize=style.SMALL, linespacing=1.2)
-    inset.text(
-        0.5, -0.1, f"arrows: x {times:.2g}", fontsize=style.SMALL, transform=inset.transAxes, ha="center", va="top"
-    )
+    inset.text(0.5, -0.1, f"arrows: x {times:.2g}", fontsize=style.SMALL, transform=inset.transAxes, ha="center", va="top")

@@ -80,7 +80,9 @@ def draw_unit_points(
             handles.append(style.sample("regular", "a plain convolution's samples"))
         style.add_legend(axes, handles)
     if bar and not alike:
-        style.add_bar(axes, drawn, "mask: how much a sample counts" if single else "how much a sample counts (product of masks)")
+        style.add_bar(
+            axes, drawn, "mask: how much a sample counts" if single else "how much a sample counts (product of masks)"
+        )
     return drawn
 
 

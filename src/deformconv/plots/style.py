@@ -94,8 +94,8 @@ def frame(axes: Axes, size: tuple[int, int]) -> None:
 
 def dots(axes: Axes, points: Any, areas: Any, **looks: Any) -> PathCollection:
     """Draw circles at points (M, 2), y before x, with a white ring within a dark one: one of them is seen on anything."""
-    ring = min(0.8, 0.11 * float(np.sqrt(np.median(areas)))) if np.size(areas) else 0.0
-    ours = {"edgecolors": "white", "linewidths": ring, "path_effects": halo(2.6 * ring), "zorder": 5}
+    ring = min(0.9, 0.13 * float(np.sqrt(np.median(areas)))) if np.size(areas) else 0.0
+    ours = {"edgecolors": "white", "linewidths": ring, "path_effects": halo(2.9 * ring), "zorder": 5}
     return axes.scatter(points[:, 1], points[:, 0], s=areas, **{**ours, **looks})
 
 
@@ -116,11 +116,11 @@ def _mark(kind: str, size: float | None = None, color: Any = None) -> dict[str, 
             "marker": "o", "markersize": 6.0, "markerfacecolor": color, "markeredgecolor": "white", "markeredgewidth": 0.8,
             "path_effects": halo(2.0),
         }  # fmt: skip
-    marker, width, stroke, colour = {"unit": ("x", 9.0, 0.22, YELLOW), "regular": ("+", 5.0, 0.18, "white")}[kind]
+    marker, width, stroke, colour = {"unit": ("x", 9.0, 0.22, YELLOW), "regular": ("+", 5.0, 0.2, "white")}[kind]
     width = width if size is None else size
     return {
         "marker": marker, "markersize": width, "color": colour, "markeredgewidth": stroke * width,
-        "path_effects": halo(stroke * width + max(1.0, 0.2 * width), 1.0 if kind == "unit" else 0.85),
+        "path_effects": halo(stroke * width + max(1.1, 0.24 * width), 1.0 if kind == "unit" else 0.85),
     }  # fmt: skip
 
 
