@@ -12,9 +12,9 @@ document of version 1:
         every            positions were kept at rows and columns 0, every, 2*every, ...
         offset           dtype, scale, shape (groups, K, 2, rows, columns), data: offset = scale*integer, in input pixels
         mask             None, or the same with shape (groups, K, rows, columns)
-        fields           None, or receptive fields: units, shape (fields, rows, columns), origin, step, radius (image pixels),
-                         data: bytes, 255 for each field's maximum
-        statistics       mean (y, x), deviation, largest: offsets in image pixels; outside, mask_mean
+        fields           None, or receptive fields: units, shape (fields, rows, columns), origin (of each), step and radius in
+                         image pixels, data: bytes, 255 for each field's maximum
+        statistics       mean (y, x), deviation, largest (on an axis): offsets in image pixels; outside, mask_mean
     start        layer: a number in `layers`; at: a position in image pixels
     left_out     layers that the file had no room for
 
@@ -52,7 +52,7 @@ TOLERANCE = 0.05
 """The most that an offset in the page may be away from the layer's, in image pixels."""
 _FINE = 0.01  # of every file that it leaves small enough: errors grow from layer to layer of a stack
 _LONGEST_SIDE = 1024
-_FIELD_CELLS = 128
+_FIELD_CELLS = 64  # a side, of the part of the image that matters
 _FEWEST_POSITIONS = 4
 _SCRIPTS = ("rule.js", "draw.js", "look.js")
 
@@ -70,7 +70,7 @@ def page(document: Mapping[str, Any]) -> str:
         ValueError: there is no layer in the document, or it is of another version.
     """
     if document.get("version") != 1:
-        raise ValueError(f"`document` is of version {document.get('version')!r}; this page shows version 1, as `build` makes it")
+        raise ValueError(f"`document` has version {document.get('version')!r}; a page shows version 1, which `build` makes")
     if not document.get("layers"):
         raise ValueError("`document` has no layers, so that there is nothing to look at: `build` it from a trace with a call")
     web = files("deformconv.plots") / "web"
@@ -145,8 +145,8 @@ def build(
     """The document of a page about a recorded forward pass: its last one, and the first picture of the batch.
 
     Offsets are kept to 0.01 image pixels, or to 0.05 where the file would be larger than `limit`. Where that is not
-    enough, the largest layers keep positions and receptive fields at every second, then every fourth place, and a layer of which
-    hardly any position would be left is left out.
+    enough, the largest layers keep positions and receptive fields at every second, then every fourth place, and a layer of
+    which hardly any position would be left is left out.
 
     Args:
         trace: what `record` returned; its layers are two-dimensional.
@@ -168,10 +168,7 @@ def build(
         "image": {"width": width, "height": height, "src": _source(image), "alt": alt},
         "start": {"layer": 0, "at": [(height - 1) / 2, (width - 1) / 2]},
     }  # fmt: skip
-    packings = [
-        _Packing(call, trace.geometry(call.layer, call.index), _fields_of(receptive_fields, call), step=_field_step(trace.size))
-        for call in calls
-    ]
+    packings = [_Packing(call, trace.geometry(call.layer, call.index), _fields_of(receptive_fields, call)) for call in calls]
     room = limit - len(page(document).encode())
     entries = _within(packings, room)
     kept = [number for number, entry in enumerate(entries) if entry is not None]
@@ -240,11 +237,6 @@ def _fields_of(receptive_fields: Mapping[Any, Sequence[Any]] | None, call: Any) 
     return list(given.get((call.layer, call.index), given.get(call.layer, ()) if call.index == 0 else ()))
 
 
-def _field_step(size: Sequence[int]) -> int:
-    """How many image pixels, of a receptive field's side, one of its cells in the page stands for."""
-    return ceil(max(size) / _FIELD_CELLS)
-
-
 @dataclass(frozen=True)
 class _Packing:
     """One call, and how much of it the page gets."""
@@ -252,7 +244,7 @@ class _Packing:
     call: Any
     geometry: Any
     fields: list[Any]
-    step: int
+    coarse: int = 1
     every: int = 1
     tolerance: float = _FINE
 
@@ -276,14 +268,22 @@ class _Packing:
         }  # fmt: skip
 
     def _packed_fields(self) -> dict[str, Any] | None:
-        """The receptive fields, each averaged over squares of `step` pixels and relative to its maximum."""
+        """The receptive fields, each cut to where it matters, averaged over squares and relative to its maximum."""
         if not self.fields:
             return None
-        stack = np.stack([_pooled(_array(field.field), self.step) for field in self.fields])
+        whole = [np.nan_to_num(_array(field.field)) for field in self.fields]
+        parts = [_part(field) for field in whole]
+        side = np.max([[part.stop - part.start for part in pair] for pair in parts], axis=0)  # of the largest part
+        step = ceil(max(side) / _FIELD_CELLS) * self.coarse
+        first = [[min(part.start, max(size - length, 0)) for part, size, length in zip(pair, field.shape, side, strict=True)]
+                 for pair, field in zip(parts, whole, strict=True)]  # fmt: skip
+        stack = np.stack(
+            [_pooled(field[y : y + side[0], x : x + side[1]], step) for field, (y, x) in zip(whole, first, strict=True)]
+        )
         stack /= np.maximum(stack.max(axis=(1, 2), keepdims=True), np.finfo(np.float64).tiny)
         return {
-            "units": [_integers(field.unit) for field in self.fields], "radius": [float(field.radius) for field in self.fields],
-            "origin": [(self.step - 1) / 2] * 2, "step": [self.step] * 2,
+            "units": [_integers(field.unit) for field in self.fields], "radius": _finite([float(field.radius) for field in self.fields]),
+            "origin": [[y + (step - 1) / 2, x + (step - 1) / 2] for y, x in first], "step": [step] * 2,
             **_stored(np.round(stack * 255).astype(np.uint8), 1.0),
         }  # fmt: skip
 
@@ -291,7 +291,7 @@ class _Packing:
         """The same with half as many rows and columns of what takes more room; None if too few would be left."""
         fields = entry["fields"]
         if fields is not None and len(fields["data"]) > len(entry["offset"]["data"]) / 2 and min(fields["shape"][1:]) > 16:
-            return replace(self, step=2 * self.step)
+            return replace(self, coarse=2 * self.coarse)
         if min(entry["offset"]["shape"][3:]) >= 2 * _FEWEST_POSITIONS:
             return replace(self, every=2 * self.every)
         return None
@@ -350,9 +350,17 @@ def _stored(integers: Numbers, scale: float) -> dict[str, Any]:
     return {"data": text, "dtype": integers.dtype.name, "scale": scale, "shape": list(integers.shape)}
 
 
+def _part(field: Numbers) -> tuple[slice, slice]:
+    """The rows and columns in which a field is more than a byte's smallest step."""
+    seen = field > field.max(initial=0) / 510
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    if not rows.size:
+        return slice(0, field.shape[0]), slice(0, field.shape[1])
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
 def _pooled(field: Numbers, step: int) -> Numbers:
     """Means over squares; what hangs over the edges counts as 0."""
-    field = np.nan_to_num(field)
     field = np.pad(field, [(0, -size % step) for size in field.shape])
     rows, columns = (size // step for size in field.shape)
     return field.reshape(rows, step, columns, step).mean(axis=(1, 3))
@@ -362,9 +370,8 @@ def _statistics(call: Any, offset: Numbers, mask: Numbers | None, step: Sequence
     """A layer's numbers in a line: offsets in image pixels."""
     pixels = offset * np.reshape(step, (2, 1, 1))  # (G, K, 2, H, W)
     mean = pixels.mean(axis=(0, 1, 3, 4))
-    squares = ((pixels - mean[:, None, None]) ** 2).sum(axis=2)
-    lengths = np.sqrt((pixels**2).sum(axis=2))
-    outside = np.zeros(lengths.shape, bool)
+    deviation = np.sqrt(pixels.var(axis=(0, 1, 3, 4)).sum())
+    outside = np.zeros(offset[:, :, 0].shape, bool)
     taps = np.indices(call.kernel_size).reshape(2, -1)  # (2, K)
     for axis, size in enumerate(call.input_size):
         index = np.arange(offset.shape[3 + axis]).reshape((-1, 1) if axis == 0 else (-1,))
@@ -372,7 +379,7 @@ def _statistics(call: Any, offset: Numbers, mask: Numbers | None, step: Sequence
         position = first + offset[:, :, axis]
         outside |= ~((position > -1) & (position < size))
     found = {
-        "mean": mean.tolist(), "deviation": float(np.sqrt(squares.mean())), "largest": float(lengths.max(initial=0)),
+        "mean": mean.tolist(), "deviation": float(deviation), "largest": float(np.abs(pixels).max(initial=0)),
         "outside": float(outside.mean()), "mask_mean": None if mask is None else float(mask.mean()),
     }  # fmt: skip
     return {name: _finite(value) for name, value in found.items()}

@@ -1,7 +1,7 @@
 // Drawing on two canvases, the picture below and the marks above. A view says where an image position lies on them.
 const Draw = (() => {
   const HALO = "rgba(8, 10, 16, 0.8)";
-  const HEAT = [[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]];
+  const HEAT = [[0, 0, 4], [34, 17, 80], [95, 24, 127], [152, 45, 128], [211, 67, 110], [248, 118, 92], [254, 187, 129], [252, 253, 191]];
   const sprites = new Map();
 
   // A view of the image in `width` x `height` CSS pixels, `k` of them an image pixel; `left`, `top` are image positions.
@@ -67,7 +67,7 @@ const Draw = (() => {
   function flowCells(rows, columns, y, x, most) {
     return cells(rows, columns, (place) => {
       const length = Math.hypot(y[place], x[place]);
-      return length > 0 ? [...hueColour(Math.atan2(y[place], x[place])), 0.9 * Math.min(length / most, 1)] : null;
+      return length > 0 ? [...hueColour(Math.atan2(y[place], x[place])), 0.9 * Math.min(length / most, 1) ** 0.6] : null;
     });
   }
 
@@ -153,12 +153,13 @@ const Draw = (() => {
       circle(step / 4);
       stroked(context, [3, 1.4], [HALO, colour]);
     } else {
-      circle(step / 4 + (step > 10 ? 1.3 : 0.9));
-      context.fillStyle = HALO;
-      context.fill();
-      circle(step / 4);
-      context.fillStyle = colour;
-      context.fill();
+      // A white ring in a dark one is legible on anything; small points have room for the dark one alone.
+      const rings = step > 12 ? [[1.4, HALO], [0.4, "#fff"], [-0.7, colour]] : [[0.8, HALO], [0, colour]];
+      for (const [more, fill] of rings) {
+        circle(step / 4 + more);
+        context.fillStyle = fill;
+        context.fill();
+      }
     }
     const made = { canvas, half };
     sprites.set(name, made);
@@ -167,7 +168,8 @@ const Draw = (() => {
 
   function points(context, view, level, colour, radius, usual) {
     for (let i = 0; i < level.length; i++) {
-      const part = Math.min(Math.max(Math.sqrt(Math.abs(level.weight[i]) / usual), 0.35), 1.9);
+      const amount = level.away[i] ? 0.5 : Math.sqrt(Math.abs(level.weight[i]) / usual);
+      const part = Math.min(Math.max(amount, 0.4), 1.7);
       const { canvas, half } = sprite(colour, radius * part, view.ratio, Boolean(level.away[i]));
       const [x, y] = [toX(view, level.x[i]), toY(view, level.y[i])];
       if (x > -half && y > -half && x < view.width + half && y < view.height + half) {
@@ -176,7 +178,7 @@ const Draw = (() => {
     }
   }
 
-  function plusses(context, view, level, arm) {
+  function plusses(context, view, level, arm, opacity) {
     context.beginPath();
     for (let i = 0; i < level.length; i++) {
       const [x, y] = [toX(view, level.x[i]), toY(view, level.y[i])];
@@ -185,7 +187,9 @@ const Draw = (() => {
       context.moveTo(x, y - arm);
       context.lineTo(x, y + arm);
     }
+    context.globalAlpha = opacity;
     stroked(context, [3, 1.2], [HALO, "#fff"]);
+    context.globalAlpha = 1;
   }
 
   // Lines from one set of positions to another: `from` is asked for the beginning of each.
@@ -208,7 +212,7 @@ const Draw = (() => {
       context.moveTo(x - 5, y - 5 * side);
       context.lineTo(x + 5, y + 5 * side);
     }
-    stroked(context, [5, 2.4], [HALO, "#fff"]);
+    stroked(context, [5, 2.4], [HALO, "#f0e442"]);
     if (!letter) return;
     context.font = "700 13px system-ui, sans-serif";
     context.textAlign = "center";

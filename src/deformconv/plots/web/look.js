@@ -21,9 +21,11 @@
   let scheduled = false;
   let saying = 0;
   let growing = 0;
+  let leaping = 0;
   let lastDrawn = 0;
 
   const layer = () => layers[state.layer];
+  const deepest = () => Rule.stack(layers, state.layer, 3).length;
   const unitOf = (which) => Rule.unitAt(layer(), state.at[which]);
   const named = (one) => (one.name || "the model itself") + (one.index ? `, call ${one.index + 1}` : "");
   const pixels = (value) => Math.abs(value).toFixed(Math.abs(value) < 1 ? 2 : 1);
@@ -55,12 +57,12 @@
   }
 
   const rows = {
-    "unit (row, column)": (found) => found.unit.join(", "),
-    "its middle (y, x)": (found) => found.middle.map((value) => value.toFixed(1)).join(", "),
-    "mean offset (y, x)": (found) => number(found.offset[0], () => `${found.offset.map(signed).join(", ")} px`),
-    "spread": (found) => number(found.spread, (value) => `${pixels(value)} px`),
-    "mask, mean": (found) => (found.mask === null ? "none" : found.mask.toFixed(2)),
-    "samples outside": (found) => percent(found.outside),
+    unit: (found) => found.unit.join(", "),
+    middle: (found) => found.middle.map((value) => value.toFixed(1)).join(", "),
+    "mean offset": (found) => number(found.offset[0], () => found.offset.map(signed).join(", ")),
+    spread: (found) => number(found.spread, pixels),
+    mask: (found) => (found.mask === null ? "none" : found.mask.toFixed(2)),
+    outside: (found) => percent(found.outside),
   };
 
   function sentence(which) {
@@ -78,13 +80,21 @@
 
   // ---- what is drawn
 
+  const margin = 0.035 * Math.max(image.width, image.height);
+  const [width, height] = [image.width + 2 * margin, image.height + 2 * margin];
+  const besideIt = () => innerWidth >= 860;
+  const tallest = () => Math.max(besideIt() ? innerHeight - 250 : 0.62 * innerHeight, 220);
+
+  // The picture's column is as wide as the picture at the height that the window leaves it, and the panel takes the rest.
+  function arrange() {
+    const room = document.querySelector("main").clientWidth - 346;
+    const wanted = Math.min(Math.max((tallest() * width) / height, 440), room);
+    document.documentElement.style.setProperty("--stage", besideIt() ? `${Math.floor(wanted)}px` : "minmax(0, 1fr)");
+  }
+
   function view() {
-    const frame = $("frame");
-    const margin = 0.035 * Math.max(image.width, image.height);
-    const [width, height] = [image.width + 2 * margin, image.height + 2 * margin];
-    const wide = frame.clientWidth;
-    const high = Math.max(Math.min(innerHeight * (innerWidth < 860 ? 0.62 : 1) - (innerWidth < 860 ? 0 : 230), 1100), 220);
-    const fit = Math.min(wide / width, high / height);
+    const wide = $("frame").clientWidth;
+    const fit = Math.min(wide / width, tallest() / height);
     const found = { width: wide, height: Math.round(fit * height), ratio: Math.min(devicePixelRatio || 1, 3), k: fit * state.zoom };
     const side = [found.height / found.k, found.width / found.k];
     const corner = [0, 1].map((axis) => {
@@ -96,15 +106,16 @@
     return { ...found, top: corner[0], left: corner[1] };
   }
 
-  let cached = new Map();
+  const cached = new Map();
   function levelsOf(which, scale) {
     if (!state.at[which]) return null;
     const unit = unitOf(which);
     const name = [state.layer, state.depth, state.group, unit, scale].join(" ");
     if (!cached.has(name)) {
       if (cached.size > 8) cached.clear();
-      const levels = Rule.levels(Rule.stack(layers, state.layer, state.depth), unit, scale, state.group);
-      cached.set(name, levels && { levels, points: Rule.merged(levels.at(-1)) });
+      const chain = Rule.stack(layers, state.layer, state.depth);
+      const levels = Rule.levels(chain, unit, scale, state.group);
+      cached.set(name, levels && { levels, points: Rule.merged(levels.at(-1), chain.at(-1)) });
     }
     return cached.get(name);
   }
@@ -163,7 +174,7 @@
     const [, height, width] = one.fields.shape;
     const made = overlayCells(`field ${state.layer} ${chosen}`, () =>
       Draw.heatCells(height, width, (place) => (one.heat[chosen * height * width + place] / 255) ** 0.5));
-    Draw.place(context, state.view, made, one.fields.origin, one.fields.step, true);
+    Draw.place(context, state.view, made, one.fields.origin[chosen], one.fields.step, true);
     const at = Rule.middle(one, one.fields.units[chosen]);
     Draw.cell(context, state.view, at, one.unitStep, true, "#fff");
     Draw.circle(context, state.view, at, one.fields.radius[chosen], "#fff");
@@ -173,7 +184,7 @@
     const context = Draw.sized($("marks"), state.view);
     const { view: seen } = state;
     if (state.pointer) Draw.cell(context, seen, Rule.middle(layer(), state.pointer.unit), layer().unitStep, false, "#fff");
-    const base = [0, 6, 4, 2.9][state.depth] * Math.min(Math.max(seen.width / 620, 0.75), 1.25) * Math.sqrt(state.zoom) ** 0.5;
+    const base = [0, 6, 3.6, 2.3][state.depth] * Math.min(Math.max(seen.width / 600, 0.8), 1.25) * state.zoom ** 0.25;
     let usual = 1;
     const order = state.active ? [0, 1] : [1, 0];
     const all = order.filter((which) => state.at[which]);
@@ -193,10 +204,8 @@
     const { levels, points } = found;
     const colour = COLOURS[which];
     if (levels.length === 1) {
-      const regular = plain.levels[0];
-      if (regular.length === points.length || regular.length === levels[0].length) {
-        Draw.lines(context, seen, levels[0], (i) => [regular.y[i], regular.x[i]], colour, 1.6, 0.9);
-      }
+      const [level, regular] = [levels[0], plain.levels[0]];
+      Draw.lines(context, seen, level, (i) => [regular.y[level.tap[i]], regular.x[level.tap[i]]], colour, 1.3, 0.9);
     } else {
       levels.slice(1).forEach((level, depth) => {
         const parent = levels[depth];
@@ -204,13 +213,14 @@
         Draw.lines(context, seen, level, (i) => [parent.y[level.of[i]], parent.x[level.of[i]]], colour, 0.8, opacity);
       });
     }
-    Draw.plusses(context, seen, plain.points, levels.length === 1 ? 4 : 2.5);
+    Draw.plusses(context, seen, plain.points, ...(levels.length === 1 ? [4, 1] : [2, 0.6]));
     Draw.points(context, seen, points, colour, base, usual);
   }
 
   function draw() {
     scheduled = false;
     const begun = performance.now();
+    arrange();
     const seen = view();
     state.view = seen;
     for (const canvas of [$("picture"), $("marks")]) {
@@ -244,7 +254,7 @@
   function showControls() {
     const one = layer();
     $("layer").value = state.layer;
-    const depths = [1, 2, 3].filter((depth) => depth <= one.before.length + 1);
+    const depths = [1, 2, 3].filter((depth) => depth <= deepest());
     choices(
       $("depth"), "depth",
       depths.map((depth) => {
@@ -263,6 +273,26 @@
     const there = Object.entries(OVERLAYS).filter(([kind]) => (kind !== "field" || one.fields) && (kind !== "mask" || one.masks));
     choices($("overlay"), "overlay", there, state.overlay, (overlay) => change({ overlay }));
     showStatistics(one);
+    for (const row of $("layers").rows) row.classList.toggle("chosen", row.dataset.layer === String(state.layer));
+  }
+
+  // Every layer in a line, to compare how far their offsets go.
+  function listLayers() {
+    const most = Math.max(...layers.map((one) => one.statistics.deviation || 0)) || 1;
+    $("layers").tBodies[0].replaceChildren(
+      ...layers.map((one, index) => {
+        const button = element("button", { type: "button" }, named(one));
+        button.addEventListener("click", () => toLayer(index));
+        const bar = element("span", { className: "bar" });
+        bar.style.width = `${(100 * (one.statistics.deviation || 0)) / most}%`;
+        const row = element(
+          "tr", {}, element("th", { scope: "row" }, button, bar),
+          element("td", {}, number(one.statistics.deviation, pixels)), element("td", {}, percent(one.statistics.outside)),
+        );
+        row.dataset.layer = index;
+        return row;
+      }),
+    );
   }
 
   function showStatistics(one) {
@@ -270,10 +300,10 @@
     const size = (pair) => pair.join("\u202f\u00d7\u202f");
     const entries = {
       kernel: size(one.kernel) + (one.dilation.some((value) => value > 1) ? `, dilation ${size(one.dilation)}` : ""),
-      map: `${size(one.output)} units, ${pixels(one.unitStep[0])} px apart`,
+      map: `${size(one.output)} units, ${one.unitStep.map((step) => Number(step.toFixed(2)))[0]} px apart`,
       "offsets, mean (y, x)": number(statistics.mean[0], () => `${statistics.mean.map(signed).join(", ")} px`),
       deviation: number(statistics.deviation, (value) => `${pixels(value)} px`),
-      largest: number(statistics.largest, (value) => `${pixels(value)} px`),
+      "largest, on an axis": number(statistics.largest, (value) => `${pixels(value)} px`),
       "samples outside": percent(statistics.outside),
       "mask, mean": statistics.mask_mean === null ? "none" : statistics.mask_mean.toFixed(2),
     };
@@ -283,8 +313,10 @@
     );
     showHistogram(one);
     const missing = [];
-    if (one.every > 1) missing.push(`The file has room for every ${one.every}th row and column of this layer.`);
-    if (page.left_out.length) missing.push(`It has none for ${page.left_out.join(", ")}.`);
+    if (one.every > 1) {
+      missing.push(`Of this layer the file has room for every ${one.every === 2 ? "second" : `${one.every}th`} row and column.`);
+    }
+    if (page.left_out.length) missing.push(`The file has no room for ${page.left_out.join(", ")}.`);
     $("missing").hidden = !missing.length;
     $("missing").textContent = missing.join(" ");
   }
@@ -293,14 +325,14 @@
   function showHistogram(one) {
     const plane = one.rows * one.columns;
     one.lengths ??= (() => {
-      const most = one.statistics.largest || 1;
-      const counts = new Array(32).fill(0);
-      for (let tap = 0; tap < one.groups * one.taps; tap++) {
-        for (let place = 2 * tap * plane; place < (2 * tap + 1) * plane; place++) {
-          const length = Math.hypot(one.offsets[place] * one.step[0], one.offsets[place + plane] * one.step[1]) * one.offset.scale;
-          if (length <= 1.01 * most) counts[Math.min(Math.floor((length / most) * 32), 31)]++;
-        }
+      const lengths = new Float32Array(one.groups * one.taps * plane);
+      for (let i = 0; i < lengths.length; i++) {
+        const place = i + Math.floor(i / plane) * plane;
+        lengths[i] = Math.hypot(one.offsets[place] * one.step[0], one.offsets[place + plane] * one.step[1]) * one.offset.scale;
       }
+      const most = largest(lengths) || 1;
+      const counts = new Array(32).fill(0);
+      for (const length of lengths) counts[Math.min(Math.floor((length / most) * 32), 31)]++;
       return { counts, most };
     })();
     const { counts, most } = one.lengths;
@@ -393,7 +425,7 @@
   function change(changes) {
     const before = { ...state };
     Object.assign(state, changes);
-    state.depth = Math.min(state.depth, layer().before.length + 1);
+    state.depth = Math.min(state.depth, deepest());
     if (state.group !== null && state.group >= layer().groups) state.group = null;
     if ((state.overlay === "field" && !layer().fields) || (state.overlay === "mask" && !layer().masks)) state.overlay = "none";
     const same = (...names) => names.every((name) => before[name] === state[name]);
@@ -457,7 +489,7 @@
     $("play").classList.toggle("playing", on);
     $("play").querySelector("span").textContent = on ? "Pause" : "Play";
     cancelAnimationFrame(growing);
-    clearTimeout(growing);
+    clearTimeout(leaping);
     if (!on) return;
     if (still.matches) return leap();
     // From where the offsets are now: the time at which the wave has their scale.
@@ -475,7 +507,7 @@
   function leap() {
     if (!state.playing) return;
     change({ scale: state.scale ? 0 : 1 });
-    growing = setTimeout(leap, 1500);
+    leaping = setTimeout(leap, 1500);
   }
 
   function reset() {
@@ -551,6 +583,8 @@
 
   function listenToControls() {
     $("layer").append(...layers.map((one, value) => element("option", { value }, named(one))));
+    listLayers();
+    $("all").open = layers.length > 1 && innerWidth >= 1100;
     $("layer").addEventListener("change", (event) => toLayer(Number(event.target.value)));
     $("group").addEventListener("change", ({ target }) => change({ group: target.value === "" ? null : Number(target.value) }));
     $("scale").addEventListener("input", (event) => {
@@ -587,6 +621,7 @@
     }
     picture.src = image.src;
     await Promise.all([picture.decode(), ...layers.map(Rule.unpack)]);
+    if (matchMedia("(hover: none)").matches) $("pointer").textContent = "Tap the picture to look from there.";
     listenToControls();
     listenToPointer();
     listenToKeys();

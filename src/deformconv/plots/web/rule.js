@@ -60,6 +60,8 @@ const Rule = (() => {
     return group === null || group >= layer.groups ? [...Array(layer.groups).keys()] : [group];
   }
 
+  const bounded = (value, last) => Math.min(Math.max(value, 0), last);
+
   // The share of a linear interpolation that lies within `size` cells.
   function within(position, size) {
     const first = Math.floor(position);
@@ -72,9 +74,8 @@ const Rule = (() => {
     if (!(y > -1 && x > -1 && y < layer.output[0] && x < layer.output[1])) return 0;
     const share = within(y, layer.output[0]) * within(x, layer.output[1]);
     // Kept places are `every` units apart; what lies beyond the last of them is as the last.
-    const bound = (value, last) => Math.min(Math.max(value, 0), last);
-    const row = layer.every > 1 ? bound(y / layer.every, layer.rows - 1) : y;
-    const column = layer.every > 1 ? bound(x / layer.every, layer.columns - 1) : x;
+    const row = layer.every > 1 ? bounded(y / layer.every, layer.rows - 1) : y;
+    const column = layer.every > 1 ? bounded(x / layer.every, layer.columns - 1) : x;
     const top = Math.floor(row);
     const left = Math.floor(column);
     let count = 0;
@@ -100,7 +101,7 @@ const Rule = (() => {
     const most = from.length * groups.length * layer.taps;
     const to = {
       y: new Float64Array(most), x: new Float64Array(most), weight: new Float64Array(most),
-      of: new Int32Array(most), away: new Uint8Array(most), length: 0,
+      of: new Int32Array(most), tap: new Int32Array(most), away: new Uint8Array(most), length: 0,
     };
     const places = new Int32Array(4);
     const weights = new Float64Array(4);
@@ -110,8 +111,9 @@ const Rule = (() => {
       let share = 0;
       for (let corner = 0; corner < count; corner++) share += weights[corner];
       if (!share) continue;
-      const baseY = from.y[i] * layer.stride[0];
-      const baseX = from.x[i] * layer.stride[1];
+      // The units inside, averaged alone, stand at the nearest position on the map.
+      const baseY = bounded(from.y[i], layer.output[0] - 1) * layer.stride[0];
+      const baseX = bounded(from.x[i], layer.output[1] - 1) * layer.stride[1];
       for (const g of groups) {
         for (let k = 0; k < layer.taps; k++) {
           const first = (g * layer.taps + k) * 2 * plane;
@@ -131,12 +133,13 @@ const Rule = (() => {
           const y = baseY + layer.tap[k][0] + (scale ? scale * size * dy : 0);
           const x = baseX + layer.tap[k][1] + (scale ? scale * size * dx : 0);
           if (y !== y || x !== x) continue; // a NaN reads nothing that can be shown
-          const to_ = to.length++;
-          to.y[to_] = layer.origin[0] + layer.step[0] * y;
-          to.x[to_] = layer.origin[1] + layer.step[1] * x;
-          to.weight[to_] = from.weight[i] * mask * (layer.masks ? layer.mask.scale : 1);
-          to.of[to_] = i;
-          to.away[to_] = y > -1 && x > -1 && y < height && x < width ? 0 : 1;
+          const next = to.length++;
+          to.y[next] = layer.origin[0] + layer.step[0] * y;
+          to.x[next] = layer.origin[1] + layer.step[1] * x;
+          to.weight[next] = from.weight[i] * mask * (layer.masks ? layer.mask.scale : 1);
+          to.of[next] = i;
+          to.tap[next] = (g - groups[0]) * layer.taps + k;
+          to.away[next] = y > -1 && x > -1 && y < height && x < width ? 0 : 1;
         }
       }
     }
@@ -153,13 +156,16 @@ const Rule = (() => {
     return from;
   }
 
-  // The layers that a stack of `depth` goes through, the top one first.
+  // The layers that a stack of `depth` goes through, the top one first: before each the nearest that it sees, if there is one.
   function stack(layers, number, depth) {
-    return [layers[number], ...layers[number].before.slice(0, depth - 1).map((other) => layers[other])];
+    const chain = [layers[number]];
+    while (chain.length < depth && chain.at(-1).before.length) chain.push(layers[chain.at(-1).before[0]]);
+    return chain;
   }
 
+  // An offset group is the top layer's: what the layers before it read is mixed by then.
   function paths(chain, group) {
-    return chain.reduce((product, layer) => product * layer.taps * chosenGroups(layer, group).length, 1);
+    return chain.reduce((product, layer, depth) => product * layer.taps * chosenGroups(layer, depth ? null : group).length, 1);
   }
 
   // Every level of a stack, from a unit of its top layer: `levels[0]` are that layer's samples. None where there are too many.
@@ -167,28 +173,30 @@ const Rule = (() => {
     if (paths(chain, group) > MOST_PATHS) return null;
     let from = { y: [unit[0]], x: [unit[1]], weight: [1], length: 1 };
     return chain.map((layer, depth) => {
-      const level = sampled(layer, depth ? toUnits(layer, from) : from, scale, group);
+      const level = sampled(layer, depth ? toUnits(layer, from) : from, scale, depth ? null : group);
       from = level;
       return level;
     });
   }
 
-  // Points that coincide become one, whose weight is the sum of theirs.
-  function merged(level) {
+  // Points that coincide become one, whose weight is the sum of theirs. What hangs over the map's edge weighs less.
+  function merged(level, layer) {
+    const inside = (position, axis) => within((position - layer.origin[axis]) / layer.step[axis], layer.input[axis]);
     const found = new Map();
     const points = { y: [], x: [], weight: [], count: [], away: [], length: 0 };
     for (let i = 0; i < level.length; i++) {
       const key = `${Math.round(level.y[i] * SAME)},${Math.round(level.x[i] * SAME)}`;
       const at = found.get(key);
+      const weight = level.weight[i] * inside(level.y[i], 0) * inside(level.x[i], 1);
       if (at === undefined) {
         found.set(key, points.length++);
         points.y.push(level.y[i]);
         points.x.push(level.x[i]);
-        points.weight.push(level.weight[i]);
+        points.weight.push(weight);
         points.count.push(1);
         points.away.push(level.away[i]);
       } else {
-        points.weight[at] += level.weight[i];
+        points.weight[at] += weight;
         points.count[at]++;
       }
     }
