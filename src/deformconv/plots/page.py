@@ -169,9 +169,10 @@ def build(
         "start": {"layer": 0, "at": [(height - 1) / 2, (width - 1) / 2]},
     }  # fmt: skip
     packings = [_Packing(call, trace.geometry(call.layer, call.index), _fields_of(receptive_fields, call)) for call in calls]
+    first = len(calls) - 1 if start is None else _number(start[0], calls)
     room = limit - len(page(document).encode())
-    entries = _within(packings, room)
-    kept = [number for number, entry in enumerate(entries) if entry is not None]
+    entries = _within(packings, room, first)
+    kept = list(entries)
     if not kept:
         raise ValueError(f"`limit` = {limit} bytes has no room for any of the layers: a page without one takes {limit - room}")
     place = {(calls[number].layer, calls[number].index): new for new, number in enumerate(kept)}
@@ -180,9 +181,9 @@ def build(
         before = trace.before(entry["name"], entry["index"])
         entry["before"] = [place[tuple(key)] for key in before if tuple(key) in place]
     document["left_out"] = [call.layer for number, call in enumerate(calls) if number not in kept]
-    document["start"]["layer"] = len(kept) - 1
+    document["start"]["layer"] = kept.index(first)
     if start is not None:
-        document["start"] = {"layer": _number(start[0], place), "at": [float(value) for value in start[1]]}
+        document["start"]["at"] = [float(value) for value in start[1]]
     return document
 
 
@@ -201,12 +202,12 @@ def _calls(trace: Any) -> list[Any]:
     return [call for call in calls if call.forward == last]
 
 
-def _number(name: str, place: Mapping[tuple[str, int], int]) -> int:
-    """Where a layer stands in the document."""
-    found = [number for (layer, _), number in place.items() if layer == name]
-    if not found:
-        raise ValueError(f"`start` names the layer {name!r}; the page has {', '.join(sorted({repr(key[0]) for key in place}))}")
-    return found[0]
+def _number(name: str, calls: Sequence[Any]) -> int:
+    """The number of a layer's first call."""
+    names = [call.layer for call in calls]
+    if name not in names:
+        raise ValueError(f"`start` names the layer {name!r}; recorded were {', '.join(map(repr, dict.fromkeys(names)))}")
+    return names.index(name)
 
 
 def _source(image: npt.ArrayLike) -> str:
@@ -216,18 +217,15 @@ def _source(image: npt.ArrayLike) -> str:
     pixels = np.asarray(image)
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)) or 0 in pixels.shape:
         raise ShapeError(f"`image` has shape {pixels.shape}; expected (H, W) or (H, W, 3)")
-    if pixels.dtype != np.uint8:
-        pixels = np.round(np.clip(np.nan_to_num(pixels.astype(np.float64)), 0, 1) * 255).astype(np.uint8)
-    picture = Image.fromarray(pixels)
+    most = 255 if pixels.dtype.kind in "iu" else 1
+    bytes_of = np.round(np.clip(np.nan_to_num(pixels.astype(np.float64)), 0, most) * (255 / most)).astype(np.uint8)
+    picture = Image.fromarray(bytes_of)
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
+    kind = "WEBP" if features.check("webp") else "JPEG"
+    if picture.width * picture.height <= 128 * 128:
+        kind = "PNG"  # without loss: a digit's pixels are seen one by one
     buffer = io.BytesIO()
-    if picture.width * picture.height <= 128 * 128:  # a digit's pixels are to be seen one by one
-        kind, options = "PNG", {"optimize": True}
-    elif features.check("webp"):
-        kind, options = "WEBP", {"quality": 85, "method": 6}
-    else:
-        kind, options = "JPEG", {"quality": 88}
-    picture.save(buffer, kind, **options)
+    picture.save(buffer, kind, quality=86)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -282,7 +280,8 @@ class _Packing:
         )
         stack /= np.maximum(stack.max(axis=(1, 2), keepdims=True), np.finfo(np.float64).tiny)
         return {
-            "units": [_integers(field.unit) for field in self.fields], "radius": _finite([float(field.radius) for field in self.fields]),
+            "units": [_integers(field.unit) for field in self.fields],
+            "radius": _finite([float(field.radius) for field in self.fields]),
             "origin": [[y + (step - 1) / 2, x + (step - 1) / 2] for y, x in first], "step": [step] * 2,
             **_stored(np.round(stack * 255).astype(np.uint8), 1.0),
         }  # fmt: skip
@@ -297,28 +296,29 @@ class _Packing:
         return None
 
 
-def _within(packings: list[_Packing], room: int) -> list[dict[str, Any] | None]:
-    """The entries, made coarser until they fit into the room; None for one that is left out."""
+def _within(packings: Sequence[_Packing], room: int, first: int) -> dict[int, dict[str, Any]]:
+    """The entries by their numbers, made coarser until they fit into the room, or left out: `first` after all others."""
     for tolerance in (_FINE, TOLERANCE):
-        packings = [replace(packing, tolerance=tolerance) for packing in packings]
-        entries: list[dict[str, Any] | None] = [packing.entry() for packing in packings]
-        sizes = [_size(entry) for entry in entries]
-        if sum(sizes) <= room:
+        packed = {number: replace(packing, tolerance=tolerance) for number, packing in enumerate(packings)}
+        entries = {number: packing.entry() for number, packing in packed.items()}
+        sizes = {number: _size(entry) for number, entry in entries.items()}
+        if sum(sizes.values()) <= room:
             break
-    while sum(sizes) > room:
-        number = int(np.argmax(sizes))
-        coarser = packings[number].coarser(entries[number] or {})
+    while sizes and sum(sizes.values()) > room:
+        number = max(sizes, key=sizes.__getitem__)
+        coarser = packed[number].coarser(entries[number])
         if coarser is None:
-            entries[number] = None
+            number = max(sizes, key=lambda other: (other != first, sizes[other]))
+            del entries[number], sizes[number]
         else:
-            packings[number], entries[number] = coarser, coarser.entry()
-        sizes[number] = _size(entries[number])
+            packed[number], entries[number] = coarser, coarser.entry()
+            sizes[number] = _size(entries[number])
     return entries
 
 
-def _size(entry: Mapping[str, Any] | None) -> int:
-    """Bytes that an entry takes in the file, a little more than they will be: the numbers of other layers come later."""
-    return 0 if entry is None else len(json.dumps(entry)) + 1000
+def _size(entry: Mapping[str, Any]) -> int:
+    """Bytes that an entry takes in the file, or a little more: the numbers of other layers come later."""
+    return len(json.dumps(entry)) + 1000
 
 
 def _array(values: Any) -> Numbers:
@@ -344,7 +344,7 @@ def _stored(integers: Numbers, scale: float) -> dict[str, Any]:
     """Integers as the page reads them."""
     little = np.ascontiguousarray(integers).astype(integers.dtype.newbyteorder("<"))
     columns = little.reshape(-1, 1).view(np.uint8).T  # (bytes of an integer, integers)
-    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
     packed = packer.compress(np.ascontiguousarray(columns).tobytes()) + packer.flush()
     text = base64.b64encode(packed).decode()
     return {"data": text, "dtype": integers.dtype.name, "scale": scale, "shape": list(integers.shape)}
