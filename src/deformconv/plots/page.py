@@ -1,0 +1,392 @@
+"""One HTML file in which somebody looks around: picture, offsets and program in it, nothing fetched from anywhere.
+
+`build` makes the document, a dictionary that JSON can hold, from what `record` recorded; `page` puts it into the file. The
+document of version 1:
+
+    title        what the page is called
+    image        width, height: of the picture that the model got, in pixels; src: a data URI; alt: what it shows
+    layers       one entry a recorded call, in their order:
+        name, index, kernel, stride, padding (before), dilation, groups (offset groups), input, output   as the call's
+        origin, step     where the layer's input map lies in the image: cell i at pixel origin + step*i
+        before           numbers in `layers` of the deformable calls that it sees the image through, nearest first
+        every            positions were kept at rows and columns 0, every, 2*every, ...
+        offset           dtype, scale, shape (groups, K, 2, rows, columns), data: offset = scale*integer, in input pixels
+        mask             None, or the same with shape (groups, K, rows, columns)
+        fields           None, or receptive fields: units, shape (fields, rows, columns), origin (of each), step and radius in
+                         image pixels, data: bytes, 255 for each field's maximum
+        statistics       mean (y, x), deviation, largest (on an axis): offsets in image pixels; outside, mask_mean
+    start        layer: a number in `layers`; at: a position in image pixels
+    left_out     layers that the file had no room for
+
+`data` is base64 of a raw deflate stream, in which the integers' low bytes come first, then the next bytes: apart, they take
+less room than side by side. The smallest integer of its dtype stands for an offset that is no number.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from math import ceil
+from string import Template
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deformconv.errors import ShapeError
+
+__all__ = ["LIMIT", "TOLERANCE", "build", "page", "quantised", "spread_units"]
+
+Numbers = npt.NDArray[Any]
+
+LIMIT = 3_000_000
+"""The most bytes that a file takes."""
+TOLERANCE = 0.05
+"""The most that an offset in the page may be away from the layer's, in image pixels."""
+_FINE = 0.01  # of every file that it leaves small enough: errors grow from layer to layer of a stack
+_LONGEST_SIDE = 1024
+_FIELD_CELLS = 64  # a side, of the part of the image that matters
+_FEWEST_POSITIONS = 4
+_SCRIPTS = ("rule.js", "draw.js", "look.js")
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """One HTML file, whole in itself, that shows a document.
+
+    Args:
+        document: what `build` returned.
+
+    Returns:
+        The text of the file. It runs from disk, in a frame and without a network, which its policy forbids it to use.
+
+    Raises:
+        ValueError: there is no layer in the document, or it is of another version.
+    """
+    if document.get("version") != 1:
+        raise ValueError(f"`document` has version {document.get('version')!r}; a page shows version 1, which `build` makes")
+    if not document.get("layers"):
+        raise ValueError("`document` has no layers, so that there is nothing to look at: `build` it from a trace with a call")
+    web = files("deformconv.plots") / "web"
+    style = (web / "look.css").read_text(encoding="utf-8")
+    script = "\n".join((web / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    # A title from anywhere could otherwise end the script element, or begin a comment.
+    data = json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    template = Template((web / "page.html").read_text(encoding="utf-8"))
+    title = html.escape(str(document["title"]))
+    return template.substitute(title=title, policy=policy, style=style, script=script, data=data)
+
+
+def _digest(text: str) -> str:
+    """The name by which a policy allows one inline text and no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def quantised(offset: npt.ArrayLike, tolerance: float) -> tuple[Numbers, float]:
+    """The smallest integers that, times the scale returned with them, are at most `tolerance` away from the offsets.
+
+    Args:
+        offset: any shape; a NaN becomes the smallest integer of the dtype, and infinity the largest of 32 bits.
+        tolerance: in the offsets' unit.
+
+    Returns:
+        int8, int16 or int32, and the scale.
+
+    Example:
+        >>> import numpy as np
+        >>> integers, scale = quantised(np.array([0.0, 1.3, -40.0]), 0.1)
+        >>> integers.dtype.name, abs(integers * scale - [0.0, 1.3, -40.0]).max() <= 0.1
+        ('int16', np.True_)
+    """
+    offset = np.asarray(offset, np.float64)
+    scale = 2 * tolerance * (1 - 1e-9)
+    most = np.iinfo(np.int32).max
+    levels = np.clip(np.round(np.nan_to_num(offset / scale, nan=0.0, posinf=most, neginf=-most)), -most, most)
+    largest = np.abs(levels).max(initial=0)
+    dtype = next(dtype for dtype in (np.int8, np.int16, np.int32) if largest <= np.iinfo(dtype).max)
+    integers = levels.astype(dtype)
+    integers[np.isnan(offset)] = np.iinfo(dtype).min
+    return integers, scale
+
+
+def spread_units(output_size: Sequence[int], most: int = 5) -> list[tuple[int, int]]:
+    """Units spread evenly over a map, `most` a side where it has as many: those whose receptive fields a page shows.
+
+    Example:
+        >>> spread_units((3, 1))
+        [(0, 0), (1, 0), (2, 0)]
+    """
+    rows, columns = (
+        sorted({int((part + 0.5) * size / min(most, size)) for part in range(min(most, size))}) for size in output_size
+    )
+    return [(row, column) for row in rows for column in columns]
+
+
+def build(
+    trace: Any,
+    image: npt.ArrayLike,
+    *,
+    receptive_fields: Mapping[Any, Sequence[Any]] | None = None,
+    start: tuple[str, tuple[float, float]] | None = None,
+    title: str = "Where it looks",
+    alt: str = "The picture that the model got",
+    limit: int = LIMIT,
+) -> dict[str, Any]:
+    """The document of a page about a recorded forward pass: its last one, and the first picture of the batch.
+
+    Offsets are kept to 0.01 image pixels, or to 0.05 where the file would be larger than `limit`. Where that is not
+    enough, the largest layers keep positions and receptive fields at every second, then every fourth place, and a layer of
+    which hardly any position would be left is left out.
+
+    Args:
+        trace: what `record` returned; its layers are two-dimensional.
+        image: (H, W) or (H, W, 3), what to look at: integers from 0 to 255 or floats from 0 to 1.
+        receptive_fields: `ReceptiveField`s of some units (`spread_units` chooses some) for each layer: the key is its name, or
+            its name and the call's index.
+        start: a layer and a position (y, x) in image pixels to begin with; the last layer and the image's middle without.
+        title, alt: of the page; what the picture shows, for those who do not see it.
+        limit: bytes that the file may take.
+
+    Raises:
+        ShapeError: a layer of the trace has other than 2 axes, or the image another shape.
+        ValueError: nothing was recorded, `start` names no layer, or `limit` is too small for any layer.
+    """
+    calls = _calls(trace)
+    width, height = int(trace.size[1]), int(trace.size[0])
+    document: dict[str, Any] = {
+        "version": 1, "title": title, "layers": [{}], "left_out": [],
+        "image": {"width": width, "height": height, "src": _source(image), "alt": alt},
+        "start": {"layer": 0, "at": [(height - 1) / 2, (width - 1) / 2]},
+    }  # fmt: skip
+    packings = [_Packing(call, trace.geometry(call.layer, call.index), _fields_of(receptive_fields, call)) for call in calls]
+    first = len(calls) - 1 if start is None else _number(start[0], calls)
+    room = limit - len(page(document).encode())
+    entries = _within(packings, room, first)
+    kept = list(entries)
+    if not kept:
+        raise ValueError(f"`limit` = {limit} bytes has no room for any of the layers: a page without one takes {limit - room}")
+    place = {(calls[number].layer, calls[number].index): new for new, number in enumerate(kept)}
+    document["layers"] = [entries[number] for number in kept]
+    for entry in document["layers"]:
+        before = trace.before(entry["name"], entry["index"])
+        entry["before"] = [place[tuple(key)] for key in before if tuple(key) in place]
+    document["left_out"] = [call.layer for number, call in enumerate(calls) if number not in kept]
+    document["start"]["layer"] = kept.index(first)
+    if start is not None:
+        document["start"]["at"] = [float(value) for value in start[1]]
+    return document
+
+
+def _calls(trace: Any) -> list[Any]:
+    """The calls of the last forward pass."""
+    calls = list(trace.calls)
+    if not calls:
+        raise ValueError("`trace` has no calls: run the model within `with record(model) as trace:`")
+    for call in calls:
+        if len(call.kernel_size) != 2:
+            raise ShapeError(
+                f"the layer {call.layer!r} has {len(call.kernel_size)} axes, and a page shows pictures, which have 2: "
+                "`unit_points` and `offset_field` have its numbers"
+            )
+    last = max(call.forward for call in calls)
+    return [call for call in calls if call.forward == last]
+
+
+def _number(name: str, calls: Sequence[Any]) -> int:
+    """The number of a layer's first call."""
+    names = [call.layer for call in calls]
+    if name not in names:
+        raise ValueError(f"`start` names the layer {name!r}; recorded were {', '.join(map(repr, dict.fromkeys(names)))}")
+    return names.index(name)
+
+
+def _source(image: npt.ArrayLike) -> str:
+    """The picture as a data URI, no side longer than 1024 pixels."""
+    from PIL import Image, features
+
+    pixels = np.asarray(image)
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)) or 0 in pixels.shape:
+        raise ShapeError(f"`image` has shape {pixels.shape}; expected (H, W) or (H, W, 3)")
+    most = 255 if pixels.dtype.kind in "iu" else 1
+    bytes_of = np.round(np.clip(np.nan_to_num(pixels.astype(np.float64)), 0, most) * (255 / most)).astype(np.uint8)
+    picture = Image.fromarray(bytes_of)
+    picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
+    kind = "WEBP" if features.check("webp") else "JPEG"
+    if picture.width * picture.height <= 128 * 128:
+        kind = "PNG"  # without loss: a digit's pixels are seen one by one
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, quality=86)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _fields_of(receptive_fields: Mapping[Any, Sequence[Any]] | None, call: Any) -> list[Any]:
+    """Those of a call."""
+    given = receptive_fields or {}
+    return list(given.get((call.layer, call.index), given.get(call.layer, ()) if call.index == 0 else ()))
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """One call, and how much of it the page gets."""
+
+    call: Any
+    geometry: Any
+    fields: list[Any]
+    coarse: int = 1
+    every: int = 1
+    tolerance: float = _FINE
+
+    def entry(self) -> dict[str, Any]:
+        """Its part of the document, but for the layers before it."""
+        call, K = self.call, int(np.prod(self.call.kernel_size))
+        shape = (call.offset_groups, K, 2, *call.output_size)
+        thin = (..., slice(None, None, self.every), slice(None, None, self.every))
+        offset = _array(call.offset)[0].reshape(shape)
+        mask = None if call.mask is None else _array(call.mask)[0].reshape(shape[:2] + shape[3:])
+        step = [float(value) for value in self.geometry.step]
+        return {
+            "name": call.layer, "index": call.index, "kernel": _integers(call.kernel_size), "stride": _integers(call.stride),
+            "padding": _integers(pair[0] for pair in call.padding), "dilation": _integers(call.dilation),
+            "groups": int(call.offset_groups), "input": _integers(call.input_size), "output": _integers(call.output_size),
+            "origin": [float(value) for value in self.geometry.origin], "step": step,
+            "before": [], "every": self.every,
+            "offset": _stored(*quantised(offset[thin], self.tolerance / max(map(abs, step)))),
+            "mask": None if mask is None else _stored(*_levels(mask[thin])),
+            "fields": self._packed_fields(), "statistics": _statistics(call, offset, mask, step),
+        }  # fmt: skip
+
+    def _packed_fields(self) -> dict[str, Any] | None:
+        """The receptive fields, each cut to where it matters, averaged over squares and relative to its maximum."""
+        if not self.fields:
+            return None
+        whole = [np.nan_to_num(_array(field.field)) for field in self.fields]
+        parts = [_part(field) for field in whole]
+        side = np.max([[part.stop - part.start for part in pair] for pair in parts], axis=0)  # of the largest part
+        step = ceil(max(side) / _FIELD_CELLS) * self.coarse
+        first = [[min(part.start, max(size - length, 0)) for part, size, length in zip(pair, field.shape, side, strict=True)]
+                 for pair, field in zip(parts, whole, strict=True)]  # fmt: skip
+        stack = np.stack(
+            [_pooled(field[y : y + side[0], x : x + side[1]], step) for field, (y, x) in zip(whole, first, strict=True)]
+        )
+        stack /= np.maximum(stack.max(axis=(1, 2), keepdims=True), np.finfo(np.float64).tiny)
+        return {
+            "units": [_integers(field.unit) for field in self.fields],
+            "radius": _finite([float(field.radius) for field in self.fields]),
+            "origin": [[y + (step - 1) / 2, x + (step - 1) / 2] for y, x in first], "step": [step] * 2,
+            **_stored(np.round(stack * 255).astype(np.uint8), 1.0),
+        }  # fmt: skip
+
+    def coarser(self, entry: Mapping[str, Any]) -> _Packing | None:
+        """The same with half as many rows and columns of what takes more room; None if too few would be left."""
+        fields = entry["fields"]
+        if fields is not None and len(fields["data"]) > len(entry["offset"]["data"]) / 2 and min(fields["shape"][1:]) > 16:
+            return replace(self, coarse=2 * self.coarse)
+        if min(entry["offset"]["shape"][3:]) >= 2 * _FEWEST_POSITIONS:
+            return replace(self, every=2 * self.every)
+        return None
+
+
+def _within(packings: Sequence[_Packing], room: int, first: int) -> dict[int, dict[str, Any]]:
+    """The entries by their numbers, made coarser until they fit into the room, or left out: `first` after all others."""
+    for tolerance in (_FINE, TOLERANCE):
+        packed = {number: replace(packing, tolerance=tolerance) for number, packing in enumerate(packings)}
+        entries = {number: packing.entry() for number, packing in packed.items()}
+        sizes = {number: _size(entry) for number, entry in entries.items()}
+        if sum(sizes.values()) <= room:
+            break
+    while sizes and sum(sizes.values()) > room:
+        number = max(sizes, key=sizes.__getitem__)
+        coarser = packed[number].coarser(entries[number])
+        if coarser is None:
+            number = max(sizes, key=lambda other: (other != first, sizes[other]))
+            del entries[number], sizes[number]
+        else:
+            packed[number], entries[number] = coarser, coarser.entry()
+            sizes[number] = _size(entries[number])
+    return entries
+
+
+def _size(entry: Mapping[str, Any]) -> int:
+    """Bytes that an entry takes in the file, or a little more: the numbers of other layers come later."""
+    return len(json.dumps(entry)) + 1000
+
+
+def _array(values: Any) -> Numbers:
+    """A tensor or array on any device as float64."""
+    if hasattr(values, "detach"):
+        values = values.detach().to(device="cpu").double().numpy()
+    return np.asarray(values, np.float64)
+
+
+def _integers(values: Any) -> list[int]:
+    return [int(value) for value in values]
+
+
+def _levels(mask: Numbers) -> tuple[Numbers, float]:
+    """Bytes for a mask, signed only where it is: a fraction of its largest value, and 0 where it is no number."""
+    finite = np.nan_to_num(mask, nan=0.0, posinf=0.0, neginf=0.0)
+    dtype = np.int8 if finite.min(initial=0) < 0 else np.uint8
+    scale = float(np.abs(finite).max(initial=0) or 1) / np.iinfo(dtype).max
+    return np.round(finite / scale).astype(dtype), scale
+
+
+def _stored(integers: Numbers, scale: float) -> dict[str, Any]:
+    """Integers as the page reads them."""
+    little = np.ascontiguousarray(integers).astype(integers.dtype.newbyteorder("<"))
+    columns = little.reshape(-1, 1).view(np.uint8).T  # (bytes of an integer, integers)
+    packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+    packed = packer.compress(np.ascontiguousarray(columns).tobytes()) + packer.flush()
+    text = base64.b64encode(packed).decode()
+    return {"data": text, "dtype": integers.dtype.name, "scale": scale, "shape": list(integers.shape)}
+
+
+def _part(field: Numbers) -> tuple[slice, slice]:
+    """The rows and columns in which a field is more than a byte's smallest step."""
+    seen = field > field.max(initial=0) / 510
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    if not rows.size:
+        return slice(0, field.shape[0]), slice(0, field.shape[1])
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _pooled(field: Numbers, step: int) -> Numbers:
+    """Means over squares; what hangs over the edges counts as 0."""
+    field = np.pad(field, [(0, -size % step) for size in field.shape])
+    rows, columns = (size // step for size in field.shape)
+    return field.reshape(rows, step, columns, step).mean(axis=(1, 3))
+
+
+def _statistics(call: Any, offset: Numbers, mask: Numbers | None, step: Sequence[float]) -> dict[str, Any]:
+    """A layer's numbers in a line: offsets in image pixels."""
+    pixels = offset * np.reshape(step, (2, 1, 1))  # (G, K, 2, H, W)
+    mean = pixels.mean(axis=(0, 1, 3, 4))
+    deviation = np.sqrt(pixels.var(axis=(0, 1, 3, 4)).sum())
+    outside = np.zeros(offset[:, :, 0].shape, bool)
+    taps = np.indices(call.kernel_size).reshape(2, -1)  # (2, K)
+    for axis, size in enumerate(call.input_size):
+        index = np.arange(offset.shape[3 + axis]).reshape((-1, 1) if axis == 0 else (-1,))
+        first = index * call.stride[axis] - call.padding[axis][0] + (taps[axis] * call.dilation[axis])[:, None, None]
+        position = first + offset[:, :, axis]
+        outside |= ~((position > -1) & (position < size))
+    found = {
+        "mean": mean.tolist(), "deviation": float(deviation), "largest": float(np.abs(pixels).max(initial=0)),
+        "outside": float(outside.mean()), "mask_mean": None if mask is None else float(mask.mean()),
+    }  # fmt: skip
+    return {name: _finite(value) for name, value in found.items()}
+
+
+def _finite(value: Any) -> Any:
+    """None for what JSON cannot say."""
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return value if value is None or np.isfinite(value) else None
