@@ -364,6 +364,7 @@ def test_public_names():
         "deform_roi_pool_backward",
         "explain",
         "get_num_threads",
+        "look",
         "set_num_threads",
     ]
     assert dir(deformconv) == sorted(deformconv.__all__)
