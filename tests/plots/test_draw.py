@@ -110,9 +110,9 @@ def test_a_units_points_are_drawn_with_their_weights_and_the_plain_window(axes):
     np.testing.assert_allclose(regular.get_offsets(), view.regular[:, ::-1])
     assert unit.get_offsets().tolist() == [[16, 12]]
     assert len(axes.lines) == 9 and all(line.get_xydata()[0].tolist() == [16, 12] for line in axes.lines)
-    assert texts(axes) == ["unit", "its samples", "a plain convolution's samples"]
+    assert texts(axes) == ["unit", "its samples (colour and size: how much they count)", "a plain convolution's"]
     (bar,) = axes.child_axes
-    assert bar.get_ylabel() == "mask: how much a sample counts"
+    assert bar.get_ylabel() == "mask"
 
 
 def test_points_that_count_alike_need_no_colours(axes):
@@ -126,7 +126,7 @@ def test_points_through_several_layers_have_no_lines_and_colours_to_the_heaviest
     view = unit_view(3, 200)
     drawn = draw_unit_points(axes, PICTURE, view)
     assert drawn.get_clim() == (0, view.weights.max()) and len(axes.lines) == 0
-    assert axes.child_axes[0].get_ylabel() == "how much a sample counts (product of masks)"
+    assert axes.child_axes[0].get_ylabel() == "product of masks"
 
 
 def test_masks_below_1_have_colours_up_to_1_and_negative_ones_from_the_lowest(axes):
@@ -256,7 +256,7 @@ def test_cells_lie_around_their_units(axes, kind):
 def test_amounts_have_a_colour_bar_with_their_unit(axes):
     view = offset_view()
     for kind, label, highest in (
-        ("spread", "spread of offsets [image pixels]", view.spread.max()),
+        ("spread", "spread [image pixels]", view.spread.max()),
         ("outside", "share of samples outside", 1),
         ("mask", "mean mask", 2),
     ):
@@ -282,7 +282,10 @@ def test_arrows_begin_at_their_units_and_point_where_the_window_moves(axes):
     np.testing.assert_allclose(quiver.V, view.flow[0].ravel())
     assert quiver.angles == "xy" and quiver.scale_units == "xy"
     (wheel,) = axes.child_axes
-    assert wheel.texts[0].get_text() == f"arrows: x {1 / quiver.scale:.2g}"
+    longest = np.percentile(np.hypot(*view.flow), 99)
+    rim, scale = (text.get_text() for text in wheel.texts)
+    assert rim.endswith(f"rim {longest:.2g} px") and scale == f"arrows x {1 / quiver.scale:.2g}"
+    np.testing.assert_allclose(np.percentile(np.hypot(quiver.U, quiver.V), 95) / quiver.scale, 0.9 * 3.5)  # of a cell
 
 
 def test_arrows_of_large_maps_are_means_over_blocks_around_their_middle(axes):
@@ -300,8 +303,10 @@ def test_flow_is_stronger_where_windows_move_farther(axes):
     view.flow[:, 4, 5] = np.nan  # of offsets that are not finite
     alpha = draw_offset_field(axes, PICTURE, view).get_array()[..., 3]
     assert alpha[2, 3] == 0.85 and np.count_nonzero(alpha) == 1
-    still = replace(view, flow=np.zeros((2, 6, 8)))
-    assert not draw_offset_field(axes, PICTURE, still).get_array()[..., 3].any()
+    faint = replace(view, flow=np.zeros((2, 6, 8)))
+    faint.flow[0, 2, 3] = 0.035  # a hundredth of a cell: colours do not grow beyond all bounds
+    alpha = draw_offset_field(axes, PICTURE, faint).get_array()[..., 3]
+    np.testing.assert_allclose(alpha.max(), 0.085)
 
 
 MATRICES = {  # how the colour-blind see linear RGB: Machado, Oliveira and Fernandes 2009, severity 1
@@ -326,9 +331,9 @@ def test_the_colour_blind_can_tell_directions_apart(kind):
 
 
 @pytest.mark.parametrize("level", [0.0, 0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("kind", ["unit", "regular", "dot", "ray"])
-def test_marks_are_legible_on_black_grey_and_white(level, kind):
-    """Each has pixels that are far from the background's brightness, also where its own colour is near that."""
+@pytest.mark.parametrize(("kind", "pixels"), [("unit", 20), ("regular", 8), ("dot", 12), ("ray", 12)])
+def test_marks_are_legible_on_black_grey_and_white(level, kind, pixels):
+    """Each has pixels, by its size, that are far from the background's brightness, also where its colour is near that."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     paper = figure.Figure(figsize=(1, 1), dpi=100)
@@ -342,7 +347,7 @@ def test_marks_are_legible_on_black_grey_and_white(level, kind):
         style.mark(axes, kind, [[10.0, 10]])
     canvas.draw()
     seen = np.asarray(canvas.buffer_rgba())[5:-5, 5:-5, :3] / 255 @ style.LUMINANCE
-    assert np.count_nonzero(np.abs(seen - level) > 0.25) >= 12
+    assert np.count_nonzero(np.abs(seen - level) > 0.25) >= pixels
 
 
 VIEWS = {
@@ -368,7 +373,7 @@ def test_every_drawing_takes_every_form_of_picture_and_goes_to_svg_with_its_text
         style.save(paper, tmp_path / "picture.svg")
         files.append((tmp_path / "picture.svg").read_text())
     assert files[0] == files[1]
-    assert ("arrows: x" if name == "offsets" else ">unit<") in files[0]
+    assert ("arrows x" if name == "offsets" else ">unit<") in files[0]
 
 
 def test_views_of_other_ranks_and_pictures_of_other_sizes_are_explained(axes):
@@ -429,6 +434,14 @@ def test_statistics_are_in_input_pixels_where_a_place_in_the_image_is_unknown():
     means = next(line for line in lengths.lines if line.get_label() == "mean")
     assert means.get_xydata().tolist() == [[5, 0], [10, 1]] and lengths.get_xlabel() == "offsets [input pixels]"
     assert len(draw_offset_statistics(figure.Figure(), OffsetStatistics((row("b", 1, mask=False),)))) == 2
+
+
+def test_drawing_without_matplotlib_tells_how_to_get_it(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match="Drawing needs matplotlib, which is not installed: pip install"):
+        style.new_figure()
 
 
 def test_what_has_no_statistics_is_explained(axes):

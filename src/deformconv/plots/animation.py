@@ -29,7 +29,7 @@ def animate_unit_points(
     path: str | PathLike[str],
     *,
     scales: Sequence[float] | None = None,
-    zoom: float | None = None,
+    zoom: style.Zoom = None,
     width: int = 600,
     seconds: float = 1.5,
 ) -> None:
@@ -40,7 +40,8 @@ def animate_unit_points(
         image: the picture that the model got, in any form that `picture` takes.
         path: the file, which ends in .gif.
         scales: the `scale` of each view, for the label; None: equal steps from 0 to 1.
-        zoom: image pixels to show to each side of the unit; None shows the whole picture.
+        zoom: image pixels to show around the unit: to each side, or a pair, up and down, left and right; None shows the
+            whole picture.
         width: of the GIF, in pixels.
         seconds: from the first picture to the last, which then stay for a while.
 
@@ -48,15 +49,14 @@ def animate_unit_points(
         ValueError: there are fewer than 2 views, or they are of several units; the path does not end in .gif.
         ShapeError: a view is of another rank, or the picture's shape is none of a picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     scales = _checked(views, path, scales)
     values = picture(image)
     points = np.concatenate([style.positions("view.points", view.points) for view in views])
     low, high = style.window(values.shape[:2], points, views[-1].at, zoom)
     tall = round(width * float((high - low)[0] / (high - low)[1]))
-    figure = Figure(figsize=(width / DPI, (tall + STRIP) / DPI), dpi=DPI)
+    figure = style.new_figure(figsize=(width / DPI, (tall + STRIP) / DPI), dpi=DPI)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     last = views[-1]
     looks = {

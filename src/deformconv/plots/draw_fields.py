@@ -22,15 +22,16 @@ EDGE = 4.55  # percent of a receptive field's maximum, above which its area is c
 # Directions, from right over down, left and up: warm to the right, cool to the left, dark down, light up. Opposite ones, and
 # those at a right angle, differ for the colour-blind as well.
 DIRECTIONS = ("F0A000", "C8503C", "6A2A6A", "20409A", "3C96E6", "96D2E6", "F5F5C8", "FAD750")
+FAINT = 0.1  # of a cell: where all offsets are smaller, colours and arrows do not grow further
 LABELS = {
-    "spread": "spread of offsets [image pixels]",
+    "spread": "spread [image pixels]",
     "outside": "share of samples outside",
     "mask": "mean mask",
 }
 
 
 def draw_receptive_field(
-    axes: Axes, image: Any, view: Any, *, zoom: float | None = None, legend: bool = True, bar: bool = True
+    axes: Axes, image: Any, view: Any, *, zoom: style.Zoom = None, legend: bool = True, bar: bool = True
 ) -> AxesImage:
     """Draw a unit's effective receptive field over the grey picture, and a circle of its radius.
 
@@ -41,7 +42,8 @@ def draw_receptive_field(
         axes: matplotlib axes.
         image: the picture that the model got, in any form that `picture` takes.
         view: what `receptive_field` returns, of a 2-D layer.
-        zoom: image pixels to show to each side of the unit; None shows the whole picture.
+        zoom: image pixels to show around the unit: to each side, or a pair, up and down, left and right; None shows the
+            whole picture.
         legend: whether to say below the picture what the marks mean.
         bar: whether to draw a colour bar.
 
@@ -67,12 +69,12 @@ def draw_receptive_field(
         style.add_legend(axes, [style.sample("unit", "unit"), style.line(circle, "white", "--", 1.6)])
     if bar:
         shares = (0, 0.05, 0.2, 0.5, 1)
-        made = style.add_bar(axes, drawn, "gradient, as a share of its maximum", ticks=np.sqrt(shares))
+        made = style.add_bar(axes, drawn, "gradient [share of maximum]", ticks=np.sqrt(shares))
         made.ax.set_yticks(np.sqrt(shares), [f"{share:g}" for share in shares])
     return drawn
 
 
-def draw_saliency_region(axes: Axes, image: Any, view: Any, *, zoom: float | None = None, legend: bool = True) -> AxesImage:
+def draw_saliency_region(axes: Axes, image: Any, view: Any, *, zoom: style.Zoom = None, legend: bool = True) -> AxesImage:
     """Draw the region that is enough for a unit's response as it is, and a veil over the rest of the picture.
 
     Args:
@@ -153,7 +155,7 @@ def draw_offset_field(
     extent = (left, left + right * flow.shape[2], top + down * flow.shape[1], top)
     if kind == "flow":
         length = np.hypot(*flow)
-        longest = float(np.percentile(length, 99)) or 1.0
+        longest = max(float(np.percentile(length, 99)), FAINT * min(view.step))
         colours = np.dstack([colour_wheel(flow), 0.85 * np.clip(length / longest, 0, 1)])
         drawn = axes.imshow(colours, extent=extent, zorder=1, interpolation="nearest")
         times = _arrows(axes, view, flow)
@@ -193,8 +195,8 @@ def _arrows(axes: Axes, view: Any, flow: Any) -> float:
     dy, dx = cut.mean(axis=(2, 4))
     y = view.origin[0] + view.step[0] * (np.arange(rows) * high + (high - 1) / 2)
     x = view.origin[1] + view.step[1] * (np.arange(columns) * wide + (wide - 1) / 2)
-    longest = float(np.percentile(np.hypot(dy, dx), 95))
-    times = 0.9 * every * min(view.step) / longest if longest else 1.0
+    longest = max(float(np.percentile(np.hypot(dy, dx), 95)), FAINT * min(view.step))
+    times = 0.9 * every * min(view.step) / longest
     axes.quiver(
         x, y, dx, dy, angles="xy", scale_units="xy", scale=1 / times, color="white", width=0.0045, headwidth=4, headlength=4.5,
         minlength=0.5, zorder=3, path_effects=style.halo(1.8),
@@ -210,5 +212,6 @@ def _wheel_legend(axes: Axes, longest: float, times: float) -> None:
     shade = np.clip(length, 0, 1)[..., None]
     inset.imshow(np.dstack([0.5 + shade * (colour_wheel(np.stack([y, x])) - 0.5), length <= 1]), interpolation="bilinear")
     inset.set_axis_off()
-    inset.set_title(f"mean offset\nof a window:\nrim {longest:.2g} px", fontsize=style.SMALL, linespacing=1.2)
-    inset.text(0.5, -0.1, f"arrows: x {times:.2g}", fontsize=style.SMALL, transform=inset.transAxes, ha="center", va="top")
+    words = {"fontsize": style.SMALL, "transform": inset.transAxes, "linespacing": 1.2}
+    inset.text(0, 1.08, f"mean offset\nof a window:\nrim {longest:.2g} px", va="bottom", **words)
+    inset.text(0, -0.08, f"arrows x {times:.2g}", va="top", **words)

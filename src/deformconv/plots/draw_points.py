@@ -22,7 +22,7 @@ def draw_unit_points(
     image: Any,
     view: Any,
     *,
-    zoom: float | None = None,
+    zoom: style.Zoom = None,
     regular: bool = True,
     legend: bool = True,
     bar: bool = True,
@@ -35,7 +35,8 @@ def draw_unit_points(
         axes: matplotlib axes.
         image: the picture that the model got, in any form that `picture` takes.
         view: what `unit_points` returns, of a 2-D layer.
-        zoom: image pixels to show to each side of the unit; None shows the whole picture.
+        zoom: image pixels to show around the unit: to each side, or a pair, up and down, left and right; None shows the
+            whole picture.
         regular: whether to draw the plain convolution's points, as small plus signs.
         legend: whether to say below the picture what the marks mean.
         bar: whether to draw a colour bar of the weights, where they differ.
@@ -72,17 +73,13 @@ def draw_unit_points(
     style.mark(axes, "unit", view.at)
     style.limits(axes, shape, points, view.at, zoom)
     if legend:
-        handles = [
-            style.sample("unit", "unit"),
-            style.sample("dot", "its samples", style.ORANGE if alike else drawn.cmap(0.6)),
-        ]
+        colour, how = (style.ORANGE, "") if alike else (drawn.cmap(0.6), " (colour and size: how much they count)")
+        handles = [style.sample("unit", "unit"), style.sample("dot", f"its samples{how}", colour)]
         if regular:
-            handles.append(style.sample("regular", "a plain convolution's samples"))
+            handles.append(style.sample("regular", "a plain convolution's"))
         style.add_legend(axes, handles)
     if bar and not alike:
-        style.add_bar(
-            axes, drawn, "mask: how much a sample counts" if single else "how much a sample counts (product of masks)"
-        )
+        style.add_bar(axes, drawn, "mask" if single else "product of masks")
     return drawn
 
 
@@ -91,7 +88,7 @@ def draw_sampling_locations(
     image: Any,
     view: Any,
     *,
-    zoom: float | None = None,
+    zoom: style.Zoom = None,
     legend: bool = True,
     bar: bool = True,
     most: int = 500,
@@ -128,5 +125,5 @@ def draw_sampling_locations(
             style.sample("dot", f"samples of {view.of or 'the layer'} that move it", drawn.cmap(0.75)),
         ])  # fmt: skip
     if bar:
-        style.add_bar(axes, drawn, "the unit's response to a sample's move,\nas a share of the strongest")
+        style.add_bar(axes, drawn, "response to a move [share of strongest]")
     return drawn

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deformconv.errors import ShapeError
+from deformconv.installation import command
 from deformconv.plots.images import LUMINANCE, picture
 
 if TYPE_CHECKING:
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 __all__ = [
-    "AMOUNT", "BLUE", "GREEN", "HEAT", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "VERMILLION", "YELLOW",
-    "add_bar", "add_legend", "dots", "frame", "grey", "halo", "limits", "line", "mark", "of_the_picture", "positions", "rays",
-    "sample", "save", "show", "window",
+    "AMOUNT", "BLUE", "GREEN", "HEAT", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "VERMILLION", "YELLOW", "Zoom",
+    "add_bar", "add_legend", "dots", "frame", "grey", "halo", "limits", "line", "mark", "new_figure", "of_the_picture",
+    "positions", "rays", "sample", "save", "show", "window",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float64]
+Zoom = float | tuple[float, float] | None  # image pixels around a unit: to each side, or up and down, left and right
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -35,6 +37,19 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 # which begin with a blue because black points would be lost on what is dark.
 AMOUNT, HEAT, POINTS_HEAT = "viridis", "magma", "plasma"
 SMALL = 8.5  # the size of a legend's letters, in points
+
+
+def new_figure(**looks: Any) -> Figure:
+    """A matplotlib figure, which opens no window."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ModuleNotFoundError(
+            f"Drawing needs matplotlib, which is not installed: {command('plots', 'matplotlib')}", name="matplotlib"
+        ) from None
+    return Figure(**looks)
 
 
 def halo(width: float, alpha: float = 0.85) -> list[Any]:
@@ -60,8 +75,8 @@ def grey(image: Any, contrast: float = 1.0) -> Array:
     return np.repeat((0.5 + contrast * (values - 0.5))[..., None], 3, axis=2)
 
 
-def window(size: tuple[int, int], points: Any = (), at: Any = None, zoom: float | None = None) -> tuple[Array, Array]:
-    """The corners, y before x, of what to show: `zoom` pixels to each side of `at`, or the picture and what lies near it.
+def window(size: tuple[int, int], points: Any = (), at: Any = None, zoom: Zoom = None) -> tuple[Array, Array]:
+    """The corners, y before x, of what to show: `zoom` pixels around `at`, or the picture and what lies near it.
 
     Near is what lies up to a fifth of the picture's sides outside of it.
     """
@@ -77,7 +92,7 @@ def window(size: tuple[int, int], points: Any = (), at: Any = None, zoom: float 
     return low, high + np.where(after > 0, np.minimum(after + space, most), 0)
 
 
-def limits(axes: Axes, size: tuple[int, int], points: Any = (), at: Any = None, zoom: float | None = None) -> None:
+def limits(axes: Axes, size: tuple[int, int], points: Any = (), at: Any = None, zoom: Zoom = None) -> None:
     """Set the axes' limits to that window."""
     low, high = window(size, points, at, zoom)
     if zoom is None and (high - low > size).any():
