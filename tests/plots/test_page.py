@@ -58,7 +58,7 @@ def test_offsets_and_masks_are_those_of_the_trace():
     assert document["left_out"] == []
     for entry, made in zip(document["layers"], trace.calls, strict=True):
         error = np.abs(unpacked(entry["offset"]) - offsets(made)) * made.geometry.step[0]
-        assert 0 < error.max() <= 0.01  # there is room for more than is promised
+        assert 0 < error.max() <= 0.002  # there is room for more than is promised
         if made.mask is None:
             assert entry["mask"] is None
         else:

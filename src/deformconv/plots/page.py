@@ -50,7 +50,7 @@ LIMIT = 3_000_000
 """The most bytes that a file takes."""
 TOLERANCE = 0.05
 """The most that an offset in the page may be away from the layer's, in image pixels."""
-_FINE = 0.01  # of every file that it leaves small enough: errors grow from layer to layer of a stack
+_TOLERANCES = (0.002, 0.01, TOLERANCE)  # the first that leaves the file small enough: in a stack of layers errors grow
 _LONGEST_SIDE = 1024
 _FIELD_CELLS = 64  # a side, of the part of the image that matters
 _FEWEST_POSITIONS = 4
@@ -144,7 +144,7 @@ def build(
 ) -> dict[str, Any]:
     """The document of a page about a recorded forward pass: its last one, and the first picture of the batch.
 
-    Offsets are kept to 0.01 image pixels, or to 0.05 where the file would be larger than `limit`. Where that is not
+    Offsets are kept to 0.002 image pixels, or to 0.01 or 0.05 where the file would be larger than `limit`. Where that is not
     enough, the largest layers keep positions and receptive fields at every second, then every fourth place, and a layer of
     which hardly any position would be left is left out.
 
@@ -244,7 +244,7 @@ class _Packing:
     fields: list[Any]
     coarse: int = 1
     every: int = 1
-    tolerance: float = _FINE
+    tolerance: float = TOLERANCE
 
     def entry(self) -> dict[str, Any]:
         """Its part of the document, but for the layers before it."""
@@ -298,7 +298,7 @@ class _Packing:
 
 def _within(packings: Sequence[_Packing], room: int, first: int) -> dict[int, dict[str, Any]]:
     """The entries by their numbers, made coarser until they fit into the room, or left out: `first` after all others."""
-    for tolerance in (_FINE, TOLERANCE):
+    for tolerance in _TOLERANCES:
         packed = {number: replace(packing, tolerance=tolerance) for number, packing in enumerate(packings)}
         entries = {number: packing.entry() for number, packing in packed.items()}
         sizes = {number: _size(entry) for number, entry in entries.items()}
