@@ -9,11 +9,13 @@ import numpy as np
 
 from deformconv.ops.window import by, n_of
 from deformconv.plots import style
-from deformconv.plots.draw_fields import draw_offset_field, draw_receptive_field
-from deformconv.plots.draw_points import draw_unit_points
+from deformconv.plots.draw_fields import draw_offset_field, draw_receptive_field, draw_saliency_region
+from deformconv.plots.draw_points import draw_sampling_locations, draw_unit_points
 from deformconv.plots.fields import offset_field
 from deformconv.plots.images import picture
+from deformconv.plots.locations import sampling_locations
 from deformconv.plots.receptive import receptive_field
+from deformconv.plots.saliency import saliency_region
 from deformconv.plots.stack import unit_points
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from deformconv.plots.record import Trace
 
-__all__ = ["draw_look"]
+__all__ = ["draw_look", "draw_view", "stack_depth"]
 
 DEEPEST = 3  # layers whose paths are followed
 MOST_PATHS = 6000  # more of them would hide the picture
@@ -60,7 +62,7 @@ def draw_look(
     shallow = unit_points(trace, layer, **where)
     style.positions("view.points", shallow.points)
     place = {"unit": shallow.unit, "index": index}
-    depth = _depth(trace, layer, index)
+    depth = stack_depth(trace, layer, index)
     deep = unit_points(trace, layer, layers=depth, **place)
     field = receptive_field(trace, layer, **place)
     offsets = offset_field(trace, layer, index=index)
@@ -90,7 +92,44 @@ def draw_look(
     return figure
 
 
-def _depth(trace: Trace, layer: str, index: int) -> int:
+def draw_view(
+    trace: Trace, image: Any, layer: str, at: Sequence[float], view: str, *, layers: int | None = None, progress: bool = True
+) -> Figure:
+    """Draw one view of a unit, with its legend: "points", "erf", "locations", "saliency", "flow"; or "all" of `draw_look`.
+
+    `layers` is through how many the points go, by default as many as `stack_depth` says; `progress` is `saliency_region`'s.
+    """
+    if view == "all":
+        return draw_look(trace, image, layer, at)
+    values = picture(image)
+    height = float(np.clip(7.0 * values.shape[0] / values.shape[1], 3.0, 9.0))
+    figure = style.new_figure(figsize=(8, height + 1.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    where = f"{f'layer {layer}' if layer else 'the layer'} at y = {at[0]:.4g}, x = {at[1]:.4g}"
+    if view == "points":
+        depth = stack_depth(trace, layer, 0) if layers is None else layers
+        points = unit_points(trace, layer, at, layers=depth)
+        draw_unit_points(axes, values, points)
+        title = f"What {where} samples, through {n_of(depth, 'deformable layer')}"
+    elif view == "erf":
+        field = receptive_field(trace, layer, at)
+        draw_receptive_field(axes, values, field)
+        title = f"Effective receptive field of {where}: radius {field.radius:.3g} px"
+    elif view == "locations":
+        draw_sampling_locations(axes, values, sampling_locations(trace, layer, at))
+        title = f"How much its samples move {where}"
+    elif view == "saliency":
+        region = saliency_region(trace, layer, at, progress=progress)
+        draw_saliency_region(axes, values, region)
+        title = f"The region that gives {where} its response: {100 * region.share:.3g} % of the picture"
+    else:
+        draw_offset_field(axes, values, offset_field(trace, layer), "flow")
+        title = f"Mean offsets of {f'layer {layer}' if layer else 'the layer'}"
+    axes.set_title(title, fontsize=11, loc="left", pad=6)
+    return figure
+
+
+def stack_depth(trace: Trace, layer: str, index: int) -> int:
     """Through how many layers to follow the unit's paths, so that they are not too many to be seen."""
     paths, depth, step = 1, 0, (layer, index)
     while depth < DEEPEST:
