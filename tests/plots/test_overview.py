@@ -90,5 +90,5 @@ def test_layers_of_other_ranks_are_explained():
         net(torch.rand(1, 2, 30))
     with pytest.raises(ShapeError, match=r"Pictures are drawn of 2-D layers; of others take the numbers"):
         draw_look(trace, IMAGE, "")
-    with pytest.raises(ShapeError, match="`view.field` is 48x64, and `image` 20x20"):
+    with pytest.raises(ShapeError, match="`image` is 20x20, and the picture that was recorded 48x64; expected the same picture"):
         draw_look(traced(layer()), IMAGE[:20, :20], "1")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deformconv.errors import ShapeError
 from deformconv.ops.window import by, n_of
 from deformconv.plots import style
 from deformconv.plots.draw_fields import draw_offset_field, draw_receptive_field, draw_saliency_region
@@ -61,6 +62,10 @@ def draw_look(
     where = {"at": at, "unit": unit, "index": index}
     shallow = unit_points(trace, layer, **where)
     style.positions("view.points", shallow.points)
+    if tuple(trace.size) != values.shape[:2]:
+        raise ShapeError(
+            f"`image` is {by(values.shape[:2])}, and the picture that was recorded {by(trace.size)}; expected the same picture."
+        )
     place = {"unit": shallow.unit, "index": index}
     depth = stack_depth(trace, layer, index)
     deep = unit_points(trace, layer, layers=depth, **place)
