@@ -41,10 +41,10 @@ DEPTH = {
     "gluon": 8,
     "convert": 9,
     "vision": 9,
-    "plots": 9,
     "bench": 9,
-    "studies": 10,
-    "cli": 11,
+    "plots": 10,
+    "studies": 11,
+    "cli": 12,
 }
 # The root's functions hand tensors on to the torch room, when they are given some.
 EXCEPTIONS = {("functional", "torch")}
@@ -364,6 +364,7 @@ def test_public_names():
         "deform_roi_pool_backward",
         "explain",
         "get_num_threads",
+        "look",
         "set_num_threads",
     ]
     assert dir(deformconv) == sorted(deformconv.__all__)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["replace_layers"]
+__all__ = ["as_ours", "predictor_of", "replace_layers"]
 
 
 def replace_layers(model: nn.Module) -> nn.Module:
@@ -57,9 +57,37 @@ def replace_layers(model: nn.Module) -> nn.Module:
 
     def replacement(module: nn.Module) -> nn.Module | None:
         convert = _conversion(module)
-        return None if convert is None else surgery.like(module, convert(module))
+        if convert is None:
+            return None
+        ours, predictor = convert(module), predictor_of(module)
+        if predictor is not None and ours.offset_conv is not predictor:
+            surgery.like(predictor, ours.offset_conv)
+        return surgery.like(module, ours)
 
     return surgery.replace(model, replacement)
+
+
+def as_ours(layer: nn.Module) -> nn.Module | None:
+    """This library's layer with the parameters of another library's, or None for what is no such layer.
+
+    For who looks at layers without replacing them, which nothing here changes: subclasses of torchvision's layer are taken as
+    well, and a weight that is computed from other parameters becomes a parameter that holds it.
+    """
+    import sys
+
+    convert = _conversion(layer)
+    module: Any = sys.modules.get("torchvision.ops")
+    if convert is None and module is not None and isinstance(layer, module.DeformConv2d):
+        convert = _torchvision
+    ours: nn.Module | None = None if convert is None else convert(layer)
+    return ours
+
+
+def predictor_of(layer: Any) -> nn.Module | None:
+    """What predicts the offsets of a deformable layer of another library; None if they are passed to it."""
+    found = getattr(layer, "conv_offset", None)
+    predictor: nn.Module | None = getattr(layer, "offset_conv", None) if found is None else found
+    return predictor if _conversion(layer) is not None else None
 
 
 def _conversion(module: nn.Module) -> Callable[[Any], Any] | None:
@@ -74,7 +102,7 @@ def _layer(
     theirs: Any, weight: Any, bias: Any, offset_groups: int | None, offset_conv: Any = None, **keywords: Any
 ) -> nn.Module:
     """Our layer with these parameters; its sizes and its window are read from the other layer."""
-    from deformconv.torch import DeformConv2d, surgery
+    from deformconv.torch import DeformConv2d
 
     groups = theirs.groups
     ours: Any = keywords.pop("kind", DeformConv2d)(
@@ -91,14 +119,20 @@ def _layer(
         predict_offsets=offset_conv is not None,
         **keywords,
     )
-    ours.weight, ours.bias = weight, bias
+    ours.weight, ours.bias = _parameter(weight), _parameter(bias)
     if offset_conv is not None and not _is_predictor(offset_conv, ours.offset_conv):
         ours.offset_conv = offset_conv
     elif offset_conv is not None:
-        ours.offset_conv.weight, ours.offset_conv.bias = offset_conv.weight, offset_conv.bias
-        surgery.like(offset_conv, ours.offset_conv)
+        ours.offset_conv.weight, ours.offset_conv.bias = _parameter(offset_conv.weight), _parameter(offset_conv.bias)
     result: nn.Module = ours
     return result
+
+
+def _parameter(value: Any) -> Any:
+    """A parameter as it is; what a parametrization computed, which `as_ours` alone meets, as a parameter of that value."""
+    from torch import nn
+
+    return value if value is None or isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
 
 
 def _is_predictor(theirs: Any, ours: Any) -> bool:
@@ -129,11 +163,10 @@ def _predicting(theirs: Any) -> nn.Module:
 
 
 def _mmcv(theirs: Any) -> nn.Module:
-    predictor = getattr(theirs, "conv_offset", None)
     modulated = type(theirs).__name__.startswith("Modulated")
     bias = getattr(theirs, "bias", None)
     return _layer(
-        theirs, theirs.weight, bias if bias is not False else None, theirs.deform_groups, predictor,
+        theirs, theirs.weight, bias if bias is not False else None, theirs.deform_groups, predictor_of(theirs),
         modulated=modulated, mask_scale=1.0,
     )  # fmt: skip
 

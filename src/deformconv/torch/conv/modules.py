@@ -96,6 +96,8 @@ class _DeformConvNd(nn.modules.conv._ConvNd):
     rank: ClassVar[int]
     _operator: ClassVar[Callable[..., Tensor]]
     _offset_convolution = OffsetPredictor
+    # What is called with each call's input, offsets, masks and output; a layer's own dict while somebody looks at it.
+    _observers: dict[int, Callable[[Tensor, Tensor, Tensor | None, Tensor], None]] | None = None
 
     padding: Any  # pairs as well
     offset_conv: OffsetPredictor | None
@@ -197,15 +199,32 @@ class _DeformConvNd(nn.modules.conv._ConvNd):
         check_passed(offset, mask, self.modulated)
         weight = self.weight  # once, since a parametrization computes it at every access
         self._check_input(input, weight)
-        input = self._padded(input)
+        padded = self._padded(input)
         if offset is None:
-            if (output := self._forward_at_once(input, weight)) is not None:
+            if (output := self._forward_at_once(padded, weight)) is not None:
+                if self._observers:
+                    with torch.no_grad():  # what the kernel kept to itself
+                        self._show(input, *self._predict(padded), output)
                 return output
-            offset, mask = self._predict(input)
-        return type(self)._operator(
-            input, offset, weight, self.bias, self.stride, self._operator_padding, self.dilation, mask,
+            offset, mask = self._predict(padded)
+        shown = offset, mask
+        if self._observers and offset.ndim == self.rank + 1:
+            # What is shown has a batch axis, and lies on the way to the output, so that it has a gradient.
+            shown = offset[None], None if mask is None else mask[None]
+            offset, mask = shown[0][0], None if shown[1] is None else shown[1][0]
+        output = type(self)._operator(
+            padded, offset, weight, self.bias, self.stride, self._operator_padding, self.dilation, mask,
             groups=self.groups, offset_groups=self.offset_groups, boundary=self.boundary,
         )  # fmt: skip
+        if self._observers:
+            self._show(input, *shown, output)
+        return output
+
+    def _show(self, input: Tensor, offset: Tensor, mask: Tensor | None, output: Tensor) -> None:
+        """Hand a call to who looks at the layer, unless it is being read by a compiler, a tracer or a transform."""
+        if not (modes.compiling() or modes.traced() or modes.transformed()):
+            for watch in tuple((self._observers or {}).values()):
+                watch(input, offset, mask, output)
 
     def _forward_at_once(self, input: Tensor, weight: Tensor) -> Tensor | None:
         """The output, prediction and convolution in one kernel; None where something must see what lies between."""

@@ -1,0 +1,226 @@
+"""Who wants to see what deformable layers compute with: every call's offsets and masks, of this library's and of others'.
+
+Nothing is changed by looking: outputs and gradients are the same bit for bit. Layers of this library show their tensors
+themselves; of others' layers the call's arguments are read or, where a layer predicts its own offsets, its predictor's output.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from math import prod
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deformconv.convert.kornia import KorniaDeformConv2d
+from deformconv.convert.layers import as_ours, predictor_of
+from deformconv.torch import modes, surgery
+from deformconv.torch.conv.modules import _DeformConvNd
+
+__all__ = ["Event", "Observation", "deformable_layers", "kind_of", "observe", "seen_from_here", "unseen"]
+
+_numbers = count()
+
+
+class _Depth(threading.local):
+    """How many `unseen` blocks a thread is within."""
+
+    number = 0
+
+
+_depth = _Depth()
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """A block whose calls are seen by those alone who began to observe within it."""
+    _depth.number += 1
+    try:
+        yield
+    finally:
+        _depth.number -= 1
+
+
+class Event(NamedTuple):
+    """One call of a deformable layer.
+
+    `layer` is this library's layer, or one that shares the parameters of another library's. `offset` and `mask` are the tensors
+    that were used, with a batch axis, in the graph if there is one; `input` and `output` are as the layer got and gave them.
+    """
+
+    name: str
+    layer: Any
+    input: Tensor
+    offset: Tensor
+    mask: Tensor | None
+    output: Tensor
+
+
+class Observation:
+    """What `observe` returns: `remove()` ends it, and so does leaving its `with` block."""
+
+    def __init__(self, ends: list[Callable[[], None]]) -> None:
+        self._ends = ends
+
+    def remove(self) -> None:
+        """Look no longer. Doing it twice does nothing."""
+        while self._ends:
+            self._ends.pop()()
+
+    def __enter__(self) -> Observation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.remove()
+
+
+def seen_from_here() -> Callable[[], bool]:
+    """A function that tells whether a call is to be seen by who observes from here on."""
+    depth = _depth.number
+    return lambda: _depth.number == depth
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Whose deformable layer a module is: "deformconv", "torchvision", "kornia" or "mmcv"; None if it is none."""
+    if isinstance(module, _DeformConvNd):
+        return "deformconv"
+    if as_ours(module) is None:
+        return None
+    rooms = [kind.__module__.split(".")[0] for kind in type(module).__mro__]
+    return next((room for room in rooms if room in ("mmcv", "kornia")), "torchvision")
+
+
+def deformable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every deformable layer of a model by its name; what is a part of another library's layer is not one of its own."""
+    found: dict[str, nn.Module] = {}
+    parts: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) not in parts and (kind := kind_of(module)) is not None:
+            found[name] = module
+            if kind != "deformconv":
+                parts.update(map(id, module.modules()))
+    return found
+
+
+def observe(model: nn.Module, watch: Callable[[Event], None]) -> Observation:
+    """Call `watch` with an Event for every call of a deformable layer within a model, from now on.
+
+    Watched are this library's layers and those that `deformconv.convert.replace_layers` knows, and subclasses of torchvision's
+    that are called with their offsets. A replica that DataParallel makes is watched like what it was made from; `watch` is then
+    called from its thread. Nothing is called while a model is compiled, traced or transformed by torch.func.
+
+    Args:
+        model: any module.
+        watch: is called right after the layer has computed; what it raises ends the forward pass.
+
+    Returns:
+        A handle, whose `remove()` ends it; it may be used in `with`.
+
+    Raises:
+        TypeError: `model` is no torch.nn.Module.
+    """
+    surgery.check_model(model)
+    ends: list[Callable[[], None]] = []
+    is_seen = seen_from_here()
+
+    def seen(event: Event) -> None:
+        if is_seen():
+            watch(event)
+
+    for name, module in deformable_layers(model).items():
+        if isinstance(module, _DeformConvNd):
+            ends.append(_observe_ours(name, module, seen))
+        else:
+            ends += _observe_theirs(name, module, seen)
+    return Observation(ends)
+
+
+def _observe_ours(name: str, layer: _DeformConvNd, watch: Callable[[Event], None]) -> Callable[[], None]:
+    observers = layer._observers
+    if observers is None:
+        observers = layer._observers = {}
+    number = next(_numbers)
+    observers[number] = lambda input, offset, mask, output: watch(Event(name, layer, input, offset, mask, output))
+
+    def end() -> None:
+        observers.pop(number, None)
+        if not observers and vars(layer).get("_observers") is observers:
+            del layer._observers
+
+    return end
+
+
+def _observe_theirs(name: str, theirs: Any, watch: Callable[[Event], None]) -> list[Callable[[], None]]:
+    """Hooks on another library's layer; a replica has the same hooks, so what they keep is kept by thread."""
+    layer: Any = as_ours(theirs)
+    inner = getattr(theirs, "deform_conv", None)  # of what `to_torchvision` makes
+    part = predictor_of(theirs) if inner is None else inner
+    kept = _Kept()
+
+    def inside(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if inner is not None:
+            kept.pair = _passed(args, kwargs)
+            return None
+        return _predicted(kept, layer, args[0], output) if isinstance(output, Tensor) else None
+
+    def after(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        offset, mask = kept.take() or _passed(args, kwargs)
+        if modes.compiling() or modes.traced() or modes.transformed():
+            return
+        if _fits(layer, offset, output):
+            watch(Event(name, layer, args[0] if args else next(iter(kwargs.values())), offset, mask, output))
+        else:
+            warnings.warn(
+                f"layer {name!r}, a {type(theirs).__name__}, was called without offsets and makes its own, which cannot be "
+                "seen; expected layer(input, offset) or layer(input, offset, mask).",
+                stacklevel=2,
+            )
+
+    handles = [] if part is None else [part.register_forward_hook(inside, with_kwargs=True)]
+    handles.append(theirs.register_forward_hook(after, with_kwargs=True))
+    return [handle.remove for handle in handles]
+
+
+class _Kept(threading.local):
+    """Offsets and masks between a layer's part that knows them and the layer's end, in one thread."""
+
+    pair: tuple[Any, Any] | None = None
+
+    def take(self) -> tuple[Any, Any] | None:
+        pair, self.pair = self.pair, None
+        return pair
+
+
+def _passed(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The offsets and masks in a call of torchvision's or mmcv's layer: the second argument and the third."""
+    given = dict(zip(("input", "offset", "mask"), args, strict=False)) | kwargs
+    return given.get("offset"), given.get("mask")
+
+
+def _predicted(kept: _Kept, layer: Any, input: Tensor, raw: Tensor) -> Tensor | None:
+    """Keep the offsets and masks that another library's layer makes of its predictor's output.
+
+    With gradients the layer goes on with an output put together from them, so that they have gradients: kornia's bounds are
+    applied twice then, which is the same as once.
+    """
+    taps = prod(layer.kernel_size) * layer.offset_groups
+    offset, mask = raw[:, : 2 * taps], raw[:, 2 * taps :]
+    if isinstance(layer, KorniaDeformConv2d):
+        limit = max(input.shape[-2:]) / 4
+        offset = offset.clamp(-limit, limit)
+    kept.pair = offset, torch.sigmoid(mask) if layer.modulated else None
+    return torch.cat((offset, mask), 1) if offset.requires_grad else None
+
+
+def _fits(layer: Any, offset: Any, output: Any) -> bool:
+    """Whether a tensor can be the offsets of a call."""
+    if not (isinstance(offset, Tensor) and isinstance(output, Tensor) and offset.ndim == output.ndim):
+        return False
+    channels = len(layer.kernel_size) * prod(layer.kernel_size)
+    return offset.shape[2:] == output.shape[2:] and offset.shape[1] > 0 and offset.shape[1] % channels == 0

@@ -1,0 +1,85 @@
+"""A forward pass recorded: every deformable layer's offsets and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from deformconv.plots.observe import deformable_layers, kind_of, observe, seen_from_here
+from deformconv.plots.trace import Call, Trace
+from deformconv.torch import surgery
+
+__all__ = ["Call", "Trace", "record"]
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trace]:
+    """Record what every deformable layer of a model does, in the forward passes within a `with` block.
+
+    Outputs and gradients stay what they are, bit for bit. Layers are this library's, torchvision's, kornia's and mmcv's; of
+    each call the offsets and masks are copied. Without gradients a layer predicts in the same kernel in which it convolves, so
+    that its offsets are computed once more for the recording.
+
+    Args:
+        model: any module with deformable layers, or a layer.
+
+    Yields:
+        A Trace, which grows with each call.
+
+    Raises:
+        TypeError: `model` is no torch.nn.Module.
+        ValueError: it has no deformable layer, or it is compiled or a script, whose layers cannot be seen.
+
+    Example:
+        >>> import torch
+        >>> from deformconv.plots.record import record
+        >>> from deformconv.torch import DeformConv2d
+        >>> stem = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        >>> net = torch.nn.Sequential(stem, DeformConv2d(8, 8, 3, padding=1))
+        >>> with record(net) as trace:
+        ...     y = net(torch.rand(1, 3, 32, 48))
+        >>> trace["1"].offset.shape
+        torch.Size([1, 18, 16, 24])
+        >>> trace.geometry("1").step                                # image pixels between the cells of the layer's input
+        (2.0, 2.0)
+    """
+    surgery.check_model(model)
+    _check_plain(model)
+    layers = deformable_layers(model)
+    if not layers:
+        raise ValueError(
+            f"`model`, a {type(model).__name__}, has no deformable layer; expected one of deformconv.torch (DeformConv2d), "
+            "torchvision.ops.DeformConv2d, kornia's DeformableConv2d or mmcv's. Calls of functions, as "
+            "torchvision.ops.deform_conv2d, are not recorded; deformconv.vision.make_deformable puts layers into a model."
+        )
+    trace = Trace(model, {name: str(kind_of(layer)) for name, layer in layers.items()})
+    seen = seen_from_here()
+
+    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if seen():
+            trace.begin(args, kwargs)
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
+        stack.enter_context(observe(model, trace.add))
+        yield trace
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raise if a model is compiled or a script."""
+    for name, module in model.named_modules():
+        where = f"layer {name!r} of `model`" if name else "`model`"
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{where} is compiled, and what its layers compute cannot be seen; expected the module from before "
+                "torch.compile, which has the same parameters: `compiled._orig_mod`, or a model that has not been compiled."
+            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "`model` is a script or a trace of torch.jit, whose layers cannot be seen; expected the Python module that it was "
+            "made from, with its parameters: model.load_state_dict(script.state_dict())."
+        )
