@@ -35,7 +35,7 @@ def centroid(features: Tensor, image: Tensor, box: list[slice] | None = None, dr
     energy: Any = 0.0
     for _ in range(draws):
         signs = torch.randint(0, 2, tuple(cells.shape), generator=random).mul_(2).sub_(1).to(cells)
-        (gradient,) = torch.autograd.grad(cells, image, signs, retain_graph=True, allow_unused=True)
+        gradient: Any = torch.autograd.grad(cells, image, signs, retain_graph=True, allow_unused=True)[0]
         if gradient is None:
             return None
         energy = energy + gradient.detach().double().square().sum((0, 1)).cpu().numpy()

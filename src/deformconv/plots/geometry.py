@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from deformconv.plots.centroid import centroid, fitted
@@ -22,7 +21,7 @@ from deformconv.plots.graph import Follower
 from deformconv.plots.inputs import Inputs
 from deformconv.plots.observe import Event, observe
 from deformconv.plots.places import Along, Place, windowed
-from deformconv.plots.rerun import Probe, rerun
+from deformconv.plots.rerun import Probe, rerun, undisturbed
 
 __all__ = ["Geometry", "Survey", "of_output", "survey", "through_window"]
 
@@ -66,6 +65,7 @@ Key = tuple[str, int]  # a layer's name, and which of its calls
 
 class _Seen(NamedTuple):
     order: int
+    rank: int
     place: Place | None
     input: Tensor
     sources: frozenset[Key]
@@ -84,18 +84,17 @@ class Survey(NamedTuple):
 def survey(model: nn.Module, inputs: Inputs, rank: int) -> Survey:
     """Run the model once more on the recorded image, and follow it."""
     image = inputs.picture(0).requires_grad_()
-    with torch.inference_mode(False), torch.enable_grad():
-        args, kwargs = inputs.with_picture(image, 0)
     seen: dict[Key, _Seen] = {}
     outputs: dict[Key, tuple[Place | None, tuple[int, ...]]] = {}
     follower = Follower()
 
     def watch(event: Event) -> None:
         key = event.name, sum(name == event.name for name, _ in seen)
-        place = follower.place(event.input)
+        layer_rank = len(event.layer.kernel_size)
+        place = follower.place(event.input) if layer_rank == rank else None
         drift = float(event.offset.detach().float().abs().mean()) if event.offset.numel() else 0.0
-        batch = event.input if event.input.ndim == rank + 2 else event.input[None]
-        seen[key] = _Seen(len(seen), place, batch, follower.sources(event.input), drift)
+        batch = event.input if event.input.ndim == layer_rank + 2 else event.input[None]
+        seen[key] = _Seen(len(seen), layer_rank, place, batch, follower.sources(event.input), drift)
         passed = None
         if place is not None and follower.place(event.output) is None:  # its kernel is none of PyTorch's operations
             layer = event.layer
@@ -103,16 +102,17 @@ def survey(model: nn.Module, inputs: Inputs, rank: int) -> Survey:
             passed = windowed(place, event.output.shape, layer.kernel_size, layer.stride, before, layer.dilation)
         follower.put(event.output, passed, seen[key].sources | {key})
 
-    def until(stack: ExitStack, stop: BaseException) -> None:
+    def until(stack: ExitStack, stop: BaseException, pictures: list[Tensor]) -> None:
         stack.enter_context(observe(model, watch))
         for name, module in model.named_modules():
             stack.callback(module.register_forward_hook(_noting(name, follower, outputs)).remove)
-        for picture in inputs.pictures(args, kwargs):
+        for picture in pictures:
             follower.put_image(picture, rank)
         stack.enter_context(follower)
 
-    rerun(model, args, kwargs, gradients=True, until=until)
-    return Survey(_geometries(seen, image, rank), outputs, _chains(seen), {})
+    rerun(model, inputs, image, 0, until)
+    with undisturbed(model):  # checkpointed parts of a model run again for their gradients
+        return Survey(_geometries(seen, image, rank), outputs, _chains(seen), {})
 
 
 def _noting(name: str, follower: Follower, outputs: dict[Key, Any]) -> Any:
@@ -150,6 +150,8 @@ def _geometries(seen: dict[Key, _Seen], image: Tensor, rank: int) -> dict[Key, G
 def _geometry(
     name: str, call: _Seen, along: list[Along] | None, image: Tensor, rank: int, seen: dict[Key, _Seen]
 ) -> Geometry | str:
+    if call.input.ndim != rank + 2:
+        return f"layer {name!r} has {call.rank} spatial axes and the image {rank}: its maps have no place in the image."
     if len(call.input) != 1:
         return (
             f"layer {name!r} gets {len(call.input)} maps for one image, as layers that work on regions do: they have no common "
@@ -158,9 +160,10 @@ def _geometry(
     if along is None or call.place is None or call.place.doubt:
         return _measured(name, call.input, image, along)
     geometry = Geometry(tuple(float(a.origin) for a in along), tuple(float(a.step) for a in along), "graph")
-    if not call.input.requires_grad:
-        return geometry
-    spot = centroid(call.input, image)
+    try:
+        spot = centroid(call.input, image) if call.input.requires_grad else None
+    except RuntimeError:  # PyTorch's, for a part of the model that has no derivative
+        spot = None
     if spot is None:
         return geometry
     expected = geometry.to_image([(size - 1) / 2 for size in call.input.shape[2:]])
@@ -182,19 +185,21 @@ def _text(position: Sequence[float] | npt.NDArray[np.float64]) -> str:
 
 def _measured(name: str, features: Tensor, image: Tensor, along: list[Along] | None) -> Geometry | str:
     """The geometry of a map (1, C, *O) by the gradient's centroid; the reason if there is none."""
+    reason = f"where layer {name!r} lies in the image could not be found: an operation before it could not be followed, and "
     if not features.requires_grad:
         return (
-            f"where layer {name!r} lies in the image could not be found: an operation before it could not be followed, and there "
-            "is no gradient, since the model runs under torch.no_grad() or torch.inference_mode(), detaches a tensor, or leaves "
-            "PyTorch on the way there."
+            f"{reason}there is no gradient, since the model runs under torch.no_grad() or torch.inference_mode(), detaches a "
+            "tensor, or leaves PyTorch on the way there."
         )
-    line = fitted(features, image, None if along is None else [abs(a.step) for a in along])
-    if line is None:
-        return (
-            f"where layer {name!r} lies in the image could not be found: its gradient with respect to the image is 0 or not "
-            "finite."
-        )
-    return Geometry(*line, "gradient")
+    try:
+        line = fitted(features, image, None if along is None else [abs(a.step) for a in along])
+    except RuntimeError as error:  # PyTorch's, for a part of the model that has no derivative
+        return f"{reason}the gradient with respect to the image could not be computed: {error}"
+    return (
+        Geometry(*line, "gradient")
+        if line is not None
+        else f"{reason}the gradient with respect to the image is 0 or not finite."
+    )
 
 
 def of_output(trace: Any, found: Survey, layer: str, index: int) -> Geometry:

@@ -1,4 +1,4 @@
-"""A forward pass followed operation by operation: where each tensor lies in the image, and which deformable layers it depends on."""
+"""A forward pass followed operation by operation: where each tensor lies in the image, and which layers it depends on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deformconv.plots import resampling, reshaping
+from deformconv.plots.operations import Operation, Rules, place_of
 from deformconv.plots.places import Along, Place, moved, of_image
-from deformconv.plots.rules import Operation, place_of
 
 __all__ = ["Follower"]
+
+_RULES = Rules(resampling.RULES | reshaping.RULES)
 
 Key = tuple[Any, ...]
 
@@ -105,7 +108,7 @@ class Follower(TorchDispatchMode):
             place = operation.places.get("src")
             place = place if place is not None and len(place.axes) == tensor.ndim else None
         else:
-            place = place_of(operation, tuple(tensor.shape), 0) if operation.pointwise else None
+            place = place_of(_RULES, operation, tuple(tensor.shape), 0) if operation.pointwise else None
         self.put(tensor, place, sources)
         if place is not None and (key := self._key(tensor)) is not None:
             self._write_back(key, place)
@@ -143,7 +146,7 @@ class Follower(TorchDispatchMode):
 
 def _known(operation: Operation, shape: tuple[int, ...], number: int) -> Place | None:
     try:
-        place = place_of(operation, shape, number)
+        place = place_of(_RULES, operation, shape, number)
     except (LookupError, TypeError, ValueError):  # another PyTorch calls an operation with other arguments
         return None
     return place if place is not None and len(place.axes) == len(shape) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,9 +41,9 @@ class Inputs:
                     return
         shapes = ", ".join(str(tuple(t.shape)) for _, t in leaves) or "none"
         raise ValueError(
-            f"no picture was found in what the model was called with: it got floating-point tensors of shapes {shapes}; expected "
-            f"one with {rank + 2} axes, (N, C) and {rank} of pixels, as the model's deformable layers have {rank}, or with "
-            f"{rank + 1}, one image."
+            f"no picture was found in what the model was called with: it got floating-point tensors of shapes {shapes}; "
+            f"expected one with {rank + 2} axes, (N, C) and {rank} of pixels, as the model's deformable layers have {rank}, or "
+            f"with {rank + 1}, one image."
         )
 
     def picture(self, which: int) -> Tensor:
@@ -73,8 +74,10 @@ class Inputs:
 
         def other(path: tuple[Any, ...], value: Any) -> Any:
             if path == self._path:
-                pictures = {"batch": lambda: image, "list": lambda: type(holder)(image.unbind()), "image": lambda: image[0]}
-                return pictures[self._form]()
+                # Copies, since a model may change in place what it gets.
+                if self._form == "list":
+                    return type(holder)([picture.clone() for picture in image])
+                return image.clone() if self._form == "batch" else image[0].clone()
             if recorded == 1 or len(path) < _DEPTH or not isinstance(value, (list, tuple, Tensor)):
                 return None
             if isinstance(value, Tensor):
@@ -108,23 +111,31 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else None
 
 
-def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _parts(value: Any) -> list[tuple[Any, Any]] | None:
+    """Keys and parts of a list, a tuple or a dict; None for anything else."""
     if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _leaves(part, (*path, key))
-    elif isinstance(value, (list, tuple)):
-        for number, part in enumerate(value):
-            yield from _leaves(part, (*path, number))
-    else:
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, (list, tuple)) else None
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    parts = _parts(value)
+    if parts is None:
         yield path, value
+    for key, part in parts or ():
+        yield from _leaves(part, (*path, key))
 
 
 def _mapped(value: Any, other: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any, ...] = ()) -> Any:
     """A nest of lists, tuples and dicts with `other(path, value)`, where that is not None, in the place of each value."""
     if (instead := other(path, value)) is not None:
         return instead
-    if type(value) is dict:
-        return {key: _mapped(part, other, (*path, key)) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(part, other, (*path, number)) for number, part in enumerate(value))
-    return value
+    parts = _parts(value)
+    if parts is None:
+        return value
+    new = [(key, _mapped(part, other, (*path, key))) for key, part in parts]
+    if isinstance(value, dict):
+        result = copy.copy(value)
+        result.update(new)
+        return result
+    return type(value)(*(part for _, part in new)) if hasattr(value, "_fields") else type(value)([part for _, part in new])

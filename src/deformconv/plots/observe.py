@@ -1,12 +1,13 @@
 """Who wants to see what deformable layers compute with: every call's offsets and masks, of this library's and of others'.
 
 Nothing is changed by looking: outputs and gradients are the same bit for bit. Layers of this library show their tensors
-themselves; of others' layers the call's arguments are read or, where a layer predicts its own offsets, what its predictor returns.
+themselves; of others' layers the call's arguments are read or, where a layer predicts its own offsets, its predictor's output.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -49,7 +50,7 @@ def unseen() -> Iterator[None]:
 class Event(NamedTuple):
     """One call of a deformable layer.
 
-    `layer` is this library's layer, or one that shares another library's layer's parameters. `offset` and `mask` are the tensors
+    `layer` is this library's layer, or one that shares the parameters of another library's. `offset` and `mask` are the tensors
     that were used, with a batch axis, in the graph if there is one; `input` and `output` are as the layer got and gave them.
     """
 
@@ -170,9 +171,16 @@ def _observe_theirs(name: str, theirs: Any, watch: Callable[[Event], None]) -> l
 
     def after(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         offset, mask = kept.take() or _passed(args, kwargs)
-        transformed = modes.compiling() or modes.traced() or modes.transformed()
-        if not transformed and _fits(layer, offset, output):
+        if modes.compiling() or modes.traced() or modes.transformed():
+            return
+        if _fits(layer, offset, output):
             watch(Event(name, layer, args[0] if args else next(iter(kwargs.values())), offset, mask, output))
+        else:
+            warnings.warn(
+                f"layer {name!r}, a {type(theirs).__name__}, was called without offsets and makes its own, which cannot be "
+                "seen; expected layer(input, offset) or layer(input, offset, mask).",
+                stacklevel=2,
+            )
 
     handles = [] if part is None else [part.register_forward_hook(inside, with_kwargs=True)]
     handles.append(theirs.register_forward_hook(after, with_kwargs=True))

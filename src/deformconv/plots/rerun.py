@@ -18,6 +18,9 @@ from deformconv.plots.observe import Event, observe, unseen
 __all__ = ["Probe", "rerun", "undisturbed"]
 
 
+Until = Callable[[ExitStack, BaseException, list[Tensor]], None]
+
+
 class _Stop(BaseException):
     """Ends a forward pass: nothing in a model catches it as an error of its own."""
 
@@ -32,7 +35,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     values = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (models draw from it)
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=sorted(devices)), unseen():
             torch.manual_seed(0)
@@ -47,17 +50,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if buffer is not None and value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)
         random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        np.random.set_state(numpy)
 
 
-def rerun(model: nn.Module, args: Any, kwargs: Any, *, gradients: bool, until: Callable[[ExitStack, Any], None]) -> None:
-    """Run a model once more; `until` may register what stops it, by raising what it is given, and is to end with the stack."""
+def rerun(model: nn.Module, inputs: Inputs, image: Tensor, which: int, until: Until) -> None:
+    """Run a model on an image in the place of a recorded one; with gradients, if the image requires one.
+
+    `until` gets the stack that ends with the run, what to raise to stop it, and the tensors that the model gets as pictures.
+    """
     whole: Any = model
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         whole = model.module  # the wrapper would share the batch out, or wait for a backward pass
-    with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(gradients), ExitStack() as stack:
+    with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(image.requires_grad), ExitStack() as stack:
+        args, kwargs = inputs.with_picture(image, which)
         stop = _Stop()
-        until(stack, stop)
+        until(stack, stop, inputs.pictures(args, kwargs))
         try:
             whole(*args, **kwargs)
         except _Stop as reached:
@@ -108,11 +115,10 @@ class Probe:
         if image.shape[1:] != self.image.shape[1:] or image.ndim != self.image.ndim:
             expected = ", ".join(map(str, self.image.shape[1:]))
             raise ShapeError(f"`image` has shape {tuple(image.shape)}; expected (N, {expected}), as the recorded one.")
-        args, kwargs = self._inputs.with_picture(image, self._which)
         found: list[Any] = []
         calls = 0
 
-        def until(stack: ExitStack, stop: BaseException) -> None:
+        def until(stack: ExitStack, stop: BaseException, pictures: list[Tensor]) -> None:
             if watch is not None:
                 stack.enter_context(observe(self._model, watch))
 
@@ -125,7 +131,7 @@ class Probe:
 
             stack.callback(self._module.register_forward_hook(reached).remove)
 
-        rerun(self._model, args, kwargs, gradients=image.requires_grad, until=until)
+        rerun(self._model, self._inputs, image, self._which, until)
         return self._checked(found, calls, image)
 
     def _checked(self, found: list[Any], calls: int, image: Tensor) -> Tensor:
