@@ -1,5 +1,7 @@
 """The drawings put everything where the numbers say, and are legible on every picture."""
 
+import doctest
+import importlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -434,6 +436,13 @@ def test_statistics_are_in_input_pixels_where_a_place_in_the_image_is_unknown():
     means = next(line for line in lengths.lines if line.get_label() == "mean")
     assert means.get_xydata().tolist() == [[5, 0], [10, 1]] and lengths.get_xlabel() == "offsets [input pixels]"
     assert len(draw_offset_statistics(figure.Figure(), OffsetStatistics((row("b", 1, mask=False),)))) == 2
+
+
+@pytest.mark.parametrize("name", ["animation", "draw", "draw_fields", "draw_points", "draw_statistics", "images", "overview"])
+def test_examples(name):
+    pytest.importorskip("torch")
+    result = doctest.testmod(importlib.import_module(f"deformconv.plots.{name}"))
+    assert result.failed == 0 and result.attempted >= 6
 
 
 def test_drawing_without_matplotlib_tells_how_to_get_it(monkeypatch):

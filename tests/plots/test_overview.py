@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.text import Text
 
 from deformconv.errors import ShapeError
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("matplotlib")
-
 from deformconv.plots import style
 from deformconv.plots.overview import draw_look
 from deformconv.plots.record import record
@@ -37,9 +35,7 @@ def titles(figure) -> list[str]:
 
 
 def words(figure) -> str:
-    import matplotlib.text
-
-    return "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
 def test_all_views_of_a_unit_are_drawn(tmp_path):
@@ -81,7 +77,8 @@ def test_the_first_pictures_show_the_surroundings_of_the_points_and_the_others_w
     np.testing.assert_allclose([(left + right) / 2, (top + bottom) / 2], [30, 20])
     assert right - left < 64 and abs((right - left) / (bottom - top) - 64 / 48) < 1e-9
     (frame,) = (patch for patch in figure.axes[2].patches if hasattr(patch, "get_width") and not hasattr(patch, "radius"))
-    np.testing.assert_allclose([*frame.get_xy(), frame.get_width(), frame.get_height()], [left, top, right - left, bottom - top])
+    size = right - left, bottom - top
+    np.testing.assert_allclose([*frame.get_xy(), frame.get_width(), frame.get_height()], [left, top, *size])
 
 
 def test_layers_of_other_ranks_are_explained():
@@ -90,5 +87,5 @@ def test_layers_of_other_ranks_are_explained():
         net(torch.rand(1, 2, 30))
     with pytest.raises(ShapeError, match=r"Pictures are drawn of 2-D layers; of others take the numbers"):
         draw_look(trace, IMAGE, "")
-    with pytest.raises(ShapeError, match="`image` is 20x20, and the picture that was recorded 48x64; expected the same picture"):
+    with pytest.raises(ShapeError, match="`image` is 20x20, and the picture that was recorded 48x64; expected the same"):
         draw_look(traced(layer()), IMAGE[:20, :20], "1")
