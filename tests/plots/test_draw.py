@@ -362,20 +362,25 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_every_drawing_takes_every_form_of_picture_and_goes_to_svg_with_its_text(name, tmp_path):
-    """Without a warning, and a second time with the same bytes."""
-    draw, view = VIEWS[name]
+def test_every_drawing_takes_tensors_and_goes_to_svg_with_its_text(name, tmp_path):
     torch = pytest.importorskip("torch")
+    draw, view = VIEWS[name]
+    paper = figure.Figure(figsize=(6, 5), layout="constrained")
+    draw(paper.add_subplot(), torch.tensor(PICTURE).permute(2, 0, 1)[None], view())
+    style.save(paper, tmp_path / "picture.svg")
+    assert ("arrows x" if name == "offsets" else ">unit<") in (tmp_path / "picture.svg").read_text()
+
+
+def test_the_same_picture_makes_the_same_svg(tmp_path):
+    """Whatever form it has."""
     pillow = pytest.importorskip("PIL.Image")
     eight = np.rint(PICTURE * 255).astype(np.uint8)
-    files = []
-    for image in (torch.tensor(eight).permute(2, 0, 1)[None], pillow.fromarray(eight)):
-        paper = figure.Figure(figsize=(6, 5), layout="constrained")
-        draw(paper.add_subplot(), image, view())
-        style.save(paper, tmp_path / "picture.svg")
-        files.append((tmp_path / "picture.svg").read_text())
-    assert files[0] == files[1]
-    assert ("arrows x" if name == "offsets" else ">unit<") in files[0]
+    pillow.fromarray(eight).save(tmp_path / "photo.png")
+    for image, name in ((eight, "array.svg"), (tmp_path / "photo.png", "file.svg")):
+        paper = figure.Figure(figsize=(4, 3))
+        draw_unit_points(paper.add_subplot(), image, unit_view())
+        style.save(paper, tmp_path / name)
+    assert (tmp_path / "array.svg").read_bytes() == (tmp_path / "file.svg").read_bytes()
 
 
 def test_views_of_other_ranks_and_pictures_of_other_sizes_are_explained(axes):

@@ -45,7 +45,7 @@ def test_all_views_of_a_unit_are_drawn(tmp_path):
     assert first == "What the unit samples" and second == "The same through 2 layers: 81 paths"
     assert third.startswith("Effective receptive field, radius ")
     assert flow.startswith("Where windows move") and spread.startswith("How windows change")
-    assert figure.get_suptitle() == "Where layer 2 looks at y = 20, x = 30"
+    assert figure.get_suptitle() == "Where layer 2 looks for its unit at y = 20, x = 30"
     assert figure.get_size_inches()[0] * figure.dpi == 1200
     view = unit_points(trace, "2", at=(20, 30))
     drawn = figure.axes[0].collections[1].get_offsets()
@@ -62,7 +62,7 @@ def test_one_layer_shows_its_masks_and_v1_what_lies_outside():
     assert titles(draw_look(traced(layer()), IMAGE, "1"))[1] == "Mean mask of each window"
     figure = draw_look(traced(layer(modulated=False)), IMAGE, "1", unit=(0, 0))
     assert titles(figure)[1] == "Samples outside of the map"
-    assert "no masks (v1)" in words(figure) and figure.get_suptitle() == "Where layer 1 looks at y = 0, x = 0"
+    assert "no masks (v1)" in words(figure) and figure.get_suptitle() == "Where layer 1 looks for its unit at y = 0, x = 0"
 
 
 def test_paths_that_would_hide_the_picture_are_not_followed():

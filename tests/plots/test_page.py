@@ -177,11 +177,13 @@ def test_a_large_trace_fits_into_the_file():
 
 def test_what_has_no_room_is_left_out_and_said():
     trace = small_trace()
-    needed = len(page(build(trace, picture())).encode())
-    document = build(trace, picture(), limit=needed - 50_000)
-    assert len(page(document).encode()) <= needed - 50_000
+    whole = build(trace, picture())
+    packed = sum(len(json.dumps(entry)) for entry in whole["layers"])
+    least = len(page(whole).encode()) - packed
+    limit = least + packed // 3
+    document = build(trace, picture(), limit=limit)
+    assert len(page(document).encode()) <= limit and document["left_out"] == []
     assert {entry["every"] for entry in document["layers"]} != {1}
-    least = needed - sum(len(json.dumps(entry)) for entry in build(trace, picture())["layers"])
     document = build(trace, picture(), limit=least + 6_000, start=("stem", (1, 2)))
     assert document["left_out"] and [entry["name"] for entry in document["layers"]] == ["stem"]
     assert document["layers"][0]["before"] == [] and document["start"] == {"layer": 0, "at": [1.0, 2.0]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deformconv.cli.models import ModelError, model_of
+from deformconv.cli.models import model_of
 from deformconv.plots.images import picture
 from deformconv.plots.looking import check_output, look
 
@@ -28,29 +30,44 @@ def run(
     layer: str | None,
     at: tuple[float, float] | None,
     view: str | None,
+    depth: int | None,
     out: Path,
     size: int,
     imagenet: bool,
 ) -> int:
     """Read, compute, write; return the exit code."""
-    try:
+    with _said():
         check_output(out.suffix.lower(), view)
         image = picture(photo)
-        height, width = image.shape[:2]
-        image = _scaled(image, size)
         net = model_of(model, weights)
-        place = None if at is None else _position(at, (height, width), image.shape[:2])
-        seen = look(net, image, layer=layer, at=place, preprocess=_normalised if imagenet else None, title=photo.name)
-        written = seen.save(out, view)
-    except ModelError as error:
-        raise click.ClickException(str(error)) from None
-    except (TypeError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
+    size_of_photo = image.shape[:2]
+    image = _scaled(image, size)
+    place = None if at is None else _position(at, size_of_photo, image.shape[:2])
+    try:
+        with _said():
+            seen = look(net, image, layer=layer, at=place, preprocess=_normalised if imagenet else None, title=photo.name)
+    except Exception as error:
+        if isinstance(error, click.ClickException):
+            raise
+        shown = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise click.ClickException(f"the model failed on a picture of {image.shape[0]}x{image.shape[1]}: {shown}") from error
+    try:
+        with _said():
+            written = seen.save(out, view, depth)
     except OSError as error:
         raise click.ClickException(f"cannot write {out}: {error.strerror or error}") from None
     click.echo(repr(seen))
     click.echo(f"Written: {written}")
     return 0
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Errors that are sentences for the user end the command with them."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 def _scaled(image: Any, size: int) -> Any:

@@ -86,15 +86,10 @@ def animate_unit_points(
         draw_unit_points(axes, values, view, **looks)
         axes.set(xlim=(low[1], high[1]), ylim=(high[0], low[0]))
         axes.axis("off")
-        label: dict[str, Any] = {
-            "fontsize": 9.5,
-            "fontweight": "bold",
-            "color": "white",
-            "va": "top",
-            "transform": axes.transAxes,
-        }
-        box = {"boxstyle": "round", "facecolor": "black", "alpha": 0.7, "linewidth": 0}
-        axes.text(9 / width, 1 - 9 / tall, f"offsets x {scale:.2f}", bbox=box, zorder=9, **label)
+        axes.text(
+            9 / width, 1 - 9 / tall, f"offsets x {scale:.2f}", transform=axes.transAxes, va="top", zorder=9, fontsize=9.5,
+            color="white", fontweight="bold", bbox={"boxstyle": "round", "facecolor": "black", "alpha": 0.7, "linewidth": 0},
+        )  # fmt: skip
         canvas.draw()
         frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     _write(frames, path, 1000 * seconds / (len(frames) - 1))

@@ -105,13 +105,15 @@ def _draw_outside(axes: Axes, rows: Sequence[LayerOffsets]) -> None:
 
 def _draw_masks(axes: Axes, rows: Sequence[LayerOffsets]) -> None:
     """Draw each layer's histogram of masks on its row, and their mean."""
+    labelled = False
     for y, row in enumerate(rows):
-        if row.mask_histogram is None:
+        if row.mask_histogram is None or row.mask_mean is None:
             axes.text(0.02, y, "no mask", fontsize=style.SMALL, va="center", color="0.4", transform=axes.get_yaxis_transform())
             continue
         counts, edges = (np.asarray(values, np.float64) for values in row.mask_histogram)
         height = 0.75 * counts / max(counts.max(), 1)
         axes.stairs(y + 0.35 - height, edges, baseline=y + 0.35, fill=True, color=style.GREEN, alpha=0.75)
-        label = "mean" if y == next(n for n, one in enumerate(rows) if one.mask_histogram is not None) else None
-        axes.plot([row.mask_mean] * 2, [y + 0.35, y - 0.4], color=style.VERMILLION, linewidth=1.5, label=label)
+        mean = [row.mask_mean, row.mask_mean]
+        axes.plot(mean, [y + 0.35, y - 0.4], color=style.VERMILLION, linewidth=1.5, label=None if labelled else "mean")
+        labelled = True
     axes.set_xlabel("masks", fontsize=style.SMALL)

@@ -63,18 +63,30 @@ class Look:
             self._page = page(build(self.trace, self.image, receptive_fields=fields, start=start, title=self._title))
         return self._page
 
-    def draw(self, view: str = "all") -> Figure:
-        """A matplotlib figure of one view at `layer` and `at`: "points", "erf", "locations", "saliency", "flow" or "all"."""
+    def draw(self, view: str = "all", layers: int | None = None) -> Figure:
+        """Draw what is to be seen at `layer` and `at`.
+
+        Args:
+            view: "points", "erf" (effective receptive field), "locations", "saliency", "flow", or "all" in one picture.
+            layers: through how many deformable layers the points go, 1 to 3; as many as there are by default.
+
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ValueError: there is no such view, or there are not so many layers.
+        """
+        check_output(".png", view)
         from deformconv.plots.overview import draw_view
 
-        return draw_view(self.trace, self.image, self.layer, self.at, view=view, progress=self._progress)
+        return draw_view(self.trace, self.image, self.layer, self.at, view, layers=layers, progress=self._progress)
 
-    def save(self, path: str | os.PathLike[str], view: str | None = None) -> Path:
+    def save(self, path: str | os.PathLike[str], view: str | None = None, layers: int | None = None) -> Path:
         """Write a file, whole or not at all.
 
         Args:
             path: its suffix decides: .html is the page, .png and .svg are a picture, .gif shows the offsets grow.
-            view: of a picture: "all", the default, "points", "erf", "locations", "saliency" or "flow".
+            view, layers: of a picture, as `draw`'s; `layers` of a .gif as well.
 
         Returns:
             The path.
@@ -89,17 +101,20 @@ class Look:
             if kind == ".html":
                 part.write_text(self.html(), encoding="utf-8")
             elif kind == ".gif":
-                self._animate(part)
+                self._animate(part, layers)
             else:
-                self.draw(view or "all").savefig(part, dpi=150)
+                from deformconv.plots import style
+
+                style.save(self.draw(view or "all", layers), part)
         return path
 
-    def _animate(self, path: Path) -> None:
+    def _animate(self, path: Path, layers: int | None) -> None:
         from deformconv.plots.animation import animate_unit_points
+        from deformconv.plots.overview import stack_depth
         from deformconv.plots.stack import unit_points
 
-        layers = depth(self.trace, self.layer)
-        scales = [0, *(step / 16 for step in range(17)), 1]
+        layers = stack_depth(self.trace, self.layer, 0) if layers is None else layers
+        scales = [step / 16 for step in range(17)]
         views = [unit_points(self.trace, self.layer, self.at, layers=layers, scale=scale) for scale in scales]
         animate_unit_points(views, self.image, path)
 
@@ -215,11 +230,6 @@ def _shown(image: Any, given: Tensor) -> Any:
         first = image[0].detach()
         return picture(first if len(first) in (1, 3) else first.mean(dim=0))
     return picture(image)
-
-
-def depth(trace: Trace, layer: str) -> int:
-    """How many layers of a stack to show: up to three deformable ones that see the image through one another."""
-    return min(3, 1 + len(trace.before(layer)))
 
 
 def _receptive_fields(trace: Trace, most: int, progress: bool) -> dict[tuple[str, int], list[Any]]:

@@ -71,7 +71,7 @@ class _Cells:
     def of_side(cls, size: Sequence[int], side: int) -> _Cells:
         shape = tuple(-(-length // side) for length in size)
         rows = np.meshgrid(*(np.arange(length) // side for length in size), indexing="ij", sparse=True)
-        centres = np.stack(np.indices(shape), -1).reshape(-1, len(shape)) * side + (side - 1) / 2
+        centres = np.indices(shape).reshape(len(shape), -1).T * side + (side - 1) / 2
         return cls(np.ravel_multi_index(tuple(np.broadcast_arrays(*rows)), shape), math.prod(shape), centres)
 
     def within(self, region: Region) -> npt.NDArray[np.intp]:
@@ -143,7 +143,7 @@ class _Search:
                 few, self._undone = middle, (region, error)
 
     def _prune(self, cells: _Cells, passes: int) -> bool:
-        """Leave out what is not needed, the least important cells first, in portions that grow smaller; whether there was some."""
+        """Leave out what is not needed, the least important first, in portions that grow smaller; whether there was some."""
         if passes < 2:
             return False
         last = self._left - passes

@@ -10,11 +10,13 @@ import numpy as np
 from deformconv.errors import ShapeError
 from deformconv.ops.window import by, n_of
 from deformconv.plots import style
-from deformconv.plots.draw_fields import draw_offset_field, draw_receptive_field
-from deformconv.plots.draw_points import draw_unit_points
+from deformconv.plots.draw_fields import draw_offset_field, draw_receptive_field, draw_saliency_region
+from deformconv.plots.draw_points import draw_sampling_locations, draw_unit_points
 from deformconv.plots.fields import offset_field
 from deformconv.plots.images import picture
+from deformconv.plots.locations import sampling_locations
 from deformconv.plots.receptive import receptive_field
+from deformconv.plots.saliency import saliency_region
 from deformconv.plots.stack import unit_points
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from deformconv.plots.stack import UnitPoints
     from deformconv.plots.trace import Call, Trace
 
-__all__ = ["draw_look"]
+__all__ = ["draw_look", "draw_view", "stack_depth"]
 
 DEEPEST = 3  # layers whose paths are followed
 MOST_PATHS = 6000  # more of them would hide the picture
@@ -66,7 +68,7 @@ def draw_look(
         >>> with record(net) as trace:
         ...     _ = net(image)
         >>> draw_look(trace, image, "", at=(16, 10)).get_suptitle()
-        'Where the model looks at y = 16, x = 10'
+        'Where the model looks for its unit at y = 16, x = 10'
     """
     values = picture(image)
     call = trace[layer, index]
@@ -77,7 +79,7 @@ def draw_look(
             f"`image` is {by(values.shape[:2])}, and the picture that was recorded {by(trace.size)}; expected the same picture."
         )
     place: dict[str, Any] = {"unit": shallow.unit, "index": index}
-    depth = _depth(trace, layer, index)
+    depth = stack_depth(trace, layer, index)
     deep = unit_points(trace, layer, layers=depth, **place)
     field = receptive_field(trace, layer, **place)
     offsets = offset_field(trace, layer, index=index)
@@ -106,7 +108,44 @@ def draw_look(
     return figure
 
 
-def _depth(trace: Trace, layer: str, index: int) -> int:
+def draw_view(
+    trace: Trace, image: Any, layer: str, at: Sequence[float], view: str, *, layers: int | None = None, progress: bool = True
+) -> Figure:
+    """Draw one view of a unit, with its legend: "points", "erf", "locations", "saliency", "flow"; or "all" of `draw_look`.
+
+    `layers` is through how many the points go, by default as many as `stack_depth` says; `progress` is `saliency_region`'s.
+    """
+    if view == "all":
+        return draw_look(trace, image, layer, at)
+    values = picture(image)
+    height = float(np.clip(7.0 * values.shape[0] / values.shape[1], 3.0, 9.0))
+    figure = style.new_figure(figsize=(8, height + 1.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    where = f"{f'layer {layer}' if layer else 'the layer'} at y = {at[0]:.4g}, x = {at[1]:.4g}"
+    if view == "points":
+        depth = stack_depth(trace, layer, 0) if layers is None else layers
+        points = unit_points(trace, layer, at, layers=depth)
+        draw_unit_points(axes, values, points)
+        title = f"What {where} samples, through {n_of(depth, 'deformable layer')}"
+    elif view == "erf":
+        field = receptive_field(trace, layer, at)
+        draw_receptive_field(axes, values, field)
+        title = f"Effective receptive field of {where}: radius {field.radius:.3g} px"
+    elif view == "locations":
+        draw_sampling_locations(axes, values, sampling_locations(trace, layer, at))
+        title = f"How much its samples move {where}"
+    elif view == "saliency":
+        region = saliency_region(trace, layer, at, progress=progress)
+        draw_saliency_region(axes, values, region)
+        title = f"The region that gives {where} its response: {100 * region.share:.3g} % of the picture"
+    else:
+        draw_offset_field(axes, values, offset_field(trace, layer), "flow")
+        title = f"Mean offsets of {f'layer {layer}' if layer else 'the layer'}"
+    axes.set_title(title, fontsize=11, loc="left", pad=6)
+    return figure
+
+
+def stack_depth(trace: Trace, layer: str, index: int) -> int:
     """Through how many layers to follow the unit's paths, so that they are not too many to be seen."""
     paths, depth, step = 1, 0, (layer, index)
     while depth < DEEPEST:
@@ -148,7 +187,7 @@ def _title(call: Call, view: UnitPoints) -> str:
     name = f"layer {call.layer}" if call.layer else "the model"
     times = f", call {call.index}" if call.index else ""
     y, x = view.at
-    return f"Where {name}{times} looks at y = {y:.4g}, x = {x:.4g}"
+    return f"Where {name}{times} looks for its unit at y = {y:.4g}, x = {x:.4g}"
 
 
 def _draw_facts(axes: Axes, call: Call, view: UnitPoints, offsets: OffsetField, zoomed: int) -> None:
