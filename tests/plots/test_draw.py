@@ -1,5 +1,7 @@
 """The drawings put everything where the numbers say, and are legible on every picture."""
 
+import doctest
+import importlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -360,20 +362,25 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_every_drawing_takes_every_form_of_picture_and_goes_to_svg_with_its_text(name, tmp_path):
-    """Without a warning, and a second time with the same bytes."""
-    draw, view = VIEWS[name]
+def test_every_drawing_takes_tensors_and_goes_to_svg_with_its_text(name, tmp_path):
     torch = pytest.importorskip("torch")
+    draw, view = VIEWS[name]
+    paper = figure.Figure(figsize=(6, 5), layout="constrained")
+    draw(paper.add_subplot(), torch.tensor(PICTURE).permute(2, 0, 1)[None], view())
+    style.save(paper, tmp_path / "picture.svg")
+    assert ("arrows x" if name == "offsets" else ">unit<") in (tmp_path / "picture.svg").read_text()
+
+
+def test_the_same_picture_makes_the_same_svg(tmp_path):
+    """Whatever form it has."""
     pillow = pytest.importorskip("PIL.Image")
     eight = np.rint(PICTURE * 255).astype(np.uint8)
-    files = []
-    for image in (torch.tensor(eight).permute(2, 0, 1)[None], pillow.fromarray(eight)):
-        paper = figure.Figure(figsize=(6, 5), layout="constrained")
-        draw(paper.add_subplot(), image, view())
-        style.save(paper, tmp_path / "picture.svg")
-        files.append((tmp_path / "picture.svg").read_text())
-    assert files[0] == files[1]
-    assert ("arrows x" if name == "offsets" else ">unit<") in files[0]
+    pillow.fromarray(eight).save(tmp_path / "photo.png")
+    for image, name in ((eight, "array.svg"), (tmp_path / "photo.png", "file.svg")):
+        paper = figure.Figure(figsize=(4, 3))
+        draw_unit_points(paper.add_subplot(), image, unit_view())
+        style.save(paper, tmp_path / name)
+    assert (tmp_path / "array.svg").read_bytes() == (tmp_path / "file.svg").read_bytes()
 
 
 def test_views_of_other_ranks_and_pictures_of_other_sizes_are_explained(axes):
@@ -434,6 +441,13 @@ def test_statistics_are_in_input_pixels_where_a_place_in_the_image_is_unknown():
     means = next(line for line in lengths.lines if line.get_label() == "mean")
     assert means.get_xydata().tolist() == [[5, 0], [10, 1]] and lengths.get_xlabel() == "offsets [input pixels]"
     assert len(draw_offset_statistics(figure.Figure(), OffsetStatistics((row("b", 1, mask=False),)))) == 2
+
+
+@pytest.mark.parametrize("name", ["animation", "draw", "draw_fields", "draw_points", "draw_statistics", "images", "overview"])
+def test_examples(name):
+    pytest.importorskip("torch")
+    result = doctest.testmod(importlib.import_module(f"deformconv.plots.{name}"))
+    assert result.failed == 0 and result.attempted >= 6
 
 
 def test_drawing_without_matplotlib_tells_how_to_get_it(monkeypatch):

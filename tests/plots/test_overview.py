@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.text import Text
 
 from deformconv.errors import ShapeError
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("matplotlib")
-
 from deformconv.plots import style
 from deformconv.plots.overview import draw_look
 from deformconv.plots.record import record
@@ -37,9 +35,7 @@ def titles(figure) -> list[str]:
 
 
 def words(figure) -> str:
-    import matplotlib.text
-
-    return "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
 def test_all_views_of_a_unit_are_drawn(tmp_path):
@@ -49,7 +45,7 @@ def test_all_views_of_a_unit_are_drawn(tmp_path):
     assert first == "What the unit samples" and second == "The same through 2 layers: 81 paths"
     assert third.startswith("Effective receptive field, radius ")
     assert flow.startswith("Where windows move") and spread.startswith("How windows change")
-    assert figure.get_suptitle() == "Where layer 2 looks at y = 20, x = 30"
+    assert figure.get_suptitle() == "Where layer 2 looks for its unit at y = 20, x = 30"
     assert figure.get_size_inches()[0] * figure.dpi == 1200
     view = unit_points(trace, "2", at=(20, 30))
     drawn = figure.axes[0].collections[1].get_offsets()
@@ -66,7 +62,7 @@ def test_one_layer_shows_its_masks_and_v1_what_lies_outside():
     assert titles(draw_look(traced(layer()), IMAGE, "1"))[1] == "Mean mask of each window"
     figure = draw_look(traced(layer(modulated=False)), IMAGE, "1", unit=(0, 0))
     assert titles(figure)[1] == "Samples outside of the map"
-    assert "no masks (v1)" in words(figure) and figure.get_suptitle() == "Where layer 1 looks at y = 0, x = 0"
+    assert "no masks (v1)" in words(figure) and figure.get_suptitle() == "Where layer 1 looks for its unit at y = 0, x = 0"
 
 
 def test_paths_that_would_hide_the_picture_are_not_followed():
@@ -81,7 +77,8 @@ def test_the_first_pictures_show_the_surroundings_of_the_points_and_the_others_w
     np.testing.assert_allclose([(left + right) / 2, (top + bottom) / 2], [30, 20])
     assert right - left < 64 and abs((right - left) / (bottom - top) - 64 / 48) < 1e-9
     (frame,) = (patch for patch in figure.axes[2].patches if hasattr(patch, "get_width") and not hasattr(patch, "radius"))
-    np.testing.assert_allclose([*frame.get_xy(), frame.get_width(), frame.get_height()], [left, top, right - left, bottom - top])
+    size = right - left, bottom - top
+    np.testing.assert_allclose([*frame.get_xy(), frame.get_width(), frame.get_height()], [left, top, *size])
 
 
 def test_layers_of_other_ranks_are_explained():
@@ -90,5 +87,5 @@ def test_layers_of_other_ranks_are_explained():
         net(torch.rand(1, 2, 30))
     with pytest.raises(ShapeError, match=r"Pictures are drawn of 2-D layers; of others take the numbers"):
         draw_look(trace, IMAGE, "")
-    with pytest.raises(ShapeError, match="`image` is 20x20, and the picture that was recorded 48x64; expected the same picture"):
+    with pytest.raises(ShapeError, match="`image` is 20x20, and the picture that was recorded 48x64; expected the same"):
         draw_look(traced(layer()), IMAGE[:20, :20], "1")

@@ -16,6 +16,8 @@ from deformconv.plots.images import picture
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from deformconv.plots.stack import UnitPoints
+
 __all__ = ["animate_unit_points"]
 
 DPI = 100
@@ -24,7 +26,7 @@ BEGINNING, END = 700, 1600  # milliseconds that the first and the last picture s
 
 
 def animate_unit_points(
-    views: Sequence[Any],
+    views: Sequence[UnitPoints],
     image: Any,
     path: str | PathLike[str],
     *,
@@ -48,6 +50,20 @@ def animate_unit_points(
     Raises:
         ValueError: there are fewer than 2 views, or they are of several units; the path does not end in .gif.
         ShapeError: a view is of another rank, or the picture's shape is none of a picture.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> from deformconv.plots import animate_unit_points, record, unit_points
+        >>> from deformconv.torch import DeformConv2d
+        >>> image, net = torch.rand(1, 3, 32, 48), DeformConv2d(3, 8, 3, padding=1)
+        >>> _ = torch.nn.init.normal_(net.offset_conv.bias)
+        >>> with record(net) as trace:
+        ...     _ = net(image)
+        >>> views = [unit_points(trace, "", at=(16, 10), scale=scale) for scale in (0, 0.5, 1)]
+        >>> with TemporaryDirectory() as folder:
+        ...     animate_unit_points(views, image, Path(folder) / "points.gif")
     """
     scales = _checked(views, path, scales)
     values = picture(image)
@@ -59,7 +75,7 @@ def animate_unit_points(
 
     canvas = FigureCanvasAgg(figure)
     last = views[-1]
-    looks = {
+    looks: dict[str, Any] = {
         "zoom": zoom, "size": 110.0 / max(len(last.points), 1) ** 0.4, "bar": False,
         "top": float(np.abs(last.weights).max(initial=0)) or 1.0 if len(last.layers) > 1 else None,
     }  # fmt: skip
@@ -70,15 +86,16 @@ def animate_unit_points(
         draw_unit_points(axes, values, view, **looks)
         axes.set(xlim=(low[1], high[1]), ylim=(high[0], low[0]))
         axes.axis("off")
-        label = {"fontsize": 9.5, "fontweight": "bold", "color": "white", "va": "top", "transform": axes.transAxes}
-        box = {"boxstyle": "round", "facecolor": "black", "alpha": 0.7, "linewidth": 0}
-        axes.text(9 / width, 1 - 9 / tall, f"offsets x {scale:.2f}", bbox=box, zorder=9, **label)
+        axes.text(
+            9 / width, 1 - 9 / tall, f"offsets x {scale:.2f}", transform=axes.transAxes, va="top", zorder=9, fontsize=9.5,
+            color="white", fontweight="bold", bbox={"boxstyle": "round", "facecolor": "black", "alpha": 0.7, "linewidth": 0},
+        )  # fmt: skip
         canvas.draw()
         frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     _write(frames, path, 1000 * seconds / (len(frames) - 1))
 
 
-def _checked(views: Sequence[Any], path: str | PathLike[str], scales: Sequence[float] | None) -> Sequence[float]:
+def _checked(views: Sequence[UnitPoints], path: str | PathLike[str], scales: Sequence[float] | None) -> Sequence[float]:
     """The scales, one for each view; ValueError for what makes no animation."""
     if len(views) < 2:
         raise ValueError(f"`views` has {len(views)}; expected at least 2: `unit_points` of one unit with growing `scale`.")

@@ -51,6 +51,18 @@ def draw_sampling_points(
 
     Returns:
         The drawn points, from which `figure.colorbar` makes a legend.
+
+    Raises:
+        ShapeError: `points` or `mask` is not as above, or the picture's shape is none of a picture.
+
+    Example:
+        >>> import numpy as np
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_sampling_points, sampling_points
+        >>> points = sampling_points(np.zeros((1, 18, 32, 48)), 3, padding=1)[0, 0]
+        >>> drawn = draw_sampling_points(Figure().add_subplot(), np.zeros((32, 48)), points, at=[(16, 10)])
+        >>> drawn.get_offsets().tolist()[:2]  # x before y, as matplotlib has it
+        [[9.0, 15.0], [10.0, 15.0]]
     """
     points = np.asarray(points, np.float64)
     if points.ndim != 4 or points.shape[1] != 2:

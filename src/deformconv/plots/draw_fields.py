@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
+    from deformconv.plots.fields import OffsetField
+    from deformconv.plots.receptive import ReceptiveField
+    from deformconv.plots.saliency import SaliencyRegion
+
 __all__ = ["colour_wheel", "draw_offset_field", "draw_receptive_field", "draw_saliency_region"]
 
 Kind = Literal["flow", "spread", "outside", "mask"]
@@ -31,7 +35,7 @@ LABELS = {
 
 
 def draw_receptive_field(
-    axes: Axes, image: Any, view: Any, *, zoom: style.Zoom = None, legend: bool = True, bar: bool = True
+    axes: Axes, image: Any, view: ReceptiveField, *, zoom: style.Zoom = None, legend: bool = True, bar: bool = True
 ) -> AxesImage:
     """Draw a unit's effective receptive field over the grey picture, and a circle of its radius.
 
@@ -52,6 +56,21 @@ def draw_receptive_field(
 
     Raises:
         ShapeError: the view is of another rank, or of a picture of another size.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_receptive_field, receptive_field, record
+        >>> from deformconv.torch import DeformConv2d
+        >>> image, net = torch.rand(1, 3, 32, 48), DeformConv2d(3, 8, 3, padding=1)
+        >>> with record(net) as trace:
+        ...     _ = net(image)
+        >>> figure = Figure(figsize=(6, 4.5), layout="constrained")
+        >>> drawn = draw_receptive_field(figure.add_subplot(), image, receptive_field(trace, "", at=(16, 10)))
+        >>> drawn.get_array().shape
+        (32, 48)
+
+    Paper: arXiv 1811.11168, section 2.1; arXiv 1701.04128.
     """
     from matplotlib.patches import Circle
 
@@ -60,7 +79,7 @@ def draw_receptive_field(
     style.show(axes, style.grey(image, 0.75))
     drawn = axes.imshow(root, cmap=style.HEAT, vmin=0, vmax=1, alpha=np.clip(2.2 * root, 0, 0.85), zorder=2)
     y, x = view.centroid
-    looks = {"edgecolor": "white", "linewidth": 1.6, "linestyle": "--", "path_effects": style.halo(3.2)}
+    looks: dict[str, Any] = {"edgecolor": "white", "linewidth": 1.6, "linestyle": "--", "path_effects": style.halo(3.2)}
     axes.add_patch(Circle((x, y), view.radius, fill=False, zorder=5, **looks))
     style.mark(axes, "unit", view.at)
     style.limits(axes, field.shape, at=view.at, zoom=zoom)
@@ -74,7 +93,9 @@ def draw_receptive_field(
     return drawn
 
 
-def draw_saliency_region(axes: Axes, image: Any, view: Any, *, zoom: style.Zoom = None, legend: bool = True) -> AxesImage:
+def draw_saliency_region(
+    axes: Axes, image: Any, view: SaliencyRegion, *, zoom: style.Zoom = None, legend: bool = True
+) -> AxesImage:
     """Draw the region that is enough for a unit's response as it is, and a veil over the rest of the picture.
 
     Args:
@@ -86,6 +107,22 @@ def draw_saliency_region(axes: Axes, image: Any, view: Any, *, zoom: style.Zoom 
 
     Raises:
         ShapeError: the view is of another rank, or of a picture of another size.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_saliency_region, record, saliency_region
+        >>> from deformconv.torch import DeformConv2d
+        >>> image, net = torch.rand(1, 3, 32, 48), DeformConv2d(3, 8, 3, padding=1)
+        >>> with record(net) as trace:
+        ...     _ = net(image)
+        >>> figure = Figure(figsize=(6, 4.5), layout="constrained")
+        >>> view = saliency_region(trace, "", at=(16, 10))
+        >>> drawn = draw_saliency_region(figure.add_subplot(), image, view)
+        >>> drawn.get_array().shape
+        (32, 48, 3)
+
+    Paper: arXiv 1811.11168, section 2.1.
     """
     region = style.of_the_picture("view.region", view.region, image).astype(bool)
     values = picture(image)
@@ -113,13 +150,13 @@ def _outline(axes: Axes, region: Any) -> None:
     lying = [(columns - 1.5, rows - 0.5), (columns - 0.5, rows - 0.5)]  # x and y of an edge's ends
     rows, columns = np.nonzero(padded[:, 1:] != padded[:, :-1])
     standing = [(columns - 0.5, rows - 1.5), (columns - 0.5, rows - 0.5)]
-    edges = np.concatenate([np.moveaxis(np.array(ends), 2, 0) for ends in (lying, standing)])  # (edges, ends, x and y)
+    edges: Any = np.concatenate([np.moveaxis(np.array(ends), 2, 0) for ends in (lying, standing)])  # (edges, ends, x and y)
     for width, color in ((3.0, "black"), (1.4, style.ORANGE)):
         axes.add_collection(LineCollection(edges, colors=color, linewidths=width, capstyle="round", zorder=4), autolim=False)
 
 
 def draw_offset_field(
-    axes: Axes, image: Any, view: Any, kind: Kind = "flow", *, legend: bool = True, bar: bool = True
+    axes: Axes, image: Any, view: OffsetField, kind: Kind = "flow", *, legend: bool = True, bar: bool = True
 ) -> AxesImage:
     """Draw a layer's offsets over the grey picture, one cell for each output unit.
 
@@ -138,6 +175,19 @@ def draw_offset_field(
     Raises:
         ShapeError: the view is of another rank.
         ValueError: there is no such kind, or the layer has no masks.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_offset_field, offset_field, record
+        >>> from deformconv.torch import DeformConv2d
+        >>> image, net = torch.rand(1, 3, 32, 48), DeformConv2d(3, 8, 3, padding=1)
+        >>> with record(net) as trace:
+        ...     _ = net(image)
+        >>> figure = Figure(figsize=(6, 4.5), layout="constrained")
+        >>> drawn = draw_offset_field(figure.add_subplot(), image, offset_field(trace, ""), "spread")
+        >>> drawn.get_array().max()  # a new layer's offsets are 0
+        0.0
     """
     if kind not in get_args(Kind):
         raise ValueError(f"`kind` is {kind!r}; expected one of {', '.join(map(repr, get_args(Kind)))}.")
@@ -186,7 +236,7 @@ def colour_wheel(flow: Any) -> Any:
     return (1 - weight) * anchors[whole % len(anchors)] + weight * anchors[(whole + 1) % len(anchors)]
 
 
-def _arrows(axes: Axes, view: Any, flow: Any) -> float:
+def _arrows(axes: Axes, view: OffsetField, flow: Any) -> float:
     """Draw the mean flow of blocks of cells, some 16 along the longer side; return how many times too long arrows are."""
     every = max(1, round(max(flow.shape[1:]) / 16))
     rows, columns = (max(1, n // every) for n in flow.shape[1:])
@@ -212,6 +262,6 @@ def _wheel_legend(axes: Axes, longest: float, times: float) -> None:
     shade = np.clip(length, 0, 1)[..., None]
     inset.imshow(np.dstack([0.5 + shade * (colour_wheel(np.stack([y, x])) - 0.5), length <= 1]), interpolation="bilinear")
     inset.set_axis_off()
-    words = {"fontsize": style.SMALL, "transform": inset.transAxes, "linespacing": 1.2}
+    words: dict[str, Any] = {"fontsize": style.SMALL, "transform": inset.transAxes, "linespacing": 1.2}
     inset.text(0, 1.08, f"mean offset\nof a window:\nrim {longest:.2g} px", va="bottom", **words)
     inset.text(0, -0.08, f"arrows x {times:.2g}", va="top", **words)

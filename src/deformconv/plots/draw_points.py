@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
 
+    from deformconv.plots.locations import SamplingLocations
+    from deformconv.plots.stack import UnitPoints
+
 __all__ = ["draw_sampling_locations", "draw_unit_points"]
 
 WITH_LINES = 36  # points: of more, lines to the unit would hide the picture
@@ -20,7 +23,7 @@ WITH_LINES = 36  # points: of more, lines to the unit would hide the picture
 def draw_unit_points(
     axes: Axes,
     image: Any,
-    view: Any,
+    view: UnitPoints,
     *,
     zoom: style.Zoom = None,
     regular: bool = True,
@@ -50,6 +53,19 @@ def draw_unit_points(
 
     Raises:
         ShapeError: the view is of another rank, or the picture's shape is none of a picture.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_unit_points, record, unit_points
+        >>> from deformconv.torch import DeformConv2d
+        >>> image, net = torch.rand(1, 3, 32, 48), DeformConv2d(3, 8, 3, padding=1)
+        >>> with record(net) as trace:
+        ...     _ = net(image)
+        >>> figure = Figure(figsize=(6, 4.5), layout="constrained")
+        >>> drawn = draw_unit_points(figure.add_subplot(), image, unit_points(trace, "", at=(16, 10)))
+        >>> drawn.get_offsets().tolist()[:2]  # x before y, as matplotlib has it; a new layer's offsets are 0
+        [[9.0, 15.0], [10.0, 15.0]]
     """
     points = style.positions("view.points", view.points)
     weights, single = np.asarray(view.weights, np.float64), len(view.layers) == 1
@@ -66,7 +82,7 @@ def draw_unit_points(
     areas = area * np.clip(np.abs(weights[order]) / (1.0 if single and not alike else heaviest), 0.12, None)
     if top is None:
         top = (2.0 if most > 1 else 1.0) if single else most
-    looks = {"color": style.ORANGE} if alike else {
+    looks: dict[str, Any] = {"color": style.ORANGE} if alike else {
         "c": weights[order], "cmap": style.AMOUNT, "vmin": min(0.0, weights.min()), "vmax": top,
     }  # fmt: skip
     drawn = style.dots(axes, points[order], areas, **looks)
@@ -86,7 +102,7 @@ def draw_unit_points(
 def draw_sampling_locations(
     axes: Axes,
     image: Any,
-    view: Any,
+    view: SamplingLocations,
     *,
     zoom: style.Zoom = None,
     legend: bool = True,
@@ -107,6 +123,19 @@ def draw_sampling_locations(
 
     Raises:
         ShapeError: the view is of another rank, or the picture's shape is none of a picture.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_sampling_locations, record, sampling_locations
+        >>> from deformconv.torch import DeformConv2d
+        >>> image, net = torch.rand(1, 3, 32, 48), DeformConv2d(3, 8, 3, padding=1)
+        >>> with record(net) as trace:
+        ...     _ = net(image)
+        >>> figure = Figure(figsize=(6, 4.5), layout="constrained")
+        >>> drawn = draw_sampling_locations(figure.add_subplot(), image, sampling_locations(trace, "", at=(16, 10)))
+        >>> len(drawn.get_offsets())
+        9
     """
     points = style.positions("view.points", view.points)
     strength = np.asarray(view.strength, np.float64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,10 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
+    from deformconv.plots.fields import LayerOffsets, OffsetStatistics
+
 __all__ = ["draw_offset_statistics"]
 
 
-def draw_offset_statistics(figure: FigureBase, view: Any) -> tuple[Axes, ...]:
+def draw_offset_statistics(figure: FigureBase, view: OffsetStatistics) -> tuple[Axes, ...]:
     """Draw a row for each layer: how large offsets are, how many samples lie outside of the map, and the masks' histogram.
 
     Lengths are in image pixels where these are known of every layer, else in the layer's input pixels. A figure for n layers
@@ -31,6 +34,19 @@ def draw_offset_statistics(figure: FigureBase, view: Any) -> tuple[Axes, ...]:
     Raises:
         TypeError: it is no figure.
         ValueError: there is no layer.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_offset_statistics, offset_statistics, record
+        >>> from deformconv.torch import DeformConv2d
+        >>> image, net = torch.rand(1, 3, 32, 48), DeformConv2d(3, 8, 3, padding=1)
+        >>> with record(net) as trace:
+        ...     _ = net(image)
+        >>> figure = Figure(figsize=(9, 2), layout="constrained")
+        >>> lengths, outside, masks = draw_offset_statistics(figure, offset_statistics(trace))
+        >>> lengths.get_xlabel()
+        'offsets [image pixels]'
     """
     if not hasattr(figure, "subplots"):
         raise TypeError(f"`figure` is of type {type(figure).__name__}; expected a matplotlib Figure or SubFigure.")
@@ -59,7 +75,7 @@ def draw_offset_statistics(figure: FigureBase, view: Any) -> tuple[Axes, ...]:
     return tuple(panels)
 
 
-def _draw_lengths(axes: Axes, rows: Any) -> None:
+def _draw_lengths(axes: Axes, rows: Sequence[LayerOffsets]) -> None:
     """Draw the offsets' deviation as bars, and the length of their mean and the largest as marks."""
     in_image = all(row.mean_image is not None for row in rows)
     values = [
@@ -76,7 +92,7 @@ def _draw_lengths(axes: Axes, rows: Any) -> None:
     axes.set_xlim(0, 1.05 * max(max(largest), 1e-6))
 
 
-def _draw_outside(axes: Axes, rows: Any) -> None:
+def _draw_outside(axes: Axes, rows: Sequence[LayerOffsets]) -> None:
     """Draw the share of samples outside of the map, with offsets and without."""
     y = np.arange(len(rows))
     shares = [(100 * row.outside_regular, 100 * row.outside) for row in rows]
@@ -87,15 +103,17 @@ def _draw_outside(axes: Axes, rows: Any) -> None:
     axes.set_xlim(0, 1.1 * max(1.0, *(max(pair) for pair in shares)))
 
 
-def _draw_masks(axes: Axes, rows: Any) -> None:
+def _draw_masks(axes: Axes, rows: Sequence[LayerOffsets]) -> None:
     """Draw each layer's histogram of masks on its row, and their mean."""
+    labelled = False
     for y, row in enumerate(rows):
-        if row.mask_histogram is None:
+        if row.mask_histogram is None or row.mask_mean is None:
             axes.text(0.02, y, "no mask", fontsize=style.SMALL, va="center", color="0.4", transform=axes.get_yaxis_transform())
             continue
         counts, edges = (np.asarray(values, np.float64) for values in row.mask_histogram)
         height = 0.75 * counts / max(counts.max(), 1)
         axes.stairs(y + 0.35 - height, edges, baseline=y + 0.35, fill=True, color=style.GREEN, alpha=0.75)
-        label = "mean" if y == next(n for n, one in enumerate(rows) if one.mask_histogram is not None) else None
-        axes.plot([row.mask_mean] * 2, [y + 0.35, y - 0.4], color=style.VERMILLION, linewidth=1.5, label=label)
+        mean = [row.mask_mean, row.mask_mean]
+        axes.plot(mean, [y + 0.35, y - 0.4], color=style.VERMILLION, linewidth=1.5, label=None if labelled else "mean")
+        labelled = True
     axes.set_xlabel("masks", fontsize=style.SMALL)

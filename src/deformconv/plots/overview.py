@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from deformconv.plots.record import Trace
+    from deformconv.plots.fields import OffsetField
+    from deformconv.plots.stack import UnitPoints
+    from deformconv.plots.trace import Call, Trace
 
 __all__ = ["draw_look", "draw_view", "stack_depth"]
 
@@ -56,17 +58,27 @@ def draw_look(
     Raises:
         ValueError: there is no such layer, unit or position.
         ShapeError: the layer is 1-D or 3-D, or the picture is no picture or of another size.
+
+    Example:
+        >>> import torch
+        >>> from deformconv.plots import record
+        >>> from deformconv.plots.overview import draw_look
+        >>> from deformconv.torch import DeformConv2d
+        >>> image, net = torch.rand(1, 3, 32, 48), DeformConv2d(3, 8, 3, padding=1)
+        >>> with record(net) as trace:
+        ...     _ = net(image)
+        >>> draw_look(trace, image, "", at=(16, 10)).get_suptitle()
+        'Where the model looks for its unit at y = 16, x = 10'
     """
     values = picture(image)
     call = trace[layer, index]
-    where = {"at": at, "unit": unit, "index": index}
-    shallow = unit_points(trace, layer, **where)
+    shallow = unit_points(trace, layer, at, unit=unit, index=index)
     style.positions("view.points", shallow.points)
     if tuple(trace.size) != values.shape[:2]:
         raise ShapeError(
             f"`image` is {by(values.shape[:2])}, and the picture that was recorded {by(trace.size)}; expected the same picture."
         )
-    place = {"unit": shallow.unit, "index": index}
+    place: dict[str, Any] = {"unit": shallow.unit, "index": index}
     depth = stack_depth(trace, layer, index)
     deep = unit_points(trace, layer, layers=depth, **place)
     field = receptive_field(trace, layer, **place)
@@ -81,8 +93,7 @@ def draw_look(
         draw_unit_points(panels[1], values, deep, zoom=zoom, legend=False)
         _caption(panels[1], f"The same through {n_of(depth, 'layer')}: {n_of(int(deep.counts.sum()), 'path')}")
     else:
-        kind = "outside" if offsets.mask is None else "mask"
-        draw_offset_field(panels[1], values, offsets, kind)
+        draw_offset_field(panels[1], values, offsets, "outside" if offsets.mask is None else "mask")
         _caption(panels[1], "Samples outside of the map" if offsets.mask is None else "Mean mask of each window")
     draw_receptive_field(panels[2], values, field, legend=False)
     _caption(panels[2], f"Effective receptive field, radius {field.radius:.3g} px (circle)")
@@ -150,7 +161,7 @@ def stack_depth(trace: Trace, layer: str, index: int) -> int:
     return depth
 
 
-def _zoom(size: tuple[int, int], *views: Any) -> tuple[float, float] | None:
+def _zoom(size: tuple[int, int], *views: UnitPoints) -> tuple[float, float] | None:
     """What to show around the unit: all points, in the picture's proportions; None where that is most of the picture."""
     away = np.concatenate([np.abs(points - view.at) for view in views for points in (view.points, view.regular)])
     share = 1.25 * float((np.percentile(away, 98, axis=0) / size).max())
@@ -168,18 +179,18 @@ def _draw_zoomed(axes: Axes, at: Any, zoom: tuple[float, float] | None) -> None:
 
     if zoom is not None:
         corner = at[1] - zoom[1], at[0] - zoom[0]
-        looks = {"edgecolor": "white", "linewidth": 1.0, "path_effects": style.halo(2.2)}
+        looks: dict[str, Any] = {"edgecolor": "white", "linewidth": 1.0, "path_effects": style.halo(2.2)}
         axes.add_patch(Rectangle(corner, 2 * zoom[1], 2 * zoom[0], fill=False, zorder=6, **looks))
 
 
-def _title(call: Any, view: Any) -> str:
+def _title(call: Call, view: UnitPoints) -> str:
     name = f"layer {call.layer}" if call.layer else "the model"
     times = f", call {call.index}" if call.index else ""
     y, x = view.at
-    return f"Where {name}{times} looks at y = {y:.4g}, x = {x:.4g}"
+    return f"Where {name}{times} looks for its unit at y = {y:.4g}, x = {x:.4g}"
 
 
-def _draw_facts(axes: Axes, call: Any, view: Any, offsets: Any, zoomed: int) -> None:
+def _draw_facts(axes: Axes, call: Call, view: UnitPoints, offsets: OffsetField, zoomed: int) -> None:
     """Say what the marks of all panels mean, of which the first `zoomed` show a part, and the numbers of the layer."""
     from matplotlib.lines import Line2D
 
@@ -193,9 +204,9 @@ def _draw_facts(axes: Axes, call: Any, view: Any, offsets: Any, zoomed: int) -> 
     ]
     if zoomed:
         label = f"what the first {'picture shows' if zoomed == 1 else 'two pictures show'}"
-        square = {"marker": "s", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "white"}
+        square: dict[str, Any] = {"marker": "s", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "white"}
         handles.append(Line2D([], [], linestyle="none", label=label, path_effects=style.halo(2.2), **square))
-    place = {"loc": "upper left", "bbox_to_anchor": (-0.02, 1), "borderaxespad": 0}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.02, 1), "borderaxespad": 0}
     axes.legend(handles=handles, frameon=False, fontsize=9.5, handlelength=2, **place)
     moved, spread = float(np.hypot(*offsets.flow).mean()), float(offsets.spread.mean())
     lines = [

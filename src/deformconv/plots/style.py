@@ -152,7 +152,7 @@ def sample(kind: str, label: str, color: Any = None) -> Line2D:
     return Line2D([], [], linestyle="none", label=label, **_mark(kind, color=color))
 
 
-def line(label: str, color: str, style: str = "-", width: float = 1.4) -> Line2D:
+def line(label: str, color: str, style: Any = "-", width: float = 1.4) -> Line2D:
     """A legend's line, with a halo."""
     from matplotlib.lines import Line2D
 
@@ -181,9 +181,9 @@ def save(figure: Figure, path: str | PathLike[str], **more: Any) -> None:
     """Write a figure to a file; in an SVG, text stays text, and the same figure gives the same file."""
     import matplotlib
 
-    of_svg = str(path).lower().endswith(".svg")
+    reproducible: dict[str, Any] = {"metadata": {"Date": None}} if str(path).lower().endswith(".svg") else {}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "deformconv"}):
-        figure.savefig(path, **({"metadata": {"Date": None}} if of_svg else {}), **more)
+        figure.savefig(path, **{**reproducible, **more})
 
 
 def positions(name: str, points: Any) -> Array:
