@@ -8,7 +8,7 @@ from matplotlib.text import Text
 from deformconv.errors import ShapeError
 from deformconv.plots import style
 from deformconv.plots.overview import draw_look
-from deformconv.plots.record import record
+from deformconv.plots.recording import record
 from deformconv.plots.stack import unit_points
 from deformconv.torch import DeformConv1d, DeformConv2d
 

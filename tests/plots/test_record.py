@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from deformconv.plots import record as module  # noqa: E402
-from deformconv.plots.record import Call, record  # noqa: E402
+from deformconv.plots.recording import Call, record  # noqa: E402
 from deformconv.torch import DeformConv1d, DeformConv2d  # noqa: E402
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from deformconv.plots.looking import Look
     from deformconv.plots.monitor import OffsetMonitor
     from deformconv.plots.receptive import ReceptiveField, receptive_field
-    from deformconv.plots.record import record
+    from deformconv.plots.recording import record
     from deformconv.plots.saliency import SaliencyRegion, saliency_region
     from deformconv.plots.stack import UnitPoints, unit_points
     from deformconv.plots.trace import Call, Trace
@@ -92,7 +92,7 @@ _WHERE = {
     "offset_statistics": "fields",
     "picture": "images",
     "receptive_field": "receptive",
-    "record": "record",
+    "record": "recording",
     "saliency_region": "saliency",
     "sampling_locations": "locations",
     "unit_points": "stack",

@@ -186,7 +186,7 @@ def draw_offset_field(
         ...     _ = net(image)
         >>> figure = Figure(figsize=(6, 4.5), layout="constrained")
         >>> drawn = draw_offset_field(figure.add_subplot(), image, offset_field(trace, ""), "spread")
-        >>> drawn.get_array().max()  # a new layer's offsets are 0
+        >>> float(drawn.get_array().max())  # a new layer's offsets are 0
         0.0
     """
     if kind not in get_args(Kind):

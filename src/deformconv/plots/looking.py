@@ -186,7 +186,7 @@ def look(
     # isort: split
     from torch import no_grad
 
-    from deformconv.plots.record import record
+    from deformconv.plots.recording import record
     from deformconv.plots.rerun import undisturbed
     from deformconv.torch.surgery import check_model
 
