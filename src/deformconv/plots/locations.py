@@ -101,8 +101,8 @@ def sampling_locations(
 
     Example:
         >>> import torch
-        >>> from deformconv.plots.locations import sampling_locations
-        >>> from deformconv.plots.recording import record
+        >>> from deformconv.plots import sampling_locations
+        >>> from deformconv.plots import record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(DeformConv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:

@@ -94,8 +94,8 @@ def receptive_field(
 
     Example:
         >>> import torch
-        >>> from deformconv.plots.receptive import receptive_field
-        >>> from deformconv.plots.recording import record
+        >>> from deformconv.plots import receptive_field
+        >>> from deformconv.plots import record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(DeformConv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:

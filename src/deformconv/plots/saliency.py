@@ -109,8 +109,8 @@ def saliency_region(
 
     Example:
         >>> import torch
-        >>> from deformconv.plots.recording import record
-        >>> from deformconv.plots.saliency import saliency_region
+        >>> from deformconv.plots import record
+        >>> from deformconv.plots import saliency_region
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(DeformConv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:
