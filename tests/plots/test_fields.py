@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from itertools import product
 from math import sqrt
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tests.plots.plain_trace import Geometry, Trace, call, plain
 
+from deformconv.plots import fields
 from deformconv.plots.fields import offset_field, offset_statistics
 
 WINDOWS = [
@@ -115,6 +117,17 @@ def test_a_sample_is_outside_where_it_reads_no_pixel(offset, outside):
     assert offset_statistics(trace).rows[0].outside == outside
 
 
+def test_padding_of_another_mode_is_read_as_the_map_is():
+    trace = plain((8, 8), 1)
+    trace["0"].padding_mode = "reflect"
+    assert not offset_field(trace, "0").outside.any()
+    trace["0"].offset[0, 0, 0, 0] = -0.99  # the first tap at row -1.99, where the padding begins at -1
+    assert not offset_field(trace, "0").outside.any()
+    trace["0"].offset[0, 0, 0, 0] = -1.0
+    (row,) = offset_statistics(trace).rows
+    assert row.outside == pytest.approx(1 / (9 * 64)) and row.outside_regular == 0
+
+
 def test_layers_without_masks():
     trace = made(WINDOWS[1], modulated=False)
     assert offset_field(trace, "a").mask is None
@@ -159,6 +172,21 @@ def test_statistics_are_of_the_last_forward_pass_and_of_every_call_in_it():
     assert str(statistics).splitlines()[3].startswith("0, call 1")
 
 
+def test_the_parts_of_a_batch_that_replicas_had_are_one():
+    first, second = (call("a", *WINDOWS[1], 1, batch=n, random=np.random.default_rng(n)) for n in (1, 2))
+    trace = Trace([first], [Geometry((0.0, 0.0), (1.0, 1.0))])
+    trace.calls.append(second)
+    (row,) = offset_statistics(trace).rows
+    offset = torch.cat([first.offset, second.offset]).unflatten(1, (-1, 2))
+    assert row.mean == pytest.approx(offset.mean((0, 1, 3, 4)).tolist())
+    assert sum(row.mask_histogram[0]) == first.mask.numel() + second.mask.numel()
+
+
+def test_nothing_recorded_is_explained():
+    with pytest.raises(ValueError, match="nothing was recorded; expected a trace within whose"):
+        offset_statistics(Trace([], []))
+
+
 def test_a_layer_whose_place_in_the_image_is_unknown():
     trace = plain((8, 8), 1)
 
@@ -177,3 +205,8 @@ def test_wrong_images_and_groups_are_explained():
         offset_field(trace, "a", image=2)
     with pytest.raises(ValueError, match=r"`offset_group` is -1; layer 'a' has 2 offset groups, counted from 0\. None"):
         offset_field(trace, "a", offset_group=-1)
+
+
+def test_examples():
+    result = doctest.testmod(fields)
+    assert result.attempted >= 16 and not result.failed

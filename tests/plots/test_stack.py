@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from itertools import product
 from math import floor, prod
 
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 from tests.plots.plain_trace import Geometry, Trace, call, output_geometry, plain
+from torch import nn
 
 from deformconv.errors import ShapeError
+from deformconv.plots import stack
+from deformconv.plots.record import record
 from deformconv.plots.stack import unit_points
+from deformconv.torch import DeformConv2d
 
 
 def neighbours(position, size):
@@ -182,6 +187,14 @@ def test_samples_in_the_padding_keep_their_place_and_weigh_nothing():
     assert found == {(y, x): float(y >= 0 and x <= 5) for y in (-1.0, 0.0, 1.0) for x in (4.0, 5.0, 6.0)}
 
 
+def test_samples_in_padding_of_another_mode_weigh_as_others():
+    trace = plain((6, 6), 1)
+    trace["0"].padding_mode = "reflect"
+    assert unit_points(trace, "0", unit=(0, 0)).weights.tolist() == [1.0] * 9
+    trace["0"].offset[0, 0, 0, 0] = -0.5  # half of what the first tap reads lies beyond the padding
+    assert sorted(unit_points(trace, "0", unit=(0, 0)).weights.tolist()) == [0.5] + [1.0] * 8
+
+
 def test_paths_end_where_the_map_before_does():
     """Of the corner's 9 samples 4 are units of the layer before; of theirs, points in the padding are kept."""
     view = unit_points(plain((8, 8), 1, 1), "1", unit=(0, 0), layers=2)
@@ -277,3 +290,23 @@ def test_what_cannot_be_shown_is_explained():
 def test_three_layers_over_three_axes():
     view = unit_points(plain((9, 9, 9), 1, 1, 1), "2", unit=(4, 4, 4), layers=3)
     assert len(view.points) == 7**3 and view.counts.sum() == view.weights.sum() == 27**3
+
+
+def test_a_recorded_net():
+    """Between the layers a pooling halves the map: a cell of the upper one lies between two of the lower one's units."""
+    first, second = DeformConv2d(2, 2, 3, padding=1), DeformConv2d(2, 2, 3, padding=1)
+    with record(net := nn.Sequential(first, nn.MaxPool2d(2), second).eval()) as trace:
+        net(torch.rand(1, 2, 16, 16))
+    view = unit_points(trace, "2", unit=(4, 4), layers=2)
+    assert view.layers == ("2", "0") and view.at == (8.5, 8.5)
+    along = np.add.outer([6.5, 8.5, 10.5], [-1, 0, 1]).ravel()
+    ends, ways = np.unique(along, return_counts=True)
+    assert view.points.tolist() == [[y, x] for y in ends for x in ends]
+    assert view.weights == pytest.approx(np.outer(ways, ways).ravel())
+    with pytest.raises(ValueError, match="no deformable layer '1' was recorded; the layers that were called are '0', '2'"):
+        unit_points(trace, "1")
+
+
+def test_examples():
+    result = doctest.testmod(stack)
+    assert result.attempted >= 8 and not result.failed

@@ -146,7 +146,8 @@ def offset_field(trace: Trace, layer: str, *, image: int = 0, offset_group: int 
 
     Example:
         >>> import torch
-        >>> from deformconv.plots import offset_field, record
+        >>> from deformconv.plots.fields import offset_field
+        >>> from deformconv.plots.record import record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), DeformConv2d(8, 8, 3, padding=1))
         >>> _ = torch.nn.init.constant_(net[1].offset_conv.bias[1:18:2], 1.5)  # of a fresh layer: every dx
@@ -191,15 +192,16 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
 
     Example:
         >>> import torch
-        >>> from deformconv.plots import offset_statistics, record
+        >>> from deformconv.plots.fields import offset_statistics
+        >>> from deformconv.plots.record import record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), DeformConv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:
         ...     _ = net(torch.rand(4, 3, 32, 32))
         >>> offset_statistics(trace)
-        Offsets in the layer's input pixels (in image pixels); regular: outside without offsets
-        layer  mean height   mean width    deviation      largest  outside  regular   mask
-        1      +0.00 (+0.0)  +0.00 (+0.0)  0.00 (0.0)  0.00 (0.0)    8.2 %    8.2 %  1.000
+        Offsets in the layer's input pixels (in image pixels); regular: outside without offsets.
+        layer   mean height    mean width   deviation     largest  outside  regular   mask
+        1      +0.00 (+0.0)  +0.00 (+0.0)  0.00 (0.0)  0.00 (0.0)     8.2%     8.2%  1.000
     """
     if not trace.calls:
         raise ValueError("nothing was recorded; expected a trace within whose `with record(model)` the model was called.")

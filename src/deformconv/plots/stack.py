@@ -97,7 +97,8 @@ def unit_points(
 
     Example:
         >>> import torch
-        >>> from deformconv.plots import record, unit_points
+        >>> from deformconv.plots.record import record
+        >>> from deformconv.plots.stack import unit_points
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(DeformConv2d(3, 8, 3, padding=1), DeformConv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:
@@ -261,4 +262,5 @@ def _merged(points: Array, weights: Array) -> tuple[Array, Array, npt.NDArray[np
         order = np.argsort(values)
         places[order, axis] = np.cumsum(np.diff(values[order], prepend=-np.inf) > NEAR)
     _, first, which, counts = np.unique(places, axis=0, return_index=True, return_inverse=True, return_counts=True)
-    return points[first], np.bincount(which.reshape(-1), weights, len(first)), counts.astype(np.int64)
+    summed = np.bincount(which.reshape(-1), weights, len(first)).astype(np.float64)  # integers where there are no points
+    return points[first], summed, counts.astype(np.int64)
