@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Sums", "check_channels", "check_finite", "gradients", "sums_of", "unit_response"]
+__all__ = ["Sums", "check_channels", "check_finite", "differentiable", "gradients", "sums_of", "unit_response"]
 
 
 class Sums(NamedTuple):
@@ -39,6 +40,13 @@ def check_channels(channels: Any) -> int:
             "computed one by one, more are estimated from so many random sums."
         )
     return int(channels)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """A block that computes gradients, wherever it is called from."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def unit_response(features: Tensor, unit: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from deformconv.plots.gradients import Sums, check_channels, check_finite, gradients, sums_of, unit_response
+from deformconv.plots.gradients import Sums, check_channels, check_finite, differentiable, gradients, sums_of, unit_response
 from deformconv.plots.observe import Event, unseen
 from deformconv.plots.points import sampling_points
 from deformconv.plots.rerun import Probe
@@ -119,13 +119,14 @@ def sampling_locations(
     if of is not None:
         trace[of]
     calls: list[_Seen] = []
-    probe = Probe(trace, layer, index, image)
-    features = probe.features(probe.image.requires_grad_(), lambda event: calls.append(_seen(event, calls)))
-    response = unit_response(features, cell)
-    sums = sums_of(len(response), channels, seed)
-    seen = _chosen(response, calls, layer, of)
-    geometry = trace.geometry(seen.name, seen.number)
-    strength = _strengths(response, seen, sums, np.abs(geometry.step))  # (groups, K, *O)
+    with differentiable():
+        probe = Probe(trace, layer, index, image)
+        features = probe.features(probe.image.requires_grad_(), lambda event: calls.append(_seen(event, calls)))
+        response = unit_response(features, cell)
+        seen = _chosen(response, calls, layer, of)
+        geometry = trace.geometry(seen.name, seen.number)
+        sums = sums_of(len(response), channels, seed)
+        strength = _strengths(response, seen, sums, np.abs(geometry.step))  # (groups, K, *O)
     check_finite(strength, layer, cell)
     group, tap, *units = np.nonzero(strength)
     order = np.lexsort((tap, group, *units[::-1]))
@@ -178,7 +179,7 @@ def _strengths(response: Tensor, seen: _Seen, sums: Sums, step: Values) -> Value
     """The root mean square over channels of the gradient's length, (groups, K, *O), response per image pixel."""
     rank = len(step)
     offset = _accurate(seen.offset).detach().requires_grad_()
-    with unseen(), torch.enable_grad():
+    with unseen():
         output = _sampled(seen, offset)
     square: Any = 0.0
     for (backward,) in gradients(response, [seen.output], sums):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from deformconv.plots.gradients import check_channels, check_finite, gradients, sums_of, unit_response
+from deformconv.plots.gradients import check_channels, check_finite, differentiable, gradients, sums_of, unit_response
 from deformconv.plots.rerun import Probe
 from deformconv.plots.trace import Trace
 
@@ -120,10 +120,12 @@ def each_receptive_field(
     """The receptive fields of several units of a layer, one after the other, from one forward pass."""
     channels = check_channels(channels)
     geometry = trace.output_geometry(layer, index)
-    picture = (probe := Probe(trace, layer, index, image)).image.requires_grad_()
-    features = probe.features(picture)
+    with differentiable():
+        picture = (probe := Probe(trace, layer, index, image)).image.requires_grad_()
+        features = probe.features(picture)
     for unit in units:
-        field = _field(unit_response(features, unit), picture, channels, seed, keep=unit is not units[-1])
+        with differentiable():  # and not while the caller has what is yielded
+            field = _field(unit_response(features, unit), picture, channels, seed, keep=unit is not units[-1])
         check_finite(field, layer, unit)
         at = tuple(map(float, geometry.to_image(unit)))
         yield ReceptiveField(layer, unit, at, field, radius_of(field), centroid_of(field), (unit,))
@@ -146,13 +148,14 @@ def _field(response: Tensor, picture: Tensor, channels: int, seed: int, *, keep:
 def _units(trace: Trace, layer: str, at: Any, unit: Any, index: int) -> list[tuple[int, ...]]:
     """The units that `at` or `unit` name, one or a list of them."""
     for name, value in (("at", at), ("unit", unit)):
-        if value is None or (len(value) and np.ndim(value[0]) == 0):
-            continue
-        if not len(value):
+        if value is not None and not len(value):
             raise ValueError(f"`{name}` is an empty list; expected a position or a list of at least one.")
-        if name == "at" and unit is not None:
-            raise ValueError("`at` and `unit` were both passed; expected one of them, or none for the image's middle.")
-        return [trace.unit(layer, index=index, **{name: one}) for one in value]
+    if at is not None and unit is not None:
+        raise ValueError("`at` and `unit` were both passed; expected one of them, or none for the image's middle.")
+    if at is not None and np.ndim(at[0]):
+        return [trace.unit(layer, one, None, index) for one in at]
+    if unit is not None and np.ndim(unit[0]):
+        return [trace.unit(layer, None, one, index) for one in unit]
     return [trace.unit(layer, at, unit, index)]
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deformconv.plots.gradients import gradients, sums_of, unit_response
+from deformconv.plots.gradients import differentiable, gradients, sums_of, unit_response
 from deformconv.plots.masking import smallest_region
 from deformconv.plots.progress import bar
 from deformconv.plots.rerun import Probe
@@ -92,7 +92,8 @@ def saliency_region(
         unit: an output cell, (row, column), instead. With neither, the unit nearest to the image's middle.
         bound: of the relative error, ||masked response - response|| / ||response|| over the unit's channels. Of 0, the
             region leaves the response as it is to the last bit.
-        max_passes: the model is run on at most so many images, at least 2; more passes find a smaller region.
+        max_passes: the model is run on at most so many images, at least 2; more find a smaller region. What the trace runs at the
+            first question for where its layers lie is not counted.
         cell: side of the finest cells, pixels; a 64th of the image's longest side, if None.
         fill: what masked pixels are set to: "mean", the image's mean of each channel; a number; or a number for each channel.
         image: which image of the recorded batch.
@@ -124,7 +125,7 @@ def saliency_region(
     _check(bound, max_passes, cell)
     chosen = trace.unit(layer, at, unit, index)
     middle = tuple(float(x) for x in trace.output_geometry(layer, index).to_image(chosen))
-    with bar("Masking, at most", max_passes, shown=progress) as advance:
+    with bar("Masking, at most", max_passes, shown=progress) as advance, differentiable():
         masked = _Masked(Probe(trace, layer, index, image), layer, chosen, fill, advance)
         size = tuple(masked.image.shape[2:])
         side = max(1, round(max(size) / FINEST)) if cell is None else int(cell)
@@ -148,7 +149,8 @@ class _Masked:
         self._length = float(self._response.norm())
         if not math.isfinite(self._length):
             raise ValueError(
-                f"the response of unit {unit} of layer {layer!r} is not finite; expected one, for errors to be measured."
+                f"the response of unit {unit} of layer {layer!r} is not finite, and no error can be measured beside it; expected a "
+                "finite picture and parameters. Half precision may have overflowed: then try model.float()."
             )
         if self._length == 0:
             raise ValueError(
