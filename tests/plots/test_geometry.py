@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from deformconv.convert import to_torchvision  # noqa: E402
 from deformconv.plots.geometry import Geometry  # noqa: E402
 from deformconv.plots.graph import Follower  # noqa: E402
-from deformconv.plots.record import record  # noqa: E402
+from deformconv.plots.recording import record  # noqa: E402
 from deformconv.plots.rerun import Probe  # noqa: E402
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d  # noqa: E402
 from deformconv.vision import make_deformable  # noqa: E402

@@ -16,9 +16,9 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from deformconv.plots import geometry as geometry_module  # noqa: E402
-from deformconv.plots import record as record_module  # noqa: E402
+from deformconv.plots import recording as record_module  # noqa: E402
 from deformconv.plots import trace as trace_module  # noqa: E402
-from deformconv.plots.record import Call, record  # noqa: E402
+from deformconv.plots.recording import Call, record  # noqa: E402
 from deformconv.torch import DeformConv1d, DeformConv2d  # noqa: E402
 
 

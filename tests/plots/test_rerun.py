@@ -13,7 +13,7 @@ from tests.plots.test_observe import randomised  # noqa: E402
 from torch import nn  # noqa: E402
 
 from deformconv.errors import ShapeError  # noqa: E402
-from deformconv.plots.record import record  # noqa: E402
+from deformconv.plots.recording import record  # noqa: E402
 from deformconv.plots.rerun import Probe, undisturbed  # noqa: E402
 from deformconv.torch import DeformConv2d  # noqa: E402
 

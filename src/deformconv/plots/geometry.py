@@ -40,7 +40,7 @@ class Geometry:
             where it was not measured.
 
     Example:
-        >>> from deformconv.plots.geometry import Geometry
+        >>> from deformconv.plots import Geometry
         >>> geometry = Geometry(origin=(0.5, 0.5), step=(2.0, 2.0), source="graph")    # after a pooling of 2 x 2
         >>> geometry.to_image([[0, 0], [3, 10]]).tolist()
         [[0.5, 0.5], [6.5, 20.5]]

@@ -73,7 +73,7 @@ class Trace:
 
     Example:
         >>> import torch
-        >>> from deformconv.plots.record import record
+        >>> from deformconv.plots import record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(torch.nn.MaxPool2d(2), DeformConv2d(3, 8, 3, stride=2, padding=1))
         >>> with record(net) as trace:
