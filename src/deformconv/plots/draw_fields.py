@@ -206,7 +206,7 @@ def draw_offset_field(
     if kind == "flow":
         length = np.hypot(*flow)
         longest = max(float(np.percentile(length, 99)), FAINT * min(view.step))
-        colours = np.dstack([colour_wheel(flow), 0.85 * np.clip(length / longest, 0, 1)])
+        colours = np.dstack([colour_wheel(flow), 0.75 * np.clip(length / longest, 0, 1)])
         drawn = axes.imshow(colours, extent=extent, zorder=1, interpolation="nearest")
         times = _arrows(axes, view, flow)
         if legend:
