@@ -37,7 +37,7 @@ def call(layer, input_size, kernel_size, stride, padding, dilation, offset_group
     return SimpleNamespace(
         layer=layer, index=0, forward=0, kind="deformconv", input_size=input_size, output_size=output_size,
         kernel_size=kernel_size, stride=stride, dilation=dilation, padding=padding, offset_groups=offset_groups,
-        offset=offset, mask=mask if modulated else None, D=D, K=K,
+        offset=offset, mask=mask if modulated else None, D=D, K=K, padding_mode="zeros",
     )  # fmt: skip
 
 

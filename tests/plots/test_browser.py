@@ -149,23 +149,22 @@ def test_it_opens_from_disk_without_a_network(look):
 def test_points_are_numpys(look, layer, name, layers):
     look.select_option("#layer", str(layer))
     look.choose("depth", str(layers))
-    trace = small_trace()
-    for at in [(50.0, 66.0), (0.0, 0.0), (95.0, 127.0)]:  # corners: samples outside, between the map and its padding
+    # At the corners samples lie outside, and between the map and its padding.
+    for at, scale in [((50.0, 66.0), 1), ((0.0, 0.0), 1.73), ((95.0, 127.0), 0)]:
         look.click(at)
-        for scale in (1, 0, 1.73):
-            look.locator("#scale").fill(str(scale))
-            found = look.points()
-            points, weights = points_by_recursion(trace, name, found["unit"], layers=layers, scale=scale)
-            assert len(points) == sum(found["counts"])
-            if scale:
-                np.testing.assert_allclose(found["points"], points, atol=0.05 * layers * scale)
-                np.testing.assert_allclose(found["weights"], weights, atol=0.02 * layers)
-            else:
-                distance = np.linalg.norm(points[:, None] - np.array(found["points"]), axis=-1)
-                assert distance.min(0).max() < 1e-6 and distance.min(1).max() < 1e-6
-                merged = np.bincount(distance.argmin(1), weights)
-                np.testing.assert_allclose(found["weights"], merged, atol=0.02 * len(points) / len(merged))
-                np.testing.assert_allclose(found["regular"], found["points"])
+        look.locator("#scale").fill(str(scale))
+        found = look.points()
+        points, weights = points_by_recursion(small_trace(), name, found["unit"], layers=layers, scale=scale)
+        assert len(points) == sum(found["counts"])
+        if scale:
+            np.testing.assert_allclose(found["points"], points, atol=0.05 * layers * scale)
+            np.testing.assert_allclose(found["weights"], weights, atol=0.02 * layers)
+        else:
+            distance = np.linalg.norm(points[:, None] - np.array(found["points"]), axis=-1)
+            assert distance.min(0).max() < 1e-6 and distance.min(1).max() < 1e-6
+            merged = np.bincount(distance.argmin(1), weights)
+            np.testing.assert_allclose(found["weights"], merged, atol=0.02 * len(points) / len(merged))
+            np.testing.assert_allclose(found["regular"], found["points"])
 
 
 def test_a_click_moves_to_the_nearest_unit(look):
@@ -271,6 +270,11 @@ def test_a_key_elsewhere_does_nothing(look):
     look.keyboard.press("v")
     look.keyboard.press("c")
     assert look.state()["overlay"] == "none" and look.points() == before
+    # Radio buttons have keys of their own, and the focus stays with them.
+    look.focus("[name=overlay][value=none]")
+    look.keyboard.press("ArrowRight")
+    look.keyboard.press("ArrowRight")
+    assert look.state()["overlay"] == "arrows" and look.evaluate("document.activeElement.value") == "arrows"
 
 
 def test_the_slider_scales_the_offsets(look):

@@ -135,10 +135,10 @@ def test_a_detector_of_torchvision_takes_a_list():
     from deformconv.vision import make_deformable
 
     model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2)
-    names = make_deformable(model, "backbone.features.1.4.0.0")
+    names = make_deformable(model, "backbone.features.0.2.block.1.0")
     seen = deformconv.look(model, IMAGE, progress=False)
     assert seen.trace.layers == list(names)
-    assert seen.trace.geometry(names[0]).step[0] < 24 / 8
+    assert seen.trace.geometry(names[0]).step[0] == pytest.approx(2 * 24 / 320)  # its transform makes it 320 pixels high
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import doctest
 import io
 import json
 import re
@@ -15,7 +16,10 @@ import pytest
 from tests.plots.pages import FakeTrace, call, field, picture, small_trace
 
 from deformconv.errors import ShapeError
-from deformconv.plots.page import LIMIT, TOLERANCE, build, page, quantised, spread_units
+from deformconv.plots import packing
+from deformconv.plots import page as pages
+from deformconv.plots.packing import TOLERANCE, quantised
+from deformconv.plots.page import LIMIT, build, page, spread_units
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -248,3 +252,10 @@ def test_what_cannot_be_shown_is_said():
         page({"version": 2})
     with pytest.raises(ValueError, match="`document` has no layers"):
         page({"version": 1, "layers": []})
+
+
+def test_doctests():
+    pytest.importorskip("torch")
+    for module, tried in ((packing, 3), (pages, 9)):
+        result = doctest.testmod(module)
+        assert result.failed == 0 and result.attempted >= tried

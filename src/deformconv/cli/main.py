@@ -121,6 +121,10 @@ class _Position(click.ParamType):
     "--size", type=click.IntRange(16), default=512, show_default=True,
     help="PHOTO is made smaller, for its longer side to have at most so many pixels.",
 )  # fmt: skip
+@click.option(
+    "--fields", type=click.IntRange(0), metavar="N",
+    help="Receptive fields of each layer in a page, at most: each takes four backward passes.  [default: 100 passes in all]",
+)  # fmt: skip
 @click.option("--imagenet", is_flag=True, help="Normalise the colours as ImageNet's models have them.")
 def look(photo: Path, **options: Any) -> int:
     """Show where a net looks in a photograph.

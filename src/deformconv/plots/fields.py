@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from deformconv.ops.window import axis_name
 from deformconv.plots.points import regular_points
-from deformconv.plots.stack import checked_group, checked_image, offsets_and_masks
+from deformconv.plots.stack import checked_group, checked_image, offsets_and_masks, sampled_map
 
 if TYPE_CHECKING:
     from deformconv.plots.record import Call, Trace
@@ -185,6 +186,9 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
     Returns:
         OffsetStatistics.
 
+    Raises:
+        ValueError: nothing was recorded.
+
     Example:
         >>> import torch
         >>> from deformconv.plots import offset_statistics, record
@@ -197,20 +201,28 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
         layer  mean height   mean width    deviation      largest  outside  regular   mask
         1      +0.00 (+0.0)  +0.00 (+0.0)  0.00 (0.0)  0.00 (0.0)    8.2 %    8.2 %  1.000
     """
+    if not trace.calls:
+        raise ValueError("nothing was recorded; expected a trace within whose `with record(model)` the model was called.")
     last = max(call.forward for call in trace.calls)
-    return OffsetStatistics(tuple(_row(trace, call) for call in trace.calls if call.forward == last))
+    calls: dict[tuple[str, int], list[Call]] = {}
+    for call in trace.calls:
+        if call.forward == last:  # DataParallel's replicas have a part of the images each
+            calls.setdefault((call.layer, call.index), []).append(call)
+    return OffsetStatistics(tuple(_row(trace, each) for each in calls.values()))
 
 
-def _row(trace: Trace, call: Call) -> LayerOffsets:
-    offsets, masks = zip(*(offsets_and_masks(call, image) for image in range(len(call.offset))), strict=True)
-    offset = np.stack(offsets)  # (N, G, K, D, *O)
+def _row(trace: Trace, calls: Sequence[Call]) -> LayerOffsets:
+    call = calls[0]
+    parts = [offsets_and_masks(each, image) for each in calls for image in range(len(each.offset))]
+    offset = np.stack([part for part, _ in parts])  # (N, G, K, D, *O)
+    masks = [part for _, part in parts if part is not None]
     over = tuple(axis for axis in range(offset.ndim) if axis != 3)
     mean, variance, largest = offset.mean(over), offset.var(over), np.abs(offset).max(over)
     try:
         step = np.array(trace.geometry(call.layer, call.index).step)
     except ValueError:  # its place in the image is unknown
         step = None
-    mask = None if call.mask is None else np.stack(masks)
+    mask = np.stack(masks) if masks else None
     return LayerOffsets(
         layer=call.layer,
         index=call.index,
@@ -240,8 +252,8 @@ def _outside(call: Call, offset: Array) -> npt.NDArray[np.bool_]:
     regular = regular_points(
         call.output_size, call.kernel_size, stride=call.stride, padding=call.padding, dilation=call.dilation
     )
-    size = np.reshape(call.input_size, (-1, *(1,) * call.D))
-    position = regular + offset
-    inside = (position > -1) & (position < size)  # and so is no position that is NaN
+    before, sizes = (np.reshape(numbers, (-1, *(1,) * call.D)) for numbers in sampled_map(call))
+    position = regular + offset + before
+    inside = (position > -1) & (position < sizes)  # and so is no position that is NaN
     result: npt.NDArray[np.bool_] = ~inside.all(-1 - call.D)
     return result

@@ -21,7 +21,7 @@ from deformconv.plots.graph import Follower
 from deformconv.plots.inputs import Inputs
 from deformconv.plots.observe import Event, observe
 from deformconv.plots.places import Along, Place, windowed
-from deformconv.plots.rerun import Probe, rerun, undisturbed
+from deformconv.plots.rerun import Probe, leads_to, rerun, undisturbed
 
 __all__ = ["Geometry", "Survey", "of_output", "survey", "through_window"]
 
@@ -161,7 +161,7 @@ def _geometry(
         return _measured(name, call.input, image, along)
     geometry = Geometry(tuple(float(a.origin) for a in along), tuple(float(a.step) for a in along), "graph")
     try:
-        spot = centroid(call.input, image) if call.input.requires_grad else None
+        spot = centroid(call.input, image) if leads_to(call.input, image) else None
     except RuntimeError:  # PyTorch's, for a part of the model that has no derivative
         spot = None
     if spot is None:
@@ -186,7 +186,7 @@ def _text(position: Sequence[float] | npt.NDArray[np.float64]) -> str:
 def _measured(name: str, features: Tensor, image: Tensor, along: list[Along] | None) -> Geometry | str:
     """The geometry of a map (1, C, *O) by the gradient's centroid; the reason if there is none."""
     reason = f"where layer {name!r} lies in the image could not be found: an operation before it could not be followed, and "
-    if not features.requires_grad:
+    if not leads_to(features, image):
         return (
             f"{reason}there is no gradient, since the model runs under torch.no_grad() or torch.inference_mode(), detaches a "
             "tensor, or leaves PyTorch on the way there."

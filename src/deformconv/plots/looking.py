@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Callable
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ __all__ = ["Look", "look"]
 
 SUFFIXES = (".html", ".png", ".svg", ".gif")
 VIEWS = ("all", "points", "erf", "locations", "saliency", "flow")
-FIELDS = 24  # receptive fields of a layer that a page has
+# Receptive fields of a page: sums over channels for each, backward passes for all, and units a side for a layer.
+CHANNELS, PASSES, SIDE = 4, 100, 5
 
 
 def check_output(suffix: str, view: str | None) -> None:
@@ -48,7 +50,9 @@ class Look:
         at: the position that is shown first, (y, x) in the image's pixels.
     """
 
-    def __init__(self, trace: Trace, image: Any, layer: str, at: tuple[float, ...], *, title: str, fields: int, progress: bool):
+    def __init__(
+        self, trace: Trace, image: Any, layer: str, at: tuple[float, ...], *, title: str, fields: int | None, progress: bool
+    ):
         self.trace, self.image, self.layer, self.at = trace, image, layer, at
         self._title, self._fields, self._progress = title, fields, progress
         self._page: str | None = None
@@ -136,7 +140,7 @@ def look(
     layer: str | None = None,
     at: tuple[float, float] | None = None,
     preprocess: Callable[[Tensor], Tensor] | None = None,
-    fields: int = FIELDS,
+    fields: int | None = None,
     title: str | None = None,
     progress: bool = True,
 ) -> Look:
@@ -154,7 +158,8 @@ def look(
         layer: the name of the layer to show first. Default: the last deformable one.
         at: the position to show first, (y, x) in the picture's pixels. Default: the middle.
         preprocess: from the (1, C, H, W) tensor to what the model gets, of the same height and width: a normalisation.
-        fields: how many receptive fields of each layer are computed for the page; each takes a backward pass.
+        fields: how many receptive fields of each layer are computed for the page, at most; each takes four backward passes.
+            Default: 100 passes for all layers together, and at most 25 fields a layer.
         title: the page's; by default the model's class.
         progress: whether a terminal shows how far it is.
 
@@ -186,6 +191,8 @@ def look(
     from deformconv.torch.surgery import check_model
 
     check_model(model)
+    if fields is not None and fields < 0:
+        raise ValueError(f"`fields` is {fields}; expected 0 or more, or None.")
     given = model_input(image, model)
     tensor = given if preprocess is None else _preprocessed(preprocess, given)
     with undisturbed(model), record(model) as trace, no_grad():
@@ -232,6 +239,21 @@ def _shown(image: Any, given: Tensor) -> Any:
     return picture(image)
 
 
-def _receptive_fields(trace: Trace, most: int, progress: bool) -> dict[tuple[str, int], list[Any]]:
-    """Some receptive fields of every layer, spread over its map."""
-    return {}
+def _receptive_fields(trace: Trace, most: int | None, progress: bool) -> dict[tuple[str, int], list[Any]]:
+    """Receptive fields of some units of every layer, spread over its map, for a page."""
+    from deformconv.plots.page import spread_units
+    from deformconv.plots.progress import bar
+    from deformconv.plots.receptive import each_receptive_field
+
+    keys = list(dict.fromkeys((call.layer, call.index) for call in trace))
+    number = PASSES // (CHANNELS * len(keys)) if most is None else most
+    side = min(isqrt(max(number, 1)), SIDE) if most is None else isqrt(most)
+    units = {key: spread_units(trace[key].output_size, side) for key in keys} if side else {}
+    with bar("Receptive fields", sum(map(len, units.values())), shown=progress) as advance:
+        found: dict[tuple[str, int], list[Any]] = {}
+        for (layer, index), chosen in units.items():
+            fields = found[layer, index] = []
+            for field in each_receptive_field(trace, layer, chosen, channels=CHANNELS, index=index):
+                fields.append(field)
+                advance()
+    return found

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from numbers import Real
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from deformconv.plots.gradients import gradients, sums_of, unit_response
 from deformconv.plots.masking import smallest_region
+from deformconv.plots.progress import bar
 from deformconv.plots.rerun import Probe
 from deformconv.plots.trace import Trace
 
@@ -126,7 +124,7 @@ def saliency_region(
     _check(bound, max_passes, cell)
     chosen = trace.unit(layer, at, unit, index)
     middle = tuple(float(x) for x in trace.output_geometry(layer, index).to_image(chosen))
-    with _bar(max_passes, shown=progress) as advance:
+    with bar("Masking, at most", max_passes, shown=progress) as advance:
         masked = _Masked(Probe(trace, layer, index, image), layer, chosen, fill, advance)
         size = tuple(masked.image.shape[2:])
         side = max(1, round(max(size) / FINEST)) if cell is None else int(cell)
@@ -154,7 +152,7 @@ class _Masked:
             )
         if self._length == 0:
             raise ValueError(
-                f"the response of unit {unit} of layer {layer!r} is 0 in all of its {len(self._response)} channels, and an error "
+                f"the response of unit {unit} of layer {layer!r} is 0 in all its {len(self._response)} channels, and an error "
                 "relative to it is not defined; expected a unit that responds, or a layer before a ReLU that holds it at 0."
             )
 
@@ -218,18 +216,3 @@ def _filling(fill: Any, image: Tensor) -> Tensor:
             )
         values = values.expand(channels)
     return values.to(image).reshape(1, channels, *(1,) * rank)
-
-
-@contextmanager
-def _bar(passes: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar of the passes, on a terminal and where rich is installed; it goes away when the search has ended."""
-    if not shown or not sys.stderr.isatty() or find_spec("rich") is None:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Masking, at most", total=passes)
-        yield lambda: bar.advance(task)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import isfinite, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from deformconv.ops.window import count, n_of
 if TYPE_CHECKING:
     from deformconv.plots.record import Call, Trace
 
-__all__ = ["UnitPoints", "checked_group", "checked_image", "offsets_and_masks", "unit_points"]
+__all__ = ["UnitPoints", "checked_group", "checked_image", "offsets_and_masks", "sampled_map", "unit_points"]
 
 Array = npt.NDArray[np.float64]
 
@@ -70,8 +70,9 @@ def unit_points(
     regular window there, moved by the interpolated offsets, with the interpolated masks. A neighbour outside of the map has
     weight 0, so that the average is over those inside, and the path's weight shrinks to their share; a path that has no
     neighbour inside ends there and is not counted. After the last layer every path keeps its point, also outside of the image;
-    its weight is multiplied by the share of the sample's neighbours that lie on the layer's input map, 0 in the padding. A
-    path is left out whose offsets are not finite.
+    its weight is multiplied by the share of the sample's neighbours that lie on the layer's input map, 0 in the padding
+    (unless the padding is of another mode than zeros, and so belongs to the map). A path whose offsets are not finite is left
+    out.
 
     What lies between two layers is taken for the pixels that it moves by (see `Trace.geometry`), not for what it mixes.
 
@@ -160,6 +161,14 @@ def offsets_and_masks(call: Call, image: int) -> tuple[Array, Array | None]:
     return offset, mask
 
 
+def sampled_map(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a call's samples read: padding that is not zeros is read as the map is. Where the map begins in it, and its size."""
+    if call.padding_mode == "zeros":
+        return (0,) * call.D, call.input_size
+    padded = tuple(size + sum(pair) for size, pair in zip(call.input_size, call.padding, strict=True))
+    return tuple(before for before, _ in call.padding), padded
+
+
 def _chain(trace: Trace, layer: str, index: int, layers: int) -> list[Call]:
     """The calls to pass, the unit's own first: before each, the nearest that it can see."""
     chain = [trace[layer, index]]
@@ -200,7 +209,8 @@ def _ends(
         whole = np.rint(units)
         samples, weights = _samples(call, np.where(abs(units - whole) < NEAR, whole, units), weights, offset, mask)
         pixels = trace.geometry(call.layer, call.index).to_image(samples)
-    return pixels, weights * _inside(samples, call.input_size)
+    before, size = sampled_map(call)
+    return pixels, weights * _inside(samples + before, size)
 
 
 def _samples(call: Call, units: Array, weights: Array, offset: Array | None, mask: Array | None) -> tuple[Array, Array]:
@@ -243,7 +253,7 @@ def _neighbours(cells: Array, size: tuple[int, ...]) -> Iterator[tuple[npt.NDArr
         yield np.clip(place, 0, np.array(size) - 1).astype(np.intp), np.where(inside, weight, 0)
 
 
-def _merged(points: Array, weights: Array) -> tuple[Array, Array, Any]:
+def _merged(points: Array, weights: Array) -> tuple[Array, Array, npt.NDArray[np.int64]]:
     """Points that coincide as one, with the sum of their weights and their number."""
     places = np.empty(points.shape, np.int64)
     for axis, values in enumerate(points.T):
@@ -251,4 +261,4 @@ def _merged(points: Array, weights: Array) -> tuple[Array, Array, Any]:
         order = np.argsort(values)
         places[order, axis] = np.cumsum(np.diff(values[order], prepend=-np.inf) > NEAR)
     _, first, which, counts = np.unique(places, axis=0, return_index=True, return_inverse=True, return_counts=True)
-    return points[first], np.bincount(which.reshape(-1), weights, len(first)), counts
+    return points[first], np.bincount(which.reshape(-1), weights, len(first)), counts.astype(np.int64)

@@ -78,7 +78,6 @@ class Trace:
         self._lock = threading.Lock()
         self._passes = 0
         self._current = threading.local()
-        self._counts: dict[tuple[int, int, str], int] = {}
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -184,22 +183,25 @@ class Trace:
         Raises:
             ValueError: there is no such layer, the position is outside the image, the unit outside the map, or both are passed.
         """
-        D, size = self._first().D, self.output_size(layer, index)
-        for name, value in (("at", at), ("unit", unit)):
-            if value is not None and len(value) != D:
-                order = ("x", "y, x", "z, y, x")[D - 1]
-                raise ValueError(f"`{name}` is {tuple(value)}; expected {D} numbers, ({order}).")
+        size = self.output_size(layer, index)
         if at is not None and unit is not None:
             raise ValueError("`at` and `unit` were both passed; expected one of them, or none for the image's middle.")
         if unit is not None:
-            if any(not 0 <= cell < n for cell, n in zip(unit, size, strict=True)):
-                raise ValueError(f"`unit` is {tuple(unit)}; layer {layer!r} has an output of {_by(size)} units, from 0.")
-            return tuple(int(cell) for cell in unit)
+            cell = _numbers("unit", unit, len(size))
+            if any(number != int(number) for number in cell):
+                raise ValueError(f"`unit` is {_shown(unit)}; expected whole numbers, the cell's. `at` takes image pixels.")
+            if any(not 0 <= number < n for number, n in zip(cell, size, strict=True)):
+                raise ValueError(f"`unit` is {_shown(unit)}; layer {layer!r} has an output of {_by(size)} units, from 0.")
+            return tuple(int(number) for number in cell)
         if at is None:
-            at = [(n - 1) / 2 for n in self.size]
-        elif any(not -0.5 <= position <= n - 0.5 for position, n in zip(at, self.size, strict=True)):
-            raise ValueError(f"`at` is {tuple(at)}, outside the image of {_by(self.size)} pixels; its first pixel is at 0.")
-        cells = np.floor(self.output_geometry(layer, index).to_cells(at) + 0.5)
+            position = [(n - 1) / 2 for n in self.size]
+        else:
+            position = _numbers("at", at, len(size))
+            if any(not -0.5 <= pixel <= n - 0.5 for pixel, n in zip(position, self.size, strict=True)):
+                raise ValueError(
+                    f"`at` is {_shown(at)}, outside the image of {_by(self.size)} pixels; its first pixel is at 0."
+                )
+        cells = np.floor(self.output_geometry(layer, index).to_cells(position) + 0.5)
         return tuple(int(min(max(cell, 0), n - 1)) for cell, n in zip(cells, size, strict=True))
 
     def before(self, layer: str, index: int = 0) -> list[tuple[str, int]]:
@@ -239,8 +241,8 @@ class Trace:
         assert offset is not None
         with self._lock:
             forward = getattr(self._current, "number", max(self._passes - 1, 0))
-            key = threading.get_ident(), forward, event.name
-            index = self._counts[key] = self._counts.get(key, -1) + 1
+            counts = vars(self._current).setdefault("counts", {})  # this thread's
+            index = counts[forward, event.name] = counts.get((forward, event.name), -1) + 1
             self.calls.append(
                 Call(
                     event.name, index, forward, self._kinds[event.name],
@@ -253,3 +255,19 @@ class Trace:
 
 def _by(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes))
+
+
+def _numbers(name: str, value: Any, rank: int) -> list[float]:
+    """A position as that many numbers."""
+    try:
+        numbers = [float(number) for number in value]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != rank:
+        order = ("(x,)", "(y, x)", "(z, y, x)")[rank - 1] if name == "at" else ("(x,)", "(row, column)", "(z, y, x)")[rank - 1]
+        raise ValueError(f"`{name}` is {_shown(value)}; expected {rank} numbers, {order}.")
+    return numbers
+
+
+def _shown(value: Any) -> str:
+    return str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)

@@ -136,9 +136,9 @@ const Draw = (() => {
   }
 
   // A disc with a halo, or a ring where a point reads nothing; kept as a picture, since thousands are drawn in a frame.
-  function sprite(colour, radius, ratio, hollow) {
+  function sprite(colour, radius, ratio, hollow, ringed) {
     const step = Math.round(radius * 4);
-    const name = `${colour} ${step} ${ratio} ${hollow}`;
+    const name = `${colour} ${step} ${ratio} ${hollow} ${ringed}`;
     if (sprites.has(name)) return sprites.get(name);
     const half = step / 4 + 2;
     const canvas = document.createElement("canvas");
@@ -154,7 +154,7 @@ const Draw = (() => {
       stroked(context, [3, 1.4], [HALO, colour]);
     } else {
       // A white ring in a dark one is legible on anything; small points have room for the dark one alone.
-      const rings = step > 12 ? [[1.4, HALO], [0.4, "#fff"], [-0.7, colour]] : [[0.8, HALO], [0, colour]];
+      const rings = ringed ? [[1.4, HALO], [0.4, "#fff"], [-0.7, colour]] : [[0.8, HALO], [0, colour]];
       for (const [more, fill] of rings) {
         circle(step / 4 + more);
         context.fillStyle = fill;
@@ -170,7 +170,7 @@ const Draw = (() => {
     for (let i = 0; i < level.length; i++) {
       const amount = level.away[i] ? 0.5 : Math.sqrt(Math.abs(level.weight[i]) / usual);
       const part = Math.min(Math.max(amount, 0.4), 1.7);
-      const { canvas, half } = sprite(colour, radius * part, view.ratio, Boolean(level.away[i]));
+      const { canvas, half } = sprite(colour, radius * part, view.ratio, Boolean(level.away[i]), radius > 3.2);
       const [x, y] = [toX(view, level.x[i]), toY(view, level.y[i])];
       if (x > -half && y > -half && x < view.width + half && y < view.height + half) {
         context.drawImage(canvas, x - half, y - half, canvas.width / view.ratio, canvas.height / view.ratio);
@@ -225,10 +225,10 @@ const Draw = (() => {
     context.fillText(letter, x + 17, y - 16.5);
   }
 
-  function cell(context, view, at, step, dashed, colour) {
+  function cell(context, view, at, step, colour) {
     context.beginPath();
     context.rect(toX(view, at[1] - step[1] / 2), toY(view, at[0] - step[0] / 2), step[1] * view.k, step[0] * view.k);
-    context.setLineDash(dashed ? [5, 4] : []);
+    context.setLineDash([5, 4]);
     stroked(context, [3, 1.4], [HALO, colour]);
     context.setLineDash([]);
   }

@@ -1,7 +1,6 @@
 // The page: its state, what is shown of it, and what the controls do.
 (() => {
   const $ = (id) => document.getElementById(id);
-  const COLOURS = ["#ffb000", "#5cc8ff"];
   const OVERLAYS = {
     none: "nothing", field: "receptive field", arrows: "flow, arrows", colours: "flow, colours", spread: "spread", mask: "mask",
   };
@@ -16,17 +15,14 @@
     layer: page.start.layer, depth: 1, group: null, overlay: "none", scale: 1, zoom: 1, active: 0,
     centre: [(image.height - 1) / 2, (image.width - 1) / 2], at: [page.start.at, null],
   });
-  const state = { ...beginning(), pointer: null, playing: false, view: null };
-  let drawnPicture = "";
-  let scheduled = false;
+  const state = { ...beginning(), playing: false, view: null };
   let saying = 0;
   let growing = 0;
   let leaping = 0;
-  let lastDrawn = 0;
 
-  const layer = () => layers[state.layer];
+  const scene = makeScene(page, state, picture);
+  const { layer, unitOf, pointsOf, redraw } = scene;
   const deepest = () => Rule.stack(layers, state.layer, 3).length;
-  const unitOf = (which) => Rule.unitAt(layer(), state.at[which]);
   const named = (one) => (one.name || "the model itself") + (one.index ? `, call ${one.index + 1}` : "");
   const pixels = (value) => Math.abs(value).toFixed(Math.abs(value) < 1 ? 2 : 1);
   const signed = (value) => (value < 0 ? "\u2212" : "+") + pixels(value);
@@ -78,168 +74,16 @@
     );
   }
 
-  // ---- what is drawn
-
-  const margin = 0.035 * Math.max(image.width, image.height);
-  const [width, height] = [image.width + 2 * margin, image.height + 2 * margin];
-  const besideIt = () => innerWidth >= 860;
-  const tallest = () => Math.max(besideIt() ? innerHeight - 250 : 0.62 * innerHeight, 220);
-
-  // The picture's column is as wide as the picture at the height that the window leaves it, and the panel takes the rest.
-  function arrange() {
-    const room = document.querySelector("main").clientWidth - 346;
-    const wanted = Math.min(Math.max((tallest() * width) / height, 440), room);
-    document.documentElement.style.setProperty("--stage", besideIt() ? `${Math.floor(wanted)}px` : "minmax(0, 1fr)");
-  }
-
-  function view() {
-    const wide = $("frame").clientWidth;
-    const fit = Math.min(wide / width, tallest() / height);
-    const found = { width: wide, height: Math.round(fit * height), ratio: Math.min(devicePixelRatio || 1, 3), k: fit * state.zoom };
-    const side = [found.height / found.k, found.width / found.k];
-    const corner = [0, 1].map((axis) => {
-      const size = axis ? image.width : image.height;
-      const all = size + 2 * margin;
-      if (side[axis] >= all) return (size - 1) / 2 - side[axis] / 2;
-      return Math.min(Math.max(state.centre[axis] - side[axis] / 2, -0.5 - margin), -0.5 - margin + all - side[axis]);
-    });
-    return { ...found, top: corner[0], left: corner[1] };
-  }
-
-  const cached = new Map();
-  function levelsOf(which, scale) {
-    if (!state.at[which]) return null;
-    const unit = unitOf(which);
-    const name = [state.layer, state.depth, state.group, unit, scale].join(" ");
-    if (!cached.has(name)) {
-      if (cached.size > 8) cached.clear();
-      const chain = Rule.stack(layers, state.layer, state.depth);
-      const levels = Rule.levels(chain, unit, scale, state.group);
-      cached.set(name, levels && { levels, points: Rule.merged(levels.at(-1), chain.at(-1)) });
-    }
-    return cached.get(name);
-  }
-
-  const pointsOf = (which) => levelsOf(which, state.scale)?.points;
-
-  function overlayKey() {
-    const one = layer();
-    if (state.overlay === "field") return one.fields ? Rule.nearestField(one, unitOf(state.active)) : "none";
-    return state.overlay === "arrows" || state.overlay === "colours" ? state.scale : "";
-  }
-
-  const overlays = new Map();
-  function overlayCells(name, make) {
-    if (!overlays.has(name)) {
-      if (overlays.size > 16) overlays.clear();
-      overlays.set(name, make());
-    }
-    return overlays.get(name);
-  }
-
-  const largest = (values) => values.reduce((most, value) => (value > most ? value : most), 0);
-
-  function flowLimit(one) {
-    const flow = Rule.summary(one, state.group);
-    flow.limit ??= largest(flow.y.map((y, place) => Math.hypot(y, flow.x[place]))) || 1;
-    return flow.limit;
-  }
-
-  function drawPicture() {
-    const one = layer();
-    const key = [state.overlay, state.layer, state.group, overlayKey(), Object.values(state.view)].join(" ");
-    if (key === drawnPicture) return;
-    drawnPicture = key;
-    const context = Draw.picture($("picture"), state.view, picture, image, state.overlay !== "none" && state.overlay !== "arrows");
-    const step = one.unitStep.map((size) => size * one.every);
-    const flow = Rule.summary(one, state.group);
-    const map = (values, most) =>
-      Draw.place(
-        context, state.view,
-        overlayCells([state.overlay, state.layer, state.group].join(" "), () =>
-          Draw.heatCells(one.rows, one.columns, (place) => values[place] / most)), one.unitOrigin, step, false,
-      );
-    if (state.overlay === "arrows") Draw.arrows(context, state.view, one, flow, state.scale);
-    if (state.overlay === "spread") map(flow.spread, largest(flow.spread) || 1);
-    if (state.overlay === "mask" && flow.mask) map(flow.mask, largest(flow.mask) || 1);
-    if (state.overlay === "colours") {
-      const made = Draw.flowCells(one.rows, one.columns, flow.y, flow.x, flowLimit(one) / (state.scale || 1e-9));
-      Draw.place(context, state.view, made, one.unitOrigin, step, false);
-    }
-    if (state.overlay === "field" && one.fields) drawField(context, one, Rule.nearestField(one, unitOf(state.active)));
-    context.restore();
-  }
-
-  function drawField(context, one, chosen) {
-    const [, height, width] = one.fields.shape;
-    const made = overlayCells(`field ${state.layer} ${chosen}`, () =>
-      Draw.heatCells(height, width, (place) => (one.heat[chosen * height * width + place] / 255) ** 0.5));
-    Draw.place(context, state.view, made, one.fields.origin[chosen], one.fields.step, true);
-    const at = Rule.middle(one, one.fields.units[chosen]);
-    Draw.cell(context, state.view, at, one.unitStep, true, "#fff");
-    Draw.circle(context, state.view, at, one.fields.radius[chosen], "#fff");
-  }
-
-  function drawMarks() {
-    const context = Draw.sized($("marks"), state.view);
-    const { view: seen } = state;
-    if (state.pointer) Draw.cell(context, seen, Rule.middle(layer(), state.pointer.unit), layer().unitStep, false, "#fff");
-    const base = [0, 6, 3.6, 2.3][state.depth] * Math.min(Math.max(seen.width / 600, 0.8), 1.25) * state.zoom ** 0.25;
-    let usual = 1;
-    const order = state.active ? [0, 1] : [1, 0];
-    const all = order.filter((which) => state.at[which]);
-    if (state.depth > 1) {
-      const points = pointsOf(0);
-      usual = points ? points.weight.reduce((sum, weight) => sum + Math.abs(weight), 0) / points.length || 1 : 1;
-    }
-    for (const which of all) drawStack(context, seen, which, base, usual);
-    for (const which of all) {
-      Draw.middle(context, seen, Rule.middle(layer(), unitOf(which)), COLOURS[which], state.at[1] ? "AB"[which] : "");
-    }
-  }
-
-  function drawStack(context, seen, which, base, usual) {
-    const [found, plain] = [levelsOf(which, state.scale), levelsOf(which, 0)];
-    if (!found) return;
-    const { levels, points } = found;
-    const colour = COLOURS[which];
-    if (levels.length === 1) {
-      const [level, regular] = [levels[0], plain.levels[0]];
-      Draw.lines(context, seen, level, (i) => [regular.y[level.tap[i]], regular.x[level.tap[i]]], colour, 1.3, 0.9);
-    } else {
-      levels.slice(1).forEach((level, depth) => {
-        const parent = levels[depth];
-        const opacity = level.length > 2000 ? 0.12 : 0.3;
-        Draw.lines(context, seen, level, (i) => [parent.y[level.of[i]], parent.x[level.of[i]]], colour, 0.8, opacity);
-      });
-    }
-    Draw.plusses(context, seen, plain.points, ...(levels.length === 1 ? [4, 1] : [2, 0.6]));
-    Draw.points(context, seen, points, colour, base, usual);
-  }
-
-  function draw() {
-    scheduled = false;
-    const begun = performance.now();
-    arrange();
-    const seen = view();
-    state.view = seen;
-    for (const canvas of [$("picture"), $("marks")]) {
-      Object.assign(canvas.style, { width: `${seen.width}px`, height: `${seen.height}px` });
-    }
-    $("frame").style.height = `${seen.height}px`;
-    drawPicture();
-    drawMarks();
-    lastDrawn = performance.now() - begun;
-  }
-
-  function redraw() {
-    if (!scheduled) requestAnimationFrame(draw);
-    scheduled = true;
-  }
-
   // ---- what is said beside it
 
+  // Radio buttons: made anew only where others are wanted, since one of them may have the focus.
   function choices(place, name, options, chosen, choose) {
+    const wanted = options.map(([value, , title]) => `${value} ${title}`).join("\n");
+    if (place.dataset.options === wanted) {
+      for (const input of place.querySelectorAll("input")) input.checked = input.value === String(chosen);
+      return;
+    }
+    place.dataset.options = wanted;
     const legend = place.querySelector("legend");
     place.replaceChildren(
       legend,
@@ -265,10 +109,10 @@
       state.depth, (depth) => change({ depth }),
     );
     $("groups").hidden = one.groups < 2;
-    $("group").replaceChildren(
-      element("option", { value: "" }, "all"),
-      ...Array.from({ length: one.groups }, (_, g) => element("option", { value: g }, String(g + 1))),
-    );
+    if ($("group").length !== one.groups + 1) {
+      const numbers = Array.from({ length: one.groups }, (_, g) => element("option", { value: g }, String(g + 1)));
+      $("group").replaceChildren(element("option", { value: "" }, "all"), ...numbers);
+    }
     $("group").value = state.group ?? "";
     const there = Object.entries(OVERLAYS).filter(([kind]) => (kind !== "field" || one.fields) && (kind !== "mask" || one.masks));
     choices($("overlay"), "overlay", there, state.overlay, (overlay) => change({ overlay }));
@@ -330,7 +174,7 @@
         const place = i + Math.floor(i / plane) * plane;
         lengths[i] = Math.hypot(one.offsets[place] * one.step[0], one.offsets[place + plane] * one.step[1]) * one.offset.scale;
       }
-      const most = largest(lengths) || 1;
+      const most = scene.largest(lengths) || 1;
       const counts = new Array(32).fill(0);
       for (const length of lengths) counts[Math.min(Math.floor((length / most) * 32), 31)]++;
       return { counts, most };
@@ -358,9 +202,9 @@
     $("meaning").textContent = {
       field: "influence on the unit, from none to most; circle: effective radius",
       arrows: "arrow: mean offset of a unit's samples, true length",
-      colours: `direction of a unit's mean offset; strongest: ${pixels(flowLimit(one))} px`,
-      spread: `spread of a unit's samples, 0 to ${pixels(largest(flow.spread))} px`,
-      mask: `mean mask, 0 to ${flow.mask ? largest(flow.mask).toFixed(2) : ""}`,
+      colours: `direction of a unit's mean offset; strongest: ${pixels(scene.flowLimit(one))} px`,
+      spread: `spread of a unit's samples, 0 to ${pixels(scene.largest(flow.spread))} px`,
+      mask: `mean mask, 0 to ${flow.mask ? scene.largest(flow.mask).toFixed(2) : ""}`,
     }[state.overlay] || "";
   }
 
@@ -402,12 +246,10 @@
     saying = setTimeout(() => ($("said").textContent = text), 300);
   }
 
-  function showPointer() {
-    const { pointer } = state;
-    if (!pointer) return;
-    const found = numbersOf(pointer.unit);
+  function showPointer(at, unit) {
+    const found = numbersOf(unit);
     const parts = [
-      `pixel (${pointer.at.map((value) => value.toFixed(0)).join(", ")})`, `unit (${pointer.unit.join(", ")})`,
+      `pixel (${at.map((value) => value.toFixed(0)).join(", ")})`, `unit (${unit.join(", ")})`,
       `mean offset (${number(found.offset[0], () => found.offset.map(signed).join(", "))}) px`, `spread ${number(found.spread, pixels)} px`,
     ];
     if (found.mask !== null) parts.push(`mask ${found.mask.toFixed(2)}`);
@@ -430,11 +272,12 @@
     if ((state.overlay === "field" && !layer().fields) || (state.overlay === "mask" && !layer().masks)) state.overlay = "none";
     const same = (...names) => names.every((name) => before[name] === state[name]);
     if (!same("layer", "depth", "group", "overlay")) {
-      state.pointer = null;
+      scene.showPointed(null);
       showControls();
     }
     if (!same("layer", "group", "overlay")) showKey();
     if (!same("scale")) showScale();
+    if (!same("zoom", "centre")) scene.showPointed(null);
     if (!same("layer", "depth", "group", "overlay", "at", "active")) {
       showNumbers();
       showNote();
@@ -538,19 +381,16 @@
     marks.addEventListener("pointermove", (event) => {
       const at = imagePosition(event);
       if (pressed !== null) moveTo(at, pressed);
-      state.pointer = inside(at) ? { at, unit: Rule.unitAt(layer(), at) } : null;
-      showPointer();
-      redraw();
+      const unit = inside(at) ? Rule.unitAt(layer(), at) : null;
+      scene.showPointed(unit);
+      if (unit) showPointer(at, unit);
     });
     marks.addEventListener("pointerup", (event) => {
       if (pressed !== null) moveTo(imagePosition(event), pressed);
       pressed = null;
     });
     marks.addEventListener("pointercancel", () => (pressed = null));
-    marks.addEventListener("pointerleave", () => {
-      state.pointer = null;
-      redraw();
-    });
+    marks.addEventListener("pointerleave", () => scene.showPointed(null));
   }
 
   function listenToKeys() {
@@ -615,8 +455,16 @@
     $("trouble").textContent = text;
   }
 
+  function canUnpack() {
+    try {
+      return Boolean(new DecompressionStream("deflate-raw"));
+    } catch {
+      return false;
+    }
+  }
+
   async function begin() {
-    if (!("DecompressionStream" in window)) {
+    if (!canUnpack()) {
       return trouble("This page unpacks its numbers with DecompressionStream, which this browser lacks. Chrome and Edge 103, Firefox 113 and Safari 16.4 have it, and what is newer.");
     }
     picture.src = image.src;
@@ -632,7 +480,7 @@
     showScale();
     showNumbers();
     showNote();
-    draw();
+    scene.draw();
     return undefined;
   }
 
@@ -645,7 +493,7 @@
   window.deformconvLook = {
     ready,
     points(which = 0) {
-      const [found, plain] = [levelsOf(which, state.scale), levelsOf(which, 0)];
+      const [found, plain] = [scene.levelsOf(which, state.scale), scene.levelsOf(which, 0)];
       if (!found) return null;
       const pairs = (points) => points.y.map((y, i) => [y, points.x[i]]);
       const chain = Rule.stack(layers, state.layer, state.depth);
@@ -656,7 +504,7 @@
     },
     onCanvas: ([y, x]) => [Draw.toY(state.view, y), Draw.toX(state.view, x)],
     get state() {
-      return { ...state, milliseconds: lastDrawn };
+      return { ...state, milliseconds: scene.milliseconds };
     },
   };
 })();
