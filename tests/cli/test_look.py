@@ -102,7 +102,7 @@ def test_a_model_of_grey_pictures_gets_grey(here, capsys):
         (["look_nets.py"], "look_nets.py"),
         (["broken.png"], "broken.png"),
         (["bomb.png"], "bomb.png"),
-        (["photo.png", "--layer", "9"], "no deformable layer '9' was recorded; the layers that were called are '1', '2'"),
+        (["photo.png", "--layer", "9"], "the model has no layer '9'; its deformable layers are '1', '2'"),
         (["photo.png", "--at", "31,3"], "31 pixels down are outside the photograph, which has 30"),
         (["photo.png", "--at", "3,-2"], "-2 pixels to the right are outside the photograph, which has 40"),
         (["photo.png", "--at", "3"], "'3' is not two numbers; expected Y,X"),

@@ -147,7 +147,7 @@ def test_a_detector_of_torchvision_takes_a_list():
         (None, IMAGE, {}, TypeError, "`model` is a builtins.NoneType; expected a torch.nn.Module"),
         (nn.Conv2d(3, 4, 3), IMAGE, {}, ValueError, "`model`, a Conv2d, has no deformable layer"),
         (net(), IMAGE, {"layer": "7"}, ValueError, "'7'.*'2', '4'"),
-        (net(), IMAGE, {"at": (30, 3)}, ValueError, r"`at` is \(30\.0, 3\.0\), outside the image of 24x32 pixels"),
+        (net(), IMAGE, {"at": (30, 3)}, ValueError, r"`at` is \(30\.0, 3\.0\), outside the image of 24 x 32 pixels"),
         (net(), IMAGE, {"at": (3,)}, ValueError, "expected 2 numbers"),
         (net(), np.zeros((5, 24, 32)), {}, ShapeError, "`image` has shape"),
         (net(), "nowhere.png", {}, FileNotFoundError, r"nowhere\.png"),
@@ -160,6 +160,6 @@ def test_what_cannot_be_shown_is_explained(model, image, options, error, message
 
 
 def test_a_sequence_is_no_picture():
-    model = nn.Sequential(nn.Flatten(2), DeformConv1d(3, 2, 3))
-    with pytest.raises(ValueError, match=r"layer '1' of `model` has 1 spatial axes; expected 2, those of a picture"):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(2), DeformConv1d(3, 2, 3))
+    with pytest.raises(ValueError, match=r"layer '2' of `model` has 1 spatial axes; expected 2: a page shows pictures"):
         deformconv.look(model, IMAGE, progress=False)
