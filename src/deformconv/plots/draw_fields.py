@@ -43,7 +43,7 @@ def draw_receptive_field(
     the area above 4.55 % of the maximum.
 
     Args:
-        axes: matplotlib axes.
+        axes: matplotlib axes; legend and bar find room beside them in a figure with `layout="constrained"`.
         image: the picture that the model got, in any form that `picture` takes.
         view: what `receptive_field` returns, of a 2-D layer.
         zoom: image pixels to show around the unit: to each side, or a pair, up and down, left and right; None shows the
@@ -186,7 +186,7 @@ def draw_offset_field(
         ...     _ = net(image)
         >>> figure = Figure(figsize=(6, 4.5), layout="constrained")
         >>> drawn = draw_offset_field(figure.add_subplot(), image, offset_field(trace, ""), "spread")
-        >>> drawn.get_array().max()  # a new layer's offsets are 0
+        >>> float(drawn.get_array().max())  # a new layer's offsets are 0
         0.0
     """
     if kind not in get_args(Kind):

@@ -35,7 +35,7 @@ def draw_unit_points(
     """Draw the points that a unit samples, in sizes and colours by their weights, and those of a plain convolution.
 
     Args:
-        axes: matplotlib axes.
+        axes: matplotlib axes; legend and bar find room beside them in a figure with `layout="constrained"`.
         image: the picture that the model got, in any form that `picture` takes.
         view: what `unit_points` returns, of a 2-D layer.
         zoom: image pixels to show around the unit: to each side, or a pair, up and down, left and right; None shows the
