@@ -43,7 +43,7 @@ def test_all_views_of_a_unit_are_drawn(tmp_path):
     figure = draw_look(trace, IMAGE, "2", at=(20, 30))
     first, second, third, flow, spread = titles(figure)
     assert first == "What the unit samples" and second == "The same through 2 layers: 81 paths"
-    assert third.startswith("Effective receptive field, radius ")
+    assert third.startswith("Receptive field, radius ")
     assert flow.startswith("Where windows move") and spread.startswith("How windows change")
     assert figure.get_suptitle() == "Where layer 2 looks for its unit at y = 20, x = 30"
     assert figure.get_size_inches()[0] * figure.dpi == 1200
@@ -111,6 +111,13 @@ def test_a_view_that_fills_the_picture_is_drawn_once():
     figure = draw_view(traced(layer()), IMAGE, "1", (20, 30), "flow")
     assert figure.get_suptitle() == "Mean offsets of the windows of layer 1" and len(figure.axes) == 1
     assert len(draw_view(traced(layer()), IMAGE, "1", (20, 30), "all").axes) >= 6
+
+
+def test_in_a_strip_the_surroundings_are_no_strip():
+    image = np.random.default_rng(0).random((40, 400, 3))
+    axes = draw_look(traced(layer(), image=image), image, "1", at=(20, 200)).axes[0]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    np.testing.assert_allclose((bottom - top) / (right - left), 0.6)
 
 
 def test_layers_of_other_ranks_are_explained():

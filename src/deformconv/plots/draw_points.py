@@ -80,6 +80,8 @@ def draw_unit_points(
     order = np.argsort(weights, kind="stable")  # the heaviest on top
     heaviest = most if top is None else top
     areas = area * np.clip(np.abs(weights[order]) / (1.0 if single and not alike else heaviest), 0.12, None)
+    if alike and not single:
+        areas = areas / 2  # where one is as large as the heaviest of others
     if top is None:
         top = (2.0 if most > 1 else 1.0) if single else most
     looks: dict[str, Any] = {"color": style.ORANGE} if alike else {

@@ -98,7 +98,7 @@ def draw_look(
         draw_offset_field(panels[1], values, offsets, "outside" if offsets.mask is None else "mask")
         _caption(panels[1], "Samples outside of the map" if offsets.mask is None else "Mean mask of each window")
     draw_receptive_field(panels[2], values, field, legend=False)
-    _caption(panels[2], f"Effective receptive field, radius {field.radius:.3g} px (circle)")
+    _caption(panels[2], f"Receptive field, radius {field.radius:.3g} px (circle)")
     draw_offset_field(panels[3], values, offsets, "flow")
     _caption(panels[3], "Where windows move: mean offset")
     draw_offset_field(panels[4], values, offsets, "spread")
@@ -186,12 +186,14 @@ def stack_depth(trace: Trace, layer: str, index: int) -> int:
 
 
 def _zoom(size: tuple[int, int], at: Any, spots: Any) -> tuple[float, float] | None:
-    """What to show around the unit: all positions, in the picture's proportions; None where that is most of the picture."""
+    """What to show around the unit: all spots, in the picture's proportions but no strip; None where it is most of it."""
     if len(spots) == 0:
         return None
-    share = 1.25 * float((np.percentile(np.abs(np.asarray(spots) - at), 98, axis=0) / size).max())
-    share = max(share, 16 / min(size))
-    return None if share > 0.4 else (share * size[0], share * size[1])
+    tall, wide = np.maximum(1.25 * np.percentile(np.abs(np.asarray(spots) - at), 98, axis=0), 8)
+    shape = float(np.clip(size[0] / size[1], 0.6, 1.7))
+    tall = max(float(tall), float(wide) * shape)
+    wide = tall / shape
+    return None if tall > 0.4 * size[0] and wide > 0.4 * size[1] else (tall, wide)
 
 
 def _caption(axes: Axes, text: str) -> None:
@@ -220,12 +222,12 @@ def _draw_facts(axes: Axes, call: Call, view: UnitPoints, offsets: OffsetField, 
     from matplotlib.lines import Line2D
 
     axes.set_axis_off()
-    colour = style.ORANGE if offsets.mask is None else style.GREEN
+    colour, how = (style.ORANGE, "") if offsets.mask is None else (style.GREEN, "; colour and size: how much it counts")
     handles = [
         style.sample("unit", "the unit that is asked about"),
-        style.sample("dot", "what it samples; colour and size: how much it counts", colour),
+        style.sample("dot", f"what it samples{how}", colour),
         style.sample("regular", "what a plain convolution samples"),
-        style.line("circle of the receptive field's radius", "white", "--", 1.6),
+        style.line("circle of the effective receptive field's radius", "white", "--", 1.6),
     ]
     if zoomed:
         label = f"what the first {'picture shows' if zoomed == 1 else 'two pictures show'}"
