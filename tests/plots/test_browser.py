@@ -14,6 +14,7 @@ import pytest
 from tests.browser import executable
 from tests.plots.pages import field, picture, points_by_recursion, small_trace
 
+from deformconv.plots.packing import Packing
 from deformconv.plots.page import build, page
 
 Image = pytest.importorskip("PIL.Image")
@@ -186,6 +187,22 @@ def test_points_are_numpys(look, layer, name, layers):
             merged = np.bincount(distance.argmin(1), weights)
             np.testing.assert_allclose(found["weights"], merged, atol=0.02 * len(points) / len(merged))
             np.testing.assert_allclose(found["regular"], found["points"])
+
+
+def test_points_at_the_maps_edge_are_numpys(look):
+    """Samples that lie between the first units of the layer before and its padding."""
+    look.select_option("#layer", str(DOWN))
+    look.choose("depth", "2")
+    between = 0
+    for at in [(0.0, 20.0), (0.0, 60.0), (0.0, 100.0), (20.0, 0.0), (60.0, 0.0), (95.0, 40.0), (40.0, 127.0)]:
+        look.click(at)
+        found = look.points()
+        points, weights = points_by_recursion(small_trace(), "body.down", found["unit"], layers=2)
+        np.testing.assert_allclose(found["points"], points, atol=0.1)
+        np.testing.assert_allclose(found["weights"], weights, atol=0.04)
+        top, _ = points_by_recursion(small_trace(), "body.down", found["unit"])
+        between += (((top > -1.5) & (top < 0.5)) | ((top > [94.5, 126.5]) & (top < [96.5, 128.5]))).any(-1).sum()
+    assert between > 20
 
 
 def test_a_click_moves_to_the_nearest_unit(look):
@@ -375,6 +392,10 @@ def test_an_offset_group_and_statistics(look):
     found = look.points()
     points, _ = points_by_recursion(small_trace(), "body.wide", found["unit"], group=1)
     np.testing.assert_allclose(found["points"], points, atol=0.05)
+    look.choose("depth", "2")
+    points, _ = points_by_recursion(small_trace(), "body.wide", found["unit"], layers=2, group=1)
+    assert sum(look.points()["counts"]) == len(points) > 81  # of the layer before, all groups
+    np.testing.assert_allclose(look.points()["points"], points, atol=0.1)
     look.select_option("#layer", str(STEM))
     assert not look.is_visible("#groups") and look.inner_text("#of-layer") == "stem"
     made = small_trace().calls[STEM]
@@ -405,6 +426,27 @@ def test_positions_that_there_was_no_room_for(shows, tmp_path):
     assert look.locator("#numbers tbody td").nth(2).inner_text() == "not a number"
     look.press("ArrowRight")
     assert look.points()["unit"] == [10, 22]
+
+
+def test_a_stack_through_a_layer_of_fewer_positions(shows, tmp_path):
+    """Where that layer's offsets are the same everywhere, those that were kept say all, up to the map's edges."""
+    trace = small_trace()
+    stem = trace.calls[STEM]
+    for values in (stem.offset, stem.mask):
+        values[:] = values[..., :1, :1]
+    document = build(trace, picture(), start=("body.down", (50.0, 66.0)))
+    entry = Packing(stem, stem.geometry, [], every=3, tolerance=0.002).entry()
+    document["layers"][STEM] |= {name: entry[name] for name in ("every", "offset", "mask")}
+    path = tmp_path / "thin.html"
+    path.write_text(page(document), encoding="utf-8")
+    look = shows(path)
+    look.press("2")
+    for at in [(50.0, 66.0), (0.0, 60.0), (95.0, 127.0)]:
+        look.click(at)
+        found = look.points()
+        points, weights = points_by_recursion(trace, "body.down", found["unit"], layers=2)
+        np.testing.assert_allclose(found["points"], points, atol=0.1)
+        np.testing.assert_allclose(found["weights"], weights, atol=0.04)
 
 
 @pytest.mark.parametrize("width", [360, 390])
