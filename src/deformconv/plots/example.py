@@ -59,16 +59,14 @@ class ExampleNet(nn.Module):
         colours, _ = torch.linalg.qr(torch.randn(_CHANNELS, 3))
         same = torch.eye(_CHANNELS)
         for convolution, mix in zip(self.stem, (colours, same), strict=True):
-            convolution.weight.copy_(mix[:, :, None, None] * torch.outer(blur, blur))
+            convolution.get_parameter("weight").copy_(mix[:, :, None, None] * torch.outer(blur, blur))
         for name in LAYERS:
             layer = self.get_submodule(name)
-            layer.weight.copy_((same / _TAPS)[:, :, None, None])
-            layer.bias.zero_()
+            layer.get_parameter("weight").copy_((same / _TAPS)[:, :, None, None])
+            layer.get_parameter("bias").zero_()
         self.head.weight.copy_(colours.T[:, :, None, None])
-        for convolution in (*self.predict, self.head):
-            convolution.bias.zero_()
-        for convolution in self.predict:
-            convolution.weight.zero_()
+        for parameter in (*self.predict.parameters(), self.head.get_parameter("bias")):
+            parameter.zero_()
 
     def forward(self, images: Tensor) -> Tensor:
         painted, _ = self.paint(images, images)

@@ -23,7 +23,8 @@ import torch
 from scipy import ndimage
 from skimage.segmentation import expand_labels, felzenszwalb
 from skimage.transform import resize
-from sklearn.datasets import load_sample_image
+from skimage.util import img_as_float32
+from sklearn.datasets import load_sample_image  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn.functional import interpolate, mse_loss
 
@@ -47,7 +48,7 @@ SIDE = 96  # pixels of a scene's sides
 REACH = 20.0  # pixels: colours of a region count by a Gaussian of this deviation around the place that is painted
 NOISE = 0.15  # the deviation of the noise over the colours, of which half the variance is constant over
 _GRAINS = (4, 12)  # squares of so many pixels
-# What a sample a cell away from its region costs, and what an offset of a cell does, beside squared errors of colours in 0 to 1.
+# The cost of a sample a cell away from its region, and of an offset of a cell, beside squared errors of colours in 0 to 1.
 _OUTSIDE, _OFFSET = 0.04, 0.004
 _BATCH, _LEARNING_RATE = 8, 2e-3
 
@@ -69,7 +70,7 @@ def _photograph(name: str, side: int) -> Scene:
     """A photograph whose longer side has so many pixels."""
     image = load_sample_image(name) if name.endswith(".jpg") else getattr(skimage.data, name)()
     image = np.asarray(image[0] if isinstance(image, tuple) else image)  # of two views, the left one
-    image = skimage.img_as_float32(np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image)
+    image = img_as_float32(np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image)
     height, width = (max(1, round(length * side / max(image.shape[:2]))) for length in image.shape[:2])
     image = np.asarray(resize(image, (height, width), anti_aliasing=True), np.float32)
     return Scene(image, np.zeros((height, width), np.int64) if name in _TEXTURES else regions(image))
@@ -90,11 +91,11 @@ def scene(random: np.random.Generator, photographs: Sequence[Scene], side: int =
     for _ in range(int(random.integers(1, 4)) if random.random() < 0.6 else 0):
         blob = _blob(random, side)
         other = _part(random, photographs, side)
-        edge = ndimage.gaussian_filter(blob.astype(np.float32), random.uniform(0.3, 1.0))[..., None]
+        edge: Pixels = ndimage.gaussian_filter(blob.astype(np.float32), random.uniform(0.3, 1.0))[..., None]
         image = image + edge * (other.image - image)
         labels = np.where(blob, other.regions + labels.max() + 1, labels)
-    image = image + random.normal(size=image.shape) * random.uniform(0, 0.06)
-    return Scene(image.astype(np.float32), labels)
+    noise = random.normal(size=image.shape) * random.uniform(0, 0.06)
+    return Scene((image + noise).astype(np.float32), labels)
 
 
 def _part(random: np.random.Generator, photographs: Sequence[Scene], side: int) -> Scene:
@@ -102,8 +103,8 @@ def _part(random: np.random.Generator, photographs: Sequence[Scene], side: int) 
     image, labels = photographs[int(random.integers(len(photographs)))]
     top, left = (int(random.integers(length - side + 1)) for length in labels.shape)
     turns, mirror = int(random.integers(4)), int(random.choice([-1, 1]))
-    image, labels = (np.rot90(each[top : top + side, left : left + side], turns)[:, ::mirror] for each in (image, labels))
-    image = image[..., random.permutation(3)]
+    image = np.rot90(image[top : top + side, left : left + side], turns)[:, ::mirror, random.permutation(3)]
+    labels = np.rot90(labels[top : top + side, left : left + side], turns)[:, ::mirror]
     image = 1 - image if random.random() < 0.2 else image
     return Scene(image ** np.exp(random.uniform(-0.4, 0.4, 3)).astype(np.float32), labels)
 
@@ -253,24 +254,26 @@ def _share(points: npt.NDArray[np.float64], labels: Labels) -> float:
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--steps", type=click.IntRange(2), default=4000, help="How long to train.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the net and of the scenes.")
-@click.option("--plain", is_flag=True, help="Hold the offsets at zero, for comparison; write only if --output is given.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The file.  [default: the package's own]")
-def main(steps: int, seed: int, plain: bool, output: Path | None) -> None:
+@click.option("--plain", is_flag=True, help="Hold the offsets at zero, for comparison, and write nothing.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=FILE,
+    show_default="the package's own",
+    help="The file.",
+)
+def main(steps: int, seed: int, plain: bool, output: Path) -> None:
     """Train the net, write it, and say what it does on photographs that it has not seen."""
-    torch.set_num_threads(1)  # sums of the same order anywhere
+    torch.set_num_threads(1)  # sums in the same order anywhere
     net = train(material(), steps, seed, deformable=not plain, progress=True)
-    if output is not None or not plain:
-        output = output or FILE
+    if not plain:
         with whole_file(output) as part:
             save(net, part)
         click.echo(f"{output}: {output.stat().st_size / 1e3:.0f} kB")
-        if not plain:
-            net = example_net(output)  # as rounded
+        net = example_net(output)  # as rounded
     for name in HELD_OUT:
         found = report(net, name)
-        share, length = (
-            " ".join(f"{each:.{digits}f}" for each in row) for row, digits in ((found.share, 2), (found.length, 1))
-        )
+        share, length = (" ".join(f"{each:.2f}" for each in row) for row in (found.share, found.length))
         click.echo(
             f"{name}: error {1e4 * found.error:.1f}e-4; samples in their region {share}, of undeformed windows "
             f"{found.share_regular:.2f}; offsets {length} pixels"
