@@ -48,11 +48,11 @@ def call(
 
 
 def small_trace(seed: int = 0) -> FakeTrace:
-    """Three layers: a plain one, one with stride 2 and no mask, one with dilation 2 and two offset groups."""
+    """Three layers: a plain one, one with stride 2 and no mask, one with dilation 2; the last two have two offset groups."""
     random = np.random.default_rng(seed)
     calls = [
         call("stem", random, input_size=(48, 64), output_size=(48, 64), step=2.0),
-        call("body.down", random, input_size=(48, 64), output_size=(24, 32), step=2.0, stride=2, masked=False),
+        call("body.down", random, input_size=(48, 64), output_size=(24, 32), step=2.0, stride=2, groups=2, masked=False),
         call("body.wide", random, input_size=(24, 32), output_size=(24, 32), step=4.0, dilation=2, groups=2),
     ]
     return FakeTrace(calls, SIZE)

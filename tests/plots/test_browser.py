@@ -14,6 +14,7 @@ import pytest
 from tests.browser import executable
 from tests.plots.pages import field, picture, points_by_recursion, small_trace
 
+from deformconv.plots.packing import Packing
 from deformconv.plots.page import build, page
 
 Image = pytest.importorskip("PIL.Image")
@@ -104,34 +105,55 @@ class Look:
         return slice(max(int(top), 0), int(bottom) + 1), slice(max(int(left), 0), int(right) + 1)
 
 
-@pytest.fixture
-def shows(browser: Any, file: Path) -> Iterator[Any]:
-    """Shows the page in a window of one's choice. It says nothing on the console, and asks for nothing but itself."""
-    contexts, opened, said, asked = [], [], [], []
+class Shows:
+    """Pages in windows of one's choice; none says anything on the console, or asks for anything but itself."""
 
-    def show(path: Path = file, width: int = 1200, height: int = 800, **options: Any) -> Look:
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
+    def __init__(self, browser: Any, file: Path):
+        self.browser, self.file = browser, file
+        self.contexts, self.opened, self.said, self.asked = [], [], [], []
+
+    def __call__(self, path: Path | None = None, width: int = 1200, height: int = 800, **options: Any) -> Look:
+        context = self.browser.new_context(viewport={"width": width, "height": height}, **options)
+        self.contexts.append(context)
         context.set_offline(True)
         shown = context.new_page()
-        shown.on("console", lambda message: said.append(message.text))
-        shown.on("pageerror", lambda error: said.append(str(error)))
-        shown.on("request", lambda request: asked.append(request.url))
-        shown.goto(path.as_uri())
-        opened.append(path.as_uri())
+        shown.on("console", lambda message: self.said.append(message.text))
+        shown.on("pageerror", lambda error: self.said.append(str(error)))
+        shown.on("request", lambda request: self.asked.append(request.url))
+        self.opened.append((path or self.file).as_uri())
+        shown.goto(self.opened[-1])
         shown.evaluate("() => window.deformconvLook?.ready")
         return Look(shown)
 
-    yield show
-    for context in contexts:
-        context.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == opened
+    def check(self) -> None:
+        assert self.said == []
+        assert [url for url in self.asked if not url.startswith("data:")] == self.opened
 
 
 @pytest.fixture
-def look(shows: Any) -> Look:
-    return shows()
+def shows(browser: Any, file: Path) -> Iterator[Shows]:
+    made = Shows(browser, file)
+    yield made
+    for context in made.contexts:
+        context.close()
+    made.check()
+
+
+@pytest.fixture(scope="module")
+def wide(browser: Any, file: Path) -> Iterator[tuple[Shows, Look]]:
+    made = Shows(browser, file)
+    yield made, made()
+    made.contexts[0].close()
+
+
+@pytest.fixture
+def look(wide: tuple[Shows, Look]) -> Iterator[Look]:
+    """One page for many tests, each of which begins with what it shows at first."""
+    made, one = wide
+    one.mouse.move(1, 1)
+    one.press("r")
+    yield one
+    made.check()
 
 
 def test_it_opens_from_disk_without_a_network(look):
@@ -165,6 +187,22 @@ def test_points_are_numpys(look, layer, name, layers):
             merged = np.bincount(distance.argmin(1), weights)
             np.testing.assert_allclose(found["weights"], merged, atol=0.02 * len(points) / len(merged))
             np.testing.assert_allclose(found["regular"], found["points"])
+
+
+def test_points_at_the_maps_edge_are_numpys(look):
+    """Samples that lie between the first units of the layer before and its padding."""
+    look.select_option("#layer", str(DOWN))
+    look.choose("depth", "2")
+    between = 0
+    for at in [(0.0, 20.0), (0.0, 60.0), (0.0, 100.0), (20.0, 0.0), (60.0, 0.0), (95.0, 40.0), (40.0, 127.0)]:
+        look.click(at)
+        found = look.points()
+        points, weights = points_by_recursion(small_trace(), "body.down", found["unit"], layers=2)
+        np.testing.assert_allclose(found["points"], points, atol=0.1)
+        np.testing.assert_allclose(found["weights"], weights, atol=0.04)
+        top, _ = points_by_recursion(small_trace(), "body.down", found["unit"])
+        between += (((top > -1.5) & (top < 0.5)) | ((top > [94.5, 126.5]) & (top < [96.5, 128.5]))).any(-1).sum()
+    assert between > 20
 
 
 def test_a_click_moves_to_the_nearest_unit(look):
@@ -354,11 +392,61 @@ def test_an_offset_group_and_statistics(look):
     found = look.points()
     points, _ = points_by_recursion(small_trace(), "body.wide", found["unit"], group=1)
     np.testing.assert_allclose(found["points"], points, atol=0.05)
+    look.choose("depth", "2")
+    points, _ = points_by_recursion(small_trace(), "body.wide", found["unit"], layers=2, group=1)
+    assert sum(look.points()["counts"]) == len(points) > 81  # of the layer before, all groups
+    np.testing.assert_allclose(look.points()["points"], points, atol=0.1)
     look.select_option("#layer", str(STEM))
     assert not look.is_visible("#groups") and look.inner_text("#of-layer") == "stem"
     made = small_trace().calls[STEM]
     assert f"{made.mask.mean():.2f}" in look.inner_text("#statistics")
     assert f"{np.abs(made.offset).max() * 2:.1f} px" in look.inner_text("#statistics")
+
+
+def test_positions_that_there_was_no_room_for(shows, tmp_path):
+    """Every second position of the largest layer is kept; a sample whose offset is NaN is not drawn."""
+    trace = small_trace()
+    trace.calls[STEM].offset[0, 0, 10, 20] = np.nan
+    whole = build(trace, picture())
+    room = len(page(whole).encode()) - len(whole["layers"][STEM]["offset"]["data"]) * 3 // 4
+    document = build(trace, picture(), limit=room, start=("stem", (23.0, 45.0)))
+    assert [entry["every"] for entry in document["layers"]] == [2, 1, 1]
+    path = tmp_path / "small.html"
+    path.write_text(page(document), encoding="utf-8")
+    look = shows(path)
+    assert "room for every second row and column" in look.inner_text("#missing")
+    for at, unit in [((26.0, 47.0), [12, 24]), ((95.0, 127.0), [46, 62])]:  # units lie at 0.5, 2.5, ...
+        look.click(at)
+        found = look.points()
+        points, _ = points_by_recursion(trace, "stem", unit)
+        assert found["unit"] == unit
+        np.testing.assert_allclose(found["points"], points, atol=0.05)
+    look.click((20.5, 40.5))
+    assert look.points()["unit"] == [10, 20] and len(look.points()["points"]) == 8
+    assert look.locator("#numbers tbody td").nth(2).inner_text() == "not a number"
+    look.press("ArrowRight")
+    assert look.points()["unit"] == [10, 22]
+
+
+def test_a_stack_through_a_layer_of_fewer_positions(shows, tmp_path):
+    """Where that layer's offsets are the same everywhere, those that were kept say all, up to the map's edges."""
+    trace = small_trace()
+    stem = trace.calls[STEM]
+    for values in (stem.offset, stem.mask):
+        values[:] = values[..., :1, :1]
+    document = build(trace, picture(), start=("body.down", (50.0, 66.0)))
+    entry = Packing(stem, stem.geometry, [], every=3, tolerance=0.002).entry()
+    document["layers"][STEM] |= {name: entry[name] for name in ("every", "offset", "mask")}
+    path = tmp_path / "thin.html"
+    path.write_text(page(document), encoding="utf-8")
+    look = shows(path)
+    look.press("2")
+    for at in [(50.0, 66.0), (0.0, 60.0), (95.0, 127.0)]:
+        look.click(at)
+        found = look.points()
+        points, weights = points_by_recursion(trace, "body.down", found["unit"], layers=2)
+        np.testing.assert_allclose(found["points"], points, atol=0.1)
+        np.testing.assert_allclose(found["weights"], weights, atol=0.04)
 
 
 @pytest.mark.parametrize("width", [360, 390])

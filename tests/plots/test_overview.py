@@ -7,7 +7,7 @@ from matplotlib.text import Text
 
 from deformconv.errors import ShapeError
 from deformconv.plots import style
-from deformconv.plots.overview import draw_look
+from deformconv.plots.overview import draw_look, draw_view
 from deformconv.plots.recording import record
 from deformconv.plots.stack import unit_points
 from deformconv.torch import DeformConv1d, DeformConv2d
@@ -43,7 +43,7 @@ def test_all_views_of_a_unit_are_drawn(tmp_path):
     figure = draw_look(trace, IMAGE, "2", at=(20, 30))
     first, second, third, flow, spread = titles(figure)
     assert first == "What the unit samples" and second == "The same through 2 layers: 81 paths"
-    assert third.startswith("Effective receptive field, radius ")
+    assert third.startswith("Receptive field, radius ")
     assert flow.startswith("Where windows move") and spread.startswith("How windows change")
     assert figure.get_suptitle() == "Where layer 2 looks for its unit at y = 20, x = 30"
     assert figure.get_size_inches()[0] * figure.dpi == 1200
@@ -79,6 +79,45 @@ def test_the_first_pictures_show_the_surroundings_of_the_points_and_the_others_w
     (frame,) = (patch for patch in figure.axes[2].patches if hasattr(patch, "get_width") and not hasattr(patch, "radius"))
     size = right - left, bottom - top
     np.testing.assert_allclose([*frame.get_xy(), frame.get_width(), frame.get_height()], [left, top, *size])
+
+
+@pytest.mark.parametrize(
+    ("view", "title"),
+    [
+        ("points", "What layer 2's unit at y = 20, x = 30 samples through 2 deformable layers"),
+        ("erf", "Effective receptive field of layer 2's unit at y = 20, x = 30: radius "),
+        ("locations", "Samples that move layer 2's unit at y = 20, x = 30"),
+        ("saliency", "What layer 2's unit at y = 20, x = 30 needs of the picture: "),
+    ],
+)
+def test_a_view_that_is_small_in_the_picture_is_drawn_larger_beside_it(view, title):
+    image = np.random.default_rng(0).random((120, 160, 3))
+    figure = draw_view(traced(layer(), layer(), image=image), image, "2", (20, 30), view, progress=False)
+    assert figure.get_suptitle().startswith(title)
+    whole, zoomed = figure.axes[:2]
+    assert whole.get_legend() is None and zoomed.get_legend() is not None
+    assert whole.child_axes == [] and len(zoomed.child_axes) == (view != "saliency")
+    assert whole.get_xlim() == (-0.5, 159.5)
+    (left, right), (bottom, top) = zoomed.get_xlim(), zoomed.get_ylim()
+    np.testing.assert_allclose([(left + right) / 2, (bottom + top) / 2], [30, 20])
+    frame = whole.patches[-1]
+    np.testing.assert_allclose([*frame.get_xy(), frame.get_width()], [left, top, right - left])
+
+
+def test_a_view_that_fills_the_picture_is_drawn_once():
+    image = IMAGE[:14, :16]
+    figure = draw_view(traced(layer(), image=image), image, "1", (6, 6), "points", layers=1)
+    assert figure.axes[0].get_legend() is not None and len(figure.axes) == 1
+    figure = draw_view(traced(layer()), IMAGE, "1", (20, 30), "flow")
+    assert figure.get_suptitle() == "Mean offsets of the windows of layer 1" and len(figure.axes) == 1
+    assert len(draw_view(traced(layer()), IMAGE, "1", (20, 30), "all").axes) >= 6
+
+
+def test_in_a_strip_the_surroundings_are_no_strip():
+    image = np.random.default_rng(0).random((40, 400, 3))
+    axes = draw_look(traced(layer(), image=image), image, "1", at=(20, 200)).axes[0]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    np.testing.assert_allclose((bottom - top) / (right - left), 0.6)
 
 
 def test_layers_of_other_ranks_are_explained():

@@ -97,12 +97,12 @@ def test_statistics_are_those_of_the_offsets():
     assert found["deviation"] == pytest.approx(np.sqrt(values[:, :, 0].var() + values[:, :, 1].var()))
     assert found["largest"] == pytest.approx(80)
     assert found["mask_mean"] is None
-    outside, moved = 0, values[0] / 2
-    for tap, row, column in np.ndindex(9, 24, 32):
-        y = row * 2 - 1 + tap // 3 + moved[tap, 0, row, column]
-        x = column * 2 - 1 + tap % 3 + moved[tap, 1, row, column]
+    outside, moved = 0, values / 2
+    for group, tap, row, column in np.ndindex(2, 9, 24, 32):
+        y = row * 2 - 1 + tap // 3 + moved[group, tap, 0, row, column]
+        x = column * 2 - 1 + tap % 3 + moved[group, tap, 1, row, column]
         outside += not (-1 < y < 48 and -1 < x < 64)
-    assert found["outside"] == pytest.approx(outside / (9 * 24 * 32)) and outside > 0
+    assert found["outside"] == pytest.approx(outside / (2 * 9 * 24 * 32)) and outside > 0
 
 
 def test_offsets_that_are_not_finite_are_said():

@@ -14,7 +14,7 @@ from torch import nn
 
 from deformconv.errors import ShapeError
 from deformconv.plots import stack
-from deformconv.plots.record import record
+from deformconv.plots.recording import record
 from deformconv.plots.stack import unit_points
 from deformconv.torch import DeformConv2d
 

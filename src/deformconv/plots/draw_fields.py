@@ -43,7 +43,7 @@ def draw_receptive_field(
     the area above 4.55 % of the maximum.
 
     Args:
-        axes: matplotlib axes.
+        axes: matplotlib axes; legend and bar find room beside them in a figure with `layout="constrained"`.
         image: the picture that the model got, in any form that `picture` takes.
         view: what `receptive_field` returns, of a 2-D layer.
         zoom: image pixels to show around the unit: to each side, or a pair, up and down, left and right; None shows the
@@ -206,7 +206,7 @@ def draw_offset_field(
     if kind == "flow":
         length = np.hypot(*flow)
         longest = max(float(np.percentile(length, 99)), FAINT * min(view.step))
-        colours = np.dstack([colour_wheel(flow), 0.85 * np.clip(length / longest, 0, 1)])
+        colours = np.dstack([colour_wheel(flow), 0.75 * np.clip(length / longest, 0, 1)])
         drawn = axes.imshow(colours, extent=extent, zorder=1, interpolation="nearest")
         times = _arrows(axes, view, flow)
         if legend:
@@ -215,7 +215,7 @@ def draw_offset_field(
         values = np.asarray(getattr(view, kind), np.float64)
         top_value = float(np.max(values, initial=0, where=np.isfinite(values))) or 1.0
         highest = {"spread": top_value, "outside": 1.0, "mask": max(top_value, 2.0) if top_value > 1 else 1.0}[kind]
-        alpha = np.full_like(values, 0.65) if kind == "mask" else 0.25 + 0.6 * np.clip(values / highest, 0, 1)
+        alpha = np.full_like(values, 0.65) if kind == "mask" else 0.2 + 0.55 * np.clip(values / highest, 0, 1)
         alpha = np.where(np.isfinite(values), alpha, 0)
         drawn = axes.imshow(
             values, extent=extent, zorder=1, interpolation="nearest", alpha=alpha, vmin=0, vmax=highest,
@@ -248,8 +248,8 @@ def _arrows(axes: Axes, view: OffsetField, flow: Any) -> float:
     longest = max(float(np.percentile(np.hypot(dy, dx), 95)), FAINT * min(view.step))
     times = 0.9 * every * min(view.step) / longest
     axes.quiver(
-        x, y, dx, dy, angles="xy", scale_units="xy", scale=1 / times, color="white", width=0.0045, headwidth=4, headlength=4.5,
-        minlength=0.5, zorder=3, path_effects=style.halo(1.8),
+        x, y, dx, dy, angles="xy", scale_units="xy", scale=1 / times, units="inches", width=0.018, headwidth=4,
+        headlength=4.5, minlength=0.5, color="white", zorder=3, path_effects=style.halo(1.8),
     )  # fmt: skip
     return times
 

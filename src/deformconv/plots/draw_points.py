@@ -35,7 +35,7 @@ def draw_unit_points(
     """Draw the points that a unit samples, in sizes and colours by their weights, and those of a plain convolution.
 
     Args:
-        axes: matplotlib axes.
+        axes: matplotlib axes; legend and bar find room beside them in a figure with `layout="constrained"`.
         image: the picture that the model got, in any form that `picture` takes.
         view: what `unit_points` returns, of a 2-D layer.
         zoom: image pixels to show around the unit: to each side, or a pair, up and down, left and right; None shows the
@@ -70,7 +70,7 @@ def draw_unit_points(
     points = style.positions("view.points", view.points)
     weights, single = np.asarray(view.weights, np.float64), len(view.layers) == 1
     shape = style.show(axes, image)
-    area = 110.0 / max(len(points), 1) ** (0.45 if zoom is None else 0.35) if size is None else size
+    area = _area(len(points), zoom) if size is None else size
     most = float(np.abs(weights).max(initial=0)) or 1.0
     alike = bool(np.abs(weights - most).max(initial=0) <= 1e-6 * most)
     if single and len(points) <= WITH_LINES:
@@ -80,6 +80,8 @@ def draw_unit_points(
     order = np.argsort(weights, kind="stable")  # the heaviest on top
     heaviest = most if top is None else top
     areas = area * np.clip(np.abs(weights[order]) / (1.0 if single and not alike else heaviest), 0.12, None)
+    if alike and not single:
+        areas = areas / 2  # where one is as large as the heaviest of others
     if top is None:
         top = (2.0 if most > 1 else 1.0) if single else most
     looks: dict[str, Any] = {"color": style.ORANGE} if alike else {
@@ -99,6 +101,11 @@ def draw_unit_points(
     return drawn
 
 
+def _area(points: int, zoom: style.Zoom) -> float:
+    """The area of the heaviest of so many points, in square typographic points: smaller for more, larger in a zoom."""
+    return 110.0 / max(points, 1) ** (0.45 if zoom is None else 0.35)
+
+
 def draw_sampling_locations(
     axes: Axes,
     image: Any,
@@ -108,7 +115,7 @@ def draw_sampling_locations(
     legend: bool = True,
     bar: bool = True,
     most: int = 500,
-    size: float = 18.0,
+    size: float | None = None,
 ) -> PathCollection:
     """Draw the samples of a layer whose moves change a unit, in sizes and colours by how much.
 
@@ -116,7 +123,7 @@ def draw_sampling_locations(
         axes, image, zoom, legend, bar: as `draw_unit_points`'s.
         view: what `sampling_locations` returns, of a 2-D layer.
         most: how many samples to draw, the strongest; those below 1/50 of the strongest are left out as well.
-        size: area of the strongest sample, in square typographic points.
+        size: area of the strongest sample, in square typographic points; None chooses by the number of samples.
 
     Returns:
         The drawn samples.
@@ -144,7 +151,7 @@ def draw_sampling_locations(
     order = np.argsort(share, kind="stable")[len(share) - min(most, len(share)) :]
     order = order[share[order] >= 0.02]
     points, share = points[order], share[order]
-    areas = size * np.clip(share, 0.1, None)
+    areas = (_area(len(points), zoom) if size is None else size) * np.clip(share, 0.1, None)
     drawn = style.dots(axes, points, areas, c=share, cmap=style.POINTS_HEAT, vmin=0, vmax=1)
     style.mark(axes, "unit", view.at)
     style.limits(axes, shape, points, view.at, zoom)

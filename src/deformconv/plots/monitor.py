@@ -75,7 +75,7 @@ class OffsetMonitor:
 
     Example:
         >>> import torch
-        >>> from deformconv.plots.monitor import OffsetMonitor
+        >>> from deformconv.plots import OffsetMonitor
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), DeformConv2d(8, 8, 3, padding=1))
         >>> with OffsetMonitor(net, lambda step, values: print(step, values["offsets/1/mask"])):
@@ -124,7 +124,7 @@ class OffsetMonitor:
         """A callback for Lightning's Trainer, whose steps then are the monitor's, and whose loggers get the numbers as well.
 
         Example:
-            >>> from deformconv.plots.monitor import OffsetMonitor
+            >>> from deformconv.plots import OffsetMonitor
             >>> trainer = lightning.Trainer(callbacks=[OffsetMonitor(net).callback()])  # doctest: +SKIP
         """
         self._steps, self._open = "manual", True

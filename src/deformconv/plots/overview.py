@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,7 +87,8 @@ def draw_look(
     height = float(np.clip(3.3 * values.shape[0] / values.shape[1], 2.4, 5.0))  # of a row; less has no room for the facts
     figure = style.new_figure(figsize=(12, 2 * height + 1.75), dpi=100, layout="constrained")
     panels = figure.subplots(2, 3).ravel()
-    zoom = _zoom(values.shape[:2], shallow, deep)
+    spots = np.concatenate([points for view in (shallow, deep) for points in (view.points, view.regular)])
+    zoom = _zoom(values.shape[:2], shallow.at, spots)
     draw_unit_points(panels[0], values, shallow, zoom=zoom, legend=False)
     _caption(panels[0], "What the unit samples")
     if depth > 1:
@@ -96,7 +98,7 @@ def draw_look(
         draw_offset_field(panels[1], values, offsets, "outside" if offsets.mask is None else "mask")
         _caption(panels[1], "Samples outside of the map" if offsets.mask is None else "Mean mask of each window")
     draw_receptive_field(panels[2], values, field, legend=False)
-    _caption(panels[2], f"Effective receptive field, radius {field.radius:.3g} px (circle)")
+    _caption(panels[2], f"Receptive field, radius {field.radius:.3g} px (circle)")
     draw_offset_field(panels[3], values, offsets, "flow")
     _caption(panels[3], "Where windows move: mean offset")
     draw_offset_field(panels[4], values, offsets, "spread")
@@ -113,36 +115,58 @@ def draw_view(
 ) -> Figure:
     """Draw one view of a unit, with its legend: "points", "erf", "locations", "saliency", "flow"; or "all" of `draw_look`.
 
-    `layers` is through how many the points go, by default as many as `stack_depth` says; `progress` is `saliency_region`'s.
+    Where what is drawn is small in the picture, it is drawn twice: in the whole picture, and larger beside that. `layers` is
+    through how many the points go, by default as many as `stack_depth` says; `progress` is `saliency_region`'s.
     """
     if view == "all":
         return draw_look(trace, image, layer, at)
     values = picture(image)
-    height = float(np.clip(7.0 * values.shape[0] / values.shape[1], 3.0, 9.0))
-    figure = style.new_figure(figsize=(8, height + 1.2), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    where = f"{f'layer {layer}' if layer else 'the layer'} at y = {at[0]:.4g}, x = {at[1]:.4g}"
+    draw, title, place, spots = _view(trace, layer, at, view, layers, progress)
+    zoom = None if view == "flow" else _zoom(values.shape[:2], place, spots)
+    width = 7.0 if zoom is None else 5.3
+    height = float(np.clip(width * values.shape[0] / values.shape[1], 2.5, 9.0))
+    figure = style.new_figure(figsize=(8 if zoom is None else 12, height + 1.2), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 1 if zoom is None else 2, squeeze=False)[0]
+    if zoom is None:
+        draw(panels[0], values)
+    else:
+        draw(panels[0], values, legend=False, **({} if view == "saliency" else {"bar": False}))
+        _draw_zoomed(panels[0], place, zoom)
+        draw(panels[1], values, zoom=zoom)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _view(
+    trace: Trace, layer: str, at: Sequence[float], view: str, layers: int | None, progress: bool
+) -> tuple[Callable[..., Any], str, Any, Any]:
+    """What draws a view over a picture, a title, the unit's position, and those that are to be seen."""
+    name = f"layer {layer}" if layer else "the model"
+    unit = f"{name}'s unit at y = {at[0]:.4g}, x = {at[1]:.4g}"
     if view == "points":
         depth = stack_depth(trace, layer, 0) if layers is None else layers
         points = unit_points(trace, layer, at, layers=depth)
-        draw_unit_points(axes, values, points)
-        title = f"What {where} samples, through {n_of(depth, 'deformable layer')}"
-    elif view == "erf":
+        title = f"What {unit} samples through {n_of(depth, 'deformable layer')}"
+        return partial(_drawn, draw_unit_points, points), title, points.at, np.concatenate([points.points, points.regular])
+    if view == "erf":
         field = receptive_field(trace, layer, at)
-        draw_receptive_field(axes, values, field)
-        title = f"Effective receptive field of {where}: radius {field.radius:.3g} px"
-    elif view == "locations":
-        draw_sampling_locations(axes, values, sampling_locations(trace, layer, at))
-        title = f"How much its samples move {where}"
-    elif view == "saliency":
+        title = f"Effective receptive field of {unit}: radius {field.radius:.3g} px"
+        corners = np.array(field.centroid) + 1.5 * field.radius * np.array([[-1, -1], [1, 1]])
+        return partial(_drawn, draw_receptive_field, field), title, field.at, corners
+    if view == "locations":
+        samples = sampling_locations(trace, layer, at)
+        title = f"Samples that move {unit}"
+        return partial(_drawn, draw_sampling_locations, samples), title, samples.at, samples.points
+    if view == "saliency":
         region = saliency_region(trace, layer, at, progress=progress)
-        draw_saliency_region(axes, values, region)
-        title = f"The region that gives {where} its response: {100 * region.share:.3g} % of the picture"
-    else:
-        draw_offset_field(axes, values, offset_field(trace, layer), "flow")
-        title = f"Mean offsets of {f'layer {layer}' if layer else 'the layer'}"
-    axes.set_title(title, fontsize=11, loc="left", pad=6)
-    return figure
+        title = f"What {unit} needs of the picture: {100 * region.share:.2g} %"
+        return partial(_drawn, draw_saliency_region, region), title, region.at, np.argwhere(region.region)
+    offsets = offset_field(trace, layer)
+    return partial(_drawn, draw_offset_field, offsets), f"Mean offsets of the windows of {name}", at, ()
+
+
+def _drawn(draw: Callable[..., Any], view: Any, axes: Axes, image: Any, **more: Any) -> Any:
+    return draw(axes, image, view, **more)
 
 
 def stack_depth(trace: Trace, layer: str, index: int) -> int:
@@ -161,12 +185,15 @@ def stack_depth(trace: Trace, layer: str, index: int) -> int:
     return depth
 
 
-def _zoom(size: tuple[int, int], *views: UnitPoints) -> tuple[float, float] | None:
-    """What to show around the unit: all points, in the picture's proportions; None where that is most of the picture."""
-    away = np.concatenate([np.abs(points - view.at) for view in views for points in (view.points, view.regular)])
-    share = 1.25 * float((np.percentile(away, 98, axis=0) / size).max())
-    share = max(share, 16 / min(size))
-    return None if share > 0.4 else (share * size[0], share * size[1])
+def _zoom(size: tuple[int, int], at: Any, spots: Any) -> tuple[float, float] | None:
+    """What to show around the unit: all spots, in the picture's proportions but no strip; None where it is most of it."""
+    if len(spots) == 0:
+        return None
+    tall, wide = np.maximum(1.25 * np.percentile(np.abs(np.asarray(spots) - at), 98, axis=0), 8)
+    shape = float(np.clip(size[0] / size[1], 0.6, 1.7))
+    tall = max(float(tall), float(wide) * shape)
+    wide = tall / shape
+    return None if tall > 0.4 * size[0] and wide > 0.4 * size[1] else (tall, wide)
 
 
 def _caption(axes: Axes, text: str) -> None:
@@ -195,12 +222,12 @@ def _draw_facts(axes: Axes, call: Call, view: UnitPoints, offsets: OffsetField, 
     from matplotlib.lines import Line2D
 
     axes.set_axis_off()
-    colour = style.ORANGE if offsets.mask is None else style.GREEN
+    colour, how = (style.ORANGE, "") if offsets.mask is None else (style.GREEN, "; colour and size: how much it counts")
     handles = [
         style.sample("unit", "the unit that is asked about"),
-        style.sample("dot", "what it samples; colour and size: how much it counts", colour),
+        style.sample("dot", f"what it samples{how}", colour),
         style.sample("regular", "what a plain convolution samples"),
-        style.line("circle of the receptive field's radius", "white", "--", 1.6),
+        style.line("circle of the effective receptive field's radius", "white", "--", 1.6),
     ]
     if zoomed:
         label = f"what the first {'picture shows' if zoomed == 1 else 'two pictures show'}"

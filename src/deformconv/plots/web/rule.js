@@ -73,9 +73,9 @@ const Rule = (() => {
   function corners(layer, y, x, places, weights) {
     if (!(y > -1 && x > -1 && y < layer.output[0] && x < layer.output[1])) return 0;
     const share = within(y, layer.output[0]) * within(x, layer.output[1]);
-    // Kept places are `every` units apart; what lies beyond the last of them is as the last.
-    const row = layer.every > 1 ? bounded(y / layer.every, layer.rows - 1) : y;
-    const column = layer.every > 1 ? bounded(x / layer.every, layer.columns - 1) : x;
+    // Kept places are `every` units apart; what lies beyond the last of them is as the last, since it is averaged alone.
+    const row = y / layer.every;
+    const column = x / layer.every;
     const top = Math.floor(row);
     const left = Math.floor(column);
     let count = 0;
