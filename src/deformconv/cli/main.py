@@ -137,8 +137,8 @@ def look(photo: Path, **options: Any) -> int:
       module:function  imports the module, from this folder too, and calls the
                        function, which returns the model: this runs their code
       FILE             weights that torch.save has written of a ResNet of
-                       torchvision made deformable, of the demo's net, or of
-                       this package's; no code in the file is run
+                       torchvision made deformable or of the demo's net; no
+                       code in the file is run
 
     \b
     VIEW is one of

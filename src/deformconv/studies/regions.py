@@ -28,9 +28,9 @@ from sklearn.datasets import load_sample_image  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn.functional import interpolate, mse_loss
 
+from deformconv.files import whole_file
 from deformconv.plots.example import DILATION, FILE, STEP, ExampleNet, example_net, save
 from deformconv.plots.points import regular_points, sampling_points
-from deformconv.studies.files import whole_file
 
 __all__ = ["HELD_OUT", "Report", "Scene", "material", "regions", "report", "scene", "train"]
 
