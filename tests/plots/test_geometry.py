@@ -13,11 +13,13 @@ import torchvision  # noqa: E402
 from tests.plots.test_observe import CalledWithOffsets, kornia_layer, randomised  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from deformconv.convert import to_torchvision  # noqa: E402
 from deformconv.plots.geometry import Geometry  # noqa: E402
 from deformconv.plots.graph import Follower  # noqa: E402
 from deformconv.plots.recording import record  # noqa: E402
+from deformconv.plots.rerun import Probe  # noqa: E402
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d  # noqa: E402
 from deformconv.vision import make_deformable  # noqa: E402
 
@@ -498,6 +500,33 @@ class Underivable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         raise RuntimeError("no derivative here")
+
+
+def test_scripts_and_checkpointed_parts_within_a_model_are_followed():
+    with warnings.catch_warnings():  # jit.script is deprecated
+        warnings.simplefilter("ignore")
+        script = torch.jit.script(nn.Sequential(stem(), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.script, self.part, self.last = script, nn.Sequential(deform(padding=1), nn.BatchNorm2d(4)), deform()
+
+        def forward(self, x):
+            return self.last(checkpoint(self.part, self.script(x), use_reentrant=False))
+
+    net = Net()
+    with record(net) as trace:
+        net(torch.rand(PLANE))
+    mean = net.part[1].running_mean.clone()
+    for layer in ("part.0", "last"):
+        geometry = trace.geometry(layer)
+        assert (geometry.origin, geometry.step, geometry.source) == ((1, 1), (4, 4), "graph")
+        assert geometry.difference is not None
+    assert trace.before("last") == [("part.0", 0)]
+    assert torch.equal(net.part[1].running_mean, mean)
+    with pytest.raises(ValueError, match=r"layer 'script' is a script of torch\.jit, .* expected a Python module"):
+        Probe(trace, "script")
 
 
 def test_a_followed_net_whose_gradient_fails_keeps_what_was_followed():

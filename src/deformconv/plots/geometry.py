@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from deformconv.ops.window import n_of
@@ -112,6 +113,8 @@ def survey(model: nn.Module, inputs: Inputs, rank: int) -> Survey:
     def until(stack: ExitStack, stop: BaseException, pictures: list[Tensor]) -> None:
         stack.enter_context(observe(model, watch))
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                continue
             stack.callback(module.register_forward_hook(_noting(name, follower, outputs)).remove)
         for picture in pictures:
             follower.put_image(picture, rank)
