@@ -15,7 +15,7 @@ from deformconv.plots.points import regular_points
 from deformconv.plots.stack import checked_group, checked_image, offsets_and_masks, sampled_map
 
 if TYPE_CHECKING:
-    from deformconv.plots.record import Call, Trace
+    from deformconv.plots.recording import Call, Trace
 
 __all__ = ["LayerOffsets", "OffsetField", "OffsetStatistics", "offset_field", "offset_statistics"]
 

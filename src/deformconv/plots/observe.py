@@ -128,9 +128,10 @@ def observe(model: nn.Module, watch: Callable[[Event], None]) -> Observation:
     surgery.check_model(model)
     ends: list[Callable[[], None]] = []
     is_seen = seen_from_here()
+    handle = Observation(ends)
 
     def seen(event: Event) -> None:
-        if is_seen():
+        if ends and is_seen():  # a copy of a layer has its hooks, and keeps them after the end
             watch(event)
 
     for name, module in deformable_layers(model).items():
@@ -138,13 +139,23 @@ def observe(model: nn.Module, watch: Callable[[Event], None]) -> Observation:
             ends.append(_observe_ours(name, module, seen))
         else:
             ends += _observe_theirs(name, module, seen)
-    return Observation(ends)
+    return handle
+
+
+class _Observers(dict[int, Callable[[Tensor, Tensor, Tensor | None, Tensor], None]]):
+    """Who looks at one layer. A copy of the layer, or one that is loaded from a file, is looked at by nobody."""
+
+    def __deepcopy__(self, memory: Any) -> _Observers:
+        return _Observers()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()
 
 
 def _observe_ours(name: str, layer: _DeformConvNd, watch: Callable[[Event], None]) -> Callable[[], None]:
     observers = layer._observers
     if observers is None:
-        observers = layer._observers = {}
+        observers = layer._observers = _Observers()
     number = next(_numbers)
     observers[number] = lambda input, offset, mask, output: watch(Event(name, layer, input, offset, mask, output))
 

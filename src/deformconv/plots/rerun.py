@@ -15,7 +15,7 @@ from deformconv.errors import ShapeError
 from deformconv.plots.inputs import Inputs
 from deformconv.plots.observe import Event, observe, unseen
 
-__all__ = ["Probe", "rerun", "undisturbed"]
+__all__ = ["Probe", "leads_to", "rerun", "undisturbed"]
 
 
 Until = Callable[[ExitStack, BaseException, list[Tensor]], None]
@@ -73,6 +73,20 @@ def rerun(model: nn.Module, inputs: Inputs, image: Tensor, which: int, until: Un
             reached.__traceback__ = None  # its frames hold the activations
 
 
+def leads_to(output: Tensor, image: Tensor) -> bool:
+    """Whether the graph leads from an output to an image that requires a gradient."""
+    left, seen = [output.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if node is image.grad_fn or getattr(node, "variable", None) is image:
+            return True
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+    return output is image
+
+
 class Probe:
     """A recorded model as a function from an image to what one layer computes.
 
@@ -83,19 +97,25 @@ class Probe:
         image: which image of the recorded batch.
 
     Raises:
-        ValueError: nothing was recorded, the model has no such module or the batch no such image.
+        ValueError: nothing was recorded, the model has no such module, the batch no such image, or `index` is negative.
     """
 
     def __init__(self, trace: Any, layer: str, index: int = 0, image: int = 0) -> None:
         self._model: nn.Module = trace.model
         self._inputs: Inputs = trace.inputs
         self.layer, self.index, self._which = layer, index, image
+        if index < 0:
+            raise ValueError(f"`index` is {index}; expected the number of a call, from 0.")
         modules = dict(self._model.named_modules())
         if layer not in modules:
             raise ValueError(
                 f"the model has no layer {layer!r}; its deformable layers are {', '.join(map(repr, trace.layers))}."
             )
         self._module = modules[layer]
+        if isinstance(self._module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"layer {layer!r} is a script of torch.jit, which cannot be looked into; expected a Python module."
+            )
         self.image: Tensor = self._inputs.picture(image)  # (1, C, *S)
 
     def features(self, image: Tensor, watch: Callable[[Event], None] | None = None) -> Tensor:
@@ -146,7 +166,7 @@ class Probe:
                 f"layer {self.layer!r} returns a {type(output).__name__}; expected a layer that returns one tensor (N, C, *O), "
                 "as one of its parts may."
             )
-        if image.requires_grad and not output.requires_grad:
+        if image.requires_grad and not leads_to(output, image):
             raise ValueError(
                 f"layer {self.layer!r} has no gradient with respect to the image: on the way there the model runs under "
                 "torch.no_grad() or torch.inference_mode(), detaches a tensor, or leaves PyTorch. Expected a model that is "

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from deformconv.ops.window import count, n_of
 
 if TYPE_CHECKING:
-    from deformconv.plots.record import Call, Trace
+    from deformconv.plots.recording import Call, Trace
 
 __all__ = ["UnitPoints", "checked_group", "checked_image", "offsets_and_masks", "sampled_map", "unit_points"]
 

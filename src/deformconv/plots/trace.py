@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deformconv.plots.geometry import Geometry, Survey, of_output, survey, through_window
+from deformconv.ops.window import n_of
+from deformconv.plots.geometry import Geometry, Survey, of_input, of_output, survey, through_window
 from deformconv.plots.inputs import Inputs
 from deformconv.plots.observe import Event
 
@@ -69,6 +70,20 @@ class Trace:
     Attributes:
         calls: every Call, in order.
         model: the model.
+
+    Example:
+        >>> import torch
+        >>> from deformconv.plots import record
+        >>> from deformconv.torch import DeformConv2d
+        >>> net = torch.nn.Sequential(torch.nn.MaxPool2d(2), DeformConv2d(3, 8, 3, stride=2, padding=1))
+        >>> with record(net) as trace:
+        ...     y = net(torch.rand(1, 3, 32, 48))
+        >>> trace
+        Trace of 1 forward pass, 1 call
+        layer  call  input  output  kernel  groups  largest offset  mean mask
+        1      0     16x24  8x12    3x3     1       0 px            1.000
+        >>> trace.output_geometry("1").to_image((0, 0)).tolist(), trace.unit("1", at=(9, 20))
+        ([0.5, 0.5], (2, 5))
     """
 
     def __init__(self, model: nn.Module, kinds: dict[str, str]) -> None:
@@ -78,7 +93,6 @@ class Trace:
         self._lock = threading.Lock()
         self._passes = 0
         self._current = threading.local()
-        self._counts: dict[tuple[int, int, str], int] = {}
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -109,7 +123,7 @@ class Trace:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         passes = 1 + max(call.forward for call in self.calls)
-        return "\n".join([f"Trace of {passes} forward pass{'es' * (passes > 1)}, {len(self)} calls", *lines])
+        return "\n".join([f"Trace of {passes} forward pass{'es' * (passes > 1)}, {n_of(len(self), 'call')}", *lines])
 
     @property
     def layers(self) -> list[str]:
@@ -144,15 +158,7 @@ class Trace:
         It is found at the first question, for all layers, by another forward pass in evaluation mode.
         """
         self[layer, index]
-        found = self._surveyed().inputs.get((layer, index))
-        if found is None:
-            raise ValueError(
-                f"layer {layer!r} has no call {index} in a forward pass in evaluation mode, from which geometries are found; "
-                "expected a model that was recorded in it, after model.eval()."
-            )
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
+        return of_input(self._surveyed(), layer, index)
 
     def output_geometry(self, layer: str, index: int = 0) -> Geometry:
         """Where the units of a layer's output lie in the image; any module that gives one tensor (N, C, *O) is a layer here."""
@@ -184,22 +190,25 @@ class Trace:
         Raises:
             ValueError: there is no such layer, the position is outside the image, the unit outside the map, or both are passed.
         """
-        D, size = self._first().D, self.output_size(layer, index)
-        for name, value in (("at", at), ("unit", unit)):
-            if value is not None and len(value) != D:
-                order = ("x", "y, x", "z, y, x")[D - 1]
-                raise ValueError(f"`{name}` is {tuple(value)}; expected {D} numbers, ({order}).")
+        size = self.output_size(layer, index)
         if at is not None and unit is not None:
             raise ValueError("`at` and `unit` were both passed; expected one of them, or none for the image's middle.")
         if unit is not None:
-            if any(not 0 <= cell < n for cell, n in zip(unit, size, strict=True)):
-                raise ValueError(f"`unit` is {tuple(unit)}; layer {layer!r} has an output of {_by(size)} units, from 0.")
-            return tuple(int(cell) for cell in unit)
+            cell = _numbers("unit", unit, len(size))
+            if any(number != int(number) for number in cell):
+                raise ValueError(f"`unit` is {_shown(unit)}; expected whole numbers, the cell's. `at` takes image pixels.")
+            if any(not 0 <= number < n for number, n in zip(cell, size, strict=True)):
+                raise ValueError(f"`unit` is {_shown(unit)}; layer {layer!r} has an output of {_by(size)} units, from 0.")
+            return tuple(int(number) for number in cell)
         if at is None:
-            at = [(n - 1) / 2 for n in self.size]
-        elif any(not -0.5 <= position <= n - 0.5 for position, n in zip(at, self.size, strict=True)):
-            raise ValueError(f"`at` is {tuple(at)}, outside the image of {_by(self.size)} pixels; its first pixel is at 0.")
-        cells = np.floor(self.output_geometry(layer, index).to_cells(at) + 0.5)
+            position = [(n - 1) / 2 for n in self.size]
+        else:
+            position = _numbers("at", at, len(size))
+            if any(not -0.5 <= pixel <= n - 0.5 for pixel, n in zip(position, self.size, strict=True)):
+                raise ValueError(
+                    f"`at` is {_shown(at)}, outside the image of {_by(self.size)} pixels; its first pixel is at 0."
+                )
+        cells = np.floor(self.output_geometry(layer, index).to_cells(position) + 0.5)
         return tuple(int(min(max(cell, 0), n - 1)) for cell, n in zip(cells, size, strict=True))
 
     def before(self, layer: str, index: int = 0) -> list[tuple[str, int]]:
@@ -239,8 +248,8 @@ class Trace:
         assert offset is not None
         with self._lock:
             forward = getattr(self._current, "number", max(self._passes - 1, 0))
-            key = threading.get_ident(), forward, event.name
-            index = self._counts[key] = self._counts.get(key, -1) + 1
+            counts = vars(self._current).setdefault("counts", {})  # this thread's
+            index = counts[forward, event.name] = counts.get((forward, event.name), -1) + 1
             self.calls.append(
                 Call(
                     event.name, index, forward, self._kinds[event.name],
@@ -253,3 +262,19 @@ class Trace:
 
 def _by(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes))
+
+
+def _numbers(name: str, value: Any, rank: int) -> list[float]:
+    """A position as that many numbers."""
+    try:
+        numbers = [float(number) for number in value]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != rank:
+        order = ("(x,)", "(y, x)", "(z, y, x)")[rank - 1] if name == "at" else ("(x,)", "(row, column)", "(z, y, x)")[rank - 1]
+        raise ValueError(f"`{name}` is {_shown(value)}; expected {rank} numbers, {order}.")
+    return numbers
+
+
+def _shown(value: Any) -> str:
+    return str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
