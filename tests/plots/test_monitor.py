@@ -420,6 +420,15 @@ def test_numbers_are_written_a_tenth_of_a_second_apart(monkeypatch):
     assert len(written) == 6
 
 
+def test_a_writer_that_wants_steps_in_order_gets_each_at_once(monkeypatch):
+    monkeypatch.setattr(module, "monotonic", lambda: 50.0)
+    model, run = net(), Recorder("log")
+    with OffsetMonitor(model, run):
+        for step in range(3):
+            train(model)
+            assert run.calls[-1][1] == {"step": step}
+
+
 def test_what_has_not_arrived_from_a_device_is_waited_for_at_the_end_alone(monkeypatch):
     monkeypatch.setattr(module, "PAUSE", 0.0)
     send, events = module._send, []
