@@ -252,7 +252,7 @@ def _share(points: npt.NDArray[np.float64], labels: Labels) -> float:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--steps", type=click.IntRange(2), default=4000, help="How long to train.")
+@click.option("--steps", type=click.IntRange(2), default=2000, help="How long to train.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the net and of the scenes.")
 @click.option("--plain", is_flag=True, help="Hold the offsets at zero, for comparison, and write nothing.")
 @click.option(
