@@ -154,8 +154,15 @@ class _Seen(NamedTuple):
 def _seen(event: Event, before: Sequence[_Seen]) -> _Seen:
     input, offset = event.input.detach().clone(), event.offset.detach().clone()
     mask = None if event.mask is None else event.mask.detach().clone()
-    edge = get_gradient_edge(event.output) if event.output.requires_grad else None
+    edge = get_gradient_edge(_whole(event.output)) if event.output.requires_grad else None
     return _Seen(event.name, sum(call.name == event.name for call in before), event.layer, input, offset, mask, edge)
+
+
+def _whole(output: Tensor) -> Tensor:
+    """The tensor that an output is a view of, as that of one image is: changed in place, a view is no longer on the way."""
+    base: Any = output._base
+    same = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return base if same and base.requires_grad else output
 
 
 def _chosen(response: Tensor, calls: Sequence[_Seen], layer: str, of: str | None) -> _Seen:
