@@ -11,7 +11,7 @@ from torch import nn
 from deformconv.plots import locations
 from deformconv.plots.locations import sampling_locations
 from deformconv.plots.points import regular_points, sampling_points
-from deformconv.plots.record import record
+from deformconv.plots.recording import record
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d
 
 LAYERS = {1: (DeformConv1d, nn.Conv1d), 2: (DeformConv2d, nn.Conv2d), 3: (DeformConv3d, nn.Conv3d)}

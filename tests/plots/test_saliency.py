@@ -14,7 +14,7 @@ from torch import nn
 from deformconv.plots import saliency
 from deformconv.plots.masking import cell_sizes, smallest_region
 from deformconv.plots.receptive import receptive_field
-from deformconv.plots.record import record
+from deformconv.plots.recording import record
 from deformconv.plots.saliency import saliency_region
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d
 
