@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from deformconv.cli.main import main
@@ -33,6 +34,15 @@ def plain():
 def small():
     return nn.Sequential(DeformConv2d(3, 2, 3, padding=1), nn.Flatten(), nn.Linear(7, 2))
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Several threads would wait for one another for longer than such small nets take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -133,3 +143,23 @@ def test_what_cannot_be_looked_at_is_said_in_a_sentence(here, arguments, message
     assert message in " ".join(captured.err.split()) and "Traceback" not in captured.err
     assert not captured.out
     assert not list(here.glob("*look.html*")) and not list(here.glob("*x.*"))
+
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "looking.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^deformconv look (.*)$", GUIDE, re.M)
+
+
+def test_every_picture_of_the_guide_is_made_by_a_command_in_it():
+    pictures = re.findall(r"\]\((images/look_\w+\.\w+)\)", GUIDE)
+    made = [command.split("--out docs/")[1].split()[0] for command in COMMANDS if "--out docs/" in command]
+    assert len(pictures) >= 5 and sorted(pictures) == sorted(made)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "--model" not in command])
+def test_a_command_of_the_guide_runs(here, command, capsys):
+    data = pytest.importorskip("skimage.data")
+    name = command.split()[0]
+    Image.fromarray(getattr(data, Path(name).stem)()).save(name)
+    assert main(["look", *command.split(), "--size", "48", "--fields", "1"]) == 0
+    written = Path(capsys.readouterr().out.split("Written: ")[1].strip())
+    assert written.is_file() and written.stat().st_size > 1000
