@@ -146,8 +146,7 @@ def offset_field(trace: Trace, layer: str, *, image: int = 0, offset_group: int 
 
     Example:
         >>> import torch
-        >>> from deformconv.plots import offset_field
-        >>> from deformconv.plots import record
+        >>> from deformconv.plots import offset_field, record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), DeformConv2d(8, 8, 3, padding=1))
         >>> _ = torch.nn.init.constant_(net[1].offset_conv.bias[1:18:2], 1.5)  # of a fresh layer: every dx
@@ -192,8 +191,7 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
 
     Example:
         >>> import torch
-        >>> from deformconv.plots import offset_statistics
-        >>> from deformconv.plots import record
+        >>> from deformconv.plots import offset_statistics, record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), DeformConv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:
