@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from deformconv.plots import saliency
+from deformconv.plots import progress, saliency
 from deformconv.plots.masking import cell_sizes, smallest_region
 from deformconv.plots.receptive import receptive_field
 from deformconv.plots.recording import record
@@ -252,7 +252,7 @@ def test_a_bar_on_a_terminal_alone(case, monkeypatch):
     stream = io.StringIO() if case == "pipe" else Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     if case == "no rich":
-        monkeypatch.setattr(saliency, "find_spec", lambda name: None)
+        monkeypatch.setattr(progress, "find_spec", lambda name: None)
     found = saliency_region(trace, "5", max_passes=20, progress=case != "not wanted")
     assert found.passes == 20
     written = stream.getvalue()
