@@ -40,7 +40,7 @@ class OffsetMonitor:
 
     - `mean_height`, `mean_width`: the mean offset along each axis;
     - `deviation`: root mean square distance of the offsets from their mean;
-    - `largest`: the largest |offset| along any axis, which `max_offset` bounds;
+    - `largest`: the largest absolute offset along any axis, which `max_offset` bounds;
     - `outside`: the share of the samples that read nothing of the map, from 0 to 1; some do so without offsets, in the padding;
     - `mask`: the mean of the masks, of layers that have some.
 
