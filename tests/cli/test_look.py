@@ -111,9 +111,11 @@ def test_a_model_of_grey_pictures_gets_grey(here, capsys):
     [
         (["nowhere.jpg"], "nowhere.jpg"),
         (["look_nets.py"], "look_nets.py"),
+        (["."], "`image` is '.', which is a folder; expected the path of one picture"),
         (["broken.png"], "broken.png"),
         (["bomb.png"], "bomb.png"),
         (["photo.png", "--layer", "9"], "the model has no layer '9'; its deformable layers are '1', '2'"),
+        (["photo.png", "--layer", "0"], "no deformable layer '0' was recorded; the layers that were called are '1', '2'"),
         (["photo.png", "--at", "31,3"], "31 pixels down are outside the photograph, which has 30"),
         (["photo.png", "--at", "3,-2"], "-2 pixels to the right are outside the photograph, which has 40"),
         (["photo.png", "--at", "3"], "'3' is not two numbers; expected Y,X"),

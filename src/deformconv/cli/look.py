@@ -68,7 +68,7 @@ def _said() -> Iterator[None]:
     """Errors that are sentences for the user end the command with them."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
         raise click.ClickException(str(error)) from None
 
 
