@@ -46,14 +46,25 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this process cannot run: kernels are interpreted in a process of their own, and GPUs are rare."""
+    """Skip what cannot run here: kernels are interpreted in a process of their own; a GPU or a browser may be missing."""
     if item.get_closest_marker("interpreter") is not None:
         if not INTERPRETED:
             pytest.skip("`make run-interpreter` runs them, with TRITON_INTERPRET=1")
     elif INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 is set, and these are not about interpreted kernels")
-    elif item.get_closest_marker("cuda") is not None and (reason := _without_gpu()):
-        pytest.skip(reason)
+    for mark, why_not in (("cuda", _without_gpu), ("browser", _without_browser)):
+        if item.get_closest_marker(mark) is not None and (reason := why_not()):
+            pytest.skip(reason)
+
+
+@cache
+def _without_browser() -> str:
+    """Why no browser can be driven here; nothing if one can."""
+    from tests.browser import executable
+
+    if find_spec("playwright") is None:
+        return "Playwright is not installed: pip install playwright"
+    return "" if executable() else "there is no chromium or Chrome on the path: apt-get install chromium"
 
 
 @cache
@@ -67,10 +78,15 @@ def _without_gpu() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say how many tests wait for a GPU: nothing else has tried the compiled kernels."""
-    skipped = sum("cuda" in getattr(report, "keywords", ()) for report in terminalreporter.stats.get("skipped", []))
-    if skipped:
-        terminalreporter.write_line(f"{skipped} GPU tests were skipped. Where there is a GPU, `make test-gpu` runs them.")
+    """Say how many tests wait for a GPU, and how many for a browser: nothing else has tried what they try."""
+    reports = terminalreporter.stats.get("skipped", [])
+    skipped = {mark: sum(mark in getattr(report, "keywords", ()) for report in reports) for mark in ("cuda", "browser")}
+    if skipped["cuda"]:
+        terminalreporter.write_line(
+            f"{skipped['cuda']} GPU tests were skipped. Where there is a GPU, `make test-gpu` runs them."
+        )
+    if skipped["browser"]:
+        terminalreporter.write_line(f"{skipped['browser']} tests in a browser were skipped: {_without_browser()}.")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,8 @@
 
 `deform_conv` and `deform_roi_pool` take NumPy arrays and PyTorch tensors; `deformconv.torch` and `deformconv.gluon` have the
 layers, `deformconv.vision` what makes a net that you have deformable, `deformconv.convert` what takes weights and layers from
-elsewhere, `deformconv.plots` the pictures. These rooms, frameworks and compiled kernels are loaded on first use.
+elsewhere, `deformconv.plots` what shows where a net looks, of which `look` makes a page. These rooms, frameworks and compiled
+kernels are loaded on first use.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from deformconv.errors import BackendError, ShapeError
 if TYPE_CHECKING:
     from deformconv.functional import deform_conv, deform_conv_backward, deform_roi_pool, deform_roi_pool_backward, explain
     from deformconv.ops.conv.spec import Gradients
+    from deformconv.plots.looking import look
     from deformconv.runtime.processors import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __all__ = [
     "deform_roi_pool_backward",
     "explain",
     "get_num_threads",
+    "look",
     "set_num_threads",
 ]
 
@@ -40,6 +43,7 @@ _WHERE = {
     "explain": "functional",
     "Gradients": "ops.conv.spec",
     "get_num_threads": "runtime.processors",
+    "look": "plots.looking",
     "set_num_threads": "runtime.processors",
 }
 # Not in dir(): completing a name must not load a framework.

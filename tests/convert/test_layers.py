@@ -19,6 +19,7 @@ from torch import nn  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
 
 from deformconv.convert import layers, replace_layers  # noqa: E402
+from deformconv.convert.layers import as_ours, predictor_of  # noqa: E402
 from deformconv.torch import DeformConv2d  # noqa: E402
 
 
@@ -177,6 +178,49 @@ def test_mmcv(name, monkeypatch):
     assert type(net[0]) is DeformConv2d
     assert net[0].weight is weight
     assert_close(net[0](*inputs).detach(), expected.detach(), "float64")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_of_ours_with_anothers_parameters_leaves_that_as_it_was(packed, monkeypatch):
+    """For who looks at layers: `as_ours` replaces none."""
+    name = f"ModulatedDeformConv2d{'Pack' * packed}"
+    kind = type(name, (_Mmcv,), {"modulated": True, "packed": packed, "__module__": "mmcv.ops.modulated_deform_conv"})
+    monkeypatch.setitem(sys.modules, "mmcv.ops.modulated_deform_conv", types.ModuleType("mmcv.ops.modulated_deform_conv"))
+    theirs = kind(4, 6, 3, padding=1, deform_groups=2)
+    seen = []
+    for module in theirs.modules():
+        of_all_hooks(module, seen)
+    parts = dict(theirs.named_modules())
+    before = {path: {key: copy.copy(value) for key, value in vars(module).items()} for path, module in parts.items()}
+    ours = as_ours(theirs)
+    assert type(ours) is DeformConv2d
+    assert ours.weight is theirs.weight
+    assert predictor_of(theirs) is getattr(theirs, "conv_offset", None)
+    assert not packed or ours.offset_conv.weight is theirs.conv_offset.weight
+    assert {path: vars(module).keys() for path, module in theirs.named_modules()} == {p: b.keys() for p, b in before.items()}
+    theirs.load_state_dict(theirs.state_dict())
+    assert {kind for what, kind in (each for each in seen if isinstance(each, tuple))} == {
+        type(part) for part in parts.values()
+    }
+    x, offset, mask = torch.rand(2, 4, 7, 8), torch.randn(2, 36, 7, 8), torch.rand(2, 18, 7, 8)
+    assert_close(
+        ours(x, offset, mask).detach(),
+        torchvision.ops.deform_conv2d(x, offset, theirs.weight, theirs.bias, padding=1, mask=mask).detach(),
+        "float32",
+    )
+
+
+def test_as_ours_takes_subclasses_and_computed_weights_and_nothing_else():
+    class Subclass(torchvision.ops.DeformConv2d):
+        pass
+
+    assert as_ours(nn.Conv2d(3, 3, 3)) is None
+    assert as_ours(DeformConv2d(3, 3, 3)) is None
+    assert predictor_of(nn.Conv2d(3, 3, 3)) is None
+    layer = torch.nn.utils.parametrizations.weight_norm(Subclass(3, 4, 3, stride=2))
+    ours = as_ours(layer)
+    assert torch.equal(ours.weight, layer.weight)
+    assert ours.stride == (2, 2)
 
 
 def of_all_hooks(module, seen):

@@ -345,5 +345,5 @@ def test_an_observed_layer_can_be_saved_and_compiled(tmp_path):
 
 
 def test_what_is_no_module_is_refused():
-    with pytest.raises(TypeError, match="`model` is a builtins.list; expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"`model` is a builtins.list; expected a torch\.nn\.Module"):
         observe([DeformConv2d(4, 4, 3)], print)

@@ -13,7 +13,7 @@ from torch import nn
 from deformconv.plots import receptive
 from deformconv.plots.gradients import sums_of
 from deformconv.plots.receptive import averaged, centroid_of, radius_of, receptive_field
-from deformconv.plots.record import record
+from deformconv.plots.recording import record
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d
 
 LAYERS = {1: (DeformConv1d, nn.Conv1d), 2: (DeformConv2d, nn.Conv2d), 3: (DeformConv3d, nn.Conv3d)}

@@ -13,7 +13,7 @@ from tests.plots.test_observe import randomised  # noqa: E402
 from torch import nn  # noqa: E402
 
 from deformconv.errors import ShapeError  # noqa: E402
-from deformconv.plots.record import record  # noqa: E402
+from deformconv.plots.recording import record  # noqa: E402
 from deformconv.plots.rerun import Probe, undisturbed  # noqa: E402
 from deformconv.torch import DeformConv2d  # noqa: E402
 
@@ -52,6 +52,7 @@ def recorded(net, *args, **kwargs):
 
 
 IMAGES = torch.rand(2, 3, 16, 20, generator=torch.Generator().manual_seed(3))
+DIFFERENTIABLE = IMAGES.clone().requires_grad_()
 
 
 def test_features_are_what_the_layer_computes_and_the_pass_ends_there(net):
@@ -204,7 +205,7 @@ def test_one_image_without_a_batch_axis():
     image = probe.image.requires_grad_()
     assert image.shape == (1, 3, 16, 20)
     torch.testing.assert_close(probe.features(image), net(IMAGES[0]))
-    with pytest.raises(ValueError, match="`image` has 2 pictures; .* without a batch axis: expected 1"):
+    with pytest.raises(ValueError, match=r"`image` has 2 pictures; .* without a batch axis: expected 1"):
         probe.features(IMAGES)
 
 
@@ -245,7 +246,7 @@ def without_gradients(stem, x):
             "layer '' returns a dict; expected a layer that returns one tensor",
         ),
         (
-            lambda: Partly(without_gradients), lambda t: Probe(t, "layer").features(IMAGES.clone().requires_grad_()), ValueError,
+            lambda: Partly(without_gradients), lambda t: Probe(t, "layer").features(DIFFERENTIABLE), ValueError,
             "layer 'layer' has no gradient with respect to the image: .* under torch.no_grad",
         ),
     ],

@@ -19,8 +19,8 @@ from deformconv.bench.measure import Pace, Progress, speed
 from deformconv.bench.nets import NETS, QUICK_NETS, DeformconvNet
 from deformconv.bench.peers import DIRECTIONS, PEERS, missing
 from deformconv.bench.reports import REPORTS, Plan, Report
+from deformconv.files import whole_file
 from deformconv.installation import command
-from deformconv.studies.files import whole_file
 
 __all__ = ["Options", "run"]
 

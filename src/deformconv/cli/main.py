@@ -27,6 +27,7 @@ def deformconv() -> None:
 
     \b
     To see it work:           deformconv demo
+    Where a net looks:        deformconv look photo.jpg
     When something is wrong:  deformconv doctor
     In a container's build:   deformconv warmup
     How fast it is here:      deformconv bench
@@ -83,6 +84,75 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
     from deformconv.studies.demo import run
 
     return run(output, fast=fast, seeds=seeds or (1 if fast else 3), first_seed=seed)
+
+
+class _Position(click.ParamType):
+    """Y,X: two numbers."""
+
+    name = "Y,X"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            y, x = map(float, value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not two numbers; expected Y,X, pixels from the top and from the left, as in 120,200")
+        return y, x
+
+
+@deformconv.command()
+@click.argument("photo", type=click.Path(path_type=Path))
+@click.option("--model", metavar="MODEL", help="module:function, or a file of weights; see above.  [default: a net of our own]")
+@click.option("--weights", type=click.Path(path_type=Path), help="A file of weights for the model of module:function.")
+@click.option("--layer", metavar="NAME", help="The layer that is shown first.  [default: the last deformable one]")
+@click.option("--at", type=_Position(), help="The position that is shown first, in pixels of PHOTO.  [default: the middle]")
+@click.option(
+    "--view",
+    type=click.Choice(["points", "erf", "locations", "saliency", "flow"]),
+    help="What a picture shows.  [default: an overview; .gif: points]",
+)
+@click.option("--depth", type=click.IntRange(1, 3), help="Through how many deformable layers points go.  [default: up to 3]")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), default="look.html", show_default=True,
+    help="A page (.html), a picture (.png, .svg), or the offsets as they grow (.gif).",
+)  # fmt: skip
+@click.option(
+    "--size", type=click.IntRange(16), default=512, show_default=True,
+    help="PHOTO is made smaller, for its longer side to have at most so many pixels.",
+)  # fmt: skip
+@click.option(
+    "--fields", type=click.IntRange(0), metavar="N",
+    help="Receptive fields of each layer in a page, at most: each takes four backward passes.  [default: 100 passes in all]",
+)  # fmt: skip
+@click.option("--imagenet", is_flag=True, help="Normalise the colours as ImageNet's models have them.")
+def look(photo: Path, **options: Any) -> int:
+    """Show where a net looks in a photograph.
+
+    Writes a page that works without a network: choose a layer and a position,
+    and see where it samples, its receptive field, and its offsets.
+
+    \b
+    MODEL is one of
+      module:function  imports the module, from this folder too, and calls the
+                       function, which returns the model: this runs their code
+      FILE             weights that torch.save has written of a ResNet of
+                       torchvision made deformable, of the demo's net, or of
+                       this package's; no code in the file is run
+
+    \b
+    VIEW is one of
+      points     where the layer, and up to two deformable ones before it,
+                 sample for a position of their output
+      erf        the effective receptive field: which pixels move the output
+      locations  how much each of the layer's samples moves the output
+      saliency   the smallest region that gives the same output
+      flow       the offsets of the whole layer
+    """
+    _need("`deformconv look`", "look", "torch", "matplotlib", "rich")
+    from deformconv.cli.look import run
+
+    return run(photo, **options)
 
 
 @deformconv.command("demo-gluon")

@@ -1,4 +1,4 @@
-"""Sampling points drawn over an image. The caller brings the axes, so nothing here imports matplotlib."""
+"""The sampling points of some output positions, drawn over an image."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deformconv.errors import ShapeError
+from deformconv.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,13 +31,13 @@ def draw_sampling_points(
     margin: float = 0.0,
     size: float = 26.0,
     mask_limit: float = 2.0,
-    **style: Any,
+    **looks: Any,
 ) -> PathCollection:
     """Draw the sampling points of some output positions over an image; colour and area show the mask.
 
     Args:
         axes: matplotlib axes.
-        image: (H, W) or (H, W, 3), what to draw over.
+        image: what to draw over, in any form that `picture` takes.
         points: (K, 2, *O), one image's and one offset group's part of `sampling_points`, input pixels.
         mask: (K, *O), or None for v1.
         at: output positions (row, column).
@@ -46,10 +47,22 @@ def draw_sampling_points(
         margin: image pixels to show around the image, for the points that fall outside.
         size: area of a point whose mask is 1, in square typographic points.
         mask_limit: the mask's largest value (mask_scale), the end of the colours.
-        **style: handed to `axes.scatter`.
+        **looks: handed to `axes.scatter`.
 
     Returns:
         The drawn points, from which `figure.colorbar` makes a legend.
+
+    Raises:
+        ShapeError: `points` or `mask` is not as above, or the picture's shape is none of a picture.
+
+    Example:
+        >>> import numpy as np
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_sampling_points, sampling_points
+        >>> points = sampling_points(np.zeros((1, 18, 32, 48)), 3, padding=1)[0, 0]
+        >>> drawn = draw_sampling_points(Figure().add_subplot(), np.zeros((32, 48)), points, at=[(16, 10)])
+        >>> drawn.get_offsets().tolist()[:2]  # x before y, as matplotlib has it
+        [[9.0, 15.0], [10.0, 15.0]]
     """
     points = np.asarray(points, np.float64)
     if points.ndim != 4 or points.shape[1] != 2:
@@ -65,25 +78,18 @@ def draw_sampling_points(
     rows, columns = np.transpose(np.asarray(at, np.intp).reshape(-1, 2))
     chosen = points[:, :, rows, columns] * pixel + origin  # (K, 2, positions)
     amount = np.ones(chosen[:, 0].shape) if mask is None else np.asarray(mask)[:, rows, columns]
-    image = np.asarray(image)
-    # Grey images are drawn pale, for the points to stand out.
-    axes.imshow(image, cmap="gray_r", vmin=0, vmax=2.2 * float(image.max()) or 1)  # colours ignore these
+    shape = style.show(axes, image)
+    at_points = np.moveaxis(chosen, 1, 2).reshape(-1, 2)
     if regular is not None:
         window = np.asarray(regular)[:, :, rows, columns] * pixel + origin
         middle = window.mean(axis=0)  # (2, positions)
-        y, x = np.moveaxis(np.stack(np.broadcast_arrays(middle, chosen)), 2, 0).reshape(2, 2, -1)
-        axes.plot(x, y, color="0.35", linewidth=0.6, zorder=2)
-        axes.scatter(window[:, 1], window[:, 0], s=size / 4, color="0.45", marker="+", linewidths=0.6)
-        axes.scatter(middle[1], middle[0], s=size, color="black", marker="x", linewidths=1.4, zorder=4)
-    looks = {"cmap": "viridis", "vmin": 0, "vmax": mask_limit, "edgecolors": "black", "linewidths": 0.5}
-    drawn = axes.scatter(chosen[:, 1], chosen[:, 0], s=size * np.abs(amount), c=amount, zorder=3, **{**looks, **style})
-    height, width = image.shape[:2]
-    right, bottom = width - 0.5, height - 0.5
+        style.rays(axes, np.tile(middle.T, (len(chosen), 1)), at_points, 0.6)
+        style.mark(axes, "regular", np.moveaxis(window, 1, 2), size**0.5 / 1.5)
+        style.mark(axes, "unit", middle.T, 1.3 * size**0.5)
+    colours = {"c": amount.ravel(), "cmap": style.AMOUNT, "vmin": 0, "vmax": mask_limit}
+    drawn = style.dots(axes, at_points, size * np.abs(amount).ravel(), **{**colours, **looks})
     if margin:
-        # The image's own edge takes the place of the axes' frame.
-        x, y = np.array([[-0.5, right, right, -0.5, -0.5], [-0.5, -0.5, bottom, bottom, -0.5]])
-        axes.plot(x, y, color="0.6", linewidth=0.8)
-        axes.spines[:].set_visible(False)
-    axes.set(xlim=(-0.5 - margin, right + margin), ylim=(bottom + margin, -0.5 - margin))
-    axes.set(xticks=[], yticks=[])
+        style.frame(axes, shape)
+    height, width = shape
+    axes.set(xlim=(-0.5 - margin, width - 0.5 + margin), ylim=(height - 0.5 + margin, -0.5 - margin))
     return drawn

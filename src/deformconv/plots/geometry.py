@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
+from deformconv.ops.window import n_of
 from deformconv.plots.centroid import centroid, fitted
 from deformconv.plots.graph import Follower
 from deformconv.plots.inputs import Inputs
@@ -23,7 +25,7 @@ from deformconv.plots.observe import Event, observe
 from deformconv.plots.places import Along, Place, windowed
 from deformconv.plots.rerun import Probe, leads_to, rerun, undisturbed
 
-__all__ = ["Geometry", "Survey", "of_output", "survey", "through_window"]
+__all__ = ["Geometry", "Survey", "of_input", "of_output", "survey", "through_window"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,17 @@ class Geometry:
     """Where the cells of a map lie in the image: cell i at `origin + step*i` image pixels, on each axis.
 
     Attributes:
-        origin, step: one number for each axis, image pixels.
+        origin, step: one number for each axis, image pixels; axes go depth, height, width.
         source: "graph" if the operations between the image and the map were followed, "gradient" if the gradient's centroid
             was taken, since one of them is not known.
         difference: how far the gradient's centroid lies from where "graph" says, image pixels, the largest of the axes; None
             where it was not measured.
+
+    Example:
+        >>> from deformconv.plots import Geometry
+        >>> geometry = Geometry(origin=(0.5, 0.5), step=(2.0, 2.0), source="graph")    # after a pooling of 2 x 2
+        >>> geometry.to_image([[0, 0], [3, 10]]).tolist()
+        [[0.5, 0.5], [6.5, 20.5]]
     """
 
     origin: tuple[float, ...]
@@ -105,6 +113,8 @@ def survey(model: nn.Module, inputs: Inputs, rank: int) -> Survey:
     def until(stack: ExitStack, stop: BaseException, pictures: list[Tensor]) -> None:
         stack.enter_context(observe(model, watch))
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                continue
             stack.callback(module.register_forward_hook(_noting(name, follower, outputs)).remove)
         for picture in pictures:
             follower.put_image(picture, rank)
@@ -140,25 +150,24 @@ def _geometries(seen: dict[Key, _Seen], image: Tensor, rank: int) -> dict[Key, G
     kept: dict[Any, Geometry | str] = {}  # layers in the same place are measured once
     for key, call in reversed(seen.items()):
         along = None if call.place is None else call.place.spatial(rank)
-        same = key if along is None or call.place is None else (tuple(along), call.place.doubt)
+        same = key if along is None or call.place is None else (tuple(along), call.place.doubt, len(call.input))
         if same not in kept:
-            kept[same] = _geometry(key[0], call, along, image, rank, seen)
+            kept[same] = _geometry(key[0], call, image, rank, seen)
         found[key] = kept[same]
     return found
 
 
-def _geometry(
-    name: str, call: _Seen, along: list[Along] | None, image: Tensor, rank: int, seen: dict[Key, _Seen]
-) -> Geometry | str:
-    if call.input.ndim != rank + 2:
-        return f"layer {name!r} has {call.rank} spatial axes and the image {rank}: its maps have no place in the image."
+def _geometry(name: str, call: _Seen, image: Tensor, rank: int, seen: dict[Key, _Seen]) -> Geometry | str:
+    """The geometry of a call's input map, or why there is none."""
+    if call.rank != rank:
+        return f"it has {n_of(call.rank, 'spatial axis')} and the image {rank}."
     if len(call.input) != 1:
-        return (
-            f"layer {name!r} gets {len(call.input)} maps for one image, as layers that work on regions do: they have no common "
-            "place in the image."
-        )
+        return f"it gets {len(call.input)} maps for one image, as layers that work on regions do, which have no common place."
+    along = _axes(call.place, rank)
+    if isinstance(along, str):
+        return along
     if along is None or call.place is None or call.place.doubt:
-        return _measured(name, call.input, image, along)
+        return _measured(call.input, image, along)
     geometry = Geometry(tuple(float(a.origin) for a in along), tuple(float(a.step) for a in along), "graph")
     try:
         spot = centroid(call.input, image) if leads_to(call.input, image) else None
@@ -168,7 +177,7 @@ def _geometry(
         return geometry
     expected = geometry.to_image([(size - 1) / 2 for size in call.input.shape[2:]])
     apart = np.abs(expected - spot.middle)
-    drift = sum(seen[source].drift for source in call.sources) + call.drift
+    drift = sum(seen[source].drift for source in call.sources)
     allowed = (1 + drift) * np.abs(geometry.step) + spot.radius / 2
     if (apart > allowed).any():
         warnings.warn(
@@ -183,9 +192,17 @@ def _text(position: Sequence[float] | npt.NDArray[np.float64]) -> str:
     return "(" + ", ".join(f"{x:.1f}" for x in position) + ")"
 
 
-def _measured(name: str, features: Tensor, image: Tensor, along: list[Along] | None) -> Geometry | str:
+def _axes(place: Place | None, rank: int) -> list[Along] | str | None:
+    """The axes of a map along the image's; None if nothing is known, and the reason if they are others."""
+    along = None if place is None else place.spatial(rank)
+    if place is not None and along is None and not place.doubt:
+        return "the last axes of its map are not the image's, in the image's order; expected (N, C) and then these."
+    return along
+
+
+def _measured(features: Tensor, image: Tensor, along: list[Along] | None) -> Geometry | str:
     """The geometry of a map (1, C, *O) by the gradient's centroid; the reason if there is none."""
-    reason = f"where layer {name!r} lies in the image could not be found: an operation before it could not be followed, and "
+    reason = "an operation before it could not be followed, and "
     if not leads_to(features, image):
         return (
             f"{reason}there is no gradient, since the model runs under torch.no_grad() or torch.inference_mode(), detaches a "
@@ -195,11 +212,26 @@ def _measured(name: str, features: Tensor, image: Tensor, along: list[Along] | N
         line = fitted(features, image, None if along is None else [abs(a.step) for a in along])
     except RuntimeError as error:  # PyTorch's, for a part of the model that has no derivative
         return f"{reason}the gradient with respect to the image could not be computed: {error}"
-    return (
-        Geometry(*line, "gradient")
-        if line is not None
-        else f"{reason}the gradient with respect to the image is 0 or not finite."
-    )
+    if line is None:
+        return f"{reason}the gradient with respect to the image is 0 or not finite."
+    return Geometry(*line, "gradient")
+
+
+def of_input(found: Survey, layer: str, index: int) -> Geometry:
+    """The geometry of a deformable layer's input in a survey."""
+    geometry = found.inputs.get((layer, index))
+    if geometry is None:
+        raise ValueError(
+            f"layer {layer!r} has no call {index} in a forward pass in evaluation mode, from which geometries are found; "
+            "expected a model that was recorded in it, after model.eval()."
+        )
+    return _found(layer, geometry)
+
+
+def _found(layer: str, geometry: Geometry | str) -> Geometry:
+    if isinstance(geometry, str):
+        raise ValueError(f"where layer {layer!r} lies in the image could not be found: {geometry}")
+    return geometry
 
 
 def of_output(trace: Any, found: Survey, layer: str, index: int) -> Geometry:
@@ -211,15 +243,15 @@ def of_output(trace: Any, found: Survey, layer: str, index: int) -> Geometry:
     if len(shape) not in (rank + 1, rank + 2):
         what = f"an output of shape {shape}" if shape else f"no call {index} that returns one tensor, in evaluation mode"
         raise ValueError(f"layer {layer!r} has {what}; expected one that returns a map, (N, C) and {rank} axes of cells.")
-    along = None if place is None else place.spatial(rank)
+    along = _axes(place, rank)
+    if isinstance(along, str):
+        return _found(layer, along)
     if along is not None and place is not None and not place.doubt:
         return Geometry(tuple(float(a.origin) for a in along), tuple(float(a.step) for a in along), "graph")
     if (layer, index) not in found.measured:
         probe = Probe(trace, layer, index)
         image = probe.image.requires_grad_()
         features = probe.features(image)
-        result = _measured(layer, features if features.ndim == rank + 2 else features[None], image, along)
-        if isinstance(result, str):
-            raise ValueError(result)
-        found.measured[layer, index] = result
+        geometry = _measured(features if features.ndim == rank + 2 else features[None], image, along)
+        found.measured[layer, index] = _found(layer, geometry)
     return found.measured[layer, index]

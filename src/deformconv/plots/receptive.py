@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from deformconv.plots.gradients import check_channels, check_finite, differentia
 from deformconv.plots.rerun import Probe
 from deformconv.plots.trace import Trace
 
-__all__ = ["THRESHOLD", "ReceptiveField", "receptive_field"]
+__all__ = ["THRESHOLD", "ReceptiveField", "each_receptive_field", "receptive_field"]
 
 THRESHOLD = 1 - 0.9545
 """Share of the maximum above which a pixel counts as part of the effective receptive field: two standard deviations' rest."""
@@ -94,8 +94,8 @@ def receptive_field(
 
     Example:
         >>> import torch
-        >>> from deformconv.plots.receptive import receptive_field
-        >>> from deformconv.plots.record import record
+        >>> from deformconv.plots import receptive_field
+        >>> from deformconv.plots import record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(DeformConv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:
@@ -107,22 +107,28 @@ def receptive_field(
     Papers: Luo et al. 2016, arXiv 1701.04128, where the field counts from 4.55 % (1 - 95.45 %) of its maximum on; as a view of
     deformable layers DCNv2, arXiv 1811.11168, section 2.1.
     """
-    channels = check_channels(channels)
     units = _units(trace, layer, at, unit, index)
+    found = list(each_receptive_field(trace, layer, units, channels=channels, image=image, index=index, seed=seed))
+    shifts = [np.rint(np.subtract(found[0].at, one.at)).astype(int) for one in found]
+    mean = averaged([one.field for one in found], shifts)
+    return replace(found[0], field=mean, radius=radius_of(mean), centroid=centroid_of(mean), units=tuple(units))
+
+
+def each_receptive_field(
+    trace: Trace, layer: str, units: Sequence[tuple[int, ...]], *, channels: int, image: int = 0, index: int = 0, seed: int = 0
+) -> Iterator[ReceptiveField]:
+    """The receptive fields of several units of a layer, one after the other, from one forward pass."""
+    channels = check_channels(channels)
     geometry = trace.output_geometry(layer, index)
-    middles = [geometry.to_image(cell) for cell in units]
     with differentiable():
-        probe = Probe(trace, layer, index, image)
-        picture = probe.image.requires_grad_()
+        picture = (probe := Probe(trace, layer, index, image)).image.requires_grad_()
         features = probe.features(picture)
-        fields = [_field(unit_response(features, cell), picture, channels, seed, keep=cell is not units[-1]) for cell in units]
-    for field, cell in zip(fields, units, strict=True):
-        check_finite(field, layer, cell)
-    shifts = [np.rint(middles[0] - middle).astype(int) for middle in middles]
-    mean = averaged(fields, shifts)
-    return ReceptiveField(
-        layer, units[0], tuple(map(float, middles[0])), mean, radius_of(mean), centroid_of(mean), tuple(units)
-    )
+    for unit in units:
+        with differentiable():  # and not while the caller has what is yielded
+            field = _field(unit_response(features, unit), picture, channels, seed, keep=unit is not units[-1])
+        check_finite(field, layer, unit)
+        at = tuple(map(float, geometry.to_image(unit)))
+        yield ReceptiveField(layer, unit, at, field, radius_of(field), centroid_of(field), (unit,))
 
 
 def _field(response: Tensor, picture: Tensor, channels: int, seed: int, *, keep: bool) -> Field:

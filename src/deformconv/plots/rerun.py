@@ -112,6 +112,10 @@ class Probe:
                 f"the model has no layer {layer!r}; its deformable layers are {', '.join(map(repr, trace.layers))}."
             )
         self._module = modules[layer]
+        if isinstance(self._module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"layer {layer!r} is a script of torch.jit, which cannot be looked into; expected a Python module."
+            )
         self.image: Tensor = self._inputs.picture(image)  # (1, C, *S)
 
     def features(self, image: Tensor, watch: Callable[[Event], None] | None = None) -> Tensor:

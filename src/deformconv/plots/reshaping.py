@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from deformconv.plots.operations import Operation, Rules, guessed
 from deformconv.plots.places import Along, Axis, Place, absorbed, each, merged, moved, viewed
 
@@ -114,11 +116,16 @@ def _joined(operation: Operation, place: Place, shape: tuple[int, ...], number: 
 def _reduced(operation: Operation, place: Place, shape: tuple[int, ...], number: int) -> Place | None:
     dims = operation.given.get("dim")
     gone = {dim % len(place.axes) for dim in (range(len(place.axes)) if dims is None or dims == [] else each(dims, 1))}
-    left = [((Along(1),) if dim in gone else axis) for dim, axis in enumerate(place.axes)]
-    left = absorbed(left, [place.axes[dim] for dim in gone])
-    if len(left) != len(shape):
-        left = [axis for dim, axis in enumerate(left) if dim not in gone]
-    return Place(tuple(left), place.doubt) if len(left) == len(shape) else None
+    if len(place.axes) == len(shape):  # what is kept as one element lies in the middle
+        axes = [moved(axis, 1, (_size(axis) - 1) / 2, _size(axis)) if n in gone else axis for n, axis in enumerate(place.axes)]
+    else:
+        kept = [axis for n, axis in enumerate(place.axes) if n not in gone]
+        axes = absorbed(kept, [place.axes[n] for n in sorted(gone)])
+    return Place(tuple(axes), place.doubt) if len(axes) == len(shape) else None
+
+
+def _size(axis: Axis) -> int:
+    return prod(along.size for along in axis)
 
 
 @RULES.of("mm", "bmm", "addmm", "baddbmm")

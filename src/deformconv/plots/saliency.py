@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from numbers import Real
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from deformconv.plots.gradients import differentiable, gradients, sums_of, unit_response
 from deformconv.plots.masking import smallest_region
+from deformconv.plots.progress import bar
 from deformconv.plots.rerun import Probe
 from deformconv.plots.trace import Trace
 
@@ -112,8 +110,8 @@ def saliency_region(
 
     Example:
         >>> import torch
-        >>> from deformconv.plots.record import record
-        >>> from deformconv.plots.saliency import saliency_region
+        >>> from deformconv.plots import record
+        >>> from deformconv.plots import saliency_region
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(DeformConv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:
@@ -127,7 +125,7 @@ def saliency_region(
     _check(bound, max_passes, cell)
     chosen = trace.unit(layer, at, unit, index)
     middle = tuple(float(x) for x in trace.output_geometry(layer, index).to_image(chosen))
-    with _bar(max_passes, shown=progress) as advance, differentiable():
+    with bar("Masking, at most", max_passes, shown=progress) as advance, differentiable():
         masked = _Masked(Probe(trace, layer, index, image), layer, chosen, fill, advance)
         size = tuple(masked.image.shape[2:])
         side = max(1, round(max(size) / FINEST)) if cell is None else int(cell)
@@ -156,8 +154,8 @@ class _Masked:
             )
         if self._length == 0:
             raise ValueError(
-                f"the response of unit {unit} of layer {layer!r} is 0 in all of its {len(self._response)} channels, and an "
-                "error relative to it is not defined; expected a unit that responds, or a layer before a ReLU that holds it at 0."
+                f"the response of unit {unit} of layer {layer!r} is 0 in all its {len(self._response)} channels, and an error "
+                "relative to it is not defined; expected a unit that responds, or a layer before a ReLU that holds it at 0."
             )
 
     def error(self, region: Region) -> float:
@@ -220,18 +218,3 @@ def _filling(fill: Any, image: Tensor) -> Tensor:
             )
         values = values.expand(channels)
     return values.to(image).reshape(1, channels, *(1,) * rank)
-
-
-@contextmanager
-def _bar(passes: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar of the passes, on a terminal and where rich is installed; it goes away when the search has ended."""
-    if not shown or not sys.stderr.isatty() or find_spec("rich") is None:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Masking, at most", total=passes)
-        yield lambda: bar.advance(task)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deformconv.plots.geometry import Geometry, Survey, of_output, survey, through_window
+from deformconv.ops.window import n_of
+from deformconv.plots.geometry import Geometry, Survey, of_input, of_output, survey, through_window
 from deformconv.plots.inputs import Inputs
 from deformconv.plots.observe import Event
 
@@ -69,6 +70,20 @@ class Trace:
     Attributes:
         calls: every Call, in order.
         model: the model.
+
+    Example:
+        >>> import torch
+        >>> from deformconv.plots import record
+        >>> from deformconv.torch import DeformConv2d
+        >>> net = torch.nn.Sequential(torch.nn.MaxPool2d(2), DeformConv2d(3, 8, 3, stride=2, padding=1))
+        >>> with record(net) as trace:
+        ...     y = net(torch.rand(1, 3, 32, 48))
+        >>> trace
+        Trace of 1 forward pass, 1 call
+        layer  call  input  output  kernel  groups  largest offset  mean mask
+        1      0     16x24  8x12    3x3     1       0 px            1.000
+        >>> trace.output_geometry("1").to_image((0, 0)).tolist(), trace.unit("1", at=(9, 20))
+        ([0.5, 0.5], (2, 5))
     """
 
     def __init__(self, model: nn.Module, kinds: dict[str, str]) -> None:
@@ -108,7 +123,7 @@ class Trace:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         passes = 1 + max(call.forward for call in self.calls)
-        return "\n".join([f"Trace of {passes} forward pass{'es' * (passes > 1)}, {len(self)} calls", *lines])
+        return "\n".join([f"Trace of {passes} forward pass{'es' * (passes > 1)}, {n_of(len(self), 'call')}", *lines])
 
     @property
     def layers(self) -> list[str]:
@@ -143,15 +158,7 @@ class Trace:
         It is found at the first question, for all layers, by another forward pass in evaluation mode.
         """
         self[layer, index]
-        found = self._surveyed().inputs.get((layer, index))
-        if found is None:
-            raise ValueError(
-                f"layer {layer!r} has no call {index} in a forward pass in evaluation mode, from which geometries are found; "
-                "expected a model that was recorded in it, after model.eval()."
-            )
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
+        return of_input(self._surveyed(), layer, index)
 
     def output_geometry(self, layer: str, index: int = 0) -> Geometry:
         """Where the units of a layer's output lie in the image; any module that gives one tensor (N, C, *O) is a layer here."""

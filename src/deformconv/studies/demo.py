@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from deformconv.accuracy import TOLERANCE, error
+from deformconv.files import whole_file
 from deformconv.studies import digits
 from deformconv.studies.digits import Digits
-from deformconv.studies.files import whole_file
 from deformconv.studies.kernels import compiled
 from deformconv.studies.training import KINDS, LONGER, DigitNet, Run, Schedule, Training, multiply_adds, of_kind, scores, train
 from deformconv.torch import deform_conv2d

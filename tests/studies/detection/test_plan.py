@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from deformconv import __version__
+from deformconv.files import InUseError
 from deformconv.studies.detection import plan
 from deformconv.studies.detection.plan import ARMS
-from deformconv.studies.files import InUseError
 
 TINY = plan.Budget(base_steps=4)
 

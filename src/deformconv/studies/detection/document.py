@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from deformconv.bench.readme import replaced
+from deformconv.files import whole_file
 from deformconv.studies.detection import report
-from deformconv.studies.files import whole_file
 
 __all__ = ["RESULTS", "main", "section", "write"]
 

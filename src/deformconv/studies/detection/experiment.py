@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from deformconv.files import whole_file
 from deformconv.studies.detection import report
 from deformconv.studies.detection.jobs import load, run_job
 from deformconv.studies.detection.plan import BASE, TITLES, USUAL, Budget, Job, accepted, held, plan, result
 from deformconv.studies.detection.scenes import VARIATIONS, Scenes
 from deformconv.studies.detection.workers import run_jobs
-from deformconv.studies.files import whole_file
 from deformconv.studies.kernels import compiled
 
 __all__ = ["run"]

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from deformconv.files import whole_file
 from deformconv.studies.detection.detector import cut, fresh, inner
 from deformconv.studies.detection.evaluation import detections, scores
 from deformconv.studies.detection.plan import BASE, CLOCK, SCRATCH, Budget, Job, result
 from deformconv.studies.detection.scenes import Scenes
 from deformconv.studies.detection.training import train
-from deformconv.studies.files import whole_file
 
 __all__ = ["load", "operations", "run_job"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deformconv import __version__
-from deformconv.studies.files import InUseError, locked, whole_file
+from deformconv.files import InUseError, locked, whole_file
 
 __all__ = [
     "ARMS", "BASE", "CLOCK", "DEFAULT", "FAST", "SCRATCH", "SWEPT", "TITLES", "USUAL", "Budget", "FolderError", "Job",

@@ -17,9 +17,9 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
+from deformconv.files import whole_file
 from deformconv.studies.detection.checks import SettingsError, check_numbers, check_scenes, checked
 from deformconv.studies.detection.per_image import check_detector, drawn, per_image
-from deformconv.studies.files import whole_file
 from deformconv.torch import parameter_groups
 
 __all__ = ["History", "Scenes", "StepSchedule", "launched", "train"]

@@ -36,7 +36,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
 
     Example:
         >>> import torch
-        >>> from deformconv.plots.record import record
+        >>> from deformconv.plots import record
         >>> from deformconv.torch import DeformConv2d
         >>> stem = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
         >>> net = torch.nn.Sequential(stem, DeformConv2d(8, 8, 3, padding=1))

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from deformconv.studies import files
-from deformconv.studies.files import InUseError, locked, whole_file
+from deformconv import files
+from deformconv.files import InUseError, locked, whole_file
 
 
 def test_a_file_appears_at_the_end_of_the_block(tmp_path):
@@ -40,7 +40,7 @@ def test_an_interrupted_file_leaves_the_old_one_and_no_rest(tmp_path, error):
 
 HOLD = """
 import sys
-from deformconv.studies.files import locked
+from deformconv.files import locked
 
 with locked(sys.argv[1]):
     print("locked", flush=True)
