@@ -253,6 +253,49 @@ def test_padding_of_another_kind():
     assert (found.points == regular_points((6, 6), 3, padding=1)[:, :, 0, 5]).all()
 
 
+class Overwriting(nn.Module):
+    """A net that changes in place what a deformable layer got and gave, once that is no longer needed."""
+
+    def __init__(self, *, overwrites):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.layer = nn.Conv2d(1, 2, 3, padding=1), DeformConv2d(2, 2, 3, padding=1, predict_offsets=False)
+        self.overwrites = overwrites
+
+    def forward(self, x, offset):
+        x, offset = self.stem(x), offset + 0.0
+        y = self.layer(x, offset)
+        if self.overwrites:
+            with torch.no_grad():
+                x.zero_(), offset.zero_()
+            return y.mul_(2)
+        return 2 * y
+
+
+def test_what_a_model_overwrites_later_is_seen_as_it_was():
+    image, offset = torch.rand(1, 1, 8, 8), torch.rand(1, 18, 8, 8)
+    found = [
+        sampling_locations(traced(Overwriting(overwrites=overwrites), image, offset), "", unit=(4, 4), of="layer")
+        for overwrites in (False, True)
+    ]
+    assert (found[0].strength == found[1].strength).all() and (found[0].points == found[1].points).all()
+
+
+def test_a_model_that_computes_in_half_precision_by_itself():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2, padding=1), DeformConv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 3))
+    nn.init.normal_(net[1].offset_conv.weight, std=0.3)
+    image = torch.randn(1, 2, 20, 20)
+    whole = sampling_locations(traced(net, image), "2")
+
+    def lowered(module, args):
+        return tuple(t.bfloat16() for t in args)
+
+    net.bfloat16().register_forward_pre_hook(lowered)
+    found = sampling_locations(traced(net, image), "2")
+    assert len(found.points) == len(whole.points) and abs(found.strength.sum() / whole.strength.sum() - 1) < 0.1
+
+
 class Severed(nn.Module):
     """A deformable layer whose output goes on without its graph."""
 

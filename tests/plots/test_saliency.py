@@ -159,6 +159,62 @@ def test_what_masks_the_image():
     handle.remove()
 
 
+def test_the_mean_of_a_constant_is_the_constant():
+    """A sum of the same number is rounded, and its mean is not always that number."""
+    random = np.random.default_rng(0)
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        for size in ((7, 11), (3, 5)):
+            value = torch.from_numpy(random.random((1, 40, 1, 1))).to(dtype)
+            assert (saliency._filling("mean", value.expand(1, 40, *size)) == value).all()
+
+
+def test_cells_are_put_in_order_by_what_masking_them_changes(monkeypatch):
+    """Exact for a layer that is linear, as one with offsets 0 is."""
+    torch.manual_seed(0)
+    layer = DeformConv2d(2, 3, 3, padding=1).double()
+    image = torch.rand(1, 2, 6, 7, dtype=torch.float64)
+    taken = []
+
+    def search(measure, effects, size, **how):
+        region = np.ones(size, bool)
+        region[2, 3] = region[3, 3] = False
+        taken.append((region, *effects(region)))
+        raise InterruptedError
+
+    monkeypatch.setattr(saliency, "smallest_region", search)
+    with pytest.raises(InterruptedError):
+        saliency_region(traced(layer, image), "", unit=(2, 2), fill=0.3)
+    (region, *effects), *_ = taken
+
+    def response(kept):
+        return layer(torch.where(torch.from_numpy(kept), image, 0.3))[0, :, 2, 2].detach().numpy()
+
+    for cell in np.ndindex(6, 7):
+        fewer = region.copy()
+        fewer[cell] = False
+        found = [effect[cell] if region[cell] else 0 for effect in effects]
+        np.testing.assert_allclose(found, response(region) - response(fewer), atol=1e-12)
+
+
+class Normalised(nn.Module):
+    """Has no number for a black image."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = DeformConv2d(1, 2, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y / y.square().sum(1, keepdim=True).sqrt()
+
+
+def test_a_response_that_is_no_number_is_far_off():
+    found = saliency_region(traced(Normalised(), torch.rand(1, 1, 8, 8)), "", unit=(4, 4), fill=0, max_passes=40)
+    assert found.error <= 0.1 and 0 < found.share < 0.2
+    found = saliency_region(traced(Normalised(), torch.rand(1, 1, 8, 8)), "", unit=(4, 4), fill=0, max_passes=2)
+    assert found.error_undone == math.inf
+
+
 @pytest.mark.parametrize("cell", [1, 3, 8, 100])
 def test_regions_are_made_of_cells(cell):
     net, image = small_net()
@@ -251,12 +307,17 @@ def test_a_bar_on_a_terminal_alone(case, monkeypatch):
     trace = traced(net, image)
     stream = io.StringIO() if case == "pipe" else Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
     if case == "no rich":
         monkeypatch.setattr(progress, "find_spec", lambda name: None)
     found = saliency_region(trace, "5", max_passes=20, progress=case != "not wanted")
     assert found.passes == 20
     written = stream.getvalue()
-    assert ("Masking" in written and "20/20" in written) if case == "terminal" else written == ""
+    if case != "terminal":
+        assert written == ""
+    else:
+        assert "Masking" in written and "20/20" in written
+        assert "\x1b[2K" in written.rpartition("20/20")[2]  # its line is erased in the end
 
 
 def test_it_can_be_read():
@@ -316,6 +377,31 @@ def test_a_search_keeps_its_promises_whatever_the_errors_are(seed):
     assert error(found.region) == found.error <= bound
     assert error(found.undone) == found.error_undone > bound
     assert not (found.undone & ~found.region).any()
+
+
+@pytest.mark.parametrize("needed", range(1, 17))
+def test_the_step_is_one_cell_however_the_bisection_ends(needed):
+    """A try of nothing, an order, and four tries among sixteen cells."""
+    weights = np.arange(16.0, 0, -1)
+    measured = Measured(lambda region: float(region[:needed].sum() < needed), lambda region: [weights])
+    found = smallest_region(measured.error, measured.effects, (16,), bound=0.5, passes=6, cell=1, at=(0,))
+    assert measured.asked <= 6
+    assert np.flatnonzero(found.region).tolist() == list(range(needed))
+    assert np.flatnonzero(found.undone).tolist() == list(range(needed - 1))
+
+
+def test_an_effect_that_is_not_finite_comes_first():
+    effect = np.arange(16.0)
+    effect[3] = np.nan
+    measured = Measured(lambda region: float(not region[3]), lambda region: [effect])
+    found = smallest_region(measured.error, measured.effects, (16,), bound=0.5, passes=6, cell=1, at=(0,))
+    assert np.flatnonzero(found.region).tolist() == [3]
+
+
+def test_cells_are_near_by_their_middle():
+    measured = Measured(lambda region: float(not region[5]), lambda region: [])
+    found = smallest_region(measured.error, measured.effects, (16,), bound=0.5, passes=4, cell=4, at=(6.5,))
+    assert np.flatnonzero(found.region).tolist() == [4, 5, 6, 7]
 
 
 def test_where_errors_add_up_the_search_finds_the_smallest_region():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from deformconv.plots.gradients import Sums, check_channels, check_finite, differentiable, gradients, sums_of, unit_response
-from deformconv.plots.observe import Event, unseen
+from deformconv.plots.observe import Event
 from deformconv.plots.points import sampling_points
 from deformconv.plots.rerun import Probe
 from deformconv.plots.trace import Trace
@@ -186,8 +186,7 @@ def _strengths(response: Tensor, seen: _Seen, sums: Sums, step: Values) -> Value
     """The root mean square over channels of the gradient's length, (groups, K, *O), response per image pixel."""
     rank = len(step)
     offset = _accurate(seen.offset).detach().requires_grad_()
-    with unseen():
-        output = _sampled(seen, offset)
+    output = _sampled(seen, offset)
     square: Any = 0.0
     for (backward,) in gradients(response, [seen.output], sums):
         assert backward is not None  # `_chosen` has seen one
