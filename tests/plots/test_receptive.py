@@ -7,9 +7,7 @@ import math
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-
+import torch
 from torch import nn
 
 from deformconv.plots import receptive

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from deformconv.plots.gradients import Sums, check_channels, check_finite, differentiable, gradients, sums_of, unit_response
-from deformconv.plots.observe import Event, unseen
+from deformconv.plots.observe import Event
 from deformconv.plots.points import sampling_points
 from deformconv.plots.rerun import Probe
 from deformconv.plots.trace import Trace
@@ -154,8 +154,15 @@ class _Seen(NamedTuple):
 def _seen(event: Event, before: Sequence[_Seen]) -> _Seen:
     input, offset = event.input.detach().clone(), event.offset.detach().clone()
     mask = None if event.mask is None else event.mask.detach().clone()
-    edge = get_gradient_edge(event.output) if event.output.requires_grad else None
+    edge = get_gradient_edge(_whole(event.output)) if event.output.requires_grad else None
     return _Seen(event.name, sum(call.name == event.name for call in before), event.layer, input, offset, mask, edge)
+
+
+def _whole(output: Tensor) -> Tensor:
+    """The tensor that an output is a view of, as that of one image is: changed in place, a view is no longer on the way."""
+    base: Any = output._base
+    same = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return base if same and base.requires_grad else output
 
 
 def _chosen(response: Tensor, calls: Sequence[_Seen], layer: str, of: str | None) -> _Seen:
@@ -179,8 +186,7 @@ def _strengths(response: Tensor, seen: _Seen, sums: Sums, step: Values) -> Value
     """The root mean square over channels of the gradient's length, (groups, K, *O), response per image pixel."""
     rank = len(step)
     offset = _accurate(seen.offset).detach().requires_grad_()
-    with unseen():
-        output = _sampled(seen, offset)
+    output = _sampled(seen, offset)
     square: Any = 0.0
     for (backward,) in gradients(response, [seen.output], sums):
         assert backward is not None  # `_chosen` has seen one

@@ -62,6 +62,7 @@ class Look:
         if self._page is None:
             from deformconv.plots.page import build, page
 
+            self.trace[self.layer]  # it says what is wrong with one that is not deformable, before minutes of computing
             fields = _receptive_fields(self.trace, self._fields, self._progress)
             start = self.layer, (self.at[0], self.at[1])
             self._page = page(build(self.trace, self.image, receptive_fields=fields, start=start, title=self._title))
@@ -72,7 +73,8 @@ class Look:
 
         Args:
             view: "points", "erf" (effective receptive field), "locations", "saliency", "flow", or "all" in one picture.
-            layers: through how many deformable layers the points go, 1 to 3; as many as there are by default.
+            layers: through how many deformable layers the points go, 1 to 3, and of which of them the locations are, where 1
+                is `layer`; as many as there are by default.
 
         Returns:
             A matplotlib Figure.

@@ -20,11 +20,11 @@ COARSE, PORTIONS = 8, 16
 
 
 class Found(NamedTuple):
-    """A region within the bound, and the region with its last step undone, which is not."""
+    """A region within the bound, and the region with its last step undone, which is not; None where there was no step."""
 
     region: Region
     error: float
-    undone: Region | None  # None where the empty region is within the bound: there was no step
+    undone: Region | None
     error_undone: float | None
 
 
@@ -85,6 +85,15 @@ class _Cells:
         return region & is_chosen[self.labels]
 
 
+class _State(NamedTuple):
+    """A region that is within the bound, and a part of it that is not."""
+
+    region: Region
+    error: float
+    undone: Region
+    error_undone: float
+
+
 class _Search:
     """A region that is within the bound at all times, and grows smaller."""
 
@@ -99,28 +108,36 @@ class _Search:
     ) -> None:
         self._measure, self._effects, self._size, self._bound, self._left = measure, effects, tuple(size), bound, passes
         self._at = np.asarray(at, np.float64)
-        self._region, self._error = np.ones(self._size, bool), 0.0
 
     def run(self, finest: int) -> Found:
         empty = np.zeros(self._size, bool)
         error = self._measured(empty)
         if error <= self._bound:
             return Found(empty, error, None, None)
-        self._empty = self._undone = empty, error
-        sides = cell_sizes(self._size, finest)
-        for number, side in enumerate(sides):
-            cells = _Cells.of_side(self._size, side)
-            self._shrink(cells)
-            self._prune(cells, self._spare(cells) // (len(sides) - number))
+        self._empty = empty, error
+        whole = self._state = _State(np.ones(self._size, bool), 0.0, *self._empty)
+        cells = _Cells.of_side(self._size, finest)
+        # Fine cells at once are the best where errors add up. Where they do not, coarse cells take along what hangs together.
+        self._shrink(cells)
+        at_once, self._state = self._state, whole
+        self._refine(cell_sizes(self._size, finest))
+        self._state = min(at_once, self._state, key=lambda state: int(state.region.sum()))
         # The last is always a `_shrink`, whose end shows that the last step was needed.
         self._shrink(cells)
         while self._prune(cells, self._spare(cells)):
             self._shrink(cells)
-        return Found(self._region, self._error, *self._undone)
+        return Found(*self._state)
+
+    def _refine(self, sides: list[int]) -> None:
+        """Go from coarse cells to fine ones."""
+        for number, side in enumerate(sides):
+            cells = _Cells.of_side(self._size, side)
+            self._shrink(cells)
+            self._prune(cells, self._spare(cells) // (len(sides) - number))
 
     def _spare(self, cells: _Cells) -> int:
         """How many passes are left beside those of a last `_shrink`."""
-        return self._left - 2 - math.ceil(math.log2(len(cells.within(self._region))))
+        return self._left - 2 - math.ceil(math.log2(len(cells.within(self._state.region))))
 
     def _shrink(self, cells: _Cells) -> None:
         """Keep the most important cells: so many that the error is within the bound, and is not with one cell fewer.
@@ -131,16 +148,18 @@ class _Search:
         if self._left < 2:
             return
         order = self._order(cells)
-        whole, enough, few = self._region, len(order), 0
-        self._undone = self._empty
+        whole, enough, few = self._state.region, len(order), 0
+        too_few = self._empty
         while enough - few > 1 and self._left:
             middle = (enough + few) // 2
             region = cells.only(whole, order[:middle])
             error = self._measured(region)
             if error <= self._bound:
-                enough, self._region, self._error = middle, region, error
+                enough, self._state = middle, _State(region, error, *too_few)
             else:
-                few, self._undone = middle, (region, error)
+                few, too_few = middle, (region, error)
+                if region.sum() > self._state.undone.sum():
+                    self._state = _State(self._state.region, self._state.error, *too_few)
 
     def _prune(self, cells: _Cells, passes: int) -> bool:
         """Leave out what is not needed, the least important first, in portions that grow smaller; whether there was some."""
@@ -163,11 +182,11 @@ class _Search:
         fewer = np.concatenate([order[:start], order[end:]])
         if not len(fewer):
             return order  # the empty region is known to be too little
-        region = cells.only(self._region, fewer)
+        region = cells.only(self._state.region, fewer)
         error = self._measured(region)
         if error > self._bound:
             return order
-        self._region, self._error, self._undone = region, error, self._empty
+        self._state = _State(region, error, *self._empty)
         return fewer
 
     def _measured(self, region: Region) -> float:
@@ -177,11 +196,11 @@ class _Search:
     def _order(self, cells: _Cells) -> npt.NDArray[np.intp]:
         """The cells within the region, those that change the response most first."""
         self._left -= 1
-        important = np.zeros(cells.count)
-        labels = cells.labels[self._region]
-        for effect in self._effects(self._region):
-            important += np.bincount(labels, effect[self._region], cells.count) ** 2
+        region, important = self._state.region, np.zeros(cells.count)
+        labels = cells.labels[region]
+        for effect in self._effects(region):
+            important += np.bincount(labels, effect[region], cells.count) ** 2
         important[np.isnan(important)] = np.inf
-        within = cells.within(self._region)
+        within = cells.within(region)
         distance = ((cells.centres[within] - self._at) ** 2).sum(1)
         return within[np.lexsort((distance, -important[within]))]

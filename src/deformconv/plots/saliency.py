@@ -92,8 +92,8 @@ def saliency_region(
         unit: an output cell, (row, column), instead. With neither, the unit nearest to the image's middle.
         bound: of the relative error, ||masked response - response|| / ||response|| over the unit's channels. Of 0, the
             region leaves the response as it is to the last bit.
-        max_passes: the model is run on at most so many images, at least 2; more find a smaller region. What the trace runs at the
-            first question for where its layers lie is not counted.
+        max_passes: the model is run on at most so many images, at least 2; more find a smaller region. What the trace runs
+            when it is asked for the first time where its layers lie is not counted.
         cell: side of the finest cells, pixels; a 64th of the image's longest side, if None.
         fill: what masked pixels are set to: "mean", the image's mean of each channel; a number; or a number for each channel.
         image: which image of the recorded batch.
@@ -149,13 +149,13 @@ class _Masked:
         self._length = float(self._response.norm())
         if not math.isfinite(self._length):
             raise ValueError(
-                f"the response of unit {unit} of layer {layer!r} is not finite, and no error can be measured beside it; expected a "
-                "finite picture and parameters. Half precision may have overflowed: then try model.float()."
+                f"the response of unit {unit} of layer {layer!r} is not finite, and no error can be measured beside it; "
+                "expected a finite picture and parameters. Half precision may have overflowed: then try model.float()."
             )
         if self._length == 0:
             raise ValueError(
                 f"the response of unit {unit} of layer {layer!r} is 0 in all its {len(self._response)} channels, and an error "
-                "relative to it is not defined; expected a unit that responds, or a layer before a ReLU that holds it at 0."
+                "relative to it is not defined; expected a unit that responds, or a layer before a ReLU that ends at 0."
             )
 
     def error(self, region: Region) -> float:
