@@ -47,7 +47,8 @@ DEPTH = {
     "cli": 12,
 }
 # The root's functions hand tensors on to the torch room, when they are given some.
-EXCEPTIONS = {("functional", "torch")}
+# So does `look`, whose type the root names for type checkers.
+EXCEPTIONS = {("functional", "torch"), ("deformconv", "plots")}
 # The rooms that nobody needs a framework or an extra for.
 PLAIN = (
     "errors",
@@ -65,6 +66,8 @@ PLAIN = (
 )
 # But for these modules, which the others of their room load inside of functions.
 OF_A_FRAMEWORK = {
+    "deformconv.cli.look",
+    "deformconv.cli.models",
     "deformconv.convert.kornia",
     "deformconv.convert.torchvision_kernels",
     "deformconv.convert.torchvision_modules",

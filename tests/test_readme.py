@@ -28,6 +28,7 @@ PAGES = [
     "docs/from-mmcv.md",
     "docs/from-torchvision.md",
     "docs/gpu.md",
+    "docs/looking.md",
     "docs/supported.md",
 ]
 

@@ -14,7 +14,7 @@ from sphinx.application import Sphinx
 CONTENTS = {
     "Start": ["first-steps", "choosing", "offsets", "supported", "gallery"],
     "Notebooks": ["notebooks/first_layer", "notebooks/swap_and_fine_tune", "notebooks/where_it_looks"],
-    "Guides": ["pytorch", "gpu", "detection", "gluon", "serving", "deploy", "performance", "extending"],
+    "Guides": ["pytorch", "gpu", "looking", "detection", "gluon", "serving", "deploy", "performance", "extending"],
     "Coming from": ["from-torchvision", "from-mmcv", "from-detectron2", "from-dcnv2", "from-mxnet"],
     "API": ["api/root", "api/torch", "api/gluon", "api/vision", "api/convert", "api/plots"],
     "Behind it": ["mathematics", "design", "style", "../benchmarks/README", "../benchmarks/detection"],

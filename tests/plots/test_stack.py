@@ -309,4 +309,4 @@ def test_a_recorded_net():
 
 def test_examples():
     result = doctest.testmod(stack)
-    assert result.attempted >= 8 and not result.failed
+    assert result.attempted >= 7 and not result.failed

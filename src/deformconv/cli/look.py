@@ -19,7 +19,6 @@ from deformconv.plots.looking import check_output, look
 
 __all__ = ["run"]
 
-FIELDS = 25  # receptive fields of each layer of the package's own net, which computes one in milliseconds
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its photographs' red, green and blue
 
 
@@ -43,8 +42,6 @@ def run(
         image = picture(photo)
         net = model_of(model, weights)
     prepared = _normalised if imagenet else None
-    if fields is None and model is None:
-        fields = FIELDS
     size_of_photo = image.shape[:2]
     image = _scaled(image, size)
     place = None if at is None else _position(at, size_of_photo, image.shape[:2])
@@ -71,7 +68,7 @@ def _said() -> Iterator[None]:
     """Errors that are sentences for the user end the command with them."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
         raise click.ClickException(str(error)) from None
 
 

@@ -59,6 +59,15 @@ def _make(output: Path) -> None:
         raise click.ClickException(f"cannot make the folder {output}: {error.strerror}") from None
 
 
+def _let_threads_sleep() -> None:
+    """Have PyTorch's threads sleep while they wait, which it reads when it is imported.
+
+    By default they spin, which takes the processor from other threads and from other programs, and on a busy machine makes
+    every step several times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @deformconv.command()
 @click.option("--fast", is_flag=True, help="A few training steps only: under 30 seconds, for a first look.")
 @click.option("--seeds", type=click.IntRange(1), help="Train every net this many times.  [default: 3, fast: 1]")
@@ -78,9 +87,7 @@ def demo(fast: bool, seeds: int | None, seed: int, output: Path) -> int:
     """
     _need("the demo", "demo", "torch", "matplotlib", "mlxtend", "rich")
     _make(output)
-    # PyTorch's threads, read when it is imported: by default they spin while they wait, which takes the processor
-    # from other threads and from other programs, and on a busy machine makes every step several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _let_threads_sleep()
     from deformconv.studies.demo import run
 
     return run(output, fast=fast, seeds=seeds or (1 if fast else 3), first_seed=seed)
@@ -137,8 +144,8 @@ def look(photo: Path, **options: Any) -> int:
       module:function  imports the module, from this folder too, and calls the
                        function, which returns the model: this runs their code
       FILE             weights that torch.save has written of a ResNet of
-                       torchvision made deformable, of the demo's net, or of
-                       this package's; no code in the file is run
+                       torchvision made deformable or of the demo's net; no
+                       code in the file is run
 
     \b
     VIEW is one of
@@ -150,6 +157,7 @@ def look(photo: Path, **options: Any) -> int:
       flow       the offsets of the whole layer
     """
     _need("`deformconv look`", "look", "torch", "matplotlib", "rich")
+    _let_threads_sleep()
     from deformconv.cli.look import run
 
     return run(photo, **options)

@@ -131,13 +131,13 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
 
 def _recognised(state: Mapping[str, Tensor], path: Path) -> nn.Module:
     """The net whose names and shapes these are, with these weights."""
-    for builder in (_example, _digits, _resnet):
+    for builder in (_digits, _resnet):
         if (model := builder(state)) is not None:
             _load(model, state, path)
             return model
     raise ModelError(
         f"{path} has weights, and no code to compute with them: they are those of no net that is known here (torchvision's "
-        "ResNets made deformable, the demo's net, this package's). Pass --model module:function, which makes the model, and "
+        "ResNets made deformable, the demo's net). Pass --model module:function, which makes the model, and "
         f"--weights {path}."
     )
 
@@ -149,12 +149,6 @@ def _fits(model: nn.Module, state: Mapping[str, Tensor], but: str | None = None)
         for tensors in (model.state_dict(), state)
     )
     return own == theirs
-
-
-def _example(state: Mapping[str, Tensor]) -> nn.Module | None:
-    from deformconv.plots.example import example_net
-
-    return model if _fits(model := example_net(), state) else None
 
 
 def _digits(state: Mapping[str, Tensor]) -> nn.Module | None:

@@ -17,7 +17,7 @@ from deformconv.plots.stack import checked_group, checked_image, offsets_and_mas
 if TYPE_CHECKING:
     from deformconv.plots.recording import Call, Trace
 
-__all__ = ["LayerOffsets", "OffsetField", "OffsetStatistics", "offset_field", "offset_statistics"]
+__all__ = ["LayerOffsets", "OffsetField", "OffsetStatistics", "offset_field", "offset_statistics", "outside"]
 
 Array = npt.NDArray[np.float64]
 
@@ -146,8 +146,7 @@ def offset_field(trace: Trace, layer: str, *, image: int = 0, offset_group: int 
 
     Example:
         >>> import torch
-        >>> from deformconv.plots import offset_field
-        >>> from deformconv.plots import record
+        >>> from deformconv.plots import offset_field, record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), DeformConv2d(8, 8, 3, padding=1))
         >>> _ = torch.nn.init.constant_(net[1].offset_conv.bias[1:18:2], 1.5)  # of a fresh layer: every dx
@@ -170,7 +169,7 @@ def offset_field(trace: Trace, layer: str, *, image: int = 0, offset_group: int 
         layer=layer,
         flow=flow,
         spread=np.sqrt(np.square(offset * step - flow).sum(2).mean((0, 1))),
-        outside=_outside(call, offset).mean((0, 1)),
+        outside=outside(call, offset).mean((0, 1)),
         mask=None if mask is None else mask.mean((0, 1)),
         at=at,
         origin=tuple(map(float, units.origin)),
@@ -192,8 +191,7 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
 
     Example:
         >>> import torch
-        >>> from deformconv.plots import offset_statistics
-        >>> from deformconv.plots import record
+        >>> from deformconv.plots import offset_statistics, record
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), DeformConv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:
@@ -234,8 +232,8 @@ def _row(trace: Trace, calls: Sequence[Call]) -> LayerOffsets:
         mean_image=None if step is None else tuple((mean * step).tolist()),
         deviation_image=None if step is None else sqrt((variance * step**2).sum()),
         largest_image=None if step is None else float((largest * step).max()),
-        outside=float(_outside(call, offset).mean()),
-        outside_regular=float(_outside(call, np.zeros((1,) * (1 + call.D))).mean()),
+        outside=float(outside(call, offset).mean()),
+        outside_regular=float(outside(call, np.zeros((1,) * (1 + call.D))).mean()),
         mask_mean=None if mask is None else float(mask.mean()),
         mask_histogram=None if mask is None else _histogram(mask),
     )
@@ -249,7 +247,7 @@ def _histogram(mask: Array) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return tuple(counts.tolist()), tuple(edges.tolist())
 
 
-def _outside(call: Call, offset: Array) -> npt.NDArray[np.bool_]:
+def outside(call: Call, offset: Array) -> npt.NDArray[np.bool_]:
     """Which samples read nothing of the map: (..., K, D, *O) -> (..., K, *O)."""
     regular = regular_points(
         call.output_size, call.kernel_size, stride=call.stride, padding=call.padding, dilation=call.dilation

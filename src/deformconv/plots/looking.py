@@ -62,6 +62,7 @@ class Look:
         if self._page is None:
             from deformconv.plots.page import build, page
 
+            self.trace[self.layer]  # it says what is wrong with one that is not deformable, before minutes of computing
             fields = _receptive_fields(self.trace, self._fields, self._progress)
             start = self.layer, (self.at[0], self.at[1])
             self._page = page(build(self.trace, self.image, receptive_fields=fields, start=start, title=self._title))

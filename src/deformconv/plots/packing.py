@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deformconv.plots.fields import outside
+from deformconv.plots.stack import sampled_map
+
 __all__ = ["TOLERANCE", "Packing", "quantised"]
 
 Numbers = npt.NDArray[Any]
@@ -64,6 +67,7 @@ class Packing:
         """Its part of the document, but for the layers before it."""
         call, K = self.call, int(np.prod(self.call.kernel_size))
         shape = (call.offset_groups, K, 2, *call.output_size)
+        before, size = sampled_map(call)
         thin = (..., slice(None, None, self.every), slice(None, None, self.every))
         offset = _array(call.offset)[0].reshape(shape)
         mask = None if call.mask is None else _array(call.mask)[0].reshape(shape[:2] + shape[3:])
@@ -72,6 +76,7 @@ class Packing:
             "name": call.layer, "index": call.index, "kernel": _integers(call.kernel_size), "stride": _integers(call.stride),
             "padding": _integers(pair[0] for pair in call.padding), "dilation": _integers(call.dilation),
             "groups": int(call.offset_groups), "input": _integers(call.input_size), "output": _integers(call.output_size),
+            "reads": {"before": _integers(before), "size": _integers(size)},
             "origin": [float(value) for value in self.geometry.origin], "step": step,
             "before": [], "every": self.every,
             "offset": _stored(*quantised(offset[thin], self.tolerance / max(map(abs, step)))),
@@ -160,16 +165,9 @@ def _statistics(call: Any, offset: Numbers, mask: Numbers | None, step: Sequence
     pixels = offset * np.reshape(step, (2, 1, 1))  # (G, K, 2, H, W)
     mean = pixels.mean(axis=(0, 1, 3, 4))
     deviation = np.sqrt(pixels.var(axis=(0, 1, 3, 4)).sum())
-    outside = np.zeros(offset[:, :, 0].shape, bool)
-    taps = np.indices(call.kernel_size).reshape(2, -1)  # (2, K)
-    for axis, size in enumerate(call.input_size):
-        index = np.arange(offset.shape[3 + axis]).reshape((-1, 1) if axis == 0 else (-1,))
-        first = index * call.stride[axis] - call.padding[axis][0] + (taps[axis] * call.dilation[axis])[:, None, None]
-        position = first + offset[:, :, axis]
-        outside |= ~((position > -1) & (position < size))
     found = {
         "mean": mean.tolist(), "deviation": float(deviation), "largest": float(np.abs(pixels).max(initial=0)),
-        "outside": float(outside.mean()), "mask_mean": None if mask is None else float(mask.mean()),
+        "outside": float(outside(call, offset).mean()), "mask_mean": None if mask is None else float(mask.mean()),
     }  # fmt: skip
     return {name: _finite(value) for name, value in found.items()}
 

@@ -8,6 +8,7 @@ document of version 1:
     layers       one entry a recorded call, in their order:
         name, index, kernel, stride, padding (before), dilation, groups (offset groups), input, output   as the call's
         origin, step     where the layer's input map lies in the image: cell i at pixel origin + step*i
+        reads            what samples read, the input with its padding if that is not of zeros: before (padding), size
         before           numbers in `layers` of the deformable calls that it sees the image through, nearest first
         every            positions were kept at rows and columns 0, every, 2*every, ...
         offset           dtype, scale, shape (groups, K, 2, rows, columns), data: offset = scale*integer, in input pixels

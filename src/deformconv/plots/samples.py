@@ -19,28 +19,70 @@ from torch import Tensor
 from deformconv.ops.window import axis_name, by
 from deformconv.torch.tensors import HALF
 
-__all__ = ["Call", "Lattice", "LayerStep", "Taken", "explosion", "lattice", "lattices", "of_layers", "take"]
+__all__ = ["Call", "Lattice", "Lattices", "LayerStep", "Taken", "explosion", "of_layers", "take"]
 
 Array = npt.NDArray[Any]
 
-ALONG = (0, 196, 14, 6)  # by the number of axes: along each the fewest positions of a lattice, if the map has more
-IMAGES = 4  # the most of a batch that a lattice takes, as far as that divides it
-EXPLODED = 0.5  # of the map: offsets whose root mean square is longer read little of it
-GROWN = 10  # times the usual: offsets that do it within the steps that say what is usual are on their way there
-HISTORY = 100  # steps that say what is usual
-FEWEST = 10  # steps of them that were looked at
+ALONG = (0, 196, 14, 6)  # by the number of axes: a lattice has so many positions along each of a large map, up to twice as many
+IMAGES = 4  # of a large batch, up to twice as many
+KEPT = 64  # lattices of a layer's calls of one size
+
+# Offsets have exploded whose root mean square along an axis exceeds this share of the map, and the window's span: their samples
+# lie outside as often as inside. The largest offset says less: single ones exceed the map in training that goes well.
+EXPLODED = 0.5
+# Offsets longer than the window's span, and than so many times the median of so many steps before, are on their way there. It
+# takes so many of these steps that were looked at.
+GROWN, HISTORY, FEWEST = 10, 100, 10
 
 
 class Call(NamedTuple):
-    """What a lattice depends on, but for the step. Sizes are of the map that is sampled, with padding that is not zeros."""
+    """What the lattices of a layer's calls depend on."""
 
-    batch: int
-    input_size: tuple[int, ...]
+    input_size: tuple[int, ...]  # of the map that is sampled, with its padding if that is not zeros
     output_size: tuple[int, ...]
+    batch: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
-    before: tuple[int, ...]
     dilation: tuple[int, ...]
+    before: tuple[int, ...]  # padding of zeros
+
+    @property
+    def span(self) -> tuple[int, ...]:
+        """The pixels that the window covers along each axis."""
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+
+
+class Lattices:
+    """The lattices of a layer's calls of one size, which are made as they are asked for."""
+
+    def __init__(
+        self,
+        input: tuple[int, ...],
+        offset: tuple[int, ...],
+        kernel_size: tuple[int, ...],
+        stride: tuple[int, ...],
+        dilation: tuple[int, ...],
+        pairs: tuple[tuple[int, int], ...],
+        padding_mode: str,
+    ) -> None:
+        D = len(kernel_size)
+        size, before = tuple(input[-D:]), tuple(pair[0] for pair in pairs)
+        if padding_mode != "zeros":
+            size, before = tuple(n + sum(pair) for n, pair in zip(size, pairs, strict=True)), (0,) * D
+        self.call = Call(size, tuple(offset[2:]), offset[0], kernel_size, stride, dilation, before)
+        self.steps = [max(1, out // ALONG[D]) for out in self.call.output_size]
+        self.number = prod(self.steps)
+        self._made: dict[int, Lattice] = {}
+
+    def __getitem__(self, number: int) -> Lattice:
+        """The lattice of a look at the layer; `self.number` of them, each at another place, take turns."""
+        number %= self.number
+        found = self._made.get(number)
+        if found is None:
+            found = _lattice(self.call, self.steps, number)
+            if self.number <= KEPT:
+                self._made[number] = found
+        return found
 
 
 class Lattice(NamedTuple):
@@ -103,12 +145,12 @@ class LayerStep(NamedTuple):
         )
 
 
-def lattice(call: Call, number: int) -> Lattice:
-    """The lattice of a step. It is shifted from step to step, so that all positions have their turn, those at borders too."""
+def _lattice(call: Call, steps: Sequence[int], number: int) -> Lattice:
+    """Positions so many steps apart, beginning at the place of that number; all of them together are every position once."""
     D = len(call.kernel_size)
     taps = np.indices(call.kernel_size).reshape(D, -1)
     places, reads, here = [slice(None, None, max(1, call.batch // IMAGES)), slice(None)], [], []
-    for axis, (out, step) in enumerate(zip(call.output_size, _steps(call), strict=True)):
+    for axis, (out, step) in enumerate(zip(call.output_size, steps, strict=True)):
         number, first = divmod(number, step)
         places.append(slice(first, None, step))
         read = taps[axis, :, None] * call.dilation[axis] + np.arange(out) * call.stride[axis] - call.before[axis]
@@ -121,16 +163,6 @@ def lattice(call: Call, number: int) -> Lattice:
     regular = _outside(reads, call.input_size)
     limits = np.reshape([(size + 1) / 2 for size in call.input_size], (D, *(1,) * (3 + D))).astype(np.float32)
     return Lattice(call, tuple(places), positions, limits, regular, regular - _outside(here, call.input_size))
-
-
-def lattices(call: Call) -> int:
-    """After how many steps a lattice comes again."""
-    return prod(_steps(call))
-
-
-def _steps(call: Call) -> list[int]:
-    fewest = ALONG[len(call.output_size)]
-    return [max(1, out // fewest) for out in call.output_size]
 
 
 def _outside(reads: Sequence[Array], size: tuple[int, ...]) -> float:
@@ -148,7 +180,7 @@ def take(layer: str, lattice: Lattice, offset: Tensor, mask: Tensor | None) -> T
         part = whole[lattice.places]
         copy = np.ascontiguousarray(part.reshape(len(part), -1, D, *part.shape[2:]).swapaxes(0, 2))
         kept = None if mask is None else mask.detach().numpy()[lattice.places].copy()
-        return Taken(layer, lattice, (whole.min(), whole.max()), copy, kept)
+        return Taken(layer, lattice, (np.minimum.reduce(whole, None), np.maximum.reduce(whole, None)), copy, kept)
     here = offset[lattice.places].unflatten(1, (-1, D)).transpose(0, 2).float()
     masks = None if mask is None else mask.detach()[lattice.places].float()
     return Taken(layer, lattice, torch.stack(offset.aminmax()).float(), here, masks)
@@ -176,7 +208,7 @@ def _of_call(taken: Taken) -> LayerStep:
     return LayerStep(
         taken.layer,
         call.input_size,
-        tuple(d * (k - 1) + 1 for d, k in zip(call.dilation, call.kernel_size, strict=True)),
+        call.span,
         tuple((flat.sum(1) / samples).tolist()),
         tuple(np.sqrt(np.einsum("ij,ij->i", flat, flat) / samples).tolist()),
         max(abs(float(low)), abs(float(high))),

@@ -97,8 +97,7 @@ def unit_points(
 
     Example:
         >>> import torch
-        >>> from deformconv.plots import record
-        >>> from deformconv.plots import unit_points
+        >>> from deformconv.plots import record, unit_points
         >>> from deformconv.torch import DeformConv2d
         >>> net = torch.nn.Sequential(DeformConv2d(3, 8, 3, padding=1), DeformConv2d(8, 8, 3, padding=1))
         >>> with record(net) as trace:

@@ -28,9 +28,9 @@ from sklearn.datasets import load_sample_image  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn.functional import interpolate, mse_loss
 
+from deformconv.files import whole_file
 from deformconv.plots.example import DILATION, FILE, STEP, ExampleNet, example_net, save
 from deformconv.plots.points import regular_points, sampling_points
-from deformconv.studies.files import whole_file
 
 __all__ = ["HELD_OUT", "Report", "Scene", "material", "regions", "report", "scene", "train"]
 
@@ -252,7 +252,7 @@ def _share(points: npt.NDArray[np.float64], labels: Labels) -> float:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--steps", type=click.IntRange(2), default=4000, help="How long to train.")
+@click.option("--steps", type=click.IntRange(2), default=2000, help="How long to train.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the net and of the scenes.")
 @click.option("--plain", is_flag=True, help="Hold the offsets at zero, for comparison, and write nothing.")
 @click.option(

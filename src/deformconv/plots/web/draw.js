@@ -57,10 +57,11 @@ const Draw = (() => {
     return canvas;
   }
 
+  // From nothing on, colours come in gradually, so that what there hardly is has no edge.
   function heatCells(rows, columns, value) {
     return cells(rows, columns, (place) => {
       const part = value(place);
-      return part > 0 ? [...heatColour(part), 0.15 + 0.75 * Math.min(part, 1) ** 0.5] : null;
+      return part > 0 ? [...heatColour(part), 0.88 * Math.min(1.6 * part, 1)] : null;
     });
   }
 

@@ -200,7 +200,7 @@
     $("colours").hidden = !coloured;
     if (coloured) Draw.key($("colours"), Math.min(devicePixelRatio || 1, 3), state.overlay === "colours");
     $("meaning").textContent = {
-      field: "influence on the unit, from none to most; circle: effective radius",
+      field: "influence on the unit (square root), none to most; circle: effective radius",
       arrows: "arrow: mean offset of a unit's samples, true length",
       colours: `direction of a unit's mean offset; strongest: ${pixels(scene.flowLimit(one))} px`,
       spread: `spread of a unit's samples, 0 to ${pixels(scene.largest(flow.spread))} px`,

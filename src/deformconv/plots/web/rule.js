@@ -105,7 +105,8 @@ const Rule = (() => {
     };
     const places = new Int32Array(4);
     const weights = new Float64Array(4);
-    const [height, width] = layer.input;
+    const [height, width] = layer.reads.size;
+    const [above, left] = layer.reads.before;
     for (let i = 0; i < from.length; i++) {
       const count = corners(layer, from.y[i], from.x[i], places, weights);
       let share = 0;
@@ -139,7 +140,7 @@ const Rule = (() => {
           to.weight[next] = from.weight[i] * mask * (layer.masks ? layer.mask.scale : 1);
           to.of[next] = i;
           to.tap[next] = (g - groups[0]) * layer.taps + k;
-          to.away[next] = y > -1 && x > -1 && y < height && x < width ? 0 : 1;
+          to.away[next] = y + above > -1 && x + left > -1 && y + above < height && x + left < width ? 0 : 1;
         }
       }
     }
@@ -181,7 +182,9 @@ const Rule = (() => {
 
   // Points that coincide become one, whose weight is the sum of theirs. What hangs over the map's edge weighs less.
   function merged(level, layer) {
-    const inside = (position, axis) => within((position - layer.origin[axis]) / layer.step[axis], layer.input[axis]);
+    const { before, size } = layer.reads;
+    const inside = (position, axis) =>
+      within((position - layer.origin[axis]) / layer.step[axis] + before[axis], size[axis]);
     const found = new Map();
     const points = { y: [], x: [], weight: [], count: [], away: [], length: 0 };
     for (let i = 0; i < level.length; i++) {
@@ -212,6 +215,7 @@ const Rule = (() => {
     const made = () => new Float32Array(plane);
     const found = { y: made(), x: made(), spread: made(), mask: layer.masks && made(), outside: made() };
     const samples = groups.length * layer.taps;
+    const { before, size } = layer.reads;
     const squares = made();
     const [scaleY, scaleX] = layer.step.map((step) => step * layer.offset.scale);
     for (const g of groups) {
@@ -231,9 +235,9 @@ const Rule = (() => {
           }
           const row = Math.floor(place / layer.columns) * layer.every * layer.stride[0] + layer.tap[k][0];
           const column = (place % layer.columns) * layer.every * layer.stride[1] + layer.tap[k][1];
-          const inY = row + rawY * layer.offset.scale;
-          const inX = column + rawX * layer.offset.scale;
-          if (!(inY > -1 && inX > -1 && inY < layer.input[0] && inX < layer.input[1])) found.outside[place] += 1 / samples;
+          const inY = row + rawY * layer.offset.scale + before[0];
+          const inX = column + rawX * layer.offset.scale + before[1];
+          if (!(inY > -1 && inX > -1 && inY < size[0] && inX < size[1])) found.outside[place] += 1 / samples;
         }
       }
     }
