@@ -116,6 +116,7 @@ def test_a_model_of_grey_pictures_gets_grey(here, capsys):
         (["photo.png", "--out", "photo.png/x.html"], "cannot write photo.png/x.html: "),
         (["photo.png", "--depth", "4"], "4 is not in the range 1<=x<=3"),
         (["photo.png", "--depth", "3", "--view", "points", "--out", "x.png"], "layers"),
+        (["photo.png", "--depth", "1"], "`layers` is 1, a depth for points; expected it with the view 'points' or a .gif file"),
         (["photo.png", "--model", "look_nets:plain"], "has no deformable layer"),
         (["photo.png", "--model", "look_nets:small"], "the model failed on a picture of 30x40: RuntimeError: mat1 and mat2"),
         (["photo.png", "--model", "look_nets:bild"], "look_nets has no 'bild'"),
@@ -135,3 +136,12 @@ def test_what_cannot_be_looked_at_is_said_in_a_sentence(here, arguments, message
     assert message in " ".join(captured.err.split()) and "Traceback" not in captured.err
     assert not captured.out
     assert not list(here.glob("*look.html*")) and not list(here.glob("*x.*"))
+
+
+def test_a_folder_that_goes_away_is_said(here, monkeypatch, capsys):
+    def gone(*_):
+        raise FileNotFoundError(2, "No such file or directory", ".x-1f.html")
+
+    monkeypatch.setattr("deformconv.plots.looking.Look.save", gone)
+    assert main(["look", "photo.png", "--model", "look_nets:build", "--out", "x.html"]) == 1
+    assert capsys.readouterr().err == "Error: cannot write x.html: No such file or directory\n"

@@ -252,7 +252,7 @@ def test_a_bar_on_a_terminal_alone(case, monkeypatch):
     stream = io.StringIO() if case == "pipe" else Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     if case == "no rich":
-        monkeypatch.setattr(saliency, "find_spec", lambda name: None)
+        monkeypatch.setattr("deformconv.plots.progress.find_spec", lambda name: None)
     found = saliency_region(trace, "5", max_passes=20, progress=case != "not wanted")
     assert found.passes == 20
     written = stream.getvalue()

@@ -112,7 +112,7 @@ class _Position(click.ParamType):
     type=click.Choice(["points", "erf", "locations", "saliency", "flow"]),
     help="What a picture shows.  [default: an overview; .gif: points]",
 )
-@click.option("--depth", type=click.IntRange(1, 3), help="Through how many deformable layers points go.  [default: up to 3]")
+@click.option("--depth", type=click.IntRange(1, 3), help="Through how many layers a picture's points go.  [default: up to 3]")
 @click.option(
     "--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), default="look.html", show_default=True,
     help="A page (.html), a picture (.png, .svg), or the offsets as they grow (.gif).",
