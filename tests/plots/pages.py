@@ -43,7 +43,8 @@ def call(
         padding=tuple((dilation * (side // 2),) * 2 for side in kernel), offset_groups=groups, K=K, D=2,
         offset=random.normal(0, amount, (1, groups * K * 2, *output_size)).astype(np.float32),
         mask=random.uniform(0, 2, (1, groups * K, *output_size)).astype(np.float32) if masked else None,
-        padding_mode="zeros", geometry=SimpleNamespace(origin=(origin, origin), step=(step, step), source="graph", difference=None),
+        padding_mode="zeros",
+        geometry=SimpleNamespace(origin=(origin, origin), step=(step, step), source="graph", difference=None),
     )  # fmt: skip
 
 

@@ -61,6 +61,15 @@ def written_by_slices_of_slices(x):
     return whole[1:2, :, 4:52, 3:27]
 
 
+def views_before_writing(x):
+    whole = torch.zeros(1, 1, 28, 28)
+    middle, border, all_of_it = whole[..., 2:26, 2:26], whole[..., :2, 2:26], whole[..., 0:28]
+    with torch.no_grad():  # PyTorch lets nobody write into a second view of what has a graph
+        middle.copy_(x)
+        border.copy_(x[..., -2:, :])
+    return all_of_it * 1
+
+
 def in_windows(x):
     """A vision transformer's windows: taken apart, put into a batch, and put together again."""
     tokens = x.permute(0, 2, 3, 1).reshape(1, 6, 4, 6, 4, 1).permute(0, 1, 3, 2, 4, 5).reshape(36, 16, 1)
@@ -83,6 +92,11 @@ def patches(x):
 def to_channels(x):
     parts = [x[..., row::2, column::2] for row in (0, 1) for column in (0, 1)]
     return F.conv2d(torch.cat(parts, 1), torch.ones(1, 4, 1, 1) / 4)
+
+
+def viewed_to_channels(x):
+    parts = x.reshape(1, 1, 12, 2, 12, 2).permute(0, 1, 3, 5, 2, 4).reshape(1, 4, 12, 12)
+    return F.conv2d(parts, torch.ones(1, 4, 1, 1) / 4)
 
 
 def repeated(x):
@@ -143,6 +157,7 @@ OPERATIONS = {
     "in place": lambda x: (x * 1).add_(0).clamp_(-1e9, 1e9),
     "written into": written_into,
     "written by slices of slices": written_by_slices_of_slices,
+    "views before writing": views_before_writing,
     "channels last": lambda x: (x.permute(0, 2, 3, 1) @ torch.ones(1, 1)).permute(0, 3, 1, 2).contiguous(),
     "layer norm": lambda x: x + 0 * F.layer_norm(x.movedim(1, -1), (1,)).movedim(-1, 1),
     "group and batch norm": lambda x: x + 0 * F.group_norm(x, 1) + 0 * nn.BatchNorm2d(1).eval()(x),
@@ -153,6 +168,7 @@ OPERATIONS = {
     "scaled dot product": lambda x: x + 0 * F.scaled_dot_product_attention(*[x.flatten(2).mT] * 3).mT.reshape(x.shape),
     "patches": patches,
     "to channels": to_channels,
+    "viewed to channels": viewed_to_channels,
     "stacked": lambda x: torch.stack([x, x], 1).mean(1),
     "repeated": repeated,
     "both": both,
@@ -201,22 +217,57 @@ def test_an_operation_moves_an_image_of_coordinates_to_where_it_says(name, gradi
         assert np.abs(apart.mean()) <= (0.15 if name == "adaptive, uneven" else 1e-4)
 
 
-def test_an_operation_that_is_not_known_raises_doubt_and_a_shortcut_around_it_none():
-    image, follower = torch.rand(1, 2, 8, 8), Follower()
+def followed(operation, shape=(1, 2, 8, 8)):
+    """Where an operation's outputs lie, of an image."""
+    image, follower = torch.rand(shape), Follower()
     follower.put_image(image, 2)
     with follower:
-        rolled = image.roll(1, 2)
-        around = image + rolled
-        sampled = F.grid_sample(image, torch.zeros(1, 4, 4, 2), align_corners=False)
-        sorted_ = image.flatten(2).sort(-1)[0]
-        fresh = torch.zeros_like(image)
-    assert follower.place(rolled).doubt == "aten::roll"
-    assert not follower.place(around).doubt
-    assert follower.place(sampled).doubt == "aten::grid_sampler_2d"
-    assert [along.step for along in follower.place(sampled).spatial(2)] == [2, 2]
-    assert follower.place(sorted_) is None or follower.place(sorted_).doubt
-    assert follower.place(fresh) is None
-    assert follower.place(torch.rand(3)) is None
+        return follower.place(operation(image))
+
+
+def test_an_operation_that_is_not_known_raises_doubt():
+    assert followed(lambda x: x.roll(1, 2)).doubt == "aten::roll"
+    sampled = followed(lambda x: F.grid_sample(x, torch.zeros(1, 4, 4, 2), align_corners=False))
+    assert sampled.doubt == "aten::grid_sampler_2d"
+    assert [along.step for along in sampled.spatial(2)] == [2, 2]
+    assert followed(lambda x: torch.cat([x, x], 2)).doubt == "aten::cat"
+
+
+@pytest.mark.parametrize("around", [lambda x: x + x.roll(1, 2), lambda x: torch.cat([x.roll(1, 2), x], 1)])
+def test_a_shortcut_around_an_operation_that_is_not_known_raises_none(around):
+    place = followed(around)
+    assert not place.doubt
+    assert [(along.origin, along.step) for along in place.spatial(2)] == [(0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        torch.zeros_like,
+        lambda x: torch.rand(3),
+        lambda x: x.new_empty(x.shape).fill_(1),
+        lambda x: x.flatten(2).sort(-1)[0],
+        lambda x: F.conv2d(torch.rand(1, 2, 9, 9), x[..., :3, :3]),  # the image makes the weights
+        lambda x: torch.ones(8, 8) @ torch.ones(8, 8),
+    ],
+)
+def test_what_lies_nowhere_in_the_image(operation):
+    place = followed(operation)
+    assert place is None or place.doubt or place.spatial(2) is None
+
+
+def test_an_order_that_is_no_straight_line_is_none():
+    place = followed(lambda x: x.reshape(1, 2, 2, 4, 8).transpose(2, 3).reshape(1, 2, 8, 8))
+    assert place.spatial(2) is None
+
+
+def test_memory_that_is_used_again_is_another_tensor():
+    image, follower = torch.rand(1, 2, 64, 64), Follower()
+    follower.put_image(image, 2)
+    with torch.no_grad(), follower:
+        for _ in range(10):
+            (image * 2).sum()
+            assert follower.place(torch.rand(1, 2, 64, 64)) is None
 
 
 def recorded(net, image):
@@ -378,9 +429,9 @@ def test_torchvisions_detectors_resize_and_pad_their_images():
 class Detour(nn.Module):
     """A net with something between its stem and its layer."""
 
-    def __init__(self, what):
+    def __init__(self, what, **how):
         super().__init__()
-        self.stem, self.what, self.layer = nn.Conv2d(3, 4, 3, stride=2, padding=1), what, deform(padding=1)
+        self.stem, self.what, self.layer = stem(**how), what, deform(padding=1)
 
     def forward(self, x):
         return self.layer(self.what(self.stem(x)))
@@ -403,22 +454,25 @@ def sampled(x):
 
 
 @pytest.mark.parametrize(
-    ("what", "origin", "step"),
+    ("what", "how", "origin", "step"),
     [
-        (lambda x: x.roll((2, -1), (2, 3)), (-4, 2), (2, 2)),
-        (sampled, (0, 0), (2, 2)),
-        (OutsideOfPyTorch.apply, (0, 2 * 31), (2, -2)),
-        (lambda x: x.flatten(2)[..., torch.arange(24 * 32)].unflatten(-1, (24, 32)), (0, 0), (2, 2)),
+        (lambda x: x.roll((2, -1), (2, 3)), {}, (-4, 2), (2, 2)),
+        (lambda x: x.roll(1, 3), {"kernel_size": 7, "stride": 3, "padding": 0}, (3, 0), (3, 3)),
+        (sampled, {}, (0, 0), (2, 2)),
+        (OutsideOfPyTorch.apply, {}, (0, 2 * 31), (2, -2)),
+        (OutsideOfPyTorch.apply, {"kernel_size": 7, "stride": 4, "padding": 0}, (3, 3 + 4 * 14), (4, -4)),
+        (lambda x: x.flatten(2)[..., torch.arange(24 * 32)].unflatten(-1, (24, 32)), {}, (0, 0), (2, 2)),
     ],
-    ids=["roll", "grid_sample", "function", "index"],
+    ids=["roll", "roll, 3", "grid_sample", "function", "function, 4", "index"],
 )
-def test_what_cannot_be_followed_is_measured_by_the_gradient(what, origin, step):
+def test_what_cannot_be_followed_is_measured_by_the_gradient(what, how, origin, step):
     torch.manual_seed(0)
-    geometry = recorded(Detour(what), torch.rand(1, 3, 48, 64)).geometry("layer")
+    geometry = recorded(Detour(what, **how), torch.rand(1, 3, 48, 64)).geometry("layer")
     assert geometry.source == "gradient"
     assert geometry.difference is None
-    assert geometry.step == pytest.approx(step, abs=0.01)
-    assert geometry.origin == pytest.approx(origin, abs=1)
+    middle = (np.array([48, 64]) - 1) / 2 / np.abs(step)
+    assert geometry.step == pytest.approx(step, rel=0.05)
+    assert geometry.to_image(middle).tolist() == pytest.approx((np.array(origin) + middle * step).tolist(), abs=1.5)
 
 
 def test_any_modules_output_can_be_asked_for_and_is_measured_too():
@@ -438,6 +492,37 @@ class Rolling(nn.Module):
 
     def forward(self, x):
         return self.after(self.stem(x).roll(2, 2)).mean((2, 3))
+
+
+def test_a_layer_whose_kernel_is_none_of_pytorchs_is_followed():
+    """As mmcv's: its output is new memory, which something filled."""
+
+    class Filled(torchvision.ops.DeformConv2d):
+        def forward(self, input, offset, mask=None):
+            output = super().forward(input, offset, mask)
+            return torch.from_numpy(output.detach().numpy().copy())
+
+    net = nn.Sequential(stem(), CalledWithOffsets(Filled(4, 4, 3, stride=2, padding=0, dilation=2), masked=False), deform())
+    net[1].offset_predictor = nn.Conv2d(4, 18, 5, stride=2)
+    trace = recorded(net, torch.rand(PLANE))
+    geometry = trace.geometry("2")
+    assert (geometry.origin, geometry.step, geometry.source) == ((4, 4), (4, 4), "graph")
+    assert trace.before("2") == [("1.layer", 0)]
+
+
+def test_layers_in_the_same_place_are_told_apart_by_their_batch():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole, self.copies = deform(3, padding=1), deform(3, padding=1)
+
+        def forward(self, x):
+            return self.copies(self.whole(x).expand(2, -1, -1, -1))
+
+    trace = recorded(Net(), torch.rand(PLANE))
+    assert trace.geometry("whole").step == (1, 1)
+    with pytest.raises(ValueError, match="it gets 2 maps for one image"):
+        trace.geometry("copies")
 
 
 def detached(x):

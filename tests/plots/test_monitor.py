@@ -120,6 +120,7 @@ def test_the_lattices_of_a_map_are_its_positions(output_size):
     for number in range(lattices.number):
         times[lattices[number].places] += 1
     assert (times[::2] == 1).all() and not times[1::2].any()
+    assert lattices[lattices.number + 1] is lattices[1 % lattices.number]
 
 
 def test_without_offsets_the_share_outside_is_that_of_the_padding_in_every_step():
@@ -358,16 +359,20 @@ def test_an_empty_batch():
     assert written.steps == [0, 2]
 
 
-def test_a_copy_of_the_model_is_not_watched():
+@pytest.mark.parametrize("steps", ["forward", "manual"])
+def test_a_copy_of_the_model_counts_no_steps_and_nothing_after_the_end(steps):
     model, written = net(), Written()
-    with OffsetMonitor(model, written):
+    with OffsetMonitor(model, written, steps=steps) as monitor:
         other = copy.deepcopy(model)
         train(model)
-        train(other)
         with torch.no_grad():
             other(torch.rand(1, 3, 10, 10))
+        if steps == "manual":
+            monitor.step()
+        else:
+            train(other)
     train(other)
-    assert written.steps == [0]
+    assert written.steps == [0] and not monitor._calls
 
 
 # Where the numbers go

@@ -86,7 +86,7 @@ def test_the_first_pictures_show_the_surroundings_of_the_points_and_the_others_w
     [
         ("points", "What layer 2's unit at y = 20, x = 30 samples through 2 deformable layers"),
         ("erf", "Effective receptive field of layer 2's unit at y = 20, x = 30: radius "),
-        ("locations", "Samples that move layer 2's unit at y = 20, x = 30"),
+        ("locations", "Samples of layer 1 that move layer 2's unit at y = 20, x = 30"),
         ("saliency", "What layer 2's unit at y = 20, x = 30 needs of the picture: "),
     ],
 )

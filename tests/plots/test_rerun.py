@@ -100,7 +100,8 @@ def test_who_watches_sees_the_layers_on_the_way_and_who_recorded_does_not(net):
 
 
 def states():
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    numpy = np.random.get_state()
+    return torch.get_rng_state(), random.getstate(), numpy[1].tolist(), numpy[2]
 
 
 def test_a_model_is_left_as_it_was(net):
@@ -152,7 +153,9 @@ def test_runs_in_evaluation_mode_are_all_alike(net):
     net = randomised(Noisy())
     trace = recorded(net, IMAGES)
     probe = Probe(trace, "twice")
-    assert torch.equal(probe.features(probe.image), probe.features(probe.image))
+    first = probe.features(probe.image)
+    torch.rand(1)
+    assert torch.equal(probe.features(probe.image), first)
 
 
 class Stop(nn.Module):
@@ -160,18 +163,53 @@ class Stop(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer = DeformConv2d(3, 3, 3, padding=1)
+        self.layer, self.finished = DeformConv2d(3, 3, 3, padding=1), 0
 
     def forward(self, x):
         try:
-            return self.layer(x)
+            x = self.layer(x)
         except Exception:
-            return x
+            x = x + 1
+        self.finished += 1
+        return x
 
 
 def test_a_model_that_catches_exceptions_is_stopped_all_the_same():
-    trace = recorded(Stop(), IMAGES)
+    net = Stop()
+    trace = recorded(net, IMAGES)
     assert Probe(trace, "layer").features(IMAGES).shape == IMAGES.shape
+    assert net.finished == 1
+
+
+class Sharing(nn.DataParallel):
+    """DataParallel as it is on several GPUs: what is run again is one image, and is not shared out."""
+
+    calls = 0
+
+    def forward(self, *args):
+        self.calls += 1
+        return self.module(*args)
+
+
+def test_a_wrapper_that_shares_the_batch_out_is_left_out(net):
+    wrapper = Sharing(net)
+    trace = recorded(wrapper, IMAGES)
+    Probe(trace, "module.twice").features(IMAGES)
+    assert trace.geometry("module.twice").step == (2, 2)
+    assert wrapper.calls == 1
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_who_asks_may_be_within_no_grad_or_inference_mode(net, mode):
+    trace = recorded(net, IMAGES)
+    with mode():
+        probe = Probe(trace, "twice")
+        image = probe.image.requires_grad_()
+        output = probe.features(image)
+        geometry = trace.geometry("twice")
+    (gradient,) = torch.autograd.grad(output.sum(), image)
+    assert gradient.abs().max() > 0
+    assert geometry.difference is not None
 
 
 class Conditioned(nn.Module):

@@ -119,7 +119,9 @@ class _Position(click.ParamType):
     type=click.Choice(["points", "erf", "locations", "saliency", "flow"]),
     help="What a picture shows.  [default: an overview; .gif: points]",
 )
-@click.option("--depth", type=click.IntRange(1, 3), help="Through how many deformable layers points go.  [default: up to 3]")
+@click.option(
+    "--depth", type=click.IntRange(1, 3), help="Through how many deformable layers samples are followed.  [default: up to 3]"
+)
 @click.option(
     "--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), default="look.html", show_default=True,
     help="A page (.html), a picture (.png, .svg), or the offsets as they grow (.gif).",
@@ -152,7 +154,8 @@ def look(photo: Path, **options: Any) -> int:
       points     where the layer, and up to two deformable ones before it,
                  sample for a position of their output
       erf        the effective receptive field: which pixels move the output
-      locations  how much each of the layer's samples moves the output
+      locations  how much each sample, of the layer or of one before it,
+                 moves the output
       saliency   the smallest region that gives the same output
       flow       the offsets of the whole layer
     """

@@ -30,15 +30,16 @@ def centroid(features: Tensor, image: Tensor, box: list[slice] | None = None, dr
     """
     sizes = features.shape[2:]
     box = [slice(n // 4, n - n // 4) for n in sizes] if box is None else box
-    cells = features[(slice(None), slice(None), *box)]
-    random = torch.Generator().manual_seed(0)
     energy: Any = 0.0
-    for _ in range(draws):
-        signs = torch.randint(0, 2, tuple(cells.shape), generator=random).mul_(2).sub_(1).to(cells)
-        gradient: Any = torch.autograd.grad(cells, image, signs, retain_graph=True, allow_unused=True)[0]
-        if gradient is None:
-            return None
-        energy = energy + gradient.detach().double().square().sum((0, 1)).cpu().numpy()
+    with torch.inference_mode(False), torch.enable_grad():  # whatever who asks is within
+        cells = features[(slice(None), slice(None), *box)]
+        random = torch.Generator().manual_seed(0)
+        for _ in range(draws):
+            signs = torch.randint(0, 2, tuple(cells.shape), generator=random).mul_(2).sub_(1).to(cells)
+            gradient: Any = torch.autograd.grad(cells, image, signs, retain_graph=True, allow_unused=True)[0]
+            if gradient is None:
+                return None
+            energy = energy + gradient.detach().double().square().sum((0, 1)).cpu().numpy()
     total = energy.sum()
     if not (np.isfinite(total) and total > 0):
         return None

@@ -53,7 +53,8 @@ class Inputs:
             number = len(found)
         if not 0 <= which < number:
             raise ValueError(f"`image` is {which}; the recorded batch has {number}, counted from 0.")
-        return (found if self._form == "image" else found[which]).detach().clone()[None]
+        with torch.inference_mode(False):
+            return (found if self._form == "image" else found[which]).detach().clone()[None]
 
     def batch(self) -> Tensor:
         """All recorded pictures, (N, C, *S); of a list, the first."""

@@ -73,7 +73,8 @@ class Look:
 
         Args:
             view: "points", "erf" (effective receptive field), "locations", "saliency", "flow", or "all" in one picture.
-            layers: through how many deformable layers the points go, 1 to 3; as many as there are by default.
+            layers: through how many deformable layers the points go, 1 to 3, and of which of them the locations are, where 1
+                is `layer`; as many as there are by default.
 
         Returns:
             A matplotlib Figure.

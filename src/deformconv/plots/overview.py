@@ -116,7 +116,8 @@ def draw_view(
     """Draw one view of a unit, with its legend: "points", "erf", "locations", "saliency", "flow"; or "all" of `draw_look`.
 
     Where what is drawn is small in the picture, it is drawn twice: in the whole picture, and larger beside that. `layers` is
-    through how many the points go, by default as many as `stack_depth` says; `progress` is `saliency_region`'s.
+    through how many deformable layers points go, and at which depth the layer is whose locations are drawn; by default as many
+    as `stack_depth` says. `progress` is `saliency_region`'s.
     """
     if view == "all":
         return draw_look(trace, image, layer, at)
@@ -154,8 +155,9 @@ def _view(
         corners = np.array(field.centroid) + 1.5 * field.radius * np.array([[-1, -1], [1, 1]])
         return partial(_drawn, draw_receptive_field, field), title, field.at, corners
     if view == "locations":
-        samples = sampling_locations(trace, layer, at)
-        title = f"Samples that move {unit}"
+        depth = stack_depth(trace, layer, 0) if layers is None else layers
+        samples = sampling_locations(trace, layer, at, of=_layer_at(trace, layer, depth))
+        title = f"Samples of {f'layer {samples.of}' if samples.of else 'the model'} that move {unit}"
         return partial(_drawn, draw_sampling_locations, samples), title, samples.at, samples.points
     if view == "saliency":
         region = saliency_region(trace, layer, at, progress=progress)
@@ -167,6 +169,17 @@ def _view(
 
 def _drawn(draw: Callable[..., Any], view: Any, axes: Axes, image: Any, **more: Any) -> Any:
     return draw(axes, image, view, **more)
+
+
+def _layer_at(trace: Trace, layer: str, depth: int) -> str:
+    """The layer at a depth of the stack that ends with a layer, which is at depth 1."""
+    stack, step = [layer], (layer, 0)
+    while len(stack) < depth and (before := trace.before(*step)):
+        step = before[0]
+        stack.append(step[0])
+    if len(stack) < depth:
+        raise ValueError(f"`layers` is {depth}, and layer {layer!r} has {n_of(len(stack) - 1, 'deformable layer')} before it.")
+    return stack[-1]
 
 
 def stack_depth(trace: Trace, layer: str, index: int) -> int:

@@ -154,8 +154,8 @@ class _Masked:
             )
         if self._length == 0:
             raise ValueError(
-                f"the response of unit {unit} of layer {layer!r} is 0 in all of its {len(self._response)} channels, and an "
-                "error relative to it is not defined; expected a unit that responds, or a layer before a ReLU that ends at 0."
+                f"the response of unit {unit} of layer {layer!r} is 0 in all its {len(self._response)} channels, and an error "
+                "relative to it is not defined; expected a unit that responds, or a layer before a ReLU that ends at 0."
             )
 
     def error(self, region: Region) -> float:
