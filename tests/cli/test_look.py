@@ -126,6 +126,7 @@ def test_a_model_of_grey_pictures_gets_grey(here, capsys):
         (["photo.png", "--out", "photo.png/x.html"], "cannot write photo.png/x.html: "),
         (["photo.png", "--depth", "4"], "4 is not in the range 1<=x<=3"),
         (["photo.png", "--depth", "3", "--view", "points", "--out", "x.png"], "layers"),
+        (["photo.png", "--depth", "1"], "`layers` is 1, a depth for points; expected it with the view 'points' or a .gif file"),
         (["photo.png", "--model", "look_nets:plain"], "has no deformable layer"),
         (["photo.png", "--model", "look_nets:small"], "the model failed on a picture of 30x40: RuntimeError: mat1 and mat2"),
         (["photo.png", "--model", "look_nets:bild"], "look_nets has no 'bild'"),
@@ -166,3 +167,12 @@ def test_a_command_of_the_guide_runs(here, command, capsys):
     assert main(["look", *command.split(), "--size", "48", "--fields", "1"]) == 0
     written = Path(capsys.readouterr().out.split("Written: ")[1].strip())
     assert written.is_file() and written.stat().st_size > 1000
+
+
+def test_a_folder_that_goes_away_is_said(here, monkeypatch, capsys):
+    def gone(*_):
+        raise FileNotFoundError(2, "No such file or directory", ".x-1f.html")
+
+    monkeypatch.setattr("deformconv.plots.looking.Look.save", gone)
+    assert main(["look", "photo.png", "--model", "look_nets:build", "--out", "x.html"]) == 1
+    assert capsys.readouterr().err == "Error: cannot write x.html: No such file or directory\n"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import deformconv
+from deformconv import plots
 from deformconv.errors import ShapeError
 from deformconv.torch import DeformConv1d, DeformConv2d
 
@@ -147,11 +148,14 @@ def test_a_detector_of_torchvision_takes_a_list():
         (None, IMAGE, {}, TypeError, "`model` is a builtins.NoneType; expected a torch.nn.Module"),
         (nn.Conv2d(3, 4, 3), IMAGE, {}, ValueError, "`model`, a Conv2d, has no deformable layer"),
         (net(), IMAGE, {"layer": "7"}, ValueError, "'7'.*'2', '4'"),
-        (net(), IMAGE, {"at": (30, 3)}, ValueError, r"`at` is \(30\.0, 3\.0\), outside the image of 24 x 32 pixels"),
+        (net(), IMAGE, {"at": (30, 3)}, ValueError, r"`at` is \(30, 3\), outside the image of 24 x 32 pixels"),
         (net(), IMAGE, {"at": (3,)}, ValueError, "expected 2 numbers"),
         (net(), np.zeros((5, 24, 32)), {}, ShapeError, "`image` has shape"),
         (net(), "nowhere.png", {}, FileNotFoundError, r"nowhere\.png"),
-        (net(), IMAGE, {"fields": -1}, ValueError, "`fields` is -1; expected 0 or more"),
+        (net(), IMAGE, {"fields": -1}, ValueError, "`fields` is -1; expected an integer, 0 or more"),
+        (net(), IMAGE, {"fields": "3"}, ValueError, "`fields` is '3'; expected an integer"),
+        (net(), IMAGE, {"at": 3}, ValueError, "`at` is 3; expected 2 numbers"),
+        (net(), IMAGE, {"preprocess": 3}, TypeError, "`preprocess` is of type int; expected a function"),
     ],
 )
 def test_what_cannot_be_shown_is_explained(model, image, options, error, message):
@@ -163,3 +167,64 @@ def test_a_sequence_is_no_picture():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(2), DeformConv1d(3, 2, 3))
     with pytest.raises(ValueError, match=r"layer '2' of `model` has 1 spatial axes; expected 2: a page shows pictures"):
         deformconv.look(model, IMAGE, progress=False)
+
+
+def test_a_model_without_gradients_has_a_page_without_receptive_fields():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, image):
+            with torch.no_grad():
+                return self.net(image)
+
+    with pytest.raises(ValueError, match=r"torch.no_grad.*A page without receptive fields needs no gradient: fields=0"):
+        deformconv.look(Frozen(), IMAGE, progress=False).html()
+    assert "<html" in deformconv.look(Frozen(), IMAGE, fields=0, progress=False).html()
+
+
+def test_a_page_begins_with_a_deformable_layer():
+    with pytest.raises(ValueError, match="no deformable layer '0' was recorded; the layers that were called are '2', '4'"):
+        deformconv.look(net(), IMAGE, layer="0", progress=False).html()
+
+
+@pytest.mark.parametrize(("view", "layers"), [("all", 1), ("erf", 2), ("flow", 0)])
+def test_layers_are_for_samples(seen, tmp_path, view, layers):
+    with pytest.raises(ValueError, match=f"`layers` is {layers}, a depth for samples; expected it with the view 'points'"):
+        seen.draw(view, layers)
+    with pytest.raises(ValueError, match="`layers` is 1, a depth for samples"):
+        seen.save(tmp_path / "look.html", layers=1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [plots.unit_points, plots.receptive_field, plots.sampling_locations, plots.saliency_region, plots.offset_field],
+)
+def test_what_is_no_trace_is_told_by_every_view(seen, function):
+    with pytest.raises(TypeError, match=r"`trace` is of type Sequential; expected what deformconv.plots.record yields"):
+        function(net(), "2")
+    with pytest.raises(TypeError, match=r"`trace` is of type Look; .* It has one: pass its `trace`"):
+        function(seen, "2")
+    with pytest.raises(TypeError, match="`trace` is of type Sequential"):
+        plots.offset_statistics(net())
+
+
+@pytest.mark.parametrize("function", [plots.unit_points, plots.offset_field, plots.receptive_field, plots.saliency_region])
+def test_images_of_a_batch_have_whole_numbers(seen, function):
+    with pytest.raises(ValueError, match=r"`image` is 0\.5; .* counted from 0"):
+        function(seen.trace, "2", image=0.5)
+
+
+def test_one_number_is_no_position(seen):
+    with pytest.raises(ValueError, match=r"`at` is 7; expected 2 numbers, \(y, x\)"):
+        plots.receptive_field(seen.trace, "2", at=7)
+    with pytest.raises(ValueError, match=r"`offset_group` is 0\.5; layer '2' has 1 offset group"):
+        plots.unit_points(seen.trace, "2", offset_group=0.5)
+
+
+def test_locations_are_of_the_layer_at_that_depth(seen):
+    assert seen.draw("locations", 1).get_suptitle().startswith("Samples of layer 4 that move layer 4's unit")
+    assert seen.draw("locations").get_suptitle().startswith("Samples of layer 2 that move layer 4's unit")
+    with pytest.raises(ValueError, match="`layers` is 3, and layer '4' has 1 deformable layer before it"):
+        seen.draw("locations", 3)

@@ -38,7 +38,7 @@ def run(
 ) -> int:
     """Read, compute, write; return the exit code."""
     with _said():
-        check_output(out.suffix.lower(), view)
+        check_output(out.suffix.lower(), view, depth)
         image = picture(photo)
         net = model_of(model, weights)
     prepared = _normalised if imagenet else None
@@ -54,8 +54,9 @@ def run(
         shown = f"{type(error).__name__}: {error}".splitlines()[0]
         raise click.ClickException(f"the model failed on a picture of {image.shape[0]}x{image.shape[1]}: {shown}") from error
     try:
-        with _said():
-            written = seen.save(out, view, depth)
+        written = seen.save(out, view, depth)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(f"cannot write {out}: {error.strerror or error}") from None
     click.echo(repr(seen))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from deformconv.ops.window import axis_name
 from deformconv.plots.points import regular_points
-from deformconv.plots.stack import checked_group, checked_image, offsets_and_masks, sampled_map
+from deformconv.plots.stack import check_trace, checked_group, checked_image, offsets_and_masks, sampled_map
 
 if TYPE_CHECKING:
     from deformconv.plots.recording import Call, Trace
@@ -143,6 +143,7 @@ def offset_field(trace: Trace, layer: str, *, image: int = 0, offset_group: int 
 
     Raises:
         ValueError: there is no such layer, image or offset group.
+        TypeError: `trace` is none.
 
     Example:
         >>> import torch
@@ -156,6 +157,7 @@ def offset_field(trace: Trace, layer: str, *, image: int = 0, offset_group: int 
         >>> field.flow[:, 8, 10].tolist(), field.at[8, 10].tolist()  # in image pixels, of which a step is 2
         ([0.0, 3.0], [16.0, 20.0])
     """
+    check_trace(trace)
     call = trace[layer, index]
     image, group = checked_image(call, image), checked_group(call, offset_group)
     offset, mask = offsets_and_masks(call, image)  # (G, K, D, *O), (G, K, *O)
@@ -188,6 +190,7 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
 
     Raises:
         ValueError: nothing was recorded.
+        TypeError: `trace` is none.
 
     Example:
         >>> import torch
@@ -201,6 +204,7 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
         layer   mean height    mean width   deviation     largest  outside  regular   mask
         1      +0.00 (+0.0)  +0.00 (+0.0)  0.00 (0.0)  0.00 (0.0)     8.2%     8.2%  1.000
     """
+    check_trace(trace)
     if not trace.calls:
         raise ValueError("nothing was recorded; expected a trace within whose `with record(model)` the model was called.")
     last = max(call.forward for call in trace.calls)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,12 +47,12 @@ class Inputs:
             f"with {rank + 1}, one image."
         )
 
-    def picture(self, which: int) -> Tensor:
+    def picture(self, which: Any) -> Tensor:
         """One picture of those recorded, (1, C, *S), without a graph."""
         found, number = self._at(self._path), 1
         if self._form != "image":
             number = len(found)
-        if not 0 <= which < number:
+        if not (isinstance(which, (int, np.integer)) and 0 <= which < number):
             raise ValueError(f"`image` is {which}; the recorded batch has {number}, counted from 0.")
         with torch.inference_mode(False):
             return (found if self._form == "image" else found[which]).detach().clone()[None]

@@ -16,6 +16,7 @@ from deformconv.plots.gradients import Sums, check_channels, check_finite, diffe
 from deformconv.plots.observe import Event
 from deformconv.plots.points import sampling_points
 from deformconv.plots.rerun import Probe
+from deformconv.plots.stack import check_trace
 from deformconv.plots.trace import Trace
 
 __all__ = ["SamplingLocations", "sampling_locations"]
@@ -98,6 +99,7 @@ def sampling_locations(
     Raises:
         ValueError: there is no such layer, unit, image or position; the unit depends on no call of `of`; there is no gradient,
             or it is not finite.
+        TypeError: `trace` is none.
 
     Example:
         >>> import torch
@@ -114,6 +116,7 @@ def sampling_locations(
 
     Paper: DCNv2, arXiv 1811.11168, section 2.1.
     """
+    check_trace(trace)
     channels = check_channels(channels)
     cell = trace.unit(layer, at, unit, index)
     if of is not None:

@@ -27,14 +27,18 @@ VIEWS = ("all", "points", "erf", "locations", "saliency", "flow")
 CHANNELS, PASSES, SIDE = 4, 100, 5
 
 
-def check_output(suffix: str, view: str | None) -> None:
-    """Raise ValueError for a file's suffix that nothing is written as, and for a view that it does not have."""
+def check_output(suffix: str, view: str | None, layers: int | None = None) -> None:
+    """Raise ValueError for a file's suffix that nothing is written as, and for a view or `layers` that it does not have."""
     if suffix not in SUFFIXES:
         raise ValueError(f"a file ending in {suffix or 'nothing'!r} cannot be written; expected one of {', '.join(SUFFIXES)}.")
     has = VIEWS if suffix in (".png", ".svg") else ("points",) if suffix == ".gif" else ()
     if view is not None and view not in has:
         there = f"has {', '.join(has)}" if has else "has all views, to choose from"
         raise ValueError(f"`view` is {view!r}, and a {suffix} file {there}.")
+    if layers is not None and suffix != ".gif" and view not in ("points", "locations"):
+        raise ValueError(
+            f"`layers` is {layers!r}, a depth for samples; expected it with the view 'points' or 'locations', or a .gif file."
+        )
 
 
 class Look:
@@ -63,7 +67,10 @@ class Look:
             from deformconv.plots.page import build, page
 
             self.trace[self.layer]  # it says what is wrong with one that is not deformable, before minutes of computing
-            fields = _receptive_fields(self.trace, self._fields, self._progress)
+            try:
+                fields = _receptive_fields(self.trace, self._fields, self._progress)
+            except ValueError as error:
+                raise ValueError(f"{error} A page without receptive fields needs no gradient: fields=0.") from None
             start = self.layer, (self.at[0], self.at[1])
             self._page = page(build(self.trace, self.image, receptive_fields=fields, start=start, title=self._title))
         return self._page
@@ -80,9 +87,9 @@ class Look:
             A matplotlib Figure.
 
         Raises:
-            ValueError: there is no such view, or there are not so many layers.
+            ValueError: there is no such view, it has no `layers`, or there are not so many.
         """
-        check_output(".png", view)
+        check_output(".png", view, layers)
         from deformconv.plots.overview import draw_view
 
         return draw_view(self.trace, self.image, self.layer, self.at, view, layers=layers, progress=self._progress)
@@ -98,11 +105,11 @@ class Look:
             The path.
 
         Raises:
-            ValueError: another suffix, or a view that the suffix does not have.
+            ValueError: another suffix, or a view or `layers` that the suffix does not have.
         """
         path = Path(path)
         kind = path.suffix.lower()
-        check_output(kind, view)
+        check_output(kind, view, layers)
         with whole_file(path) as part:
             if kind == ".html":
                 part.write_text(self.html(), encoding="utf-8")
@@ -193,8 +200,10 @@ def look(
     from deformconv.torch.surgery import check_model
 
     check_model(model)
-    if fields is not None and fields < 0:
-        raise ValueError(f"`fields` is {fields}; expected 0 or more, or None.")
+    if fields is not None and not (isinstance(fields, int) and fields >= 0):
+        raise ValueError(f"`fields` is {fields!r}; expected an integer, 0 or more, or None.")
+    if preprocess is not None and not callable(preprocess):
+        raise TypeError(f"`preprocess` is of type {type(preprocess).__name__}; expected a function of a tensor (1, C, H, W).")
     given = model_input(image, model)
     tensor = given if preprocess is None else _preprocessed(preprocess, given)
     with undisturbed(model), record(model) as trace, no_grad():
@@ -205,8 +214,8 @@ def look(
         raise ValueError(
             f"layer {flat[0]!r} of `model` has {trace[flat[0]].D} spatial axes; expected 2: a page shows pictures."
         )
+    trace.unit(chosen, at)  # it says what is wrong with the two
     position = tuple((size - 1) / 2 for size in trace.size) if at is None else tuple(map(float, at))
-    trace.unit(chosen, position)  # it says what is wrong with the two
     name = type(model).__name__ if title is None else title
     return Look(trace, _shown(image, given), chosen, position, title=name, fields=fields, progress=progress)
 

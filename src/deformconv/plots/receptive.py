@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deformconv.plots.gradients import check_channels, check_finite, differentiable, gradients, sums_of, unit_response
 from deformconv.plots.rerun import Probe
+from deformconv.plots.stack import check_trace
 from deformconv.plots.trace import Trace
 
 __all__ = ["THRESHOLD", "ReceptiveField", "each_receptive_field", "receptive_field"]
@@ -91,6 +92,7 @@ def receptive_field(
     Raises:
         ValueError: there is no such layer, unit, image or position; the layer has no gradient with respect to the image, or
             the gradient is not finite.
+        TypeError: `trace` is none.
 
     Example:
         >>> import torch
@@ -107,6 +109,7 @@ def receptive_field(
     Papers: Luo et al. 2016, arXiv 1701.04128, where the field counts from 4.55 % (1 - 95.45 %) of its maximum on; as a view of
     deformable layers DCNv2, arXiv 1811.11168, section 2.1.
     """
+    check_trace(trace)
     units = _units(trace, layer, at, unit, index)
     found = list(each_receptive_field(trace, layer, units, channels=channels, image=image, index=index, seed=seed))
     shifts = [np.rint(np.subtract(found[0].at, one.at)).astype(int) for one in found]
@@ -148,15 +151,20 @@ def _field(response: Tensor, picture: Tensor, channels: int, seed: int, *, keep:
 def _units(trace: Trace, layer: str, at: Any, unit: Any, index: int) -> list[tuple[int, ...]]:
     """The units that `at` or `unit` name, one or a list of them."""
     for name, value in (("at", at), ("unit", unit)):
-        if value is not None and not len(value):
+        if isinstance(value, Sequence) and not value:
             raise ValueError(f"`{name}` is an empty list; expected a position or a list of at least one.")
     if at is not None and unit is not None:
         raise ValueError("`at` and `unit` were both passed; expected one of them, or none for the image's middle.")
-    if at is not None and np.ndim(at[0]):
+    if _are_several(at):
         return [trace.unit(layer, one, None, index) for one in at]
-    if unit is not None and np.ndim(unit[0]):
+    if _are_several(unit):
         return [trace.unit(layer, None, one, index) for one in unit]
     return [trace.unit(layer, at, unit, index)]
+
+
+def _are_several(positions: Any) -> bool:
+    """Whether it is a list of positions, and not one."""
+    return hasattr(positions, "__len__") and len(positions) > 0 and hasattr(positions[0], "__len__")
 
 
 def averaged(fields: Sequence[Field], shifts: Sequence[npt.NDArray[np.int_]]) -> Field:

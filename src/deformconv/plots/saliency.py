@@ -17,6 +17,7 @@ from deformconv.plots.gradients import differentiable, gradients, sums_of, unit_
 from deformconv.plots.masking import smallest_region
 from deformconv.plots.progress import bar
 from deformconv.plots.rerun import Probe
+from deformconv.plots.stack import check_trace
 from deformconv.plots.trace import Trace
 
 __all__ = ["SaliencyRegion", "saliency_region"]
@@ -107,6 +108,7 @@ def saliency_region(
         ValueError: there is no such layer, unit, image or position; an argument is out of its range; the unit's response is 0
             in all channels, so that no error is relative to it, or not finite; the layer has no gradient with respect to the
             image.
+        TypeError: `trace` is none.
 
     Example:
         >>> import torch
@@ -122,6 +124,7 @@ def saliency_region(
 
     Paper: DCNv2, arXiv 1811.11168, section 2.1 and its appendix, where parts of the image are masked progressively.
     """
+    check_trace(trace)
     _check(bound, max_passes, cell)
     chosen = trace.unit(layer, at, unit, index)
     middle = tuple(float(x) for x in trace.output_geometry(layer, index).to_image(chosen))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import isfinite, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from deformconv.ops.window import count, n_of
 if TYPE_CHECKING:
     from deformconv.plots.recording import Call, Trace
 
-__all__ = ["UnitPoints", "checked_group", "checked_image", "offsets_and_masks", "sampled_map", "unit_points"]
+__all__ = ["UnitPoints", "check_trace", "checked_group", "checked_image", "offsets_and_masks", "sampled_map", "unit_points"]
 
 Array = npt.NDArray[np.float64]
 
@@ -94,6 +94,7 @@ def unit_points(
     Raises:
         ValueError: there are fewer deformable layers before this one, or no such image, group or position; there are more
             than 2 million paths; `scale` is not finite.
+        TypeError: `trace` is none.
 
     Example:
         >>> import torch
@@ -108,6 +109,7 @@ def unit_points(
 
     Paper: v1, arXiv 1703.06211, figure 6.
     """
+    check_trace(trace)
     chain = _chain(trace, layer, index, count("layers", layers))
     image = checked_image(chain[0], image)
     group = checked_group(chain[0], offset_group)
@@ -134,22 +136,34 @@ def unit_points(
     )  # fmt: skip
 
 
-def checked_image(call: Call, image: int) -> int:
+def check_trace(trace: Any) -> None:
+    """Raise TypeError for what `record` has not made: the model itself, or what `deformconv.look` returned, as examples."""
+    if not hasattr(trace, "output_geometry"):
+        hint = " It has one: pass its `trace`." if hasattr(trace, "trace") else ""
+        raise TypeError(
+            f"`trace` is of type {type(trace).__name__}; expected what deformconv.plots.record yields, as in "
+            f"`with record(model) as trace: model(x)`.{hint}"
+        )
+
+
+def checked_image(call: Call, image: Any) -> int:
     """The number of an image of the batch; ValueError if there is none."""
     batch = len(call.offset)
-    if not 0 <= image < batch:
+    if not (isinstance(image, (int, np.integer)) and 0 <= image < batch):
         raise ValueError(f"`image` is {image!r}; layer {call.layer!r} was called with {n_of(batch, 'image')}, counted from 0.")
-    return image
+    return int(image)
 
 
-def checked_group(call: Call, offset_group: int | None) -> int | None:
+def checked_group(call: Call, offset_group: Any) -> int | None:
     """The number of an offset group, or None for all; ValueError if there is none."""
-    if offset_group is not None and not 0 <= offset_group < call.offset_groups:
+    if offset_group is not None and not (
+        isinstance(offset_group, (int, np.integer)) and 0 <= offset_group < call.offset_groups
+    ):
         raise ValueError(
             f"`offset_group` is {offset_group!r}; layer {call.layer!r} has {n_of(call.offset_groups, 'offset group')}, counted "
             "from 0. None takes them all."
         )
-    return offset_group
+    return None if offset_group is None else int(offset_group)
 
 
 def offsets_and_masks(call: Call, image: int) -> tuple[Array, Array | None]:

@@ -107,8 +107,8 @@ class Trace:
             raise self._unknown(name)
         chosen = [call for call in found if index in (None, call.index)]
         if not chosen:
-            times = max(call.index for call in found) + 1
-            raise ValueError(f"layer {name!r} was called {times} times in a forward pass; there is no call {index} (from 0).")
+            times = n_of(max(call.index for call in found) + 1, "time")
+            raise ValueError(f"layer {name!r} was called {times} in a forward pass; there is no call {index} (from 0).")
         return chosen[-1]
 
     def __repr__(self) -> str:
