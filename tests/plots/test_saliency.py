@@ -68,7 +68,7 @@ def test_the_bound_holds_for_the_region_and_fails_with_the_last_step_undone(rank
     assert found.region[field > 0].sum() > 0.9 * found.region.sum()  # pixels may change what is masked, beside the field itself
 
 
-@pytest.mark.parametrize("passes", [2, 3, 4, 5, 9, 30, 100])
+@pytest.mark.parametrize("passes", [2, 3, 4, 5, 9, 30, 60])
 def test_the_model_is_run_on_no_more_images_than_allowed(passes):
     net, image = small_net()
     trace = traced(net, image)
@@ -86,7 +86,7 @@ def test_the_model_is_run_on_no_more_images_than_allowed(passes):
 def test_more_passes_find_a_smaller_region():
     net, image = small_net()
     trace = traced(net, image)
-    shares = [saliency_region(trace, "5", max_passes=passes, bound=0.1).share for passes in (5, 10, 20, 40, 120)]
+    shares = [saliency_region(trace, "5", max_passes=passes, bound=0.1).share for passes in (5, 20, 80)]
     assert all(later <= before for before, later in pairwise(shares)) and shares[-1] < shares[0] / 2
 
 
