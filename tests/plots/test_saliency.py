@@ -289,7 +289,7 @@ def test_what_cannot_be_answered_is_explained():
             saliency_region(trace, "5", fill=fill)
     trace_of_nan = traced(net, torch.full_like(image, math.nan))
     nn.init.constant_(net[3].bias, -100)
-    with pytest.raises(ValueError, match=r"the response of unit \(2, 2\) of layer '4' is 0 in all of its 6 channels"):
+    with pytest.raises(ValueError, match=r"the response of unit \(2, 2\) of layer '4' is 0 in all its 6 channels"):
         saliency_region(trace, "4", unit=(2, 2))
     with pytest.raises(ValueError, match=r"the response of unit .* of layer '1' is not finite"):
         saliency_region(trace_of_nan, "1", at=(3, 3))
