@@ -151,6 +151,7 @@ def test_a_detector_of_torchvision_takes_a_list():
         (net(), IMAGE, {"at": (30, 3)}, ValueError, r"`at` is \(30, 3\), outside the image of 24 x 32 pixels"),
         (net(), IMAGE, {"at": (3,)}, ValueError, "expected 2 numbers"),
         (net(), np.zeros((5, 24, 32)), {}, ShapeError, "`image` has shape"),
+        (net(), torch.rand(2, 3, 24, 32), {}, ShapeError, r"`image` has 2 pictures, shape \(2, 3, 24, 32\); expected one"),
         (net(), "nowhere.png", {}, FileNotFoundError, r"nowhere\.png"),
         (net(), IMAGE, {"fields": -1}, ValueError, "`fields` is -1; expected an integer, 0 or more"),
         (net(), IMAGE, {"fields": "3"}, ValueError, "`fields` is '3'; expected an integer"),

@@ -680,12 +680,18 @@ def test_models_and_arguments_that_cannot_be_taken():
     with pytest.raises(ValueError, match="`model` has no deformable layers to watch"):
         OffsetMonitor(nn.Conv2d(3, 3, 3))
     with pytest.raises(
-        ValueError, match="`model` is a compiled model, whose layers cannot be watched; expected the model that"
+        ValueError, match="`model` is compiled, and what its layers compute cannot be seen; expected the module"
     ):
         OffsetMonitor(torch.compile(net()))
+    compiled = net()
+    compiled.compile()
+    with pytest.raises(ValueError, match="`model` is compiled"):
+        OffsetMonitor(compiled)
+    with pytest.raises(TypeError, match="`first` is 'a'; expected the number of the first step"):
+        OffsetMonitor(net(), first="a")
     with warnings.catch_warnings(action="ignore"):  # PyTorch's: tracing will go
         traced = torch.jit.trace(net(), torch.rand(1, 3, 9, 9))
-    with pytest.raises(ValueError, match="`model` is a script, whose layers cannot be watched"):
+    with pytest.raises(ValueError, match="`model` is a script or a trace of torch.jit, whose layers cannot be seen"):
         OffsetMonitor(traced)
     with pytest.raises(ValueError, match="`steps` is 'epoch'; expected 'forward', 'manual' or the optimizer"):
         OffsetMonitor(net(), steps="epoch")

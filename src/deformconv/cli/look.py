@@ -39,24 +39,17 @@ def run(
     """Read, compute, write; return the exit code."""
     with _said():
         check_output(out.suffix.lower(), view, depth)
-        image = picture(photo)
+        image = _read(photo)
         net = model_of(model, weights)
     prepared = _normalised if imagenet else None
     size_of_photo = image.shape[:2]
     image = _scaled(image, size)
     place = None if at is None else _position(at, size_of_photo, image.shape[:2])
+    with _said(), _of_the_model(image.shape[:2]):
+        seen = look(net, image, layer=layer, at=place, preprocess=prepared, fields=fields, title=photo.name)
     try:
-        with _said():
-            seen = look(net, image, layer=layer, at=place, preprocess=prepared, fields=fields, title=photo.name)
-    except Exception as error:
-        if isinstance(error, click.ClickException):
-            raise
-        shown = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise click.ClickException(f"the model failed on a picture of {image.shape[0]}x{image.shape[1]}: {shown}") from error
-    try:
-        written = seen.save(out, view, depth)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
+        with _said(), _of_the_model(image.shape[:2]):
+            written = seen.save(out, view, depth)
     except OSError as error:
         raise click.ClickException(f"cannot write {out}: {error.strerror or error}") from None
     click.echo(repr(seen))
@@ -64,13 +57,33 @@ def run(
     return 0
 
 
+def _read(photo: Path) -> Any:
+    """The photograph's pixels."""
+    try:
+        return picture(photo)
+    except OSError as error:
+        raise click.ClickException(str(error)) from None
+
+
 @contextmanager
 def _said() -> Iterator[None]:
     """Errors that are sentences for the user end the command with them."""
     try:
         yield
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+    except ValueError as error:
         raise click.ClickException(str(error)) from None
+
+
+@contextmanager
+def _of_the_model(size: tuple[int, int]) -> Iterator[None]:
+    """What else a model raises, on its way forward or back, is told with the picture's size, which often is why."""
+    try:
+        yield
+    except (click.ClickException, ValueError, OSError):
+        raise
+    except Exception as error:
+        shown = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise click.ClickException(f"the model failed on a picture of {size[0]}x{size[1]}: {shown}") from error
 
 
 def _scaled(image: Any, size: int) -> Any:

@@ -25,7 +25,7 @@ from deformconv.plots.observe import Event, observe
 from deformconv.plots.places import Along, Place, windowed
 from deformconv.plots.rerun import Probe, leads_to, rerun, undisturbed
 
-__all__ = ["Geometry", "Survey", "of_input", "of_output", "survey", "through_window"]
+__all__ = ["Geometry", "Survey", "of_input", "of_output", "survey", "through_window", "position_text"]
 
 
 @dataclass(frozen=True)
@@ -181,14 +181,14 @@ def _geometry(name: str, call: _Seen, image: Tensor, rank: int, seen: dict[Key, 
     allowed = (1 + drift) * np.abs(geometry.step) + spot.radius / 2
     if (apart > allowed).any():
         warnings.warn(
-            f"layer {name!r}: by the model's operations the middle of its input map lies at image pixel {_text(expected)}, and "
-            f"by the gradient at {_text(spot.middle)}. The former is used; the layer may look at the image from far aside.",
+            f"layer {name!r}: by the model's operations the middle of its input map lies at image pixel {position_text(expected)}, and "
+            f"by the gradient at {position_text(spot.middle)}. The former is used; the layer may look at the image from far aside.",
             stacklevel=2,
         )
     return replace(geometry, difference=float(apart.max()))
 
 
-def _text(position: Sequence[float] | npt.NDArray[np.float64]) -> str:
+def position_text(position: Sequence[float] | npt.NDArray[np.float64]) -> str:
     return "(" + ", ".join(f"{x:.1f}" for x in position) + ")"
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deformconv.ops.window import count
-from deformconv.plots.observe import Event, Observation, deformable_layers, observe
+from deformconv.plots.observe import Event, Observation, check_plain, deformable_layers, observe
 from deformconv.plots.samples import HISTORY, Lattices, LayerStep, Taken, explosion, of_layers, take
 from deformconv.torch import modes, surgery
 
@@ -72,7 +72,7 @@ class OffsetMonitor:
         prefix: what the names begin with.
 
     Raises:
-        TypeError: `model` is no torch.nn.Module, or a writer is none of these.
+        TypeError: `model` is no torch.nn.Module, a writer is none of these, or `first` is no integer.
         ValueError: `model` has no deformable layers, or is compiled or a script; `every` or `steps` is not one of these.
 
     Example:
@@ -96,7 +96,7 @@ class OffsetMonitor:
         first: int = 0,
         prefix: str = "offsets",
     ) -> None:
-        _check(model, steps)
+        _check(model, steps, first)
         self._model, self._writers = model, [_write_of(writer) for writer in writers]
         self._at_once = any(_in_order(writer) for writer in writers)
         self._every, self._prefix, self._number = count("every", every), prefix, first
@@ -250,18 +250,16 @@ class OffsetMonitor:
             warnings.warn(text, kind, stacklevel=3)
 
 
-def _check(model: Any, steps: Any) -> None:
+def _check(model: Any, steps: Any, first: Any) -> None:
     """Raise unless a model can be watched, and steps counted."""
     surgery.check_model(model)
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        kind = "a script" if isinstance(model, torch.jit.ScriptModule) else "a compiled model"
-        raise ValueError(
-            f"`model` is {kind}, whose layers cannot be watched; expected the model that it was made of, uncompiled."
-        )
+    check_plain(model)
     if not deformable_layers(model):
         raise ValueError("`model` has no deformable layers to watch.")
     if not isinstance(steps, torch.optim.Optimizer) and steps not in ("forward", "manual"):
         raise ValueError(f"`steps` is {steps!r}; expected 'forward', 'manual' or the optimizer.")
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise TypeError(f"`first` is {first!r}; expected the number of the first step.")
 
 
 def _hooks(monitor: OffsetMonitor, model: nn.Module) -> list[Any]:

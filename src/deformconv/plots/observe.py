@@ -23,7 +23,7 @@ from deformconv.convert.layers import as_ours, predictor_of
 from deformconv.torch import modes, surgery
 from deformconv.torch.conv.modules import _DeformConvNd
 
-__all__ = ["Event", "Observation", "deformable_layers", "kind_of", "observe", "seen_from_here", "unseen"]
+__all__ = ["check_plain", "Event", "Observation", "deformable_layers", "kind_of", "observe", "seen_from_here", "unseen"]
 
 _numbers = count()
 
@@ -235,3 +235,19 @@ def _fits(layer: Any, offset: Any, output: Any) -> bool:
         return False
     channels = len(layer.kernel_size) * prod(layer.kernel_size)
     return offset.shape[2:] == output.shape[2:] and offset.shape[1] > 0 and offset.shape[1] % channels == 0
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise if a model is compiled or a script."""
+    for name, module in model.named_modules():
+        where = f"layer {name!r} of `model`" if name else "`model`"
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{where} is compiled, and what its layers compute cannot be seen; expected the module from before "
+                "torch.compile, which has the same parameters: `compiled._orig_mod`, or a model that has not been compiled."
+            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "`model` is a script or a trace of torch.jit, whose layers cannot be seen; expected the Python module that it was "
+            "made from, with its parameters: model.load_state_dict(script.state_dict())."
+        )

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from deformconv.plots.geometry import position_text
 from deformconv.plots.gradients import check_channels, check_finite, differentiable, gradients, sums_of, unit_response
 from deformconv.plots.rerun import Probe
 from deformconv.plots.stack import check_trace
@@ -52,8 +53,8 @@ class ReceptiveField:
     def __repr__(self) -> str:
         several = f", the mean of {len(self.units)} units" if len(self.units) > 1 else ""
         return (
-            f"ReceptiveField of layer {self.layer!r}, unit {self.unit} at image pixel {_text(self.at)}{several}: "
-            f"radius {self.radius:.1f} px, centroid {_text(self.centroid)}"
+            f"ReceptiveField of layer {self.layer!r}, unit {self.unit} at image pixel {position_text(self.at)}{several}: "
+            f"radius {self.radius:.1f} px, centroid {position_text(self.centroid)}"
         )
 
 
@@ -126,9 +127,9 @@ def each_receptive_field(
     with differentiable():
         picture = (probe := Probe(trace, layer, index, image)).image.requires_grad_()
         features = probe.features(picture)
-    for unit in units:
+    for left, unit in zip(range(len(units) - 1, -1, -1), units, strict=True):
         with differentiable():  # and not while the caller has what is yielded
-            field = _field(unit_response(features, unit), picture, channels, seed, keep=unit is not units[-1])
+            field = _field(unit_response(features, unit), picture, channels, seed, keep=left > 0)
         check_finite(field, layer, unit)
         at = tuple(map(float, geometry.to_image(unit)))
         yield ReceptiveField(layer, unit, at, field, radius_of(field), centroid_of(field), (unit,))
@@ -195,7 +196,3 @@ def centroid_of(field: Field) -> tuple[float, ...]:
         return (math.nan,) * field.ndim
     sums = (np.moveaxis(weights, axis, -1).sum(tuple(range(field.ndim - 1))) for axis in range(field.ndim))
     return tuple(float(along @ np.arange(len(along)) / total) for along in sums)
-
-
-def _text(position: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{x:.1f}" for x in position) + ")"

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
-from deformconv.plots.observe import deformable_layers, kind_of, observe, seen_from_here
+from deformconv.plots.observe import check_plain, deformable_layers, kind_of, observe, seen_from_here
 from deformconv.plots.trace import Call, Trace
 from deformconv.torch import surgery
 
@@ -48,7 +47,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
         (2.0, 2.0)
     """
     surgery.check_model(model)
-    _check_plain(model)
+    check_plain(model)
     layers = deformable_layers(model)
     if not layers:
         raise ValueError(
@@ -67,19 +66,3 @@ def record(model: nn.Module) -> Iterator[Trace]:
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
         stack.enter_context(observe(model, trace.add))
         yield trace
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Raise if a model is compiled or a script."""
-    for name, module in model.named_modules():
-        where = f"layer {name!r} of `model`" if name else "`model`"
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{where} is compiled, and what its layers compute cannot be seen; expected the module from before "
-                "torch.compile, which has the same parameters: `compiled._orig_mod`, or a model that has not been compiled."
-            )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "`model` is a script or a trace of torch.jit, whose layers cannot be seen; expected the Python module that it was "
-            "made from, with its parameters: model.load_state_dict(script.state_dict())."
-        )
