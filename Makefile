@@ -69,7 +69,7 @@ OLDEST_TORCH_TESTS := tests/torch -W default -k "not (test_opcheck or test_compi
 INTERPRETED_TESTS := tests/test_interpreted.py tests/runtime/test_product.py tests/ops/conv/test_gpu.py \
 	tests/ops/roi_pool/test_gpu.py tests/torch/test_gpu.py
 GPU_TESTS := tests/runtime/test_product.py tests/ops/conv/test_gpu_cuda.py tests/ops/roi_pool/test_gpu_cuda.py \
-	tests/torch/test_gpu_cuda.py
+	tests/torch/test_gpu_cuda.py tests/plots/test_monitor.py
 
 .PHONY: help demo demo-gluon experiment test test-torch run-torch run-interpreter test-gpu test-gluon test-fast \
 	test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean

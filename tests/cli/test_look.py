@@ -126,7 +126,7 @@ def test_a_model_of_grey_pictures_gets_grey(here, capsys):
         (["photo.png", "--out", "photo.png/x.html"], "cannot write photo.png/x.html: "),
         (["photo.png", "--depth", "4"], "4 is not in the range 1<=x<=3"),
         (["photo.png", "--depth", "3", "--view", "points", "--out", "x.png"], "layers"),
-        (["photo.png", "--depth", "1"], "`layers` is 1, a depth for points; expected it with the view 'points' or a .gif file"),
+        (["photo.png", "--depth", "1"], "`layers` is 1, a depth for samples; expected it with the view 'points' or 'locations', or a .gif file"),
         (["photo.png", "--model", "look_nets:plain"], "has no deformable layer"),
         (["photo.png", "--model", "look_nets:small"], "the model failed on a picture of 30x40: RuntimeError: mat1 and mat2"),
         (["photo.png", "--model", "look_nets:bild"], "look_nets has no 'bild'"),
