@@ -128,7 +128,7 @@ def test_a_model_of_grey_pictures_gets_grey(here, capsys):
         (["photo.png", "--depth", "3", "--view", "points", "--out", "x.png"], "layers"),
         (
             ["photo.png", "--depth", "1"],
-            "`layers` is 1, a depth for samples; expected it with the view 'points' or 'locations', or a .gif file",
+            "`layers` is 1, a depth for samples",
         ),
         (["photo.png", "--model", "look_nets:plain"], "has no deformable layer"),
         (["photo.png", "--model", "look_nets:small"], "the model failed on a picture of 30x40: RuntimeError: mat1 and mat2"),

@@ -181,8 +181,9 @@ def _geometry(name: str, call: _Seen, image: Tensor, rank: int, seen: dict[Key, 
     allowed = (1 + drift) * np.abs(geometry.step) + spot.radius / 2
     if (apart > allowed).any():
         warnings.warn(
-            f"layer {name!r}: by the model's operations the middle of its input map lies at image pixel {position_text(expected)}, and "
-            f"by the gradient at {position_text(spot.middle)}. The former is used; the layer may look at the image from far aside.",
+            f"layer {name!r}: by the model's operations the middle of its input map lies at image pixel "
+            f"{position_text(expected)}, and by the gradient at {position_text(spot.middle)}. The former is used; the layer "
+            "may look at the image from far aside.",
             stacklevel=2,
         )
     return replace(geometry, difference=float(apart.max()))

@@ -206,9 +206,7 @@ def look(
         raise TypeError(f"`preprocess` is of type {type(preprocess).__name__}; expected a function of a tensor (1, C, H, W).")
     given = model_input(image, model)
     if len(given) != 1:
-        raise ShapeError(
-            f"`image` has {len(given)} pictures, shape {tuple(given.shape)}; expected one: image[:1], as an example."
-        )
+        raise ShapeError(f"`image` has {len(given)} pictures, shape {tuple(given.shape)}; expected one, such as image[:1].")
     tensor = given if preprocess is None else _preprocessed(preprocess, given)
     with undisturbed(model), record(model) as trace, no_grad():
         _call(model, tensor)
