@@ -322,6 +322,19 @@ for call in (lambda: replace_layers(None), lambda: layer_from_mxnet(arrays), acc
     assert run_python(code).splitlines() == [expected] * 3
 
 
+def test_looking_without_torch_tells_how_to_get_it():
+    code = f"""{WITHOUT_FRAMEWORKS}
+import deformconv
+for call in (lambda: deformconv.look(None, None), lambda: deformconv.plots.record, lambda: deformconv.plots.OffsetMonitor):
+    try:
+        call()
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    expected = "deformconv.torch needs PyTorch, which is not installed: " + command("torch", "torch")
+    assert run_python(code).splitlines() == [expected] * 3
+
+
 def test_the_gluon_room_without_mxnet_tells_how_to_get_it():
     code = f"""{WITHOUT_FRAMEWORKS}
 try:
