@@ -56,9 +56,9 @@ class OffsetMonitor:
     A step is a forward pass of the model in training mode with gradients, unless `steps` says otherwise. Outputs and gradients
     stay the same bit for bit. Nothing waits for a GPU: numbers are written some steps later, as they arrive, and at most every
     tenth of a second; `flush` and `close` write what is left. Weights & Biases drops what comes late: with it alone each step
-    is waited for and written at once. The monitor takes less than 2 % of a step of training of two layers of 64 channels on
-    two images of 56x56 pixels on a CPU, and less in larger nets. A writer's own time comes on top (TensorBoard's: some 30
-    microseconds a number, 6 numbers a layer), so that `every=10` is a good beginning for quick steps.
+    is waited for and written at once. The monitor takes 2 to 3 % of a step of training of two layers of 64 channels on two
+    images of 56x56 pixels, on two processors, and less in larger nets. A writer's own time comes on top (TensorBoard's: some
+    30 microseconds a number, 6 numbers a layer), so that `every=10` is a good beginning for quick steps.
 
     Args:
         model: the module that is called in training.
