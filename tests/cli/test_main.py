@@ -30,7 +30,10 @@ def run(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
         (["demo", "--help"], ["--fast", "--seeds", "--output", "--seed", "digits"]),
         (["warmup", "-h"], ["--dtype", "--rank", "--cpu", "x86-64-v3", "DEFORMCONV_CACHE_DIR", "DEFORMCONV_CPU", "--gpu"]),
         (["doctor", "--help"], ["backends"]),
-        (["look", "--help"], ["--model", "--weights", "--layer", "--at", "--view", "--out", "module:function", "runs their code"]),
+        (
+            ["look", "--help"],
+            ["--model", "--weights", "--layer", "--at", "--view", "--out", "module:function", "runs their code"],
+        ),
         (["--version"], [__version__]),
     ],
 )
