@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +180,18 @@ def test_a_folder_that_goes_away_is_said(here, monkeypatch, capsys):
     monkeypatch.setattr("deformconv.plots.looking.Look.save", gone)
     assert main(["look", "photo.png", "--model", "look_nets:build", "--out", "x.html"]) == 1
     assert capsys.readouterr().err == "Error: cannot write x.html: No such file or directory\n"
+
+
+def test_a_warning_is_said_without_its_line_of_code(here, monkeypatch, capsys):
+    from deformconv.cli import look as command
+
+    def warned(*arguments, **options):
+        warnings.warn("far aside", stacklevel=1)
+        return look(*arguments, **options)
+
+    look = command.look
+    monkeypatch.setattr(command, "look", warned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["look", "photo.png", "--model", "look_nets:build", "--fields", "0"]) == 0
+    assert capsys.readouterr().err == "Warning: far aside\n"

@@ -708,3 +708,16 @@ def test_the_output_of_what_is_no_layer_of_maps_is_told_so(layer, message):
 
     with pytest.raises(ValueError, match=message):
         recorded(randomised(Net()), torch.rand(PLANE)).output_geometry(layer)
+
+
+def test_a_picture_to_which_one_side_of_a_map_does_not_respond_gives_no_warning():
+    torch.manual_seed(0)
+    image = torch.zeros(1, 3, 96, 160)
+    image[..., 70:] = torch.rand(90)  # the rest is black, and behind a ReLU without gradient
+    stem = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False), nn.ReLU())
+    net = nn.Sequential(stem, DeformConv2d(6, 4, 3, padding=1)).eval()
+    with record(net) as trace:
+        net(image)
+    geometry = trace.geometry("1")
+    assert (geometry.origin, geometry.step, geometry.source) == ((0.0, 0.0), (2.0, 2.0), "graph")
+    assert geometry.difference is not None and geometry.difference < 4

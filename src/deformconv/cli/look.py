@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,16 +46,24 @@ def run(
     size_of_photo = image.shape[:2]
     image = _scaled(image, size)
     place = None if at is None else _position(at, size_of_photo, image.shape[:2])
-    with _said(), _of_the_model(image.shape[:2]):
+    with _said(), _of_the_model(image.shape[:2]), _without_code():
         seen = look(net, image, layer=layer, at=place, preprocess=prepared, fields=fields, title=photo.name)
     try:
-        with _said(), _of_the_model(image.shape[:2]):
+        with _said(), _of_the_model(image.shape[:2]), _without_code():
             written = seen.save(out, view, depth)
     except OSError as error:
         raise click.ClickException(f"cannot write {out}: {error.strerror or error}") from None
     click.echo(repr(seen))
     click.echo(f"Written: {written}")
     return 0
+
+
+@contextmanager
+def _without_code() -> Iterator[None]:
+    """Warnings are said without the line of code that gives them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        yield
 
 
 def _read(photo: Path) -> Any:

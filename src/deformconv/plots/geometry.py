@@ -27,6 +27,8 @@ from deformconv.plots.rerun import Probe, leads_to, rerun, undisturbed
 
 __all__ = ["Geometry", "Survey", "of_input", "of_output", "survey", "through_window", "position_text"]
 
+NEAR = 4  # cells on each axis whose gradient a geometry is compared with, or one less where the map's size is odd
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -170,7 +172,7 @@ def _geometry(name: str, call: _Seen, image: Tensor, rank: int, seen: dict[Key, 
         return _measured(call.input, image, along)
     geometry = Geometry(tuple(float(a.origin) for a in along), tuple(float(a.step) for a in along), "graph")
     try:
-        spot = centroid(call.input, image) if leads_to(call.input, image) else None
+        spot = centroid(call.input, image, _middle(call.input.shape[2:])) if leads_to(call.input, image) else None
     except RuntimeError:  # PyTorch's, for a part of the model that has no derivative
         spot = None
     if spot is None:
@@ -178,7 +180,7 @@ def _geometry(name: str, call: _Seen, image: Tensor, rank: int, seen: dict[Key, 
     expected = geometry.to_image([(size - 1) / 2 for size in call.input.shape[2:]])
     apart = np.abs(expected - spot.middle)
     drift = sum(seen[source].drift for source in call.sources)
-    allowed = (1 + drift) * np.abs(geometry.step) + spot.radius / 2
+    allowed = (NEAR / 2 + drift) * np.abs(geometry.step) + spot.radius / 2
     if (apart > allowed).any():
         warnings.warn(
             f"layer {name!r}: by the model's operations the middle of its input map lies at image pixel "
@@ -187,6 +189,11 @@ def _geometry(name: str, call: _Seen, image: Tensor, rank: int, seen: dict[Key, 
             stacklevel=2,
         )
     return replace(geometry, difference=float(apart.max()))
+
+
+def _middle(sizes: Sequence[int]) -> list[slice]:
+    """The few cells in the middle of a map: of more, those that respond to the picture may all lie on one side."""
+    return [slice((n - cells) // 2, (n + cells) // 2) for n in sizes for cells in [min(n, NEAR - n % 2)]]
 
 
 def position_text(position: Sequence[float] | npt.NDArray[np.float64]) -> str:
