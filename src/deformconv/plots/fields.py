@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from deformconv.ops.window import axis_name
 from deformconv.plots.points import regular_points
-from deformconv.plots.stack import check_trace, checked_group, checked_image, offsets_and_masks, sampled_map
+from deformconv.plots.stack import check_trace, checked_group, checked_image, of_the_last_pass, offsets_and_masks, sampled_map
 
 if TYPE_CHECKING:
     from deformconv.plots.recording import Call, Trace
@@ -207,11 +207,9 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
     check_trace(trace)
     if not trace.calls:
         raise ValueError("nothing was recorded; expected a trace within whose `with record(model)` the model was called.")
-    last = max(call.forward for call in trace.calls)
     calls: dict[tuple[str, int], list[Call]] = {}
-    for call in trace.calls:
-        if call.forward == last:  # DataParallel's replicas have a part of the images each
-            calls.setdefault((call.layer, call.index), []).append(call)
+    for call in of_the_last_pass(trace.calls):  # DataParallel's replicas have a part of the images each
+        calls.setdefault((call.layer, call.index), []).append(call)
     return OffsetStatistics(tuple(_row(trace, each) for each in calls.values()))
 
 

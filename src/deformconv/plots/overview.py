@@ -18,7 +18,7 @@ from deformconv.plots.images import picture
 from deformconv.plots.locations import sampling_locations
 from deformconv.plots.receptive import receptive_field
 from deformconv.plots.saliency import saliency_region
-from deformconv.plots.stack import unit_points
+from deformconv.plots.stack import call_and_before, unit_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -173,28 +173,20 @@ def _drawn(draw: Callable[..., Any], view: Any, axes: Axes, image: Any, **more: 
 
 def _layer_at(trace: Trace, layer: str, depth: int) -> str:
     """The layer at a depth of the stack that ends with a layer, which is at depth 1."""
-    stack, step = [layer], (layer, 0)
-    while len(stack) < depth and (before := trace.before(*step)):
-        step = before[0]
-        stack.append(step[0])
+    stack = call_and_before(trace, layer, 0)
     if len(stack) < depth:
         raise ValueError(f"`layers` is {depth}, and layer {layer!r} has {n_of(len(stack) - 1, 'deformable layer')} before it.")
-    return stack[-1]
+    return stack[depth - 1].layer
 
 
 def stack_depth(trace: Trace, layer: str, index: int) -> int:
     """Through how many layers to follow the unit's paths, so that they are not too many to be seen."""
-    paths, depth, step = 1, 0, (layer, index)
-    while depth < DEEPEST:
-        call = trace[step]
+    paths, depth = 1, 0
+    for call in call_and_before(trace, layer, index)[:DEEPEST]:
         paths *= call.offset_groups * call.K
         if paths > MOST_PATHS and depth:
             break
         depth += 1
-        before = trace.before(*step)
-        if not before:
-            break
-        step = before[0]
     return depth
 
 

@@ -41,6 +41,7 @@ import numpy.typing as npt
 
 from deformconv.errors import ShapeError
 from deformconv.plots.packing import TOLERANCE, Packing
+from deformconv.plots.stack import of_the_last_pass
 
 __all__ = ["LIMIT", "build", "page", "spread_units"]
 
@@ -180,8 +181,7 @@ def _calls(trace: Any) -> list[Any]:
                 f"the layer {call.layer!r} has {len(call.kernel_size)} axes, and a page shows pictures, which have 2: "
                 "`unit_points` and `offset_field` have its numbers"
             )
-    last = max(call.forward for call in calls)
-    return [call for call in calls if call.forward == last]
+    return of_the_last_pass(calls)
 
 
 def _number(name: str, calls: Sequence[Any]) -> int:

@@ -122,7 +122,7 @@ def saliency_region(
         >>> found.error <= 0.2, found.error_undone > 0.2
         (True, True)
 
-    Paper: DCNv2, arXiv 1811.11168, section 2.1 and its appendix, where parts of the image are masked progressively.
+    Paper: DCNv2, arXiv 1811.11168, section 2.1, where parts of the image are masked progressively.
     """
     check_trace(trace)
     _check(bound, max_passes, cell)

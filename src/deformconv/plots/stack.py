@@ -16,7 +16,10 @@ from deformconv.ops.window import count, n_of
 if TYPE_CHECKING:
     from deformconv.plots.recording import Call, Trace
 
-__all__ = ["UnitPoints", "check_trace", "checked_group", "checked_image", "offsets_and_masks", "sampled_map", "unit_points"]
+__all__ = [
+    "UnitPoints", "call_and_before", "check_trace", "checked_group", "checked_image", "of_the_last_pass", "offsets_and_masks",
+    "sampled_map", "unit_points",
+]  # fmt: skip
 
 Array = npt.NDArray[np.float64]
 
@@ -184,18 +187,26 @@ def sampled_map(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _chain(trace: Trace, layer: str, index: int, layers: int) -> list[Call]:
-    """The calls to pass, the unit's own first: before each, the nearest that it can see."""
-    chain = [trace[layer, index]]
-    while len(chain) < layers:
-        before = trace.before(chain[-1].layer, chain[-1].index)
-        if not before:
-            names = ", ".join(repr(call.layer) for call in chain[1:]) or "none"
-            raise ValueError(
-                f"`layers` is {layers}; layer {layer!r} has {n_of(len(chain) - 1, 'deformable layer')} before it that its "
-                f"samples come from ({names}): expected at most {len(chain)}."
-            )
-        chain.append(trace[before[0]])
-    return chain
+    """The calls to pass, the unit's own first."""
+    chain = call_and_before(trace, layer, index)
+    if len(chain) < layers:
+        names = ", ".join(repr(call.layer) for call in chain[1:]) or "none"
+        raise ValueError(
+            f"`layers` is {layers}; layer {layer!r} has {n_of(len(chain) - 1, 'deformable layer')} before it that its "
+            f"samples come from ({names}): expected at most {len(chain)}."
+        )
+    return chain[:layers]
+
+
+def call_and_before(trace: Trace, layer: str, index: int) -> list[Call]:
+    """A call of a layer, and the deformable calls before it through which it sees the image, the nearest first."""
+    return [trace[key] for key in ((layer, index), *trace.before(layer, index))]
+
+
+def of_the_last_pass(calls: Sequence[Call]) -> list[Call]:
+    """Those of some calls that belong to the last forward pass."""
+    last = max(call.forward for call in calls)
+    return [call for call in calls if call.forward == last]
 
 
 def _check_paths(chain: Sequence[Call], groups: Sequence[int]) -> None:
