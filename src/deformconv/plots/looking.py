@@ -193,7 +193,7 @@ def look(
     import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
     # isort: split
-    from torch import no_grad
+    from torch import Tensor, no_grad
 
     from deformconv.plots.recording import record
     from deformconv.plots.rerun import undisturbed
@@ -204,6 +204,8 @@ def look(
         raise ValueError(f"`fields` is {fields!r}; expected an integer, 0 or more, or None.")
     if preprocess is not None and not callable(preprocess):
         raise TypeError(f"`preprocess` is of type {type(preprocess).__name__}; expected a function of a tensor (1, C, H, W).")
+    if not isinstance(image, Tensor):
+        image = picture(image)  # a file is read once, for the model and for the page
     given = model_input(image, model)
     if len(given) != 1:
         raise ShapeError(f"`image` has {len(given)} pictures, shape {tuple(given.shape)}; expected one, such as image[:1].")
