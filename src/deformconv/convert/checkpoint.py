@@ -124,7 +124,7 @@ def _safetensors(path: str) -> dict[str, Any]:
     safetensors = import_for("load_checkpoint of a .safetensors file", "safetensors", "safetensors")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name).clone() for name in file.offset_keys()}
     except (safetensors.SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is cut off or damaged: safetensors says {str(error).splitlines()[0]!r}.") from None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from deformconv.convert.foreign import CheckpointError
-from deformconv.convert.pickles import Array, DType, Storage, StridedTensor, Unreadable
+from deformconv.convert.pickled_names import Array, DType, Storage, StridedTensor, Unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,10 +69,10 @@ class TensorMaker:
     def _array(self, name: str, array: Array) -> Tensor:
         import torch
 
-        code, order = (array.dtype.code, array.dtype.order) if isinstance(array.dtype, DType) else (None, None)
+        dtype_of = array.dtype if isinstance(array.dtype, DType) else DType("")
+        code, order = dtype_of.code, dtype_of.order
         if not isinstance(code, str) or not CODES.fullmatch(code) or order not in ("<", ">", "|", "="):
-            shown = code if isinstance(code, str) and len(code) < 10 and code.isprintable() else None
-            kind = "objects" if shown in (None, "O8") else f"the type {shown!r}"
+            kind = "objects" if code == "O8" else f"the type {code[:20]!r}" if isinstance(code, str) else "no type"
             raise CheckpointError(
                 f"{self.path}: {_shown(name)} is an array of {kind}; expected booleans, integers, or floats of up to 64 bits."
             )
