@@ -27,9 +27,10 @@ def zipped(content: bytes, **entries: bytes) -> bytes:
     return file.getvalue()
 
 
-def legacy(content: bytes) -> bytes:
-    """A file of torch.save of before PyTorch 1.6 with this pickle, and no storages."""
-    return LEGACY_HEAD + content + pickle.dumps([], 2)
+def legacy(content: bytes, **storages: bytes) -> bytes:
+    """A file of torch.save of before PyTorch 1.6 with this pickle, and storages of float32."""
+    keys = pickle.dumps([name.removeprefix("_") for name in storages], 2)
+    return LEGACY_HEAD + content + keys + b"".join(struct.pack("<q", len(each) // 4) + each for each in storages.values())
 
 
 CONTAINERS = {"zip": zipped, "legacy": legacy, "pickle": bytes}
@@ -126,7 +127,7 @@ def tensor(offset: int, shape: tuple[int, ...], strides: tuple[int, ...], elemen
 
 def bombs() -> Iterator[tuple[str, bytes]]:
     """Small files that take gigabytes, overflow a stack or never end in some reader."""
-    far = number(2**40)
+    far, blank = number(2**40), called("numpy.core.multiarray _reconstruct")
     values = {
         "bytearray of a length": called("builtins bytearray", far),
         "bytes of a length": called("builtins bytes", far),
@@ -142,26 +143,26 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         "frame": b"\x95" + struct.pack("<Q", 2**60) + b"N",
         "number": b"\x8b" + struct.pack("<i", 2**31 - 1),
         "digits": b"I" + b"9" * 100_000 + b"\n",
-        "deep tuple": b")" + b"\x85" * 200_000,
-        "deep list": b"]" * 100_000 + b"a" * 99_999,
-        "deep dict": b"}" + (text("a") + b"}") * 80_000 + b"s" * 80_000,
-        "deep array": called("numpy.core.multiarray _reconstruct") * 1 + b"".join(
-            b"(K\x01NNN" + called("numpy.core.multiarray _reconstruct") for _ in range(20_000)
-        ) + b"tb" * 20_000,
-        "deep key": b"})" + b"\x85" * 200_000 + b"Ns",
+        "deep tuple": b")" + b"\x85" * 100_000,
+        "deep list": b"]" * 30_000 + b"a" * 29_999,
+        "deep dict": b"}" + (text("a") + b"}") * 20_000 + b"s" * 20_000,
+        "deep array": blank + (b"(K\x01NNN" + blank) * 8_000 + b"tb" * 8_000,
+        "deep key": b"})" + b"\x85" * 100_000 + b"Ns",
         "doubling key": b"})" + b"q\x01h\x01\x86" * 60 + b"Ns",
         "doubling member": b"\x8f()" + b"q\x01h\x01\x86" * 60 + b"\x90",
-        "doubling list": b"]" + b"q\x01]h\x01ah\x01a" * 60,
-        "a list copied again and again": b"](" + b"K\x01" * 60_000 + b"eq\x010"
-        + (named("builtins tuple") + b"h\x01\x85R") * 40_000,
-        "a text copied again and again": text("x" * 4_000_000) + b"q\x010"
-        + (named("_codecs encode") + b"h\x01" + text("latin1") + b"\x86R") * 40_000,
-        "numbers with one hash": b"}(" + b"".join(number((2**61 - 1) * k) + b"N" for k in range(1, 60_000)) + b"u",
-        "a million dicts": b"}" * 8_000_000,
+        "doubling list": b"]q\x010" + b"]h\x01ah\x01aq\x010" * 60 + b"h\x01",
+        "a list copied again and again": b"](" + b"K\x01" * 40_000 + b"eq\x010("
+        + (named("builtins tuple") + b"h\x01\x85R") * 5_000 + b"l",
+        "a text copied again and again": text("x" * 500_000) + b"q\x010("
+        + (named("_codecs encode") + b"h\x01" + text("latin1") + b"\x86R") * 2_000 + b"l",
+        "arguments copied again and again": b"(" + b"K\x01" * 40_000 + b"tq\x010("
+        + (named("argparse Namespace") + b"h\x01R") * 5_000 + b"l",
+        "numbers with one hash": b"}(" + b"".join(number((2**61 - 1) * k) + b"N" for k in range(1, 30_000)) + b"u",
+        "a million dicts": b"}" * 1_000_000,
     }  # fmt: skip
     for name, value in values.items():
         for container, wrapped in CONTAINERS.items():
-            if len(value) < 1_000_000 or container == "pickle":
+            if len(value) < 20_000 or container == "pickle":
                 yield f"{name}, {container}", wrapped(beside(value))
     arrays = {
         "shape": array(far + b"\x85", b"1234"),
@@ -195,7 +196,9 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         + b"".join(b"s" + text(f"w{k}") + b"h\x01" for k in range(2000)),
     }  # fmt: skip
     for name, value in tensors.items():
-        yield f"tensor: {name}", zipped(instead(value), _0=eight)
+        yield f"tensor: {name}, zip", zipped(instead(value), _0=eight)
+        yield f"tensor: {name}, legacy", legacy(instead(value), _0=eight)
+    yield "legacy: storage", legacy(instead(tensor(0, (2,), (1,))), _0=eight)[:-16] + struct.pack("<q", 2**40) + eight
     yield from archives()
     yield from safetensors()
 
@@ -204,7 +207,7 @@ def archives() -> Iterator[tuple[str, bytes]]:
     good = zipped(instead(tensor(0, (2,), (1,))), _0=struct.pack("<2f", 1, 2))
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", beside(b"N" + b"0N" * 20_000_000), compresslevel=1)
+        archive.writestr("archive/data.pkl", beside(b"N" + b"0N" * 2_000_000), compresslevel=1)
     yield "zip: deflated", file.getvalue()
     directory = good.index(b"PK\x01\x02")
     where = good.index(b"archive/data/0", directory) - 46

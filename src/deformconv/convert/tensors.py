@@ -15,7 +15,7 @@ from deformconv.convert.pickled_names import Array, DType, Storage, StridedTenso
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TensorMaker"]
+__all__ = ["TensorMaker", "kind_of"]
 
 MOST_AXES = 64
 # Tensors that share numbers in the file get numbers of their own, and so can take more than the file.
@@ -42,7 +42,7 @@ class TensorMaker:
             return self._strided(name, value)
         if isinstance(value, Array):
             return self._array(name, value)
-        kind = value.kind if isinstance(value, Unreadable) else f"no tensor but {_kind(value)}"
+        kind = value.kind if isinstance(value, Unreadable) else f"no tensor but {kind_of(value)}"
         raise CheckpointError(f"{self.path}: {_shown(name)} is {kind}.")
 
     def _strided(self, name: str, tensor: StridedTensor) -> Tensor:
@@ -124,7 +124,8 @@ def _shown(name: str) -> str:
     return repr(name if len(name) <= 200 else f"{name[:200]}...")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """The noun for a value that a pickle has."""
     if isinstance(value, (int, float, str, bytes, list, tuple, dict)):
         return {"OrderedDict": "a dict", "int": "an int"}.get(type(value).__name__, f"a {type(value).__name__}")
     return "something else"
