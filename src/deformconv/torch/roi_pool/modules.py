@@ -17,6 +17,7 @@ from deformconv.ops.roi_pool.spec import roi_spec
 from deformconv.ops.window import count, integers
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes
+from deformconv.torch.loading import Loading
 from deformconv.torch.predictor import Predictor
 from deformconv.torch.roi_pool.functional import deform_roi_pool, joined
 from deformconv.torch.tensors import dtype_name
@@ -42,7 +43,7 @@ class _Last(Predictor):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class DeformRoIPool(nn.Module):
+class DeformRoIPool(Loading):
     """Deformable RoI pooling that predicts its offsets and, if `modulated`, its masks from the boxes' plain pooling.
 
     A fresh layer computes `deform_roi_pool` without offset and mask: offsets begin at 0, masks at mask_scale*sigmoid(0) = 1.
@@ -74,6 +75,8 @@ class DeformRoIPool(nn.Module):
 
     Papers: v1, arXiv 1703.06211, section 2.2; v2, arXiv 1811.11168, section 3.2.
     """
+
+    _predictors = ("offset_mask_fc", "offset_fc", "mask_fc")
 
     def __init__(
         self,
