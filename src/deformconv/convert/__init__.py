@@ -4,11 +4,13 @@ from deformconv.convert.layers import replace_layers
 from deformconv.convert.mxnet import layer_from_mxnet, layer_to_mxnet, load_mxnet, mxnet_layers
 from deformconv.convert.openvino import openvino_extensions
 from deformconv.convert.params_file import read_params, write_params
+from deformconv.convert.state_dicts import convert_state_dict
 from deformconv.convert.torchvision import accelerate_torchvision
 from deformconv.convert.torchvision_copy import to_torchvision
 
 __all__ = [
     "accelerate_torchvision",
+    "convert_state_dict",
     "layer_from_mxnet",
     "layer_to_mxnet",
     "load_mxnet",

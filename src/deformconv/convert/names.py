@@ -1,0 +1,93 @@
+"""The names of a model's parameters in its own state_dict and in another library's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from deformconv.convert.layouts.layout import Layout, Place
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, DeformRoIPool
+
+__all__ = ["Names"]
+
+_LAYERS = (DeformConv1d, DeformConv2d, DeformConv3d)
+_KINDS = ("arg:", "aux:")  # what MXNet puts before names
+
+
+class Names:
+    """A model's deformable layers, and the name of each parameter in a layout."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self.layout = layout
+        self.modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+        self.layers = {name: module for name, module in self.modules.items() if isinstance(module, _LAYERS)}
+        self.pools = {name: module for name, module in self.modules.items() if isinstance(module, DeformRoIPool)}
+        self.predictors = {_within(name, "offset_conv"): name for name in self.layers}
+        places = list(self._places())
+        self.theirs = {place.key: self._their_key(place) for place in places}
+        self._ours = {_bare(theirs): ours for ours, theirs in self.theirs.items() if theirs is not None}
+        self._our_modules = {_module(theirs): _module(ours) for theirs, ours in self._ours.items()}
+        self._their_modules = {ours: theirs for theirs, ours in self._our_modules.items()}
+
+    def here(self, key: str) -> str:
+        """Our name for theirs; a name that the model lacks follows its module, if that is known."""
+        found = self._ours.get(_bare(key))
+        return _moved(key, self._our_modules) if found is None else found
+
+    def back(self, key: str) -> str | None:
+        """Their name for ours; None for what they do not keep."""
+        return self.theirs[key] if key in self.theirs else _moved(key, self._their_modules)
+
+    def recognised(self, state: Mapping[str, Any]) -> list[str]:
+        """Our names of the layers whose weight and predictor a state_dict has by the layout's names."""
+        there = {_bare(key) for key in state}
+        keys = {name: (_within(name, "weight"), _within(name, "offset_conv.weight")) for name in self.predictors.values()}
+        return [
+            name for name, both in keys.items()
+            if all((theirs := self.theirs.get(key)) is not None and _bare(theirs) in there for key in both)
+        ]  # fmt: skip
+
+    def _places(self) -> Iterator[Place]:
+        for name, module in self.modules.items():
+            buffers = [key for key in module._buffers if key not in module._non_persistent_buffers_set]
+            for parameter in (*module._parameters, *buffers):
+                if getattr(module, parameter, None) is not None:
+                    yield Place(name, module, parameter)
+
+    def _their_key(self, place: Place) -> str | None:
+        layer = self.predictors.get(place.name, place.name)
+        if layer not in self.layers:
+            return self.layout.others(place)
+        if place.name in self.predictors:
+            template = self.layout.predictor
+        else:
+            template = self.layout.weight if self.layers[layer].offset_conv is not None else self.layout.alone
+        owner = self._owner(layer)
+        made = template.format(layer=owner, word=owner.replace(".", "_"), parameter=place.parameter)
+        kind = next((kind for kind in _KINDS if made.startswith(kind)), "")
+        return kind + made.removeprefix(kind).lstrip("._")  # without a name, the model itself is the layer
+
+    def _owner(self, layer: str) -> str:
+        """Whose parameters the other library takes the layer's for: a block's own, where that is what predicts."""
+        parent = layer.rpartition(".")[0]
+        is_passed = layer and self.layers[layer].offset_conv is None
+        return parent if self.layout.guided and is_passed and _within(parent, "conv_offset") in self.modules else layer
+
+
+def _within(name: str, parameter: str) -> str:
+    return f"{name}.{parameter}" if name else parameter
+
+
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _moved(key: str, modules: Mapping[str, str]) -> str:
+    module, _, parameter = key.rpartition(".")
+    return _within(modules.get(module, module), parameter)
+
+
+def _bare(key: str) -> str:
+    return next((key.removeprefix(kind) for kind in _KINDS if key.startswith(kind)), key)

@@ -1,0 +1,105 @@
+"""A state_dict in another library's names and conventions, made ours, and the other way."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+from deformconv.convert.layouts import LAYOUTS
+from deformconv.convert.layouts.layout import Layout
+
+__all__ = ["convert_state_dict"]
+
+
+def convert_state_dict(
+    state: Mapping[str, Any], *, model: nn.Module, source: str | None = None, to: str | None = None
+) -> OrderedDict[str, Tensor]:
+    """Convert a state_dict of another library into this one's, or back.
+
+    The other libraries' masks are sigmoid, and this one's mask_scale*sigmoid, where mask_scale is 2 unless you say otherwise:
+    weights whose keys were only renamed load, and have masks twice as large. Here the layer's weight makes up for it, by a
+    multiplication with 0.5 or 2, which is exact; if the model's layers have mask_scale=1.0, by none.
+
+    Args:
+        state: tensors or NumPy arrays by name, as `load_checkpoint` returns them; for the way back, the model's state_dict.
+        model: this library's side: the model that is to load the result, or whose state_dict it is. It is not changed.
+        source: whose state_dict it is: "mmcv" (mmcv, and mmdetection from 2.0 on), "mmdet1" (mmdetection 1), "detectron2",
+            "dcnv2" (CharlesShang's DCNv2, CenterNet), "basicsr", "paddle" (PaddleDetection), "mxnet" (Gluon's
+            `save_parameters`), "mxnet_symbol" (Deformable-ConvNets), "torchvision" (what `to_torchvision` makes), or
+            "deformconv", for a state_dict of this library that has lost its note of the masks on the way.
+        to: whose state_dict to make of the model's; one of the same words.
+
+    Returns:
+        The state_dict, in the order of `state`. Names that neither side knows stay as they are, so that
+        `model.load_state_dict` tells of them. Tensors that need no arithmetic are the very same objects.
+
+    Raises:
+        ShapeError: a predictor does not have the channels that the model's layer has.
+        TypeError: `model` is no nn.Module, or `state` no mapping of names to tensors.
+        ValueError: the two cannot compute the same, or `state` is another library's.
+
+    Example:
+        >>> import torch
+        >>> from deformconv.convert import convert_state_dict
+        >>> from deformconv.torch import DeformConv2d
+        >>> theirs = {"weight": torch.rand(8, 4, 3, 3), "conv_offset.weight": torch.rand(27, 4, 3, 3),
+        ...           "conv_offset.bias": torch.rand(27)}
+        >>> layer = DeformConv2d(4, 8, 3, padding=1, bias=False)
+        >>> ours = convert_state_dict(theirs, source="mmcv", model=layer)
+        >>> layer.load_state_dict(ours)
+        <All keys matched successfully>
+        >>> torch.equal(layer.weight, theirs["weight"] / 2)                # since its masks are 2*sigmoid, and mmcv's sigmoid
+        True
+        >>> back = convert_state_dict(layer.state_dict(), to="mmcv", model=layer)
+        >>> all(torch.equal(back[name], tensor) for name, tensor in theirs.items())
+        True
+    """
+    import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
+
+    # isort: split
+    from deformconv.convert import conversion
+    from deformconv.torch import surgery
+
+    layout = _layout(source, to)
+    surgery.check_model(model)
+    tensors = _tensors(state)
+    return conversion.here(tensors, layout, model) if to is None else conversion.back(tensors, layout, model)
+
+
+def _layout(source: str | None, to: str | None) -> Layout:
+    if (source is None) == (to is None):
+        given = "neither" if source is None else "both"
+        raise ValueError(f"{given} of `source` and `to` is given; expected one: whose `state` is, or whose it is to be.")
+    name, word = ("source", source) if to is None else ("to", to)
+    if not isinstance(word, str) or word not in LAYOUTS:
+        raise ValueError(f"`{name}` is {word!r}; expected one of {', '.join(map(repr, LAYOUTS))}.")
+    return LAYOUTS[word]
+
+
+def _tensors(state: Any) -> OrderedDict[str, Tensor]:
+    """The tensors by name, and the metadata that the state_dict has."""
+    import numpy as np
+    import torch
+
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"`state` is a {type(state).__name__}; expected names and tensors, as load_checkpoint(path) or "
+            "model.state_dict() return them."
+        )
+    found: Any = OrderedDict()
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value.copy())
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"`state` has a {type(value).__name__} under {name!r}; expected a tensor under every name. A training "
+                "program's checkpoint has the state_dict inside: load_checkpoint(path) finds it."
+            )
+        found[name] = value
+    found._metadata = getattr(state, "_metadata", {})
+    tensors: OrderedDict[str, Tensor] = found
+    return tensors
