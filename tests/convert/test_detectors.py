@@ -7,11 +7,11 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
+torch = pytest.importorskip("torch")
 torchvision = pytest.importorskip("torchvision")
 
+from torch import Tensor, nn  # noqa: E402
 from torchvision.models.detection import FasterRCNN, MaskRCNN  # noqa: E402
 from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
 from torchvision.models.detection.backbone_utils import BackboneWithFPN  # noqa: E402
