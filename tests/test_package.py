@@ -69,6 +69,7 @@ OF_A_FRAMEWORK = {
     "deformconv.cli.look",
     "deformconv.cli.models",
     "deformconv.convert.kornia",
+    "deformconv.convert.mmcv_kernels",
     "deformconv.convert.torchvision_kernels",
     "deformconv.convert.torchvision_modules",
 }
