@@ -38,7 +38,7 @@ ALONE = {"gluon": "mxnet", "mmdet": "mmdet"}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out MXNet's or mmdetection's tests where it is not installed, unless they were asked for by name: then they fail."""
+    """Leave out tests whose package is not installed, unless they were asked for by name: then they fail."""
     package = ALONE.get(collection_path.name) if collection_path.parent == Path(__file__).parent else None
     if package is None or find_spec(package) is not None:
         return None

@@ -221,7 +221,7 @@ def test_no_boxes(drawn):
 
 
 def test_roi_align_by_the_maximum_is_refused(drawn):
-    with pytest.raises(NotImplementedError, match='pool_mode="max" here, which needs mmcv\'s compiled.*pool_mode="avg"'):
+    with pytest.raises(NotImplementedError, match=r'pool_mode="max" here.*expected pool_mode="avg"'):
         mmcv.ops.roi_align(drawn(2, 5, 9, 11), BOXES, 7, 1.0, 0, "max")
 
 
@@ -241,7 +241,7 @@ def some_boxes(dtype=np.float32):
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("threshold", [0.2, 0.5])
+@pytest.mark.parametrize("threshold", [0.21, 0.47])
 def test_nms(offset, threshold):
     boxes, scores = some_boxes()
     share = overlaps(boxes.astype(np.float64), offset)
@@ -249,7 +249,7 @@ def test_nms(offset, threshold):
     for box in np.argsort(-scores):
         if all(share[box, other] <= threshold for other in kept):
             kept.append(box)
-    assert 5 < len(kept) < 55
+    assert 5 < len(kept) < 60
     found, indices = mmcv.ops.nms(boxes, scores, threshold, offset)
     np.testing.assert_array_equal(indices, kept)
     np.testing.assert_array_equal(found, np.concatenate([boxes[kept], scores[kept, None]], axis=1))
