@@ -7,7 +7,7 @@
 #   make test    test-torch, then test-gluon; a part that fails does not stop the next, and all fails at the end
 #   make test-torch    build .venv for development, check style and types, run every test but MXNet's
 #   make run-interpreter    the part of make test-torch that runs the GPU kernels without a GPU, in Triton's interpreter
-#   make test-gpu    the tests that need a GPU (GPU="-n 8" hands pytest options: with pytest-xdist, processes that compile)
+#   make test-gpu    the tests that need a GPU (GPU="-n 8" hands pytest options: that many processes, which compile)
 #   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
 #   make test-fast    what make test-torch tests but for the slow tests: under a minute, once the kernels are compiled
 #   make test-other-kernels    what could differ on another processor, with PyTorch's, MKL's, oneDNN's and OpenBLAS's
@@ -102,7 +102,7 @@ run-torch: $(VENV)/installed-dev
 	$(PY) -m pytest
 
 run-interpreter: $(VENV)/installed-dev
-	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED_TESTS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(INTERPRETED_TESTS)
 
 test-gpu: $(VENV)/installed-dev
 	$(PY) -m pytest -m cuda $(GPU_TESTS) $(GPU)

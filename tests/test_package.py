@@ -68,7 +68,9 @@ PLAIN = (
 OF_A_FRAMEWORK = {
     "deformconv.cli.look",
     "deformconv.cli.models",
+    "deformconv.convert.conversion",
     "deformconv.convert.kornia",
+    "deformconv.convert.names",
     "deformconv.convert.torchvision_kernels",
     "deformconv.convert.torchvision_modules",
 }
