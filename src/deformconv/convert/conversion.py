@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from deformconv.convert.detectors import DIALECTS, Origin
 from deformconv.convert.layouts import LAYOUTS
-from deformconv.convert.layouts.layout import Layout
-from deformconv.convert.names import Names
+from deformconv.convert.layouts.layout import Change, Layout
+from deformconv.convert.names import Names, layer_named
+from deformconv.convert.pools import readers
 from deformconv.convert.predictor_groups import dense, grouped
 from deformconv.errors import ShapeError
 from deformconv.torch import DeformConv2d
@@ -21,38 +23,45 @@ from deformconv.torch.loading import RECORD, noted
 __all__ = ["back", "here"]
 
 
-def here(state: Mapping[str, Tensor], layout: Layout, model: nn.Module) -> OrderedDict[str, Tensor]:
+def here(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: Origin) -> OrderedDict[str, Tensor]:
     """Their state_dict as ours."""
-    names = Names(model, layout)
+    names = Names(model, layout, state)
     found = names.recognised(state)
     if not found:
         _check_source(state, layout, model)
+    changes: dict[str, Change] = {}
+    if names.detector is not None:
+        _check_dialect(state, names, model)
+        state, changes = names.detector.here(state, origin)
     renamed: OrderedDict[str, Tensor] = OrderedDict()
     for key, tensor in state.items():
         if (ours := names.here(key)) in renamed:
             raise ValueError(f"`state` has two tensors for {ours!r} of the model, one of them {key!r}; expected one.")
         renamed[ours] = tensor
+    renamed.update((key, change.here(renamed[key])) for key, change in changes.items() if key in renamed)
     for name in found:
         _check_layer(name, names)
         _layer_here(renamed, name, names)
-    for name in _pools(names, renamed):
-        _check_pool(name, names)
+    for key, scale in readers(names, renamed).items():
+        renamed[key] = _scaled(renamed[key], 1 / scale, key, names)
     if layout.transposed:
         _transpose(renamed, names, names.theirs)
     return noted(renamed, model)
 
 
-def back(state: Mapping[str, Tensor], layout: Layout, model: nn.Module) -> OrderedDict[str, Tensor]:
+def back(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: Origin) -> OrderedDict[str, Tensor]:
     """Our state_dict as theirs."""
     names = Names(model, layout)
     _check_ours(state, names)
+    changes = names.detector.back(origin) if names.detector is not None else {}
     changed = OrderedDict(state)
+    changed.update((key, change.back(changed[key])) for key, change in changes.items() if key in changed)
     for name, layer in names.layers.items():
         _check_layer(name, names)
         if layer.offset_conv is not None:
             _layer_back(changed, name, names)
-    for name in _pools(names, changed):
-        _check_pool(name, names)
+    for key, scale in readers(names, changed).items():
+        changed[key] = _scaled(changed[key], scale, key, names)
     if layout.transposed:
         _transpose(changed, names, names.theirs)
     renamed = ((names.back(key), tensor) for key, tensor in changed.items())
@@ -123,40 +132,10 @@ def _transpose(state: dict[str, Tensor], names: Names, keys: Iterable[str]) -> N
             state[key] = state[key].t().contiguous()
 
 
-def _pools(names: Names, state: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in names.pools if any(key.startswith(f"{name}." if name else "") for key in state)]
-
-
-def _check_pool(name: str, names: Names) -> None:
-    """Raise for a pooling of boxes that computes something else there."""
-    pool, layout = names.pools[name], names.layout
-    if layout.mask_scale is None:
-        return
-    named = _named(name)
-    if layout.pools is None:
-        raise ValueError(f"{named} is a DeformRoIPool; {layout.library} has no pooling of boxes that predicts its offsets.")
-    trunk, convention = layout.pools
-    if pool.convention != convention:
-        raise ValueError(
-            f"{named} pools by convention={pool.convention!r} and {layout.library} by {convention!r}: other numbers. "
-            f"Build it with convention={convention!r}."
-        )
-    if pool.modulated and pool.trunk != trunk:
-        raise ValueError(
-            f"{named} predicts with trunk={pool.trunk!r} and {layout.library} with {trunk!r}; neither gives the other. "
-            f"Build it with trunk={trunk!r}."
-        )
-    if pool.modulated and pool.mask_scale != layout.mask_scale:
-        raise ValueError(
-            f"{named} has masks of {pool.mask_scale:g}*sigmoid and {layout.library} of {layout.mask_scale:g}*sigmoid, and no "
-            f"weight that could make up for it: build it with mask_scale={layout.mask_scale!r}."
-        )
-
-
 def _check_layer(name: str, names: Names) -> None:
     """Raise for a layer that cannot compute what the other library's does."""
     layer, layout = names.layers[name], names.layout
-    named, library = _named(name), layout.library
+    named, library = layer_named(name), layout.library
     for parameter in ("weight", "bias"):
         for part in filter(None, (layer, layer.offset_conv)):
             if parametrize.is_parametrized(part, parameter) or (parameter not in part._parameters and hasattr(part, parameter)):
@@ -228,6 +207,19 @@ def _check_source(state: Mapping[str, Tensor], layout: Layout, model: nn.Module)
     )
 
 
+def _check_dialect(state: Mapping[str, Tensor], names: Names, model: nn.Module) -> None:
+    """Raise if a detector's state_dict has another library's names: some are the same, and mean something else."""
+    known = names.known(state)
+    others = ((LAYOUTS[source], Names(model, LAYOUTS[source], state).known(state)) for source in (*DIALECTS, "deformconv"))
+    layout, most = max(others, key=lambda other: other[1])
+    if most > known:
+        has = f"`state` has {most} of the model's tensors by the names of {layout.library} and {known} by those of"
+        raise ValueError(
+            f"{has} {names.layout.library}; expected source={layout.source!r}"
+            + (", or the file as it was before." if layout.source == "deformconv" else ".")
+        )
+
+
 def _check_ours(state: Mapping[str, Tensor], names: Names) -> None:
     """Raise if a state_dict is not the model's."""
     missing = [key for key in names.theirs if key not in state]
@@ -241,8 +233,8 @@ def _check_ours(state: Mapping[str, Tensor], names: Names) -> None:
         recorded = metadata.get(name, {}).get(RECORD, layer.mask_scale)
         if layer.modulated and recorded != layer.mask_scale:
             raise ValueError(
-                f"{_named(name)} has mask_scale={layer.mask_scale:g}, and `state` is of one with {recorded:g}; expected the "
-                "state_dict of `model`."
+                f"{layer_named(name)} has mask_scale={layer.mask_scale:g}, and `state` is of one with {recorded:g}; expected "
+                "the state_dict of `model`."
             )
 
 
@@ -251,7 +243,7 @@ def _wrong_channels(name: str, names: Names, rows: int) -> str:
     expected, groups = layer._predicted, layer.offset_groups or 1
     taps = expected.offsets // (2 * groups)
     text = (
-        f"the predictor of {_named(name)} has {rows} channels in `state`; expected {expected.channels}: "
+        f"the predictor of {layer_named(name)} has {rows} channels in `state`; expected {expected.channels}: "
         f"{3 if layer.modulated else 2} x {taps} taps x {groups} offset group{'s' if groups > 1 else ''}."
     )
     for modulated in (False, True):
@@ -260,7 +252,3 @@ def _wrong_channels(name: str, names: Names, rows: int) -> str:
             text += f" {rows} is v{1 + modulated} with {rows // each} offset group{'s' if rows > each else ''}:"
             text += f" modulated={modulated}, offset_groups={rows // each}."
     return text
-
-
-def _named(name: str) -> str:
-    return f"layer {name!r} of `model`" if name else "`model`"
