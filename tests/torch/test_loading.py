@@ -152,7 +152,7 @@ def test_the_error_names_the_library_and_one_layer_has_no_others(name: str, libr
     pattern, replacement, *_ = LAYOUTS[name]
     text = error_of(net(blocks=1), renamed(net(blocks=1).state_dict(), pattern, replacement), strict=False)  # type: ignore[arg-type]
     assert f" is of a deformable layer of {libraries}; expected " in text
-    assert text.endswith("keeps what the masks are.")
+    assert text.endswith("accounts for the masks.")
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -160,7 +160,7 @@ def test_the_error_names_the_library_and_one_layer_has_no_others(name: str, libr
 def test_layers_whose_masks_are_no_matter_name_foreign_keys_as_well(how: dict[str, Any], blocks: int) -> None:
     state = renamed(net(blocks=blocks, **how).state_dict(), r"offset_conv\.", "conv_offset.")
     text = error_of(net(blocks=blocks, **how), state, strict=False)
-    assert text.endswith("So it is with 1 more layer." if blocks == 2 else "keeps what the masks are.")
+    assert text.endswith("So it is with 1 more layer." if blocks == 2 else "accounts for the masks.")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,14 @@ def test_a_layer_that_is_the_whole_model(pattern: str, replacement: Any, key: st
     assert error_of(layer, renamed(layer.state_dict(), pattern, replacement), strict=False).startswith(f'"{key}" is of ')
 
 
+def test_what_to_torchvision_makes() -> None:
+    pytest.importorskip("torchvision")
+    from deformconv.convert import to_torchvision
+
+    text = error_of(net(), to_torchvision(net()).state_dict(), strict=False)
+    assert text.startswith('"0.conv2.deform_conv.weight" is of ') and 'source="torchvision"' in text
+
+
 def test_foreign_keys_in_a_compiled_model_and_in_one_that_is_wrapped() -> None:
     state = renamed(net().state_dict(), r"offset_conv\.", "conv_offset.")
     for model, prefix in ((torch.compile(net()), "_orig_mod."), (nn.DataParallel(net()), "module.")):
@@ -185,7 +193,7 @@ def test_foreign_keys_in_a_compiled_model_and_in_one_that_is_wrapped() -> None:
 def test_two_libraries_in_one_state_dict_have_a_sentence_each() -> None:
     state = renamed(net().state_dict(), r"0\.conv2\.offset_conv\.", "0.conv2.conv_offset.")
     state = renamed(state, r"1\.conv2\.offset_conv\.", "1.conv2_offset.")
-    with pytest.raises(RuntimeError, match=r'source="mmcv".*masks are\.\n.*source="detectron2".*masks are\.$'):
+    with pytest.raises(RuntimeError, match=r'source="mmcv".*the masks\.\n.*source="detectron2".*the masks\.$'):
         net().load_state_dict(state, strict=False)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from deformconv.convert.foreign import CheckpointError, looks_like
 from deformconv.convert.params_file import LIST_MAGIC, read_params
 from deformconv.convert.pickles import Span, read_pickle
-from deformconv.convert.tensors import TensorMaker
+from deformconv.convert.tensors import TensorMaker, kind_of
 from deformconv.convert.torch_file import LEGACY_MAGIC, read_legacy, read_zip
 from deformconv.installation import import_for
 
@@ -124,7 +124,7 @@ def _safetensors(path: str) -> dict[str, Any]:
     safetensors = import_for("load_checkpoint of a .safetensors file", "safetensors", "safetensors")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name).clone() for name in file.offset_keys()}
     except (safetensors.SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is cut off or damaged: safetensors says {str(error).splitlines()[0]!r}.") from None
 
@@ -143,9 +143,14 @@ def _unwrapped(loaded: Any, key: str | None, path: str) -> OrderedDict[str, Any]
             break
         loaded = loaded[inner]
     if not isinstance(loaded, OrderedDict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a state_dict: names and tensors.")
+        raise CheckpointError(f"{path} holds {kind_of(loaded)}; expected a state_dict: names and tensors.")
     if not loaded:
         raise CheckpointError(f"{path} holds a dict without tensors; expected a state_dict: names and tensors.")
+    if PADDLE_SLICES in loaded:
+        raise CheckpointError(
+            f"{path} has tensors in slices, as Paddle writes those over 1 GiB in old pickles; save it with paddle.save("
+            "state, path, protocol=4)."
+        )
     if any(isinstance(value, OrderedDict) for name, value in loaded.items() if name != PADDLE_NAMES):
         raise CheckpointError(f"{path} holds no state_dict at its top{_found(loaded)}; `key` takes one of these.")
     return loaded
@@ -162,11 +167,6 @@ def _found(loaded: Any) -> str:
 def _made(state: OrderedDict[str, Any], maker: TensorMaker) -> OrderedDict[str, Tensor]:
     """The tensors that a state_dict's records describe."""
     maker.bfloat16_as_uint16 = PADDLE_NAMES in state
-    if PADDLE_SLICES in state:
-        raise CheckpointError(
-            f"{maker.path} has tensors in slices, as Paddle writes those over 1 GiB in old pickles; save it with paddle.save("
-            "state, path, protocol=4)."
-        )
     made = {name: maker.make(name, value) for name, value in state.items() if name != PADDLE_NAMES}
     found = _plain(made)
     notes = getattr(state, "_metadata", None)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from deformconv.convert.foreign import CheckpointError
-from deformconv.convert.pickles import Array, DType, Storage, StridedTensor, Unreadable
+from deformconv.convert.pickled_names import Array, DType, Storage, StridedTensor, Unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TensorMaker"]
+__all__ = ["TensorMaker", "kind_of"]
 
 MOST_AXES = 64
 # Tensors that share numbers in the file get numbers of their own, and so can take more than the file.
@@ -42,7 +42,7 @@ class TensorMaker:
             return self._strided(name, value)
         if isinstance(value, Array):
             return self._array(name, value)
-        kind = value.kind if isinstance(value, Unreadable) else f"no tensor but {_kind(value)}"
+        kind = value.kind if isinstance(value, Unreadable) else f"no tensor but {kind_of(value)}"
         raise CheckpointError(f"{self.path}: {_shown(name)} is {kind}.")
 
     def _strided(self, name: str, tensor: StridedTensor) -> Tensor:
@@ -69,10 +69,10 @@ class TensorMaker:
     def _array(self, name: str, array: Array) -> Tensor:
         import torch
 
-        code, order = (array.dtype.code, array.dtype.order) if isinstance(array.dtype, DType) else (None, None)
+        dtype_of = array.dtype if isinstance(array.dtype, DType) else DType("")
+        code, order = dtype_of.code, dtype_of.order
         if not isinstance(code, str) or not CODES.fullmatch(code) or order not in ("<", ">", "|", "="):
-            shown = code if isinstance(code, str) and len(code) < 10 and code.isprintable() else None
-            kind = "objects" if shown in (None, "O8") else f"the type {shown!r}"
+            kind = "objects" if code == "O8" else f"the type {code[:20]!r}" if isinstance(code, str) else "no type"
             raise CheckpointError(
                 f"{self.path}: {_shown(name)} is an array of {kind}; expected booleans, integers, or floats of up to 64 bits."
             )
@@ -124,7 +124,8 @@ def _shown(name: str) -> str:
     return repr(name if len(name) <= 200 else f"{name[:200]}...")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """The noun for a value that a pickle has."""
     if isinstance(value, (int, float, str, bytes, list, tuple, dict)):
         return {"OrderedDict": "a dict", "int": "an int"}.get(type(value).__name__, f"a {type(value).__name__}")
     return "something else"

@@ -8,7 +8,8 @@ import zipfile
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from deformconv.convert.foreign import CheckpointError
-from deformconv.convert.pickles import Span, Storage, StorageType, read_pickle
+from deformconv.convert.pickled_names import Storage, StorageType
+from deformconv.convert.pickles import Span, read_pickle
 from deformconv.convert.tensors import TensorMaker
 
 __all__ = ["LEGACY_MAGIC", "read_legacy", "read_zip"]

@@ -110,7 +110,7 @@ class Loading(nn.Module):
                     (foreign.source,),
                     f'"{key}" is of a deformable layer of {foreign.library}; expected this library\'s keys: load '
                     f'convert_state_dict(state, source="{foreign.source}", model=model), of deformconv.convert, which renames '
-                    "the keys and keeps what the masks are.",
+                    "the keys and accounts for the masks.",
                 )
         return None
 

@@ -60,7 +60,8 @@ class DeformRoIPool(Loading):
             channels*PH*PW x hidden: 12.8 million for 256 channels, 7x7 bins and 1024.
         trunk: "shared", one predictor of offsets and masks (the paper's), or "separate", one of each (mmcv's, with one hidden
             layer for the masks).
-        mask_scale: the factor of the masks' sigmoid; 2 begins at masks of 1, 1 is the paper's and mmcv's.
+        mask_scale: the factor of the masks' sigmoid; 2 begins at masks of 1, 1 is the paper's and mmcv's. A state_dict
+            notes the number, and one of other masks does not load.
 
     Shape:
         input (N, channels, H, W), boxes (R, 5) or a list of N tensors (r, 4); output (R, channels, PH, PW).
