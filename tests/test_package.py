@@ -70,6 +70,7 @@ OF_A_FRAMEWORK = {
     "deformconv.cli.models",
     "deformconv.convert.conversion",
     "deformconv.convert.kornia",
+    "deformconv.convert.mmcv_kernels",
     "deformconv.convert.names",
     "deformconv.convert.torchvision_kernels",
     "deformconv.convert.torchvision_modules",
