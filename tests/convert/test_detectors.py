@@ -586,14 +586,15 @@ def test_the_second_version_of_torchvisions_detector() -> None:
     """Norms in the pyramid and in the heads, two convolutions in the RPN, four before the head's one fully connected layer."""
     with torch.device("meta"):
         model = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=81)
-    there = convert_state_dict(model.state_dict(), to="mmcv", model=model)
+    state = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = convert_state_dict(state, to="mmcv", model=model)
     assert {
         "neck.lateral_convs.3.bn.running_var", "neck.fpn_convs.0.conv.weight", "rpn_head.rpn_conv.0.conv.weight",
         "rpn_head.rpn_conv.1.conv.bias", "roi_head.bbox_head.shared_convs.3.conv.weight",
         "roi_head.bbox_head.shared_convs.3.bn.weight", "roi_head.bbox_head.shared_fcs.0.weight",
     } <= there.keys()  # fmt: skip
     assert not any(name.startswith(("rpn.", "roi_heads.")) or ".fpn." in name for name in there)
-    there = convert_state_dict(model.state_dict(), to="detectron2", model=model, **RGB)
+    there = convert_state_dict(state, to="detectron2", model=model, **RGB)
     assert {
         "backbone.fpn_lateral5.norm.running_var", "backbone.fpn_output2.weight",
         "proposal_generator.rpn_head.conv.conv0.weight", "proposal_generator.rpn_head.conv.conv1.bias",
