@@ -68,6 +68,7 @@ PLAIN = (
 OF_A_FRAMEWORK = {
     "deformconv.cli.look",
     "deformconv.cli.models",
+    "deformconv.convert.checks",
     "deformconv.convert.conversion",
     "deformconv.convert.detectors",
     "deformconv.convert.detectors.detector",
@@ -76,6 +77,7 @@ OF_A_FRAMEWORK = {
     "deformconv.convert.detectors.origin",
     "deformconv.convert.detectors.parts",
     "deformconv.convert.kornia",
+    "deformconv.convert.mmcv_kernels",
     "deformconv.convert.names",
     "deformconv.convert.pools",
     "deformconv.convert.torchvision_kernels",

@@ -305,8 +305,12 @@ def test_what_the_caller_says_goes_before_what_the_buffers_tell() -> None:
     theirs = theirs_of(model, "detectron2")
     model.transform.image_mean, model.transform.image_std = [number / 255 for number in MEAN], [1 / 255] * 3
     state = {**theirs, **told("bgr", (1.0,) * 3)}
+    stem = theirs["backbone.bottom_up.stem.conv1.weight"]
     ours = convert_state_dict(state, source="detectron2", model=model, stride_in_1x1=False)
-    assert torch.equal(ours["backbone.body.conv1.weight"], theirs["backbone.bottom_up.stem.conv1.weight"].flip(1))
+    assert torch.equal(ours["backbone.body.conv1.weight"], stem.flip(1))
+    model.transform.image_mean = model.transform.image_mean[::-1]
+    ours = convert_state_dict(state, source="detectron2", model=model, channel_order="rgb", stride_in_1x1=False)
+    assert ours["backbone.body.conv1.weight"] is stem
 
 
 @pytest.mark.parametrize("words", [{}, {"channel_order": "bgr"}, {"stride_in_1x1": False}])
@@ -586,14 +590,15 @@ def test_the_second_version_of_torchvisions_detector() -> None:
     """Norms in the pyramid and in the heads, two convolutions in the RPN, four before the head's one fully connected layer."""
     with torch.device("meta"):
         model = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=81)
-    there = convert_state_dict(model.state_dict(), to="mmcv", model=model)
+    state = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = convert_state_dict(state, to="mmcv", model=model)
     assert {
         "neck.lateral_convs.3.bn.running_var", "neck.fpn_convs.0.conv.weight", "rpn_head.rpn_conv.0.conv.weight",
         "rpn_head.rpn_conv.1.conv.bias", "roi_head.bbox_head.shared_convs.3.conv.weight",
         "roi_head.bbox_head.shared_convs.3.bn.weight", "roi_head.bbox_head.shared_fcs.0.weight",
     } <= there.keys()  # fmt: skip
     assert not any(name.startswith(("rpn.", "roi_heads.")) or ".fpn." in name for name in there)
-    there = convert_state_dict(model.state_dict(), to="detectron2", model=model, **RGB)
+    there = convert_state_dict(state, to="detectron2", model=model, **RGB)
     assert {
         "backbone.fpn_lateral5.norm.running_var", "backbone.fpn_output2.weight",
         "proposal_generator.rpn_head.conv.conv0.weight", "proposal_generator.rpn_head.conv.conv1.bias",

@@ -43,7 +43,7 @@ def accelerate_mmcv() -> Acceleration:
 
     Example:
         >>> import torch
-        >>> from deformconv.convert import accelerate_mmcv
+        >>> from deformconv.convert.mmcv import accelerate_mmcv
         >>> acceleration = accelerate_mmcv()
         >>> from mmcv.ops import ModulatedDeformConv2dPack
         >>> layer = ModulatedDeformConv2dPack(3, 8, kernel_size=3, padding=1)

@@ -133,12 +133,16 @@ def _tensors(state: Any) -> OrderedDict[str, Tensor]:
         )
     found: Any = OrderedDict()
     for name, value in state.items():
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value.copy())
+        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiub":
+            value = torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"`state` has a {type(value).__name__} under {name!r}; expected a tensor under every name. A training "
                 "program's checkpoint has the state_dict inside: load_checkpoint(path) finds it."
+            )
+        if value.is_meta:
+            raise ValueError(
+                f"`state` has a tensor on the meta device under {name!r}, without numbers; expected one with numbers."
             )
         found[name] = value
     found._metadata = getattr(state, "_metadata", {})

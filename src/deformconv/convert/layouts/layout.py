@@ -47,7 +47,10 @@ class Layout(NamedTuple):
     others: Callable[[Place], str | None] = same_name  # None for what the library does not keep
     mask_scale: float | None = 1.0  # what multiplies the masks' sigmoid; None: layers compute what ours do
     boundaries: tuple[str, str] = ("zeros", "zeros")  # of v1 and of v2
-    dilated: bool = True  # whether the predictor's window is dilated as the layer's is
+    dilated: bool | None = (
+        True  # whether the predictor's window is the layer's; else it is of the kernel's size around a pixel,
+    )
+    # without dilation; None if the layer has none either
     guided: bool = False  # whether a layer may predict from another feature than it convolves
     pools: tuple[str, str] | None = None  # trunk and convention of its predicting RoI pooling
     grouped: bool = False  # whether the predictor has the layer's groups

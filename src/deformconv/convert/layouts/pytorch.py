@@ -14,7 +14,7 @@ DETECTRON2 = Layout("detectron2", "detectron2", predictor="{layer}_offset.{param
 
 DCNV2 = Layout(
     "dcnv2", "CharlesShang's DCNv2 and CenterNet",
-    predictor="{layer}.conv_offset_mask.{parameter}", dilated=False, pools=("shared", "rounded"),
+    predictor="{layer}.conv_offset_mask.{parameter}", dilated=None, pools=("shared", "rounded"),
 )  # fmt: skip
 
 BASICSR = Layout("basicsr", "BasicSR", guided=True)
