@@ -72,7 +72,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
     Example:
         >>> import torch
-        >>> from deformconv.convert.checkpoint import load_checkpoint
+        >>> from deformconv.convert import load_checkpoint
         >>> net = torch.nn.DataParallel(torch.nn.Conv2d(3, 8, 3))
         >>> torch.save({"epoch": 12, "state_dict": net.state_dict()}, "run.pth")
         >>> {name: tuple(tensor.shape) for name, tensor in load_checkpoint("run.pth").items()}

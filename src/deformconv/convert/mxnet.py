@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from deformconv.convert.params_file import as_array, read_params
+from deformconv.convert.predictor_groups import dense, grouped
 from deformconv.errors import ShapeError
 from deformconv.ops.conv.layer import layer_padding
 from deformconv.ops.window import by, count
@@ -202,7 +203,7 @@ def layer_to_mxnet(
     arrays = {
         "deformable_conv_weight" if style == "gluon" else "weight": _numpy(layer.weight) * scale,
         "deformable_conv_bias" if style == "gluon" else "bias": None if layer.bias is None else _numpy(layer.bias),
-        "offset_weight": _grouped(_numpy(predictor.weight), groups),
+        "offset_weight": grouped(_numpy(predictor.weight), groups),
         "offset_bias": None if predictor.bias is None else _numpy(predictor.bias),
     }
     separator = "" if not name else "." if style == "gluon" else "_"
@@ -251,12 +252,12 @@ def _layer(arrays: dict[str, np.ndarray], name: str, groups: int, modulated: boo
         )
     taps = weight.shape[2] * weight.shape[3]
     version = _version(keys["offset_weight"], offset_weight.shape[0], taps, inputs, modulated, offset_groups)
-    dense = _dense(offset_weight, inputs, keys["offset_weight"], groups)
+    predictor = dense(offset_weight, inputs, keys["offset_weight"], groups)
     for kind, array in (("bias", weight), ("offset_bias", offset_weight)):
         if kind in found and found[kind].shape != (len(array),):
             expected = f"({len(array)},), one for each output channel"
             raise ShapeError(f"{keys[kind]!r} has shape {found[kind].shape}; expected {expected}.")
-    return _Arrays(weight, found.get("bias"), dense, found.get("offset_bias"), *version)
+    return _Arrays(weight, found.get("bias"), predictor, found.get("offset_bias"), *version)
 
 
 def _version(
@@ -281,42 +282,6 @@ def _version(
         f"{wanted or 'v1 or v2'}: 2 (v1) or 3 (v2) x {taps} taps for each offset group, of which there are a divisor of "
         f"C_in = {inputs}."
     )
-
-
-def _dense(weight: np.ndarray, inputs: int, key: str, groups: int) -> np.ndarray:
-    """A convolution's weight without groups: zeros where a group did not look."""
-    outputs, seen, *kernel = weight.shape
-    if seen == inputs:
-        return weight
-    if seen < 1 or inputs % seen or outputs % (inputs // seen):
-        raise ShapeError(
-            f"{key!r} has shape {weight.shape}, so each predicted channel reads {seen} of C_in = {inputs} (groups={groups}); "
-            f"expected {inputs}, or a part of them in groups that divide both {inputs} and {outputs}."
-        )
-    predictor_groups = inputs // seen
-    dense = np.zeros((outputs, inputs, *kernel), weight.dtype)
-    for group in range(predictor_groups):
-        rows = slice(group * outputs // predictor_groups, (group + 1) * outputs // predictor_groups)
-        dense[rows, group * seen : (group + 1) * seen] = weight[rows]
-    return dense
-
-
-def _grouped(dense: np.ndarray, groups: int) -> np.ndarray:
-    """The weight of a convolution with groups that computes the same, if there is one."""
-    outputs, inputs = dense.shape[:2]
-    if outputs % groups:
-        raise ValueError(
-            f"the predictor has {outputs} channels, which groups={groups} does not divide; in MXNet's block it has as many "
-            "groups as the convolution. With style='symbol' it has one."
-        )
-    seen, made = inputs // groups, outputs // groups
-    weight = np.concatenate([dense[g * made : (g + 1) * made, g * seen : (g + 1) * seen] for g in range(groups)])
-    if np.count_nonzero(weight) != np.count_nonzero(dense):
-        raise ValueError(
-            f"the predictor reads across the convolution's {groups} groups; in MXNet's block it has as many groups, and "
-            "cannot. With style='symbol' it has one."
-        )
-    return weight
 
 
 def _check_layer(layer: Any) -> Any:

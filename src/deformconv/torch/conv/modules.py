@@ -27,6 +27,7 @@ from deformconv.ops.words import unexpected
 from deformconv.torch import modes
 from deformconv.torch.conv import prediction
 from deformconv.torch.conv.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch.loading import Loading
 from deformconv.torch.predictor import Predictor
 from deformconv.torch.tensors import HALF
 
@@ -90,12 +91,13 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, p
     return result
 
 
-class _DeformConvNd(nn.modules.conv._ConvNd):
+class _DeformConvNd(Loading, nn.modules.conv._ConvNd):
     """An nn.ConvNd to everything that asks: what is done to a net's convolutions is done to the layer's `weight` and `bias`."""
 
     rank: ClassVar[int]
     _operator: ClassVar[Callable[..., Tensor]]
     _offset_convolution = OffsetPredictor
+    _predictors = ("offset_conv",)
     # What is called with each call's input, offsets, masks and output; a layer's own dict while somebody looks at it.
     _observers: dict[int, Callable[[Tensor, Tensor, Tensor | None, Tensor], None]] | None = None
 
@@ -307,7 +309,7 @@ class DeformConv2d(_DeformConvNd, nn.Conv2d):
         offset_groups: the channels are split into that many groups with offsets of their own; None, without a
             predictor, takes the number from the offsets that are passed.
         predict_offsets: False leaves out the predictor; offsets are then passed in the call.
-        mask_scale: masks are mask_scale*sigmoid(raw).
+        mask_scale: masks are mask_scale*sigmoid(raw). A state_dict notes the number, and one of other masks does not load.
         max_offset: bounds predicted offsets smoothly, to max_offset*tanh(raw/max_offset) input pixels.
         boundary: "zeros" or "inside", as in `deformconv.deform_conv`.
 
