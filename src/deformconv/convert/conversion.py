@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from deformconv.convert.layouts import LAYOUTS
 from deformconv.convert.layouts.layout import Layout
-from deformconv.convert.names import Names
+from deformconv.convert.names import Names, bare
 from deformconv.convert.predictor_groups import dense, grouped
 from deformconv.errors import ShapeError
 from deformconv.torch import DeformConv2d
@@ -113,6 +113,12 @@ def _layer_back(state: dict[str, Tensor], name: str, names: Names) -> None:
     _check_both(state, name, names, plain=False)
     if weight not in state or predictor not in state:
         return
+    has_bias, expects_bias = getattr(layer, "bias", None) is not None, layout.biases[layer.modulated]
+    if expects_bias not in (None, has_bias):
+        raise ValueError(
+            f"{_named(name)} has {'a' if has_bias else 'no'} bias, and v{1 + layer.modulated} of {layout.library} "
+            f"{'always' if expects_bias else 'never'} has one. Build it with bias={expects_bias}."
+        )
     if layout.grouped and layer.groups > 1:
         state[predictor] = _by_numpy(state[predictor], lambda array: grouped(array, layer.groups))
     if layer.modulated and layout.mask_scale is not None:
@@ -150,7 +156,7 @@ def _scaled(tensor: Tensor, scales: tuple[float, float], name: str, names: Names
         raise ValueError(
             f"{key!r} is {tensor.dtype}; expected a float type, since it makes up for the masks of other libraries."
         )
-    for owner in names.owners(layer._parameters["weight"]):
+    for owner in names.owners(layer.weight):
         other = names.layers.get(owner)
         if other is None or not other.modulated or other.offset_conv is None or other.mask_scale != layer.mask_scale:
             raise ValueError(
@@ -175,7 +181,8 @@ def _transpose(state: dict[str, Tensor], names: Names, keys: Iterable[str]) -> N
     """Turn the matrices of fully connected layers, which the other library has the other way round."""
     for key in keys:
         module, _, parameter = key.rpartition(".")
-        if parameter == "weight" and key in state and isinstance(names.modules[module], nn.Linear):
+        is_matrix = parameter == "weight" and key in state and state[key].ndim == 2
+        if is_matrix and isinstance(names.modules[module], nn.Linear):
             state[key] = state[key].t().contiguous()
 
 
@@ -310,7 +317,7 @@ def _check_wrapping(state: Mapping[str, Tensor], names: Names) -> None:
     found = names.recognised(state, _unwrapped)
     if found:
         theirs = names.pair(found[0])[1]
-        key = next(key for key in state if _unwrapped(key) == _unwrapped(theirs))
+        key = next(key for key in state if _unwrapped(bare(key)) == _unwrapped(bare(theirs)))
         raise ValueError(
             f"`state` has {key!r}, and for `model` that would be {theirs!r}: DataParallel, DistributedDataParallel and "
             "torch.compile put a word before names. Expected the same on both sides: remove it from the names, or pass the "
