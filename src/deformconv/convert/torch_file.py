@@ -18,17 +18,6 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 MOST_DIRECTORY = 8 << 20  # bytes of a zip archive's list of its entries: room for 80,000 of them
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-ITEMSIZES = {
-    "float64": 8,
-    "int64": 8,
-    "complex64": 8,
-    "complex128": 16,
-    "float32": 4,
-    "int32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int16": 2,
-}
 
 
 class _Entry(NamedTuple):
@@ -126,6 +115,8 @@ def _storage(reference: Any) -> Storage:
 
 def read_legacy(path: str, file: BinaryIO, size: int) -> tuple[Any, TensorMaker]:
     """What the fourth pickle of a file describes, and what makes its tensors."""
+    import torch
+
     span = Span(file, 0, size)
     magic, version, system = (read_pickle(span, path, None, size) for _ in range(3))
     if magic != LEGACY_MAGIC or version != LEGACY_PROTOCOL or not isinstance(system, dict):
@@ -147,7 +138,7 @@ def read_legacy(path: str, file: BinaryIO, size: int) -> tuple[Any, TensorMaker]
             raise CheckpointError(f"{path} is damaged: the list of its storages does not fit its tensors.")
         content = file.read(8)
         count = struct.unpack("<q", content)[0] if len(content) == 8 else -1
-        length = count * ITEMSIZES.get(storages[key].dtype, 1)
+        length = count * getattr(torch, storages[key].dtype).itemsize
         start = file.tell()
         if count < 0 or start + length > size:
             raise CheckpointError(f"{path} is cut off or damaged: a storage goes on behind the file's end. Copy it again.")
