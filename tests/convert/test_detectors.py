@@ -649,7 +649,9 @@ def test_names_of_other_models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
             self.backbone = nn.Module()
             self.backbone.body = nn.Conv2d(3, 3, 1)
 
-    for model in (Block(), pyramid().fpn, detector(backbone=mobilenet(), deformable=False)):
+    other = resnet()
+    other.layer2[0] = nn.Conv2d(64, 128, 3, 2)
+    for model in (Block(), pyramid().fpn, detector(backbone=mobilenet(), deformable=False), other):
         state = model.state_dict()
         assert list(convert_state_dict(state, to="mmcv", model=model)) == list(state)
         assert list(convert_state_dict(state, to="detectron2", model=model)) == list(state)
