@@ -64,7 +64,7 @@ def instead(value: bytes) -> bytes:
 
 def that_run(marker: str) -> dict[str, bytes]:
     """Pickles that create a file, or call `os.system`, in Python's own reader or where a table of names is too kind."""
-    shell, python = text(f"touch {marker}"), text(f"open({marker!r}, 'w')")
+    shell, python = text(f"touch {marker}"), text(f"open({marker!r}, 'w').close()")
     inner = pickle.dumps(None, 2)[:-1] + b"0" + called("os system", shell) + b"."
     values = {
         "os.system": called("os system", shell),

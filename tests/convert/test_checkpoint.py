@@ -475,6 +475,10 @@ print("whole")
 """
 
 
+# Of those that have weights besides, which are read if the rest harms nothing.
+REFUSED = ("tensor", "a million", "arguments copied", "place in the memo, as text", "long bytes", "digits")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="needs Linux, which limits a process's memory and says what it has"
@@ -489,8 +493,10 @@ def test_a_file_takes_no_more_memory_than_it_should():
     assert len(found) == len(lines) > 100
     for name, outcome in found.items():
         assert outcome.startswith(("bomb.bin", "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]")), f"{name}: {outcome}"
-        if name.startswith(("array", "tensor", "zip", "legacy", "safetensors", "a million")):
+        if not name.endswith(("zip", "legacy", "pickle")) or name.startswith(REFUSED):
             assert outcome.startswith("bomb.bin"), f"{name}: {outcome}"
+    assert "more objects than its size allows" in found["a million dicts, pickle"]
+    assert "has a zip archive's list of" in found["zip: many entries"]
 
 
 def whole_files():

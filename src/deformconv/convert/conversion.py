@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deformconv.convert.checks import (
+    check_bias,
     check_both,
     check_dialect,
     check_distinct,
@@ -138,6 +139,7 @@ def _layer_back(state: dict[str, Tensor], name: str, names: Names) -> None:
     check_both(state, name, names, plain=False)
     if weight not in state or predictor not in state:
         return
+    check_bias(name, names)
     if layout.grouped and layer.groups > 1:
         state[predictor] = _by_numpy(state[predictor], lambda array: grouped(array, layer.groups))
     if layer.modulated and layout.mask_scale is not None:
@@ -186,5 +188,6 @@ def _transpose(state: dict[str, Tensor], names: Names, keys: Iterable[str]) -> N
     """Turn the matrices of fully connected layers, which the other library has the other way round."""
     for key in keys:
         module, _, parameter = key.rpartition(".")
-        if parameter == "weight" and key in state and isinstance(names.modules[module], nn.Linear):
+        is_matrix = parameter == "weight" and key in state and state[key].ndim == 2
+        if is_matrix and isinstance(names.modules[module], nn.Linear):
             state[key] = state[key].t().contiguous()

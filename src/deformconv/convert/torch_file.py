@@ -40,7 +40,7 @@ class _Entry(NamedTuple):
 
 def read_zip(path: str, file: BinaryIO, size: int) -> tuple[Any, TensorMaker]:
     """What the pickle in a zip archive describes, and what makes its tensors."""
-    entries = _entries(path, file, size)
+    entries = _entries(path, file)
     pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if not pickles:
         raise CheckpointError(f"{path} is {_archive(entries)}; expected one that torch.save has written.")
@@ -61,8 +61,8 @@ def read_zip(path: str, file: BinaryIO, size: int) -> tuple[Any, TensorMaker]:
     return loaded, TensorMaker(path, file, size, lambda found: _place(path, file, size, entries, f"{root}data/{found.key}"))
 
 
-def _entries(path: str, file: BinaryIO, size: int) -> dict[str, _Entry]:
-    """The entries of an archive, all of which are stored as they are, and together take no more than the file."""
+def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
+    """The entries of an archive, all of which are stored as they are."""
     try:
         found = zipfile.ZipFile(cast(IO[bytes], _Limited(path, file))).infolist()
     except CheckpointError:
@@ -78,8 +78,6 @@ def _entries(path: str, file: BinaryIO, size: int) -> dict[str, _Entry]:
     packed = [entry.filename for entry in found if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1]
     if packed and any(name.endswith("data.pkl") for name in entries):
         raise CheckpointError(f"{path} has compressed or encrypted entries; torch.save stores them as they are.")
-    if sum(entry.size for entry in entries.values()) > size:
-        raise CheckpointError(f"{path} is damaged: the entries of its zip archive take more bytes than the file has.")
     return entries
 
 

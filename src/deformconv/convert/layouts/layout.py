@@ -47,6 +47,7 @@ class Layout(NamedTuple):
     others: Callable[[Place], str | None] = same_name  # None for what the library does not keep
     mask_scale: float | None = 1.0  # what multiplies the masks' sigmoid; None: layers compute what ours do
     boundaries: tuple[str, str] = ("zeros", "zeros")  # of v1 and of v2
+    biases: tuple[bool | None, bool | None] = (None, None)  # whether layers of v1 and of v2 have a bias; None: either
     dilated: bool | None = (
         True  # whether the predictor's window is the layer's; else it is of the kernel's size around a pixel,
     )
