@@ -64,7 +64,8 @@ def here(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: 
         renamed[key] = _scaled(renamed[key], (1.0, scale), key, names)
     if layout.transposed:
         _transpose(renamed, names, names.theirs)
-    renamed._metadata = {names.module(name): entry for name, entry in metadata.items()}
+    entries = ((names.module(name), entry) for name, entry in metadata.items())
+    renamed._metadata = {name: entry for name, entry in entries if not _is_frozen_norm(name, renamed)}
     return noted(renamed, model)
 
 
@@ -96,6 +97,11 @@ def _renamed(state: Mapping[str, Tensor], names: Names) -> Any:
             raise ValueError(f"`state` has two tensors for {ours!r} of the model, one of them {key!r}; expected one.")
         found[ours] = tensor
     return found
+
+
+def _is_frozen_norm(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a norm has counted no batches: its version is another class's, and PyTorch's own would miss the count."""
+    return f"{name}.running_mean" in state and f"{name}.num_batches_tracked" not in state
 
 
 def _layer_here(state: dict[str, Tensor], name: str, names: Names, scale: float | None) -> None:
