@@ -9,6 +9,7 @@
 #   make run-interpreter    the part of make test-torch that runs the GPU kernels without a GPU, in Triton's interpreter
 #   make test-gpu    the tests that need a GPU (GPU="-n 8" hands pytest options: that many processes, which compile)
 #   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
+#   make test-mmdet    build .venv-mmdet, .venv with mmdetection and mmcv-lite besides, and run there what needs them
 #   make test-fast    what make test-torch tests but for the slow tests: under a minute, once the kernels are compiled
 #   make test-other-kernels    what could differ on another processor, with PyTorch's, MKL's, oneDNN's and OpenBLAS's
 #                kernels for an older one (KERNELS="NAME=value ..." sets other variables)
@@ -36,6 +37,8 @@ GLUON_PYTHON ?= $(shell for python in $(PYTHON) python3.11 python3.10; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 GLUON_VENV ?= .venv-gluon
 GLUON_PY := $(GLUON_VENV)/$(BIN)/python
+MMDET_VENV ?= .venv-mmdet
+MMDET_PY := $(MMDET_VENV)/$(BIN)/python
 # What needs no framework, but for some of its tests, which skip themselves.
 INSTALLED_TESTS := tests/convert tests/ops tests/runtime tests/sampling \
 	tests/test_dispatch.py tests/test_functional.py tests/test_installation.py tests/test_package.py
@@ -71,8 +74,8 @@ INTERPRETED_TESTS := tests/test_interpreted.py tests/runtime/test_product.py tes
 GPU_TESTS := tests/runtime/test_product.py tests/ops/conv/test_gpu_cuda.py tests/ops/roi_pool/test_gpu_cuda.py \
 	tests/torch/test_gpu_cuda.py tests/plots/test_monitor.py
 
-.PHONY: help demo demo-gluon experiment test test-torch run-torch run-interpreter test-gpu test-gluon test-fast \
-	test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean
+.PHONY: help demo demo-gluon experiment test test-torch run-torch run-interpreter test-gpu test-gluon test-mmdet \
+	test-fast test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -115,6 +118,9 @@ test-other-kernels: $(VENV)/installed-dev
 
 test-gluon: $(GLUON_VENV)/installed-dev-gluon
 	$(GLUON_PY) -m pytest $(GLUON_TESTS)
+
+test-mmdet: $(MMDET_VENV)/installed-mmdet
+	$(MMDET_PY) -m pytest tests/mmdet
 
 check-serving:
 	rm -rf build/serving
@@ -186,6 +192,15 @@ $(GLUON_VENV)/installed-dev-gluon: pyproject.toml constraints-gluon.txt
 	$(GLUON_PY) -m pip install --disable-pip-version-check --constraint constraints-gluon.txt --editable '.[dev-gluon]'
 	@touch $@
 
+# An environment on top of .venv, whose packages it sees, PyTorch's gigabytes among them. What it has besides comes without what
+# that asks for: OpenCV with windows, as an example.
+$(MMDET_VENV)/installed-mmdet: $(VENV)/installed-dev constraints-mmdet.txt
+	@$(MMDET_PY) -m pip --version >/dev/null 2>&1 || $(PY) -m venv $(MMDET_VENV)
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(MMDET_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv-below.pth"
+	$(MMDET_PY) -m pip install --disable-pip-version-check --no-deps --requirement constraints-mmdet.txt
+	@touch $@
+
 # pyproject.toml asks for the oldest versions, and the constraints name them: pip refuses where the two do not agree.
 define install-oldest
 	@$(OLDEST_PY) -m pip --version >/dev/null 2>&1 || $(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
@@ -207,4 +222,4 @@ $(WHEEL_VENV)/installed-wheel: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(GLUON_VENV) $(OLDEST_VENV) $(WHEEL_VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output detect-output
+	rm -rf $(VENV) $(GLUON_VENV) $(MMDET_VENV) $(OLDEST_VENV) $(WHEEL_VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output detect-output

@@ -33,9 +33,14 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+# Folders of tests that need a package which no other test needs, and which is installed in an environment of their own.
+ALONE = {"gluon": "mxnet", "mmdet": "mmdet"}
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out MXNet's tests where it is not installed, unless they were asked for by name: then they fail."""
-    if collection_path != Path(__file__).parent / "gluon" or find_spec("mxnet") is not None:
+    """Leave out tests whose package is not installed, unless they were asked for by name: then they fail."""
+    package = ALONE.get(collection_path.name) if collection_path.parent == Path(__file__).parent else None
+    if package is None or find_spec(package) is not None:
         return None
     named = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
     return None if any(path.is_relative_to(collection_path) for path in named) else True

@@ -68,9 +68,18 @@ PLAIN = (
 OF_A_FRAMEWORK = {
     "deformconv.cli.look",
     "deformconv.cli.models",
+    "deformconv.convert.checks",
     "deformconv.convert.conversion",
+    "deformconv.convert.detectors",
+    "deformconv.convert.detectors.detector",
+    "deformconv.convert.detectors.names",
+    "deformconv.convert.detectors.numbers",
+    "deformconv.convert.detectors.origin",
+    "deformconv.convert.detectors.parts",
     "deformconv.convert.kornia",
+    "deformconv.convert.mmcv_kernels",
     "deformconv.convert.names",
+    "deformconv.convert.pools",
     "deformconv.convert.torchvision_kernels",
     "deformconv.convert.torchvision_modules",
 }

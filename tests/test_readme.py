@@ -21,11 +21,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The README, and the pages whose programs need no process of their own.
 PAGES = [
     "README.md",
+    "docs/checkpoints.md",
     "docs/choosing.md",
     "docs/first-steps.md",
+    "docs/from-basicsr.md",
     "docs/from-dcnv2.md",
     "docs/from-detectron2.md",
     "docs/from-mmcv.md",
+    "docs/from-mxnet.md",
+    "docs/from-paddledetection.md",
     "docs/from-torchvision.md",
     "docs/gpu.md",
     "docs/looking.md",
@@ -61,7 +65,7 @@ def test_there_are_blocks(page: str):
 
 @pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page)], ids=lambda b: f"{b.page} line {b.line}")
 def test_block(block: Block):
-    for library in ("torch", "torchvision", "mxnet"):
+    for library in ("torch", "torchvision", "mxnet", "mmdet"):
         if re.search(rf"^import {library}\b", block.source, re.M) and importlib.util.find_spec(library) is None:
             pytest.skip(f"needs {library}")
     code = compile("\n" * (block.line - 1) + block.source, block.page, "exec")

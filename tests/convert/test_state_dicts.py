@@ -42,7 +42,7 @@ from deformconv.convert import (  # noqa: E402
     to_torchvision,
 )
 from deformconv.convert.layouts import LAYOUTS  # noqa: E402
-from deformconv.torch import DeformConv2d  # noqa: E402
+from deformconv.torch import DeformConv2d, loading  # noqa: E402
 
 every_source = pytest.mark.parametrize("source", SOURCES)
 # What each library's layers can be; all of them stride and pad.
@@ -153,15 +153,17 @@ def order(item):
     return "conv_offset" in item[0]
 
 
-def test_the_obvious_rename_is_wrong_by_a_factor_of_two():
-    """Masks of mean 1.3 for 0.66, and outputs twice as large; the conversion is right."""
+def test_the_obvious_rename_is_wrong_by_a_factor_of_two(monkeypatch):
+    """Masks of mean 1.3 for 0.66, and outputs twice as large, which is warned of; the conversion is right."""
+    monkeypatch.setattr(loading, "_has_warned", False)
     there = theirs("mmcv", Geometry(bias=False))
     with torch.no_grad():
         there.conv2.conv_offset.bias[18:] = 0.7
         there.conv2.conv_offset.weight[18:] *= 0.05
     state, (x,) = there.state_dict(), inputs("mmcv")
     here = of("mmcv", Geometry(bias=False)).double()
-    here.load_state_dict({key.replace("conv_offset", "offset_conv"): tensor for key, tensor in state.items()})
+    with pytest.warns(UserWarning, match="2 times as large"):
+        here.load_state_dict({key.replace("conv_offset", "offset_conv"): tensor for key, tensor in state.items()})
     with torch.no_grad():
         masks = torch.sigmoid(there.conv2.conv_offset(x)[:, 18:])
         torch.testing.assert_close(here.conv2.offsets_and_mask(x)[1], 2 * masks)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deformconv.convert.checkpoint import CheckpointError, load_checkpoint
 from deformconv.installation import import_for
 
 __all__ = ["ModelError", "model_of"]
 
-_WRAPPERS = ("state_dict", "model", "state")  # under which training programs keep weights
 _RESNETS = ("resnet", "resnext", "wide_resnet")
 _PREDICTOR = ".offset_conv."
 
@@ -90,35 +88,14 @@ def _functions(module: str) -> str:
     return ", ".join(name for name, value in own if getattr(value, "__module__", None) == module and callable(value))
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
+def tensors_of(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a state_dict in a file, whatever a training program or DistributedDataParallel wrapped it in."""
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file; --model is a file of weights, or module:function.")
-    if path.suffix == ".safetensors":
-        raise ModelError(f"{path}: safetensors files are not read yet; save the state_dict by torch.save.")
-    with path.open("rb") as file:
-        is_pickle = file.read(1) == b"\x80"
-    if not is_pickle and not zipfile.is_zipfile(path):
-        raise ModelError(f"{path} is no file that torch.save has written.")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ModelError(
-            f"{path} holds more than tensors, such as a whole pickled model, and reading that would run code from the file. "
-            "Save its state_dict, by torch.save(model.state_dict(), path), and pass --model module:function --weights path."
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError):
-        raise ModelError(f"{path} is no whole file of tensors; expected one that torch.save has written.") from None
-    while isinstance(loaded, Mapping) and (inner := next((key for key in _WRAPPERS if _is_wrapped(loaded, key)), None)):
-        loaded = loaded[inner]
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ModelError(f"{path} holds a {type(loaded).__name__}; expected a state_dict: names and tensors.")
-    prefix = "module." if all(str(name).startswith("module.") for name in loaded) else ""
-    return {str(name).removeprefix(prefix): value for name, value in loaded.items()}
-
-
-def _is_wrapped(loaded: Mapping[Any, Any], key: str) -> bool:
-    return isinstance(loaded.get(key), Mapping)
+        return load_checkpoint(path)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -1,6 +1,8 @@
 """Weights and layers of other libraries, with their words and conventions. Frameworks are loaded where they are needed."""
 
+from deformconv.convert.checkpoint import CheckpointError, load_checkpoint
 from deformconv.convert.layers import replace_layers
+from deformconv.convert.mmcv import accelerate_mmcv
 from deformconv.convert.mxnet import layer_from_mxnet, layer_to_mxnet, load_mxnet, mxnet_layers
 from deformconv.convert.openvino import openvino_extensions
 from deformconv.convert.params_file import read_params, write_params
@@ -9,10 +11,13 @@ from deformconv.convert.torchvision import accelerate_torchvision
 from deformconv.convert.torchvision_copy import to_torchvision
 
 __all__ = [
+    "CheckpointError",
+    "accelerate_mmcv",
     "accelerate_torchvision",
     "convert_state_dict",
     "layer_from_mxnet",
     "layer_to_mxnet",
+    "load_checkpoint",
     "load_mxnet",
     "mxnet_layers",
     "openvino_extensions",

@@ -7,20 +7,22 @@ from typing import Any
 
 from torch import nn
 
+from deformconv.convert.detectors import detector_of
 from deformconv.convert.layouts.layout import Layout, Place
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, DeformRoIPool
 
-__all__ = ["Names", "bare"]
+__all__ = ["Names", "bare", "keys_of", "layer_named"]
 
 _LAYERS = (DeformConv1d, DeformConv2d, DeformConv3d)
 _KINDS = ("arg:", "aux:")  # what MXNet puts before names
 
 
 class Names:
-    """A model's deformable layers, and the name of each parameter in a layout."""
+    """A model's deformable layers, and the name of each parameter in a layout; `state` chooses among a detector's names."""
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, state: Mapping[str, Any] | None = None) -> None:
         self.layout = layout
+        self.detector = detector_of(model, layout, state)
         self.modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
         self.layers = {name: module for name, module in self.modules.items() if isinstance(module, _LAYERS)}
         self.pools = {name: module for name, module in self.modules.items() if isinstance(module, DeformRoIPool)}
@@ -78,6 +80,10 @@ class Names:
         """Our names of the modules that have this very parameter."""
         return [name for name, module in self.modules.items() if any(own is parameter for own in module._parameters.values())]
 
+    def known(self, state: Mapping[str, Any]) -> int:
+        """How many of a state_dict's keys are the layout's names of something in the model."""
+        return sum(bare(key) in self._ours for key in state)
+
     def _places(self) -> Iterator[Place]:
         for name, module in self.modules.items():
             buffers = [key for key in module._buffers if key not in module._non_persistent_buffers_set]
@@ -88,21 +94,36 @@ class Names:
     def _their_key(self, place: Place) -> str | None:
         layer = self.predictors.get(place.name, place.name)
         if layer not in self.layers:
-            return self.layout.others(place)
+            return self.layout.others(place._replace(name=self._there(place.name)))
         if place.name in self.predictors:
             template = self.layout.predictor
         else:
             template = self.layout.weight if self.layers[layer].offset_conv is not None else self.layout.alone
-        owner = self._owner(layer)
+        owner = self._there(self._owner(layer))
         made = template.format(layer=owner, word=owner.replace(".", "_"), parameter=place.parameter)
         kind = next((kind for kind in _KINDS if made.startswith(kind)), "")
         return made if owner else kind + made.removeprefix(kind).lstrip("._")  # without a name, the model itself is the layer
+
+    def _there(self, name: str) -> str:
+        """The other library's name for a module, if it has another."""
+        return self.detector.renamed.get(name, name) if self.detector is not None else name
 
     def _owner(self, layer: str) -> str:
         """Whose parameters the other library takes the layer's for: a block's own, where that is what predicts."""
         parent = layer.rpartition(".")[0]
         is_passed = layer and self.layers[layer].offset_conv is None
         return parent if self.layout.guided and is_passed and _within(parent, "conv_offset") in self.modules else layer
+
+
+def keys_of(name: str) -> tuple[str, str, str]:
+    """Our keys of a layer's weight, of its predictor's and of the predictor's bias."""
+    prefix = f"{name}." if name else ""
+    return f"{prefix}weight", f"{prefix}offset_conv.weight", f"{prefix}offset_conv.bias"
+
+
+def layer_named(name: str) -> str:
+    """A layer as a sentence names it."""
+    return f"layer {name!r} of `model`" if name else "`model`"
 
 
 def _within(name: str, parameter: str) -> str:

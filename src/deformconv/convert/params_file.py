@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from deformconv.convert.foreign import looks_like
 from deformconv.errors import ShapeError
 
 __all__ = ["read_params", "write_params"]
@@ -30,17 +31,6 @@ CPU = 1
 TYPES = {0: "float32", 1: "float64", 2: "float16", 3: "uint8", 4: "int32", 5: "int8", 6: "int64", 7: "bool"}
 BFLOAT16 = 12
 MOST_AXES = 32
-
-FOREIGN = (
-    (b"PK\x03\x04", "a zip archive, as torch.save and numpy.savez write"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x93NUMPY", "an array of numpy.save"),
-    (b"\x80", "a pickle"),
-    (b"{", "JSON, perhaps the net's -symbol.json"),
-    (b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself"),
-    (b"<", "a web page, perhaps the answer to a download that failed"),
-    (b"\x1f\x8b", "a gzip archive: unpack it"),
-)
 
 
 def read_params(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -116,7 +106,9 @@ class _Reader:
 
     def arrays(self) -> dict[str, np.ndarray]:
         if len(self.content) < 8 or struct.unpack_from("<Q", self.content)[0] != LIST_MAGIC:
-            raise self._error(f"expected a .params file of MXNet, whose first 8 bytes are the number 0x112{self._looks_like()}")
+            raise self._error(
+                f"expected a .params file of MXNet, whose first 8 bytes are the number 0x112{looks_like(self.content)}"
+            )
         (_, reserved, count) = self._take("<QQQ")
         self._check(reserved == 0, f"{reserved} in the reserved bytes; expected 0")
         self._check_room(count, 4, "arrays")
@@ -191,11 +183,6 @@ class _Reader:
     def _check(self, true: bool, found: str) -> None:
         if not true:
             raise self._error(f"damaged: it has {found}")
-
-    def _looks_like(self) -> str:
-        if not self.content:
-            return "; it is empty"
-        return next((f"; it looks like {kind}" for start, kind in FOREIGN if self.content.startswith(start)), "")
 
     def _error(self, text: str) -> ValueError:
         return ValueError(f"{self.path}: {text}.")

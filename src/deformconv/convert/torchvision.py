@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable
 
+from deformconv.convert.acceleration import Acceleration, Place
 from deformconv.installation import import_for
 
-__all__ = ["Acceleration", "accelerate_torchvision"]
-
-_lock = threading.Lock()
-_active: list[Acceleration] = []
-_library: Any = None
-
-
-class Acceleration:
-    """What `accelerate_torchvision` returns: `undo()` ends it, and so does leaving its `with` block.
-
-    Another `with` begins it again.
-    """
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        global _library
-        with _lock:
-            if self not in _active:
-                if not _active:
-                    _library = _overridden()
-                _active.append(self)
-
-    def undo(self) -> None:
-        """Give torchvision its own kernels back, if no other acceleration goes on. Doing it twice does nothing."""
-        global _library
-        with _lock:
-            if self in _active:
-                _active.remove(self)
-                if not _active:
-                    _library._destroy()
-                    _library = None
-
-    def __enter__(self) -> Acceleration:
-        self._begin()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.undo()
+__all__ = ["accelerate_torchvision"]
 
 
 def accelerate_torchvision() -> Acceleration:
@@ -83,11 +43,11 @@ def accelerate_torchvision() -> Acceleration:
     import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
     import_for("accelerate_torchvision", "torchvision", "torchvision")  # it registers the operator
-    return Acceleration()
+    return Acceleration(_TORCHVISION)
 
 
-def _overridden() -> Any:
-    """Registrations that last until the library is destroyed."""
+def _put() -> Callable[[], None]:
+    """Registrations that last until what is returned is called."""
     import torch
 
     from deformconv.convert.torchvision_kernels import dispatch_keys, kernels
@@ -96,4 +56,8 @@ def _overridden() -> Any:
     for key in dispatch_keys():
         for name, kernel in kernels(key).items():
             library.impl(name, kernel, key, with_keyset=True)
-    return library
+    destroy: Callable[[], None] = library._destroy
+    return destroy
+
+
+_TORCHVISION = Place(_put)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deformconv.torch import DeformConv2d
+from deformconv.torch.loading import noted
 
 __all__ = ["FILE", "STEP", "ExampleNet", "example_net", "save"]
 
@@ -131,5 +132,5 @@ def example_net(path: str | Path = FILE) -> ExampleNet:
     net = ExampleNet()
     with np.load(path, allow_pickle=False) as arrays:
         # Parameters are copied into the net's own, which are float32.
-        net.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
+        net.load_state_dict(noted({name: torch.from_numpy(arrays[name]) for name in arrays.files}, net))
     return net.eval()

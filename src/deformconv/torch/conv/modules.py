@@ -309,7 +309,7 @@ class DeformConv2d(_DeformConvNd, nn.Conv2d):
         offset_groups: the channels are split into that many groups with offsets of their own; None, without a
             predictor, takes the number from the offsets that are passed.
         predict_offsets: False leaves out the predictor; offsets are then passed in the call.
-        mask_scale: masks are mask_scale*sigmoid(raw).
+        mask_scale: masks are mask_scale*sigmoid(raw). A state_dict notes the number, and one of other masks does not load.
         max_offset: bounds predicted offsets smoothly, to max_offset*tanh(raw/max_offset) input pixels.
         boundary: "zeros" or "inside", as in `deformconv.deform_conv`.
 

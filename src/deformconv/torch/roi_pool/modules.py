@@ -17,7 +17,7 @@ from deformconv.ops.roi_pool.spec import roi_spec
 from deformconv.ops.window import count, integers
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes
-from deformconv.torch.loading import Loading
+from deformconv.torch.loading import Loading, Sentence
 from deformconv.torch.predictor import Predictor
 from deformconv.torch.roi_pool.functional import deform_roi_pool, joined
 from deformconv.torch.tensors import dtype_name
@@ -60,7 +60,8 @@ class DeformRoIPool(Loading):
             channels*PH*PW x hidden: 12.8 million for 256 channels, 7x7 bins and 1024.
         trunk: "shared", one predictor of offsets and masks (the paper's), or "separate", one of each (mmcv's, with one hidden
             layer for the masks).
-        mask_scale: the factor of the masks' sigmoid; 2 begins at masks of 1, 1 is the paper's and mmcv's.
+        mask_scale: the factor of the masks' sigmoid; 2 begins at masks of 1, 1 is the paper's and mmcv's. A state_dict
+            notes the number, and one of other masks does not load.
 
     Shape:
         input (N, channels, H, W), boxes (R, 5) or a list of N tensors (r, 4); output (R, channels, PH, PW).
@@ -76,7 +77,7 @@ class DeformRoIPool(Loading):
     Papers: v1, arXiv 1703.06211, section 2.2; v2, arXiv 1811.11168, section 3.2.
     """
 
-    _predictors = ("offset_mask_fc", "offset_fc", "mask_fc")
+    _predictors = ("offset_mask_fc", "mask_fc")
 
     def __init__(
         self,
@@ -148,6 +149,18 @@ class DeformRoIPool(Loading):
                 f"`input` is {dtype_name(input.dtype)} and this layer's parameters are {dtype_name(weight.dtype)}; expected "
                 f"one dtype: cast `input`, or the layer by `layer.to({input.dtype})`."
             )
+
+    def _foreign(self, layer: str, unexpected: list[str], has_own: bool) -> Sentence | None:
+        """What to build where the predictor in a state_dict has the other trunk."""
+        trunk, name = ("separate", "mask_fc") if self.trunk == "shared" else ("shared", "offset_mask_fc")
+        key = f"{layer}.{name}.0.weight".lstrip(".")
+        if has_own or key not in unexpected:
+            return None
+        return Sentence(
+            (trunk,),
+            f'"{key}" is of a predictor with trunk="{trunk}", and this layer has trunk="{self.trunk}"; neither can be made of '
+            f'the other: build the layer with trunk="{trunk}".',
+        )
 
     def __prepare_scriptable__(self) -> NoReturn:
         """torch.jit.script asks every module of a net for this before it compiles."""
