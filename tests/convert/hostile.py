@@ -220,6 +220,7 @@ def archives() -> Iterator[tuple[str, bytes]]:
     count = (9 << 20) // len(entries)
     lengths = struct.pack("<2H2I", 9, 9, count * len(entries), directory)
     yield "zip: many entries", good[:directory] + entries * count + good[end : end + 8] + lengths + good[end + 20 :]
+    yield "zip: entries before the file", good[: end + 16] + struct.pack("<I", directory + 1000) + good[end + 20 :]
     yield "zip: an entry twice", _twice(good, directory, end)
 
 

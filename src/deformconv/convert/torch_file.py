@@ -93,8 +93,8 @@ def _place(path: str, file: BinaryIO, size: int, entries: dict[str, _Entry], nam
     if name not in entries:
         raise CheckpointError(f"{path} is damaged: its pickle asks for the entry {name[-40:]!r}, which is not there.")
     header, length = entries[name]
-    file.seek(header)
-    content = file.read(LOCAL_HEADER.size)
+    file.seek(max(0, header))
+    content = file.read(LOCAL_HEADER.size) if header >= 0 else b""
     if len(content) < LOCAL_HEADER.size or not content.startswith(b"PK\x03\x04"):
         raise CheckpointError(f"{path} is damaged: the entry {name[-40:]!r} of its zip archive is not where it should be.")
     *_, name_length, extra_length = LOCAL_HEADER.unpack(content)
