@@ -138,9 +138,7 @@ def _unwrapped(loaded: Any, key: str | None, path: str) -> OrderedDict[str, Any]
             raise CheckpointError(f"{path} has no weights under {key!r}{_found(loaded)}.")
         loaded = loaded[key]
     for _ in range(MOST_WRAPPERS):  # a dict may hold itself
-        inner = next(
-            (name for name in WRAPPERS if isinstance(loaded, OrderedDict) and _is_filled(loaded.get(name))), None
-        )
+        inner = next((name for name in WRAPPERS if isinstance(loaded, OrderedDict) and _is_filled(loaded.get(name))), None)
         if inner is None:
             break
         loaded = loaded[inner]

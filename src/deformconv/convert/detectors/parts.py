@@ -11,7 +11,7 @@ from torch import nn
 
 from deformconv.torch import DeformRoIPool
 
-__all__ = ["Anatomy", "Part", "anatomy", "parts"]
+__all__ = ["Anatomy", "Part", "anatomy", "is_rcnn", "parts"]
 
 
 class Part(NamedTuple):
@@ -37,15 +37,23 @@ class Anatomy(NamedTuple):
         return {name: stage[0] for name, stage in stages if stage is not None}
 
 
+def is_rcnn(model: nn.Module) -> bool:
+    """Whether a model is torchvision's GeneralizedRCNN, on whatever backbone."""
+    if "torchvision" not in sys.modules:  # then no model is torchvision's
+        return False
+    from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+    return isinstance(model, GeneralizedRCNN)
+
+
 def anatomy(model: nn.Module) -> Anatomy | None:
     """The parts of a model that is torchvision's GeneralizedRCNN, BackboneWithFPN or ResNet; None for any other."""
     if "torchvision" not in sys.modules:  # then no model is torchvision's
         return None
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
-    from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
     from torchvision.models.resnet import ResNet
 
-    rcnn: Any = model if isinstance(model, GeneralizedRCNN) else None
+    rcnn: Any = model if is_rcnn(model) else None
     backbone: Any = model if rcnn is None else rcnn.backbone
     prefix = "" if rcnn is None else "backbone."
     if isinstance(backbone, BackboneWithFPN) and _is_resnet(backbone.body):
