@@ -306,6 +306,15 @@ def test_a_file_of_mxnet():
         load_checkpoint(Path("a.params"))
 
 
+def test_files_without_a_tensor():
+    writer = pytest.importorskip("safetensors.torch")
+    writer.save_file({}, "a.safetensors")
+    Path("a.params").write_bytes(written({}, 2))
+    for path in ("a.safetensors", "a.params"):
+        with pytest.raises(CheckpointError, match=rf"{path} holds no tensors; expected a state_dict: names and tensors\."):
+            load_checkpoint(path)
+
+
 @pytest.mark.parametrize("package", ["torch", "safetensors"])
 def test_what_is_not_installed(package, monkeypatch):
     Path("a.safetensors").write_bytes(dict(hostile.safetensors())["safetensors: no JSON"])

@@ -93,7 +93,10 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
         if head == LIST_MAGIC or (2 <= head <= size - 8 and start[8:9] == b"{"):
             if key is not None:
                 raise CheckpointError(f"{shown} has no {key!r}: files of its kind hold tensors alone; leave `key` out.")
-            return _without_prefix(_mxnet(shown) if head == LIST_MAGIC else _safetensors(shown))
+            found = _without_prefix(_mxnet(shown) if head == LIST_MAGIC else _safetensors(shown))
+            if not found:
+                raise CheckpointError(f"{shown} holds no tensors; expected a state_dict: names and tensors.")
+            return found
         loaded, maker = _loaded(shown, file, size, start)
         return _made(_unwrapped(loaded, key, shown), maker)
 
