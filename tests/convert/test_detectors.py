@@ -619,6 +619,20 @@ def test_the_second_version_of_torchvisions_detector() -> None:
     assert "neck.lateral_convs.0.gn.weight" in convert_state_dict(model.state_dict(), to="mmcv", model=model)
 
 
+@pytest.mark.parametrize("source", ["mmcv", "mmdet1"])
+def test_mmdetection_calls_a_norm_after_what_it_is(source: str) -> None:
+    """Its ResNet has gn1 for GroupNorm, where torchvision's has bn1 for any."""
+    model = pyramid(norm=lambda channels: nn.GroupNorm(2, channels))
+    ours = random(model.state_dict())
+    there = convert_state_dict(ours, to=source, model=model)
+    assert {"backbone.gn1.weight", "backbone.layer2.0.gn3.bias", "backbone.layer2.0.downsample.1.weight"} <= there.keys()
+    assert not any("bn" in name for name in there)
+    back = convert_state_dict(there, source=source, model=model)
+    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    theirs = convert_state_dict(ours, to="detectron2", model=model, **RGB)
+    assert "backbone.bottom_up.stem.conv1.norm.weight" in theirs and not any(".gn" in name for name in theirs)
+
+
 @pytest.mark.parametrize("deformable", [True, False])
 def test_a_file_by_another_librarys_names_is_refused(deformable: bool) -> None:
     """Some names are the same, and their rows mean something else."""

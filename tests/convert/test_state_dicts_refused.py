@@ -503,9 +503,10 @@ def test_numbers_that_have_no_half_or_no_double(value, dtype, keyword):
     assert result[0, 0, 0, 0] == (1.0 if value > 1 else 0.25)
     weight[0, 0, 0, 0] = value
     factor = "2" if value > 1 else "0.5"
-    text = rf"^'conv2.weight' times {factor}, which makes up for the masks of .*, is rounded in {dtype}, and would not come back as"
+    text = rf"^'conv2.weight' times {factor}, which makes up for the masks of .*, is rounded in {dtype}, and would not come"
     with pytest.raises(
-        ValueError, match=text + " it was. Convert it in a wider float type, or build the model's layers with mask_scale=1,"
+        ValueError,
+        match=text + " back as it was. Convert it in a wider float type, or build the model's layers with mask_scale=1,",
     ):
         convert_state_dict(state, **{keyword: "mmcv"}, model=model)
     if dtype != torch.float64:

@@ -66,8 +66,8 @@ def anatomy(model: nn.Module) -> Anatomy | None:
 def parts(found: Anatomy) -> Iterator[tuple[str, Part]]:
     """The names of a model's modules that have a place in other libraries' detectors, and what they are."""
     prefix = f"{found.body_name}." if found.body_name else ""
-    for name, _ in found.body.named_modules():
-        if name and (part := _in_resnet(name)) is not None:
+    for name, module in found.body.named_modules():
+        if name and (part := _in_resnet(name, module)) is not None:
             yield f"{prefix}{name}", part
     if found.fpn is not None:
         yield from _in_fpn(found)
@@ -97,10 +97,12 @@ _RESNET = (
 )
 
 
-def _in_resnet(name: str) -> Part | None:
+def _in_resnet(name: str, module: Any) -> Part | None:
     for pattern, kind in _RESNET:
         if match := re.fullmatch(pattern, name):
-            words: dict[str, Any] = {"name": name, **match.groupdict()}
+            # torchvision's bn1 may be any norm; mmdetection's is called after what it is.
+            kept = name.replace("bn", "gn") if isinstance(module, nn.GroupNorm) else name
+            words: dict[str, Any] = {"name": kept, **match.groupdict()}
             if "layer" in words:
                 words["stage"] = int(words["layer"]) + 1
             return Part(kind, words)
