@@ -75,6 +75,8 @@ def that_run(marker: str) -> dict[str, bytes]:
         "exec": called("builtins exec", python),
         "eval of Python 2": called("__builtin__ eval", python),
         "getattr": called("builtins getattr", named("builtins __import__"), text("__call__")),
+        "method of a class": called("builtins getattr", named("pathlib Path"), text("touch")) + text(marker) + b"\x85R",
+        "method of an object": called("builtins getattr", called("pathlib Path", text(marker)), text("touch")) + b")R",
         "import": called("builtins __import__", text("os")),
         "Popen": called("subprocess Popen", b"]" + text("touch") + b"a" + text(marker) + b"a"),
         "pathlib's touch": called("pathlib Path.touch", called("pathlib Path", text(marker))),

@@ -73,6 +73,13 @@ class HistoryBuffer:
     def __init__(self):
         self.max_length = 1_000_000
         self._log_history, self._count_history = np.array([0.5, 0.25]), np.array([1, 1])
+        self.statistics_methods = {"min": HistoryBuffer.min, "mean": HistoryBuffer.mean}
+
+    def min(self):
+        raise AssertionError
+
+    def mean(self):
+        raise AssertionError
 
 
 def mmengine(monkeypatch):
@@ -124,6 +131,8 @@ def test_a_file_of_mmengine(monkeypatch):
         lambda state: {"kind": "v2", "state": state},
         lambda state: {"state_dict": {"model": state}},
         lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {"ema_state_dict": {"steps": torch.tensor(3)} | {f"module.{name}": t for name, t in state.items()}},
+        lambda state: {"state_dict": {}, "model": state},
     ],
 )
 def test_what_training_programs_wrap_around_a_state_dict(wrapped):
@@ -154,6 +163,17 @@ def test_the_prefix_of_data_parallel_goes_from_names_and_metadata():
     assert found._metadata == net().state_dict()._metadata
     torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, "b.pth")
     assert list(load_checkpoint("b.pth")) == ["module.a", "b"]
+
+
+def test_the_counter_of_a_moving_average_goes_with_its_prefix():
+    averaged = torch.optim.swa_utils.AveragedModel(net())
+    averaged.update_parameters(net())
+    torch.save(averaged.state_dict(), "a.pth")
+    found = load_checkpoint("a.pth")
+    same(found, averaged.module.state_dict())
+    assert found._metadata == net().state_dict()._metadata
+    torch.save({"steps": torch.ones(1), "a": torch.ones(1)}, "b.pth")
+    assert list(load_checkpoint("b.pth")) == ["steps", "a"]
 
 
 def test_of_metadata_the_numbers_and_texts_are_kept():
@@ -284,6 +304,15 @@ def test_a_file_of_mxnet():
     Path("a.params").write_bytes(written(state, 2)[:-5])
     with pytest.raises(CheckpointError, match=r"a\.params: cut off: it ends after"):
         load_checkpoint(Path("a.params"))
+
+
+def test_files_without_a_tensor():
+    writer = pytest.importorskip("safetensors.torch")
+    writer.save_file({}, "a.safetensors")
+    Path("a.params").write_bytes(written({}, 2))
+    for path in ("a.safetensors", "a.params"):
+        with pytest.raises(CheckpointError, match=rf"{path} holds no tensors; expected a state_dict: names and tensors\."):
+            load_checkpoint(path)
 
 
 @pytest.mark.parametrize("package", ["torch", "safetensors"])

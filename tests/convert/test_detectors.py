@@ -619,6 +619,20 @@ def test_the_second_version_of_torchvisions_detector() -> None:
     assert "neck.lateral_convs.0.gn.weight" in convert_state_dict(model.state_dict(), to="mmcv", model=model)
 
 
+@pytest.mark.parametrize("source", ["mmcv", "mmdet1"])
+def test_mmdetection_calls_a_norm_after_what_it_is(source: str) -> None:
+    """Its ResNet has gn1 for GroupNorm, where torchvision's has bn1 for any."""
+    model = pyramid(norm=lambda channels: nn.GroupNorm(2, channels))
+    ours = random(model.state_dict())
+    there = convert_state_dict(ours, to=source, model=model)
+    assert {"backbone.gn1.weight", "backbone.layer2.0.gn3.bias", "backbone.layer2.0.downsample.1.weight"} <= there.keys()
+    assert not any("bn" in name for name in there)
+    back = convert_state_dict(there, source=source, model=model)
+    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    theirs = convert_state_dict(ours, to="detectron2", model=model, **RGB)
+    assert "backbone.bottom_up.stem.conv1.norm.weight" in theirs and not any(".gn" in name for name in theirs)
+
+
 @pytest.mark.parametrize("deformable", [True, False])
 def test_a_file_by_another_librarys_names_is_refused(deformable: bool) -> None:
     """Some names are the same, and their rows mean something else."""
@@ -660,7 +674,7 @@ def test_names_of_other_models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
     other = resnet()
     other.layer2[0] = nn.Conv2d(64, 128, 3, 2)
-    for model in (Block(), pyramid().fpn, detector(backbone=mobilenet(), deformable=False), other):
+    for model in (Block(), pyramid().fpn, mobilenet(), other):
         state = model.state_dict()
         assert list(convert_state_dict(state, to="mmcv", model=model)) == list(state)
         assert list(convert_state_dict(state, to="detectron2", model=model)) == list(state)
@@ -672,3 +686,30 @@ def test_names_of_other_models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def mobilenet() -> BackboneWithFPN:
     net = torchvision.models.mobilenet_v3_small(weights=None).features
     return BackboneWithFPN(net, {"3": "0", "8": "1"}, [24, 48], 8)
+
+
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_a_detector_whose_convolutions_are_plain_is_told_to_be_made_deformable(source):
+    deformable, plain = detector(), detector(deformable=False)
+    theirs = convert_state_dict(deformable.state_dict(), to=source, model=deformable, **LAYOUTS[source])
+    with pytest.raises(ValueError, match=r"layer 'backbone.body.layer2.0.conv2' of `model` is a Conv2d.*make_deformable does"):
+        convert_state_dict(theirs, source=source, model=plain, **LAYOUTS[source])
+    make_deformable(plain, "resnet:conv5")
+    with pytest.raises(ValueError, match=r"layer 'backbone.body.layer2.0.conv2' of `model` is a Conv2d"):
+        convert_state_dict(theirs, source=source, model=plain, **LAYOUTS[source])
+
+
+@pytest.mark.parametrize("keyword", ["source", "to"])
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_a_detector_on_another_backbone(source, keyword):
+    """Its head's logits have one name here and in detectron2, and another order of classes."""
+    backbone: Any = nn.Sequential(DeformConv2d(3, 8, 3))
+    backbone.out_channels = 8
+    heads: dict[str, Any] = {"box_head": TwoMLPHead(8 * 49, 6), "box_predictor": FastRCNNPredictor(6, CLASSES)}
+    model = FasterRCNN(backbone, rpn_anchor_generator=AnchorGenerator(((8,),), ((1.0,),)), **heads)
+    with pytest.raises(ValueError, match="`model` is a FasterRCNN whose backbone is no BackboneWithFPN on a ResNet; expected"):
+        convert_state_dict(model.state_dict(), model=model, **{keyword: source})
+    same = convert_state_dict(model.state_dict(), source="deformconv", model=model)
+    assert all(torch.equal(same[name], tensor) for name, tensor in model.state_dict().items())
+    theirs = convert_state_dict(model.backbone.state_dict(), to=source, model=model.backbone)
+    assert any("conv_offset" in name or "_offset." in name for name in theirs)

@@ -111,6 +111,38 @@ def test_wrapped_models_and_states(put):
         convert_state_dict({f"{word}.{name}": tensor for name, tensor in state.items()}, source="mmcv", model=model)
 
 
+@every_source
+@pytest.mark.parametrize("within", [True, False])
+def test_a_layer_that_is_plain_in_the_model(source, within):
+    """Its weight would load, and the predictor be left out with strict=False."""
+    state, place = theirs(source).state_dict(), ours(Geometry())
+    place.conv2 = nn.Conv2d(4, 8, 3, padding=1)
+    model, named = (nn.ModuleDict({"deep": place}), "deep.conv2") if within else (place, "conv2")
+    before = ("arg:deep_" if source == "mxnet_symbol" else "deep.") if within else ""
+    state = {f"{before}{name.removeprefix('arg:') if before else name}": tensor for name, tensor in state.items()}
+    with pytest.raises(
+        ValueError, match=rf"of a deformable layer, and layer '{named}' of `model` is a Conv2d; expected a DeformConv2d"
+    ):
+        convert_state_dict(state, source=source, model=model)
+
+
+def test_another_convolution_beside_a_plain_one():
+    """detectron2's own block: a convolution's predictor is a module of the model, and its name no stray one."""
+    model = nn.ModuleDict({"conv2": DeformConv2d(4, 8, 3, predict_offsets=False), "conv2_offset": nn.Conv2d(4, 27, 3)})
+    state = model.state_dict()
+    assert_same(convert_state_dict(state, source="detectron2", model=model), state)
+    plain = nn.ModuleDict({"conv2": nn.Conv2d(4, 8, 3), "conv2_offset": nn.Conv2d(4, 27, 3)})
+    assert_same(convert_state_dict(plain.state_dict(), source="detectron2", model=plain), plain.state_dict())
+
+
+@every_source
+def test_all_names_differ(source):
+    state = theirs(source).state_dict()
+    model = nn.ModuleDict({"deep": of(source)})
+    with pytest.raises(ValueError, match=r"and no deformable layer by the name of one of `model`, as '.*deep.*'; expected the"):
+        convert_state_dict(state, source=source, model=model)
+
+
 @pytest.mark.parametrize("keyword", ["source", "to"])
 @pytest.mark.parametrize(
     "other", [nn.Conv2d(4, 8, 3), DeformConv2d(4, 8, 3, modulated=False), DeformConv2d(4, 8, 3, mask_scale=1)]
@@ -471,9 +503,10 @@ def test_numbers_that_have_no_half_or_no_double(value, dtype, keyword):
     assert result[0, 0, 0, 0] == (1.0 if value > 1 else 0.25)
     weight[0, 0, 0, 0] = value
     factor = "2" if value > 1 else "0.5"
-    text = rf"^'conv2.weight' times {factor}, which makes up for .* masks, is rounded in {dtype}, and would not come back as"
+    text = rf"^'conv2.weight' times {factor}, which makes up for the masks of .*, is rounded in {dtype}, and would not come"
     with pytest.raises(
-        ValueError, match=text + " it was. Convert it in a wider float type, or build the model's layers with mask_scale=1,"
+        ValueError,
+        match=text + " back as it was. Convert it in a wider float type, or build the model's layers with mask_scale=1,",
     ):
         convert_state_dict(state, **{keyword: "mmcv"}, model=model)
     if dtype != torch.float64:
@@ -553,7 +586,9 @@ def test_neither_both_and_wrong_words():
         for keyword in ("source", "to"):
             with pytest.raises(ValueError) as error:
                 convert_state_dict(state, model=model, **{keyword: word})
-            assert str(error.value) == f"`{keyword}` is {word!r}; expected one of {', '.join(map(repr, SOURCES))}."
+            words = "; ".join(f"{source!r}, of {LAYOUTS[source].library}" for source in SOURCES)
+            assert str(error.value) == f"`{keyword}` is {word!r}; expected one of: {words}."
+    assert "'mmcv', of mmcv and mmdetection from 2.0 on; 'mmdet1', of mmdetection 1;" in words
 
 
 def test_a_state_that_is_not_the_models():

@@ -41,6 +41,7 @@ MOST_WRAPPERS = 4
 PADDLE_NAMES = "StructuredToParameterName@@"  # a dict of names next to the tensors
 PADDLE_SLICES = "UnpackBigParamInfor@@"
 PREFIX = "module."  # DataParallel's
+COUNTERS = {"steps", "n_averaged"}  # of a moving average, mmengine's and PyTorch's, beside names with the prefix
 MOST_NOTES = 64  # in a module's part of `_metadata`
 
 
@@ -62,8 +63,9 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
     Returns:
         The tensors by name, in the file's order: dense ones on the CPU, contiguous, each with memory of its own. Names are the
-        file's, without "module." where all begin with it (DataParallel); MXNet's keep "arg:" and "aux:". Where the file is of
-        a state_dict with `_metadata`, the result has the numbers and texts of it. Paddle's uint16 is bfloat16.
+        file's, without "module." where all begin with it (DataParallel, and moving averages, whose counter "steps" or
+        "n_averaged" goes too); MXNet's keep "arg:" and "aux:". Where the file is of a state_dict with `_metadata`, the result
+        has the numbers and texts of it. Paddle's uint16 is bfloat16.
 
     Raises:
         CheckpointError: there is no such file; it is of another kind, cut off or damaged; it holds more than tensors and what
@@ -91,7 +93,10 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
         if head == LIST_MAGIC or (2 <= head <= size - 8 and start[8:9] == b"{"):
             if key is not None:
                 raise CheckpointError(f"{shown} has no {key!r}: files of its kind hold tensors alone; leave `key` out.")
-            return _without_prefix(_mxnet(shown) if head == LIST_MAGIC else _safetensors(shown))
+            found = _without_prefix(_mxnet(shown) if head == LIST_MAGIC else _safetensors(shown))
+            if not found:
+                raise CheckpointError(f"{shown} holds no tensors; expected a state_dict: names and tensors.")
+            return found
         loaded, maker = _loaded(shown, file, size, start)
         return _made(_unwrapped(loaded, key, shown), maker)
 
@@ -136,9 +141,7 @@ def _unwrapped(loaded: Any, key: str | None, path: str) -> OrderedDict[str, Any]
             raise CheckpointError(f"{path} has no weights under {key!r}{_found(loaded)}.")
         loaded = loaded[key]
     for _ in range(MOST_WRAPPERS):  # a dict may hold itself
-        inner = next(
-            (name for name in WRAPPERS if isinstance(loaded, OrderedDict) and isinstance(loaded.get(name), OrderedDict)), None
-        )
+        inner = next((name for name in WRAPPERS if isinstance(loaded, OrderedDict) and _is_filled(loaded.get(name))), None)
         if inner is None:
             break
         loaded = loaded[inner]
@@ -154,6 +157,10 @@ def _unwrapped(loaded: Any, key: str | None, path: str) -> OrderedDict[str, Any]
     if any(isinstance(value, OrderedDict) for name, value in loaded.items() if name != PADDLE_NAMES):
         raise CheckpointError(f"{path} holds no state_dict at its top{_found(loaded)}; `key` takes one of these.")
     return loaded
+
+
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, OrderedDict) and len(value) > 0
 
 
 def _found(loaded: Any) -> str:
@@ -176,8 +183,11 @@ def _made(state: OrderedDict[str, Any], maker: TensorMaker) -> OrderedDict[str, 
 
 
 def _without_prefix(state: dict[str, Any]) -> OrderedDict[str, Tensor]:
-    prefix = PREFIX if all(name.startswith(PREFIX) for name in state) else ""
-    return OrderedDict((name.removeprefix(prefix), tensor) for name, tensor in state.items())
+    """The tensors without a prefix that the names have in common, and without the counters beside such names."""
+    names = [name for name in state if name not in COUNTERS]
+    if not names or not all(name.startswith(PREFIX) for name in names):
+        return OrderedDict(state)
+    return OrderedDict((name.removeprefix(PREFIX), state[name]) for name in names)
 
 
 def _notes(notes: OrderedDict[str, Any], prefix: str) -> OrderedDict[str, dict[str, Any]]:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from deformconv.convert.checks import (
     check_bias,
     check_both,
+    check_detector,
     check_dialect,
     check_distinct,
     check_layer,
     check_ours,
     check_own,
+    check_plain,
     check_records,
     check_source,
     check_wrapping,
@@ -38,11 +40,13 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def here(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: Origin) -> OrderedDict[str, Tensor]:
     """Their state_dict as ours."""
     names = Names(model, layout, state)
+    check_detector(names, model)
     check_distinct(names)
     found = names.recognised(state)
     check_source(state, layout, model, found)
     if layout.source == "deformconv":
         check_records(state, {name: module for name, module in names.masked.items() if name not in found})
+    check_plain(state, names)
     if not found:
         check_wrapping(state, names)
     metadata: Any = getattr(state, "_metadata", {})
@@ -72,6 +76,7 @@ def here(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: 
 def back(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: Origin) -> OrderedDict[str, Tensor]:
     """Our state_dict as theirs."""
     names = Names(model, layout)
+    check_detector(names, model)
     check_distinct(names)
     check_ours(state, names)
     changes = names.detector.back(origin) if names.detector is not None else {}
@@ -183,7 +188,7 @@ def _scaled(tensor: Tensor, scales: tuple[float, float], key: str, names: Names)
     back = made * second / first
     if not bool(((back == values) | values.isnan()).all()):
         raise ValueError(
-            f"{key!r} times {first / second:g}, which makes up for {names.layout.library}'s masks, is rounded in "
+            f"{key!r} times {first / second:g}, which makes up for the masks of {names.layout.library}, is rounded in "
             f"{tensor.dtype}, and would not come back as it was. Convert it in a wider float type, or build the model's layers "
             f"with mask_scale={names.layout.mask_scale or 1.0:g}, which needs no arithmetic."
         )

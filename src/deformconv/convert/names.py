@@ -14,6 +14,7 @@ from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, DeformRoI
 __all__ = ["Names", "bare", "keys_of", "layer_named"]
 
 _LAYERS = (DeformConv1d, DeformConv2d, DeformConv3d)
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KINDS = ("arg:", "aux:")  # what MXNet puts before names
 
 
@@ -68,6 +69,20 @@ class Names:
         predicting = [name for name, layer in self.layers.items() if layer.offset_conv is not None]
         return [name for name in predicting if all(change(bare(key)) in there for key in self.pair(name))]
 
+    def strays(self, state: Mapping[str, Any]) -> list[str]:
+        """A state_dict's keys that end as the layout's predictors do, and are of nothing in the model."""
+        ending = bare(self.layout.predictor.format(layer="", word="", parameter="weight"))
+        return [key for key in state if bare(key).endswith(ending) and bare(key) not in self._ours]
+
+    def plain(self, strays: list[str]) -> tuple[str, str] | None:
+        """The name of a plain convolution that is deformable in a state_dict with these predictors, and its predictor's key."""
+        for name, module in self.modules.items() if strays else ():
+            if isinstance(module, _PLAIN) and name not in self.predictors:
+                key = self._filled(self.layout.predictor, self._there(name), "weight")
+                if (stray := next((stray for stray in strays if bare(stray) == bare(key)), None)) is not None:
+                    return name, stray
+        return None
+
     def clash(self) -> tuple[str, str, str] | None:
         """Two of our names that are one of theirs, and that one."""
         seen: dict[str, str] = {}
@@ -99,10 +114,14 @@ class Names:
             template = self.layout.predictor
         else:
             template = self.layout.weight if self.layers[layer].offset_conv is not None else self.layout.alone
-        owner = self._there(self._owner(layer))
-        made = template.format(layer=owner, word=owner.replace(".", "_"), parameter=place.parameter)
+        return self._filled(template, self._there(self._owner(layer)), place.parameter)
+
+    @staticmethod
+    def _filled(template: str, layer: str, parameter: str) -> str:
+        """A template's key; without a layer's name, of a model that itself is the layer."""
+        made = template.format(layer=layer, word=layer.replace(".", "_"), parameter=parameter)
         kind = next((kind for kind in _KINDS if made.startswith(kind)), "")
-        return made if owner else kind + made.removeprefix(kind).lstrip("._")  # without a name, the model itself is the layer
+        return made if layer else kind + made.removeprefix(kind).lstrip("._")
 
     def _there(self, name: str) -> str:
         """The other library's name for a module, if it has another."""

@@ -138,6 +138,13 @@ def inert(*arguments: Any) -> _Inert:
     return INERT
 
 
+def _attribute(owner: Any, *_: Any) -> _Inert:
+    """`getattr` of what is no tensor: so pickles name a class's functions, as mmengine's HistoryBuffer has them."""
+    if owner is not inert and owner is not INERT:
+        raise TypeError("an attribute")
+    return INERT
+
+
 def _tensor(storage: Storage, offset: int, shape: Shape, strides: Shape, *rest: Any) -> StridedTensor:
     """`_rebuild_tensor`, and `_rebuild_tensor_v2` with more behind."""
     return StridedTensor(storage, offset, shape, strides, storage.dtype)
@@ -194,6 +201,7 @@ KNOWN: dict[str, Any] = {
     "builtins.bytes": _bytes,
     "builtins.tuple": _tuple,
     "builtins.dict": _dict,
+    "builtins.getattr": _attribute,
     "collections.OrderedDict": _dict,
     "collections.defaultdict": _dict,
     "torch.Size": _tuple,
