@@ -588,3 +588,9 @@ def test_paddles_other_matrices_are_not_turned():
     state = model.state_dict()
     assert convert_state_dict(state, to="paddle", model=model)["weight"] is state["weight"]
     assert convert_state_dict(state, source="paddle", model=model)["weight"] is state["weight"]
+
+
+def test_buffers_that_no_state_dict_keeps():
+    model = nn.Module()
+    model.register_buffer("grid", torch.rand(2), persistent=False)
+    assert list(convert_state_dict(model.state_dict(), to="mmcv", model=model)) == []

@@ -78,6 +78,10 @@ def test_wrong_offset_groups_and_kernels():
         ShapeError, match=text + ", offset_groups=3. 54 is v2 with 2 offset groups: modulated=True, offset_groups=2"
     ):
         convert_state_dict(state, source="mmcv", model=ours(Geometry(offset_groups=4)))
+    with pytest.raises(
+        ShapeError, match=r"has 27 channels in `state`; expected 54: 3 x 9 taps x 2 offset groups\. 27 is v2 with 1"
+    ):
+        convert_state_dict(theirs("mmcv").state_dict(), source="mmcv", model=ours(Geometry(offset_groups=2)))
     other = Block(DeformConv2d(CHANNELS, 8, 5, padding=2))
     with pytest.raises(ShapeError, match=r"has 54 channels in `state`; expected 75: 3 x 25 taps x 1 offset group\.$"):
         convert_state_dict(state, source="mmcv", model=other)
