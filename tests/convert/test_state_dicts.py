@@ -561,3 +561,36 @@ def test_names_of_a_file_that_are_in_no_layer():
         assert list(convert_state_dict(state, source=source, model=of(source)))[-2:] == ["step", "conv2.x"]
     state = {**theirs("paddle", Geometry(bias=False)).state_dict(), "conv2.conv_dcn.bias": torch.rand(8)}
     assert "conv2.bias" in convert_state_dict(state, source="paddle", model=ours(Geometry(bias=False)))
+
+
+def test_a_block_with_a_predictor_of_its_own_is_only_basicsrs_layer():
+    model = OwnPredictor()
+    for to in ("mmcv", "dcnv2", "detectron2"):
+        assert list(convert_state_dict(model.state_dict(), to=to, model=model)) == list(model.state_dict())
+
+
+def test_gluons_predictor_with_groups_whatever_its_kernel():
+    """A kernel as wide as the layer has channels."""
+    model = DeformConv2d(4, 8, 4, groups=2, offset_groups=2)
+    state = {
+        "deformable_conv_weight": torch.rand(8, 2, 4, 4), "deformable_conv_bias": torch.rand(8),
+        "offset_weight": torch.rand(96, 2, 4, 4), "offset_bias": torch.rand(96),
+    }  # fmt: skip
+    result = convert_state_dict(state, source="mxnet", model=model)
+    assert str(model.load_state_dict(result)) == MATCHED
+    x = torch.rand(1, 4, 6, 6)
+    raw = nn.functional.conv2d(x, state["offset_weight"], state["offset_bias"], groups=2)
+    torch.testing.assert_close(nn.functional.conv2d(x, model.offset_conv.weight, model.offset_conv.bias), raw)
+
+
+def test_paddles_other_matrices_are_not_turned():
+    model = nn.Embedding(3, 2)
+    state = model.state_dict()
+    assert convert_state_dict(state, to="paddle", model=model)["weight"] is state["weight"]
+    assert convert_state_dict(state, source="paddle", model=model)["weight"] is state["weight"]
+
+
+def test_buffers_that_no_state_dict_keeps():
+    model = nn.Module()
+    model.register_buffer("grid", torch.rand(2), persistent=False)
+    assert list(convert_state_dict(model.state_dict(), to="mmcv", model=model)) == []

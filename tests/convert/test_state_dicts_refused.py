@@ -59,9 +59,9 @@ def test_mxnets_v1_has_another_boundary_than_its_v2(source):
         convert_state_dict(model.state_dict(), to="mmcv", model=model)
 
 
-@pytest.mark.parametrize("source", sorted(V1 - {"mxnet", "mxnet_symbol"}))
+@pytest.mark.parametrize("source", sorted(V1))
 def test_a_file_of_v2_is_refused_by_a_layer_of_v1(source):
-    model = ours(Geometry(modulated=False))
+    model = of(source, Geometry(modulated=False))
     text = (
         r"^the predictor of layer 'conv2' of `model` has 27 channels in `state`; expected 18: 2 x 9 taps x 1 offset group\. 27"
     )
@@ -78,6 +78,10 @@ def test_wrong_offset_groups_and_kernels():
         ShapeError, match=text + ", offset_groups=3. 54 is v2 with 2 offset groups: modulated=True, offset_groups=2"
     ):
         convert_state_dict(state, source="mmcv", model=ours(Geometry(offset_groups=4)))
+    with pytest.raises(
+        ShapeError, match=r"has 27 channels in `state`; expected 54: 3 x 9 taps x 2 offset groups\. 27 is v2 with 1"
+    ):
+        convert_state_dict(theirs("mmcv").state_dict(), source="mmcv", model=ours(Geometry(offset_groups=2)))
     other = Block(DeformConv2d(CHANNELS, 8, 5, padding=2))
     with pytest.raises(ShapeError, match=r"has 54 channels in `state`; expected 75: 3 x 25 taps x 1 offset group\.$"):
         convert_state_dict(state, source="mmcv", model=other)
@@ -628,3 +632,40 @@ def test_wrapped_gluon_with_kinds_before_names():
         ValueError, match=r"`state` has 'arg:conv2.offset_weight', and for `model` that would be '_orig_mod.conv2.off"
     ):
         convert_state_dict(state, source="mxnet", model=model)
+
+
+def test_the_scale_that_needs_no_arithmetic_is_the_librarys():
+    """2 for MXNet, whose masks are 2*sigmoid; without a library's, 1."""
+    model = nn.ModuleDict({"deformable": DeformConv2d(4, 8, 3, mask_scale=1.0), "other": nn.Conv2d(4, 8, 3)})
+    model["other"].weight = model["deformable"].weight
+    with pytest.raises(ValueError, match=r"makes up for MXNet's Gluon's masks. Build the layer with mask_scale=2, which"):
+        convert_state_dict(model.state_dict(), to="mxnet", model=model)
+    own = model.state_dict()
+    own._metadata["deformable"]["mask_scale"] = 2.0
+    with pytest.raises(ValueError, match=r"makes up for this library's masks. Build the layer with mask_scale=1, which"):
+        convert_state_dict(own, source="deformconv", model=model)
+    model, state = ours(Geometry(), mask_scale=1.0).half(), theirs("mxnet", dtype=torch.float16).state_dict()
+    state["conv2.deformable_conv_weight"].fill_(65504.0)
+    with pytest.raises(
+        ValueError, match=r"times 2, .* or build the model's layers with mask_scale=2, which needs no arithmetic"
+    ):
+        convert_state_dict(state, source="mxnet", model=model)
+    block = ours(Geometry(), mask_scale=1.0).half()
+    own = block.state_dict()
+    own["conv2.weight"].fill_(65504.0)
+    own._metadata["conv2"]["mask_scale"] = 4.0
+    with pytest.raises(
+        ValueError, match=r"times 4, .* or build the model's layers with mask_scale=1, which needs no arithmetic"
+    ):
+        convert_state_dict(own, source="deformconv", model=block)
+
+
+def test_a_predictor_with_groups_is_gluons_alone():
+    """Of another library it is no such layer's, of which the load tells."""
+    state = theirs("mmcv").state_dict()
+    state["conv2.conv_offset.weight"] = torch.rand(27, 1, 3, 3)
+    model = ours(Geometry())
+    result = convert_state_dict(state, source="mmcv", model=model)
+    assert result["conv2.offset_conv.weight"] is state["conv2.conv_offset.weight"]
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv2.offset_conv.weight: .*\[27, 1, 3, 3\]"):
+        model.load_state_dict(result)

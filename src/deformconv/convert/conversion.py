@@ -148,7 +148,7 @@ def _layer_back(state: dict[str, Tensor], name: str, names: Names) -> None:
     layer, layout = names.layers[name], names.layout
     weight, predictor, _ = keys_of(name)
     check_both(state, name, names, plain=False)
-    if weight not in state or predictor not in state:
+    if predictor not in state:
         return
     check_bias(name, names)
     if layout.grouped and layer.groups > 1:
