@@ -638,11 +638,11 @@ def test_the_scale_that_needs_no_arithmetic_is_the_librarys():
     """2 for MXNet, whose masks are 2*sigmoid; without a library's, 1."""
     model = nn.ModuleDict({"deformable": DeformConv2d(4, 8, 3, mask_scale=1.0), "other": nn.Conv2d(4, 8, 3)})
     model["other"].weight = model["deformable"].weight
-    with pytest.raises(ValueError, match=r"makes up for MXNet's Gluon's masks. Build the layer with mask_scale=2, which"):
+    with pytest.raises(ValueError, match=r"makes up for the masks of MXNet's Gluon. Build the layer with mask_scale=2, which"):
         convert_state_dict(model.state_dict(), to="mxnet", model=model)
     own = model.state_dict()
     own._metadata["deformable"]["mask_scale"] = 2.0
-    with pytest.raises(ValueError, match=r"makes up for this library's masks. Build the layer with mask_scale=1, which"):
+    with pytest.raises(ValueError, match=r"makes up for the masks of this library. Build the layer with mask_scale=1, which"):
         convert_state_dict(own, source="deformconv", model=model)
     model, state = ours(Geometry(), mask_scale=1.0).half(), theirs("mxnet", dtype=torch.float16).state_dict()
     state["conv2.deformable_conv_weight"].fill_(65504.0)
