@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
 
         folder = tmp_path_factory.mktemp("run")
         runner = Runner(
-            Model(), str(folder), log_level="ERROR", train_cfg={"by_epoch": True, "max_epochs": 2},
+            Model(), str(folder), log_level="ERROR", default_scope="mmdet", train_cfg={"by_epoch": True, "max_epochs": 2},
             train_dataloader={
                 "batch_size": 2, "num_workers": 0, "dataset": list(torch.rand(4, 3, 8, 8)),
                 "sampler": {"type": "DefaultSampler", "shuffle": True},
