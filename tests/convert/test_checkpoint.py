@@ -82,11 +82,12 @@ class HistoryBuffer:
         raise AssertionError
 
 
-def mmengine(monkeypatch):
+def mmengine(monkeypatch, protocol=2):
     """What a runner of mmengine saves, with objects of a class of that module."""
     module = types.ModuleType("mmengine.logging.history_buffer")
     module.HistoryBuffer = HistoryBuffer
-    monkeypatch.setattr(HistoryBuffer, "__module__", module.__name__)
+    for owner in (HistoryBuffer, HistoryBuffer.min, HistoryBuffer.mean):
+        monkeypatch.setattr(owner, "__module__", module.__name__)
     for name in ("mmengine", "mmengine.logging", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
     meta = {
@@ -101,14 +102,15 @@ def mmengine(monkeypatch):
     state = net().state_dict()
     optimizer = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.02, "params": [0]}]}
     saved = {"meta": meta, "state_dict": state, "message_hub": hub, "optimizer": optimizer}
-    torch.save(saved | {"param_schedulers": [{"last_step": 12, "gammas": {1, 2}}]}, "epoch_12.pth")
+    torch.save(saved | {"param_schedulers": [{"last_step": 12, "gammas": {1, 2}}]}, "epoch_12.pth", pickle_protocol=protocol)
     for name in ("mmengine", "mmengine.logging", module.__name__):
         monkeypatch.delitem(sys.modules, name)
     return state
 
 
-def test_a_file_of_mmengine(monkeypatch):
-    state = mmengine(monkeypatch)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_file_of_mmengine(monkeypatch, protocol):
+    state = mmengine(monkeypatch, protocol)
     found = load_checkpoint("epoch_12.pth")
     same(found, state)
     assert found._metadata == state._metadata and "mmengine" not in sys.modules

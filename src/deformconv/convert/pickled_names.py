@@ -247,4 +247,7 @@ INERT_NAMES = {
 
 def named(name: str) -> Any:
     """What stands for a function or a class, or None if it is one that has no business in a file of tensors."""
+    owner = name.rpartition(".")[0]
+    if owner in INERT_NAMES and owner.rpartition(".")[2][0].isupper():  # a class's function, as `_attribute` in older pickles
+        return INERT
     return inert if name in INERT_NAMES else KNOWN.get(name)
