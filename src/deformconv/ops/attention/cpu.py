@@ -29,6 +29,7 @@ TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
 _PIXELS = 2**30  # a table counts pixels in int32
 _READS = 8  # of each pixel, from which on the value is copied
+_TILE = 128  # samples that are placed at once
 _BLOCK = 64  # queries of an item
 _PER_SAMPLE = 40  # multiply-adds that take as long as placing a sample
 
@@ -88,6 +89,7 @@ def _plan(spec: AttentionSpec, number: int) -> Plan:
     wanted = min(ceil(spec.channels / lanes), ceil(2 * number / heads))  # more items than threads, so that these end together
     width = min(spec.channels, up(ceil(spec.channels / wanted), lanes))
     copied = 4 * spec.queries * samples >= _READS * spec.tokens
+    together = max(1, _TILE // max(1, samples))
     row = spec.channels if copied else spec.heads * spec.channels
     shape = kernels.Shape(
         images=spec.batch,
@@ -100,13 +102,14 @@ def _plan(spec: AttentionSpec, number: int) -> Plan:
         row=row,
         image=spec.tokens * row,
         head=spec.batch * spec.tokens * spec.channels if copied else spec.channels,
+        together=together,
         block=_BLOCK,
         blocks=ceil(spec.channels / width),
         width=width,
     )
     levels = np.array([(width, height, start) for (height, width), start in zip(spec.levels, spec.starts, strict=True)])
     geometry = np.repeat(levels.T.astype(np.float64), spec.points, axis=1)  # (3, levels*points)
-    scratch = kernels.scratch_sizes(samples, spec.channels)
+    scratch = kernels.scratch_sizes(together * samples, spec.channels)
     queries = heads * ceil(spec.queries / _BLOCK)
     return Plan(
         arguments=(np.array(shape, np.int64), geometry.reshape(-1)),

@@ -1,9 +1,10 @@
 """The Numba kernels of deformable attention: one forward, one backward.
 
 A head's channels lie side by side in the caller's value. It is read where it lies, or, if each pixel is read many times, copied
-once, head by head: the rows of one head, at the distance of a power of two, would compete for a few sets of the cache. A query's
-samples in a head are placed together, in float64, where the product of a float32 location and a size is exact. A corner outside
-of its level has the pixel -1: it is read from a row of zeros, and its gradient goes to a row that nobody reads.
+once, head by head: the rows of one head, at the distance of a power of two, would compete for a few sets of the cache. The
+samples of some queries are placed before the first of them is read, in float64, where the product of a float32 location and a
+size is exact. A corner outside of its level has the pixel -1: it is read from a row of zeros, and its gradient goes to a row
+that nobody reads.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from deformconv.runtime.simd import (
     for_each,
     lanes_of,
     named,
+    prefetch,
 )
 from deformconv.runtime.threads import NEXT, STOP
 
 __all__ = ["BackwardArrays", "ForwardArrays", "Shape", "backward", "forward", "scratch_sizes"]
 
 _PIXEL = ir.IntType(32)
+_AHEAD = 16  # queries for whose numbers in a head memory is asked ahead, as they lie too far apart for a processor to guess
+_LINE = 64  # bytes
 
 
 class Shape(NamedTuple):
@@ -50,13 +54,14 @@ class Shape(NamedTuple):
     row: Any  # how far apart the tokens, the images and the heads of the value are that is read, or of the copy
     image: Any
     head: Any
+    together: Any  # queries whose samples are placed at once
     block: Any  # queries of an item
     blocks: Any  # of a head's channels, in each of which one item adds up the value's gradient
     width: Any  # channels of such a block
 
 
 class Table(NamedTuple):
-    """A query's samples in a head, in flat arrays that no other thread uses, each a few runs of `tile` numbers.
+    """The samples of some queries in a head, in flat arrays that no other thread uses, each a few runs of `tile` numbers.
 
     Corners count in binary, as in `sampling.corners`: the upper left one, the upper right one, the lower ones.
     """
@@ -77,7 +82,7 @@ def scratch_sizes(tile: int, channels: int) -> tuple[int, int]:
 @device
 def table_in(shape, integers, reals):
     """A table in a thread's memory, a row that nobody reads, and what is left."""
-    tile, channels = shape.samples, shape.channels
+    tile, channels = shape.together * shape.samples, shape.channels
     nothing, rest = reals[10 * tile : 10 * tile + channels], reals[10 * tile + channels :]
     zero(nothing, 0, channels)
     zero(rest, 0, channels)
@@ -101,8 +106,8 @@ def _for_samples(builder, scalar, count, step):
 
 
 @emits
-def place(builder, scalar, locations, weights, first, geometry, folded, table):
-    """Fill the table with samples, whose locations and weights begin at sample `first`.
+def place(builder, scalar, locations, weights, first, count, geometry, folded, table, into):
+    """Fill the table from `into` on with a query's samples, whose locations and weights begin at sample `first`.
 
     `geometry` has for each of them the width and the height of its level, and its first pixel. Unless `folded`, the factors are
     those of the corners alone.
@@ -110,9 +115,9 @@ def place(builder, scalar, locations, weights, first, geometry, folded, table):
     add, times = builder.add, builder.mul
 
     def step(do, t):
-        sample = add(first, t)
+        sample, place = add(first, t), add(into, t)
         exact = Lanes(builder, ir.DoubleType(), do.width)
-        width, height, start = (exact.load(geometry, add(times(INT(run), table.tile), t)) for run in range(3))
+        width, height, start = (exact.load(geometry, add(times(INT(run), count), t)) for run in range(3))
         position_x, position_y = (
             builder.fsub(builder.fmul(_exact(do, exact, coordinate), size), exact.constant(0.5))
             for coordinate, size in zip(_pairs(do, locations, sample), (width, height), strict=True)
@@ -124,7 +129,7 @@ def place(builder, scalar, locations, weights, first, geometry, folded, table):
         for run, position, low in ((0, position_y, low_y), (1, position_x, low_x)):
             fraction = builder.select(counts, builder.fsub(position, low), exact.zero)
             fraction = _rounded(do, builder.select(is_nan, exact.constant(float("nan")), fraction))
-            do.store(fraction, table.fractions, add(times(INT(run), table.tile), t))
+            do.store(fraction, table.fractions, add(times(INT(run), table.tile), place))
             fractions.append((builder.fsub(do.constant(1.0), fraction), fraction))
         low_x, low_y = (builder.select(counts, low, exact.zero) for low in (low_x, low_y))
         upper = builder.fadd(builder.fadd(builder.fmul(low_y, width), low_x), start)
@@ -135,11 +140,11 @@ def place(builder, scalar, locations, weights, first, geometry, folded, table):
             pixel = builder.fadd(upper, builder.fadd(width, exact.constant(float(x))) if y else exact.constant(float(x)))
             whole = Lanes(builder, _PIXEL, do.width)
             pixel = builder.select(inside, builder.fptosi(pixel, whole.type), whole.constant(-1))
-            index = add(times(INT(corner), table.tile), t)
+            index = add(times(INT(corner), table.tile), place)
             whole.store(pixel, table.pixels, index)
             do.store(builder.fmul(builder.fmul(fractions[0][y], fractions[1][x]), weight), table.factors, index)
 
-    _for_samples(builder, scalar, table.tile, step)
+    _for_samples(builder, scalar, count, step)
 
 
 def _pairs(do, locations, sample):
@@ -148,8 +153,7 @@ def _pairs(do, locations, sample):
     parts = do.load(locations, index), do.load(locations, do.builder.add(index, INT(width)))
     lanes = ir.VectorType(ir.IntType(32), width)
     return [
-        do.builder.shuffle_vector(*parts, ir.Constant(lanes, [2 * lane + number for lane in range(width)]))
-        for number in (0, 1)
+        do.builder.shuffle_vector(*parts, ir.Constant(lanes, [2 * lane + number for lane in range(width)])) for number in (0, 1)
     ]
 
 
@@ -223,8 +227,8 @@ def _for_chunks(builder, scalar, width, body):
 
 
 @emits
-def sum_samples(builder, scalar, value, start, row, table, output, into, width):
-    """output[into + c] = sum over the samples and their corners of factor * value[corner, c]."""
+def sum_samples(builder, scalar, value, start, row, table, first, end, output, into, width):
+    """output[into + c] = sum over the samples from `first` to `end` and their corners of factor * value[corner, c]."""
 
     def chunk(do, vectors, channel):
         def step(t, sums):
@@ -237,7 +241,7 @@ def sum_samples(builder, scalar, value, start, row, table, output, into, width):
                     sums[number] = do.multiply_add(factor, read, sums[number])
             return sums
 
-        _, *sums = for_each(builder, INT(0), table.tile, 1, [do.zero] * (2 * vectors), step)
+        _, *sums = for_each(builder, first, end, 1, [do.zero] * (2 * vectors), step)
         for vector in range(vectors):
             total = builder.fadd(sums[2 * vector], sums[2 * vector + 1])
             do.store(total, output, builder.add(into, builder.add(channel, INT(vector * do.lanes))))
@@ -246,8 +250,8 @@ def sum_samples(builder, scalar, value, start, row, table, output, into, width):
 
 
 @emits
-def scatter_samples(builder, scalar, d_value, start, row, table, unread, grad, source, width):
-    """d_value[corner, c] += factor * grad[source + c], for the samples and their corners."""
+def scatter_samples(builder, scalar, d_value, start, row, table, first, end, unread, grad, source, width):
+    """d_value[corner, c] += factor * grad[source + c], for the samples from `first` to `end` and their corners."""
 
     def chunk(do, vectors, channel):
         places = [builder.add(channel, INT(vector * do.lanes)) for vector in range(vectors)]
@@ -261,13 +265,13 @@ def scatter_samples(builder, scalar, d_value, start, row, table, unread, grad, s
                     do.store(do.multiply_add(factor, gradient, do.load(into, place)), into, place)
             return []
 
-        for_each(builder, INT(0), table.tile, 1, [], step)
+        for_each(builder, first, end, 1, [], step)
 
     _for_chunks(builder, scalar, width, chunk)
 
 
 @emits
-def multiply_samples(builder, scalar, value, start, row, table, grad, source, width):
+def multiply_samples(builder, scalar, value, start, row, table, first, end, grad, source, width):
     """Write the products of each corner's channels with grad[source + c] into the table."""
 
     def step(t, _):
@@ -283,20 +287,22 @@ def multiply_samples(builder, scalar, value, start, row, table, grad, source, wi
             builder.store(dot, element(builder, table.dots, index))
         return []
 
-    for_each(builder, INT(0), table.tile, 1, [], step)
+    for_each(builder, first, end, 1, [], step)
 
 
 @emits
-def differentiate(builder, scalar, weights, first, geometry, table, d_locations, has_locations, d_weights, has_weights):
-    """The gradients of the samples' locations and weights from their dot products; the first one is sample `first`."""
+def differentiate(
+    builder, scalar, weights, first, count, geometry, table, source, d_locations, has_locations, d_weights, has_weights
+):  # fmt: skip
+    """The gradients of a query's locations and weights, which begin at sample `first`, from the table's numbers at `source`."""
     add, times = builder.add, builder.mul
 
     def step(do, t):
-        sample = add(first, t)
+        sample, place = add(first, t), add(source, t)
         upper_left, upper_right, lower_left, lower_right = (
-            do.load(table.dots, add(times(INT(corner), table.tile), t)) for corner in range(4)
+            do.load(table.dots, add(times(INT(corner), table.tile), place)) for corner in range(4)
         )
-        y, x = (do.load(table.fractions, add(times(INT(run), table.tile), t)) for run in (0, 1))
+        y, x = (do.load(table.fractions, add(times(INT(run), table.tile), place)) for run in (0, 1))
         rest_y, rest_x = (builder.fsub(do.constant(1.0), fraction) for fraction in (y, x))
 
         def between(rest, low, fraction, high):
@@ -308,7 +314,7 @@ def differentiate(builder, scalar, weights, first, geometry, table, d_locations,
         with builder.if_then(has_locations):
             weight = do.load(weights, sample)
             exact = Lanes(builder, ir.DoubleType(), do.width)
-            sizes = [_rounded(do, exact.load(geometry, add(times(INT(run), table.tile), t))) for run in (0, 1)]
+            sizes = [_rounded(do, exact.load(geometry, add(times(INT(run), count), t))) for run in (0, 1)]
             slopes = (
                 between(rest_y, builder.fsub(upper_right, upper_left), y, builder.fsub(lower_right, lower_left)),
                 between(rest_x, builder.fsub(lower_left, upper_left), x, builder.fsub(lower_right, upper_right)),
@@ -320,7 +326,7 @@ def differentiate(builder, scalar, weights, first, geometry, table, d_locations,
                 sample,
             )
 
-    _for_samples(builder, scalar, table.tile, step)
+    _for_samples(builder, scalar, count, step)
 
 
 def _store_pairs(do, numbers, array, sample):
@@ -387,36 +393,63 @@ def forward(counter, limit, thread, plan, arrays, reals, integers):
         if item >= shape.heads * shape.images * blocks:
             return
         head, image, first = item // blocks // shape.images, item // blocks % shape.images, item % blocks * shape.block
-        for query in range(first, min(first + shape.block, shape.queries)):
-            attend(work, image, head, image * shape.queries + query)
+        for query in range(first, min(first + shape.block, shape.queries), shape.together):
+            attend(work, image, head, query, min(query + shape.together, first + shape.block, shape.queries))
 
 
 @device
-def attend(work, image, head, query):
-    """Compute and write the output of a query in a head; queries count on over all images."""
+def ask_for(array, start, count):
+    """Ask for the cache lines of some numbers, which may lie beyond an array's end: nothing is read."""
+    for index in range(start, start + count, _LINE // array.itemsize):
+        prefetch(array, index)
+
+
+@device
+def place_queries(work, image, head, first, end, folded):
+    """Fill the table with the samples of some queries of an image in a head, one query after the other.
+
+    Unless all are `folded`, only a query's whose weights are finite are.
+    """
     shape, arrays = work.shape, work.arrays
-    start, into = image * shape.image + head * shape.head, (query * shape.heads + head) * shape.channels
-    first = (query * shape.heads + head) * shape.samples
-    if has_infinity(arrays.weights, first, shape.samples):
-        place(arrays.locations, arrays.weights, first, work.geometry, False, work.table)
-        sum_products(work, start, first, into)
-    else:
-        place(arrays.locations, arrays.weights, first, work.geometry, True, work.table)
-        sum_samples(arrays.value, start, shape.row, work.table, arrays.output, into, shape.channels)
+    for query in range(first, end):
+        number = (image * shape.queries + query) * shape.heads + head
+        samples, ahead = number * shape.samples, number + _AHEAD * shape.heads
+        ask_for(arrays.locations, 2 * ahead * shape.samples, 2 * shape.samples)
+        ask_for(arrays.weights, ahead * shape.samples, shape.samples)
+        finite = folded or not has_infinity(arrays.weights, samples, shape.samples)
+        place(
+            arrays.locations, arrays.weights, samples, shape.samples, work.geometry, finite, work.table,
+            (query - first) * shape.samples,
+        )  # fmt: skip
 
 
 @device
-def sum_products(work, start, first, into):
+def attend(work, image, head, first, end):
+    """Compute and write the output of some queries of an image in a head."""
+    shape, arrays = work.shape, work.arrays
+    place_queries(work, image, head, first, end, False)
+    start = image * shape.image + head * shape.head
+    for query in range(first, end):
+        number, t = (image * shape.queries + query) * shape.heads + head, (query - first) * shape.samples
+        into = number * shape.channels
+        if has_infinity(arrays.weights, number * shape.samples, shape.samples):
+            sum_products(work, start, number * shape.samples, t, into)
+        else:
+            sum_samples(arrays.value, start, shape.row, work.table, t, t + shape.samples, arrays.output, into, shape.channels)
+
+
+@device
+def sum_products(work, start, weights, first, into):
     """As `sum_samples`, for factors without the samples' weights: an infinite one must not turn a factor of 0 into NaN."""
     arrays, table = work.arrays, work.table
     for c in range(work.shape.channels):
         total = arrays.output.dtype.type(0)
-        for t in range(table.tile):
+        for t in range(first, first + work.shape.samples):
             found = arrays.output.dtype.type(0)
             for corner in range(4):
                 pixel, factor = table.pixels[corner * table.tile + t], table.factors[corner * table.tile + t]
                 found += factor * (arrays.value[start + pixel * work.shape.row + c] if pixel >= 0 else table.nothing[c])
-            total += arrays.weights[first + t] * found
+            total += arrays.weights[weights + t - first] * found
         arrays.output[into + c] = total
 
 
@@ -458,8 +491,8 @@ def backward(counter, limit, thread, plan, arrays, reals, integers):
             continue
         item -= sums
         head, image, first = item // blocks // shape.images, item // blocks % shape.images, item % blocks * shape.block
-        for query in range(first, min(first + shape.block, shape.queries)):
-            pull_back(work, image, head, image * shape.queries + query)
+        for query in range(first, min(first + shape.block, shape.queries), shape.together):
+            pull_back(work, image, head, query, min(query + shape.together, first + shape.block, shape.queries))
 
 
 @device
@@ -485,23 +518,36 @@ def add_up(counter, work, image, head, block, unread, room):
 def add_queries(counter, work, image, head, d_value, start, row, unread, channel, width):
     """Add what an image's queries give a block of channels, whose rows in `d_value` begin at `start`."""
     shape, arrays = work.shape, work.arrays
-    for query in range(image * shape.queries, (image + 1) * shape.queries):
+    for first in range(0, shape.queries, shape.together):
         if counter[STOP]:
             return
-        samples, source = (query * shape.heads + head) * shape.samples, query * shape.heads * shape.channels + channel
-        place(arrays.locations, arrays.weights, samples, work.geometry, True, work.table)
-        scatter_samples(d_value, start, row, work.table, unread, arrays.grad_output, source, width)
+        end = min(first + shape.together, shape.queries)
+        place_queries(work, image, head, first, end, True)
+        for query in range(first, end):
+            source, t = (
+                (image * shape.queries + query) * shape.heads * shape.channels + channel,
+                (query - first) * shape.samples,
+            )
+            ask_for(arrays.grad_output, source + _AHEAD * shape.heads * shape.channels, width)
+            scatter_samples(d_value, start, row, work.table, t, t + shape.samples, unread, arrays.grad_output, source, width)
 
 
 @device
-def pull_back(work, image, head, query):
-    """Compute the gradients of a query's locations and weights in a head."""
+def pull_back(work, image, head, first, end):
+    """Compute the gradients of the locations and the weights of some queries of an image in a head."""
     shape, arrays, table = work.shape, work.arrays, work.table
-    start, source = image * shape.image + head * shape.head, (query * shape.heads + head) * shape.channels
-    first = (query * shape.heads + head) * shape.samples
-    place(arrays.locations, arrays.weights, first, work.geometry, True, table)
-    multiply_samples(arrays.value, start, shape.row, table, arrays.grad_output, source, shape.channels)
-    differentiate(
-        arrays.weights, first, work.geometry, table, arrays.d_locations, arrays.d_locations.size > 0, arrays.d_weights,
-        arrays.d_weights.size > 0,
-    )  # fmt: skip
+    place_queries(work, image, head, first, end, True)
+    start = image * shape.image + head * shape.head
+    for query in range(first, end):
+        number, t = (image * shape.queries + query) * shape.heads + head, (query - first) * shape.samples
+        source = number * shape.channels
+        ask_for(arrays.grad_output, source + _AHEAD * shape.heads * shape.channels, shape.channels)
+        multiply_samples(
+            arrays.value, start, shape.row, table, t, t + shape.samples, arrays.grad_output, source, shape.channels
+        )
+    for query in range(first, end):
+        samples = ((image * shape.queries + query) * shape.heads + head) * shape.samples
+        differentiate(
+            arrays.weights, samples, shape.samples, work.geometry, table, (query - first) * shape.samples,
+            arrays.d_locations, arrays.d_locations.size > 0, arrays.d_weights, arrays.d_weights.size > 0,
+        )  # fmt: skip
