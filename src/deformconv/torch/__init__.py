@@ -1,4 +1,4 @@
-"""Deformable convolution and deformable RoI pooling for PyTorch: functions with torchvision's signature, and layers."""
+"""Deformable convolution, RoI pooling and attention for PyTorch: functions with the signatures that are known, and layers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,13 @@ except ModuleNotFoundError as error:
         f"deformconv.torch needs PyTorch, which is not installed: {command('torch', 'torch')}", name="torch"
     ) from None
 
+from deformconv.torch.attention import DEFORM_ATTENTION  # noqa: F401
 from deformconv.torch.conv.functional import deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.conv.modules import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups, reset_predictors
 from deformconv.torch.roi_pool import DEFORM_ROI_POOL  # noqa: F401
 
 if TYPE_CHECKING:
+    from deformconv.torch.attention.functional import deform_attention
     from deformconv.torch.roi_pool.functional import deform_roi_pool
     from deformconv.torch.roi_pool.modules import DeformRoIPool
 
@@ -26,6 +28,7 @@ __all__ = [
     "DeformConv2d",
     "DeformConv3d",
     "DeformRoIPool",
+    "deform_attention",
     "deform_conv1d",
     "deform_conv2d",
     "deform_conv3d",
@@ -34,8 +37,12 @@ __all__ = [
     "reset_predictors",
 ]
 
-# Who imports this room for its convolution does not wait for these. Their operator is registered above, for saved programs.
-_WHERE = {"deform_roi_pool": "functional", "DeformRoIPool": "modules"}
+# Who imports this room for its convolution does not wait for these. Their operators are registered above, for saved programs.
+_WHERE = {
+    "deform_attention": "attention.functional",
+    "deform_roi_pool": "roi_pool.functional",
+    "DeformRoIPool": "roi_pool.modules",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -43,7 +50,7 @@ def __getattr__(name: str) -> Any:
 
     if name not in _WHERE:
         raise AttributeError(f"module 'deformconv.torch' has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"deformconv.torch.roi_pool.{_WHERE[name]}"), name)
+    found = globals()[name] = getattr(import_module(f"deformconv.torch.{_WHERE[name]}"), name)
     return found
 
 

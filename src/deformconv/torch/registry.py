@@ -170,7 +170,7 @@ class Registered:
 
     def _forward_fake(self, *arguments: Any) -> Tensor:
         operands, values, _ = self._split(arguments)
-        return _empty(self.spec(operands, values).output_shape, operands[0], keeps_format=True)
+        return _empty(self.spec(operands, values).output_shape, operands[0], self.operator.arguments[0].keeps_format)
 
     def _backward_fake(self, *arguments: Any) -> list[Tensor]:
         grad_output, saved, values, _, wanted = self._split_backward(arguments)

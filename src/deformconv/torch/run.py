@@ -2,7 +2,8 @@
 
 All ways to an operator's kernels end here, so that they give the same bits. Half precision is computed in the dtype that the
 backend asks for, and rounded once, at the end. The output has the memory format of the first argument, a gradient that of its
-argument: a channels_last weight beside a contiguous input gives a contiguous output; nn.ConvNd gives a channels_last one.
+argument: a channels_last weight beside a contiguous input gives a contiguous output; nn.ConvNd gives a channels_last one. What
+an argument that keeps no format gives is contiguous.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
     else:
         arrays = [array_of(inner.dtype, tensor) for tensor in operands]
         output = torch.from_numpy(module.forward(inner, *arrays, library="torch")).to(first.dtype)
-    return in_memory_format(output, first)
+    return in_memory_format(output, first) if op.operator.arguments[0].keeps_format else output.contiguous()
 
 
 def _check_values(spec: Spec, arguments: Sequence[Argument], operands: Sequence[Tensor | None]) -> None:
