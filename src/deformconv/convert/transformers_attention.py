@@ -37,9 +37,40 @@ MODELS: dict[str, str] = {
 
 
 def accelerate_transformers() -> Acceleration:
-    """Put this library's kernels under the multi-scale deformable attention of transformers' models, on CPUs.
+    """Put this library's kernels under the multi-scale deformable attention of transformers' models, forward and backward, on CPUs.
 
-    DOC
+    These are Deformable DETR, RT-DETR (v1 and v2), RF-DETR, LW-DETR, D-FINE, DEIMv2, Grounding DINO, MM Grounding DINO,
+    OmDet-Turbo, PP-DocLayout (v2 to v4), Mask2Former and OneFormer, with all their heads. Models that are there and models that
+    are made or loaded later get them, in training and inference and under `torch.compile`. It lasts until `undo()` of the result,
+    or until the end of its `with` block, for the whole process; a graph that was compiled before either keeps what it has.
+
+    To transformers' own code go tensors on other devices, tensors whose dtypes differ, and the method "discrete" of RT-DETR v2
+    and D-FINE, which interpolates nothing. So do calls that `torch.export`, `torch.jit.trace` and `torch.onnx.export` read: what
+    these write needs no deformconv. Tried with transformers 5.0 and 5.24.
+
+    Returns:
+        An Acceleration, with `undo()`, to be used as a context manager or not.
+
+    Raises:
+        ModuleNotFoundError: PyTorch or transformers is not installed.
+
+    Example:
+        >>> import torch
+        >>> from transformers import DeformableDetrConfig, DeformableDetrModel, ResNetConfig
+        >>> from deformconv.convert import accelerate_transformers
+        >>> backbone = ResNetConfig(depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage3", "stage4"])
+        >>> config = DeformableDetrConfig(
+        ...     backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64
+        ... )
+        >>> model = DeformableDetrModel(config).eval()
+        >>> x = torch.rand(1, 3, 64, 96)
+        >>> expected = model(x).last_hidden_state
+        >>> with accelerate_transformers():
+        ...     y = model(x).last_hidden_state                  # this library's kernels
+        >>> torch.allclose(y, expected, atol=1e-4)
+        True
+
+    Papers: arXiv 2010.04159, equation 3.
     """
     import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
