@@ -59,14 +59,15 @@ def backward(
     for sample in _samples(spec, locations):
         found, slopes = rule.interpolate_at(_map(levels, sample.at), sample.position, "zeros")
         d_weights[sample.at] = grad[sample.row] @ found
-        d_sample = grad[sample.row] * float(weights[sample.at])
-        d_y, d_x = (slopes[axis] @ d_sample * sample.size[axis] for axis in (0, 1))
+        weight = float(weights[sample.at])
+        d_y, d_x = (slopes[axis] @ grad[sample.row] * weight * sample.size[axis] for axis in (0, 1))
         d_locations[sample.at] = d_x, d_y
         d_map = _map(d_levels, sample.at)
         for corner in rule.corners((0, 0), sample.position, sample.size, "zeros"):
-            d_map[(slice(None), *corner.pixel)] += corner.weight * d_sample
-    found = {"value": d_value, "locations": d_locations, "weights": d_weights}
-    return Gradients(**{name: array.astype(value.dtype) for name, array in found.items() if name in wanted})
+            into: Any = (slice(None), *corner.pixel)
+            d_map[into] += corner.weight * (grad[sample.row] * weight)
+    gradients = {"value": d_value, "locations": d_locations, "weights": d_weights}
+    return Gradients(**{name: array.astype(value.dtype) for name, array in gradients.items() if name in wanted})
 
 
 def _levels(spec: AttentionSpec, value: Array) -> list[Array]:

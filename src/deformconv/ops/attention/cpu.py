@@ -1,0 +1,172 @@
+"""Deformable attention on the CPU: a call's arrays, brought to the kernels of `cpu_kernels`, and how the work is cut.
+
+Forwards, threads share out blocks of queries. Backwards they do so for locations and weights; the gradient of the value is
+added up, query by query in their order, by who has a head of an image, or some of its channels. Every number is a sum in an
+order that shapes alone determine: a result is the same bit for bit whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from functools import cache, lru_cache
+from math import ceil, prod
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from deformconv.ops import cpu as on_cpu
+from deformconv.ops.attention.spec import AttentionSpec, Gradients, attention_spec
+from deformconv.ops.operator import Operand
+from deformconv.ops.operator import half_in_float32 as computes_in
+from deformconv.runtime import arrays, threads
+from deformconv.runtime.memory import arena, up
+from deformconv.runtime.openmp import team_for
+from deformconv.runtime.work import Share, run, share
+
+__all__ = ["DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "how", "reasons_against", "warmup"]
+
+TAKES: Literal["numpy"] = "numpy"
+DETERMINISTIC = True
+_PIXELS = 2**30  # a table counts pixels in int32
+_BLOCK = 32  # queries of an item
+_PER_SAMPLE = 40  # multiply-adds that take as long as placing a sample
+
+
+def reasons_against(spec: AttentionSpec, library: str, device: str, backward: bool) -> list[str]:
+    """Why this backend cannot run a call, as sentences; none if it can."""
+    reasons = on_cpu.reasons_against(spec.dtype, library, device)
+    if spec.tokens >= _PIXELS:
+        reasons.append(f"levels of {spec.tokens} pixels exceed its 32-bit pixel numbers")
+    return reasons
+
+
+def how(spec: AttentionSpec, library: str, device: str) -> list[str]:
+    """What there is to say of how a call is computed, as sentences."""
+    return on_cpu.how(_multiplications(spec), library)
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels' module; it loads Numba, so the first call does it and not the import of this file."""
+    with threads.importing:
+        from deformconv.ops.attention import cpu_kernels
+    return cpu_kernels
+
+
+def _multiplications(spec: AttentionSpec) -> int:
+    """Multiply-adds of a forward pass; to sample a corner counts as two."""
+    return prod(spec.weights_shape) * (8 * spec.channels + _PER_SAMPLE)
+
+
+class Plan(NamedTuple):
+    """How a call is cut, in both directions."""
+
+    arguments: tuple[Any, ...]  # the kernels' `plan`
+    forward: Share
+    blocks: int  # items that add up the value's gradient
+    queries: int  # items that compute the others
+    scratch: tuple[int, int]
+    number: int  # of threads
+
+    def backward(self, spec: AttentionSpec, shapes: Collection[str]) -> Share:
+        """How the work for these gradients is shared out."""
+        others = bool({"locations", "weights"} & set(shapes))
+        items = self.blocks * ("value" in shapes) + self.queries * others
+        work = _multiplications(spec) * (2 * ("value" in shapes) + others)
+        return share(items, self.number, work, spec.dtype, self.scratch)
+
+
+@lru_cache(maxsize=256)
+def _plan(spec: AttentionSpec, number: int) -> Plan:
+    with threads.importing:
+        from deformconv.runtime.simd import VECTOR_BYTES
+
+    kernels, heads = _kernels(), spec.batch * spec.heads
+    samples = len(spec.levels) * spec.points
+    vectors = ceil(spec.channels * np.dtype(spec.dtype).itemsize / VECTOR_BYTES)
+    wanted = min(vectors, ceil(2 * number / max(heads, 1)))  # some heads more than threads, so that these end together
+    width = up(ceil(spec.channels / wanted), VECTOR_BYTES // np.dtype(spec.dtype).itemsize)
+    shape = kernels.Shape(
+        images=spec.batch,
+        tokens=spec.tokens,
+        heads=spec.heads,
+        channels=spec.channels,
+        queries=spec.queries,
+        samples=samples,
+        block=_BLOCK,
+        blocks=ceil(spec.channels / width),
+        width=width,
+    )
+    levels = np.array([(width, height, start) for (height, width), start in zip(spec.levels, spec.starts, strict=True)])
+    geometry = np.tile(np.repeat(levels.T.astype(np.float64), spec.points, axis=1), spec.heads)  # (3, heads*levels*points)
+    scratch = kernels.scratch_sizes(spec.heads * samples, spec.channels)
+    queries = spec.batch * ceil(spec.queries / _BLOCK)
+    return Plan(
+        arguments=(np.array(shape, np.int64), geometry.reshape(-1)),
+        forward=share(queries, number, _multiplications(spec), spec.dtype, scratch),
+        blocks=heads * shape.blocks,
+        queries=queries,
+        scratch=scratch,
+        number=number,
+    )
+
+
+def forward(spec: AttentionSpec, value: Any, locations: Any, weights: Any, library: str = "numpy") -> np.ndarray:
+    """The output (N, Q, heads*d) for arrays that `spec` describes."""
+    output = arrays.aligned_empty(spec.output_shape, spec.dtype)
+    if output.size == 0:
+        return output
+    team = team_for(library)
+    plan = _plan(spec, team.threads)
+    with arena(plan.forward.bytes) as memory:
+        given = _kernels().ForwardArrays(*map(arrays.flat, (value, locations, weights)), output.reshape(-1))
+        arguments = plan.arguments, tuple(given), *plan.forward.scratch(memory, spec.dtype)
+        run(_kernels().forward, arguments, plan.forward, team, (spec.dtype,))
+    return output
+
+
+def backward(
+    spec: AttentionSpec,
+    grad_output: Any,
+    value: Any,
+    locations: Any,
+    weights: Any,
+    wanted: Collection[str],
+    library: str = "numpy",
+) -> Gradients:
+    """The wanted gradients; None for the others."""
+    shapes = {name: shape for name, shape in spec.shapes.items() if name in wanted}
+    if not shapes:
+        return Gradients()
+    if prod(spec.weights_shape) == 0:
+        return Gradients(**{name: np.zeros(shape, spec.dtype) for name, shape in shapes.items()})
+    results = {name: arrays.aligned_empty(shape, spec.dtype) for name, shape in shapes.items()}
+    none, team = arrays.none_of(spec.dtype), team_for(library)
+    plan = _plan(spec, team.threads)
+    shared = plan.backward(spec, shapes)
+    with arena(shared.bytes) as memory:
+        given = _kernels().BackwardArrays(
+            *map(arrays.flat, (grad_output, value, locations, weights)),
+            *(results[name].reshape(-1) if name in results else none for name in Gradients._fields),
+        )
+        arguments = plan.arguments, tuple(given), *shared.scratch(memory, spec.dtype)
+        run(_kernels().backward, arguments, shared, team, (spec.dtype,))
+    return Gradients(**results)
+
+
+def warmup(dtypes: Iterable[str] = ("float32",), notify: Callable[[str], None] | None = None) -> None:
+    """Compile, or load, every kernel that calls take, for the given dtypes; `notify` gets a line before each of them."""
+    kernels = _kernels()
+    from deformconv.runtime.launch import compile_for_teams
+    from deformconv.runtime.notices import notice
+
+    with notice.silent():
+        for dtype in dtypes:
+            if notify is not None:
+                notify(f"{dtype}, attention")
+            shapes = (1, 1, 1, 1), (1, 1, 1, 1, 1, 2), (1, 1, 1, 1, 1)
+            given = [np.zeros(shape, dtype) for shape in shapes]
+            spec = attention_spec(*(Operand(shape, dtype) for shape in shapes), spatial_shapes=((1, 1),))
+            backward(spec, forward(spec, *given), *given, ("value", "locations", "weights"))
+            for kernel in (kernels.forward, kernels.backward):
+                compile_for_teams(kernel)
