@@ -239,7 +239,10 @@ def test_import_loads_what_a_call_needs_at_the_first_call():
 
 def test_the_torch_room_loads_what_a_call_needs_at_the_first_call():
     pytest.importorskip("torch")
-    lazy = ("functional", "numpy.run", "runtime.openmp", "torch.roi_pool.functional", "torch.roi_pool.modules")
+    lazy = (
+        "functional", "numpy.run", "runtime.openmp", "torch.attention.functional", "torch.roi_pool.functional",
+        "torch.roi_pool.modules",
+    )  # fmt: skip
     code = (
         f"import sys, deformconv.torch; print([m for m in {lazy} if f'deformconv.{{m}}' in sys.modules]);"
         "print(dir(deformconv.torch) == sorted(deformconv.torch.__all__));"
@@ -378,6 +381,8 @@ def test_public_names():
         "Gradients",
         "ShapeError",
         "__version__",
+        "deform_attention",
+        "deform_attention_backward",
         "deform_conv",
         "deform_conv_backward",
         "deform_roi_pool",

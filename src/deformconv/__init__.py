@@ -1,6 +1,6 @@
 """Deformable convolution for Python, with no compiler and no CUDA toolkit.
 
-`deform_conv` and `deform_roi_pool` take NumPy arrays and PyTorch tensors; `deformconv.torch` and `deformconv.gluon` have the
+`deform_conv`, `deform_roi_pool` and `deform_attention` take NumPy arrays and PyTorch tensors; `deformconv.torch` and `deformconv.gluon` have the
 layers, `deformconv.vision` what makes a net that you have deformable, `deformconv.convert` what takes weights and layers from
 elsewhere, `deformconv.plots` what shows where a net looks, of which `look` makes a page. These rooms, frameworks and compiled
 kernels are loaded on first use.
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from deformconv.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
-    from deformconv.functional import deform_conv, deform_conv_backward, deform_roi_pool, deform_roi_pool_backward, explain
+    from deformconv.functional import (
+        deform_attention,
+        deform_attention_backward,
+        deform_conv,
+        deform_conv_backward,
+        deform_roi_pool,
+        deform_roi_pool_backward,
+        explain,
+    )  # fmt: skip
     from deformconv.ops.conv.spec import Gradients
     from deformconv.plots.looking import look
     from deformconv.runtime.processors import get_num_threads, set_num_threads
@@ -25,6 +33,8 @@ __all__ = [
     "Gradients",
     "ShapeError",
     "__version__",
+    "deform_attention",
+    "deform_attention_backward",
     "deform_conv",
     "deform_conv_backward",
     "deform_roi_pool",
@@ -36,6 +46,8 @@ __all__ = [
 ]
 
 _WHERE = {
+    "deform_attention": "functional",
+    "deform_attention_backward": "functional",
     "deform_conv": "functional",
     "deform_conv_backward": "functional",
     "deform_roi_pool": "functional",

@@ -12,10 +12,14 @@ from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.conv.spec import Gradients
 from deformconv.ops.words import unexpected
 
-if TYPE_CHECKING:  # who imports deformconv for its convolution does not wait for this
+if TYPE_CHECKING:  # who imports deformconv for its convolution does not wait for these
+    from deformconv.ops.attention.spec import Gradients as AttentionGradients
     from deformconv.ops.roi_pool.spec import Gradients as RoiGradients
 
-__all__ = ["deform_conv", "deform_conv_backward", "deform_roi_pool", "deform_roi_pool_backward", "explain"]
+__all__ = [
+    "deform_attention", "deform_attention_backward", "deform_conv", "deform_conv_backward", "deform_roi_pool",
+    "deform_roi_pool_backward", "explain",
+]  # fmt: skip
 
 _HALF_COUNTS_TO = 2**11  # float16's integers
 
@@ -378,3 +382,109 @@ def _joined(boxes: Any, input: Any) -> Any:
         )
     rows = [np.concatenate([np.full((len(array), 1), image, array.dtype), array], axis=1) for image, array in enumerate(boxes)]
     return np.concatenate(rows)
+
+
+def deform_attention(
+    value: Any,
+    spatial_shapes: Any,
+    locations: Any,
+    weights: Any,
+    *,
+    backend: str | None = None,
+    **unknown: NoReturn,
+) -> Any:
+    """Attend to a few points in each level of a feature pyramid: for every query and head the weighted sum of their values.
+
+    NumPy arrays and PyTorch tensors are taken, all of one floating-point dtype; tensors give a tensor, with its gradient.
+    `deformconv.torch.deform_attention` explains the arguments.
+
+    Args:
+        value: shape (N, L, heads, d), the pixels of all levels, row by row, one level after the other.
+        spatial_shapes: the levels' sizes (height, width), pairs of integers; the sum of the products is L.
+        locations: shape (N, Q, heads, levels, points, 2), x before y, from 0 to 1 over a level's width and height.
+        weights: shape (N, Q, heads, levels, points), the factor of each point.
+        backend: "cpu", "portable" or "reference"; None takes the first that can run the call.
+
+    Returns:
+        The output, shape (N, Q, heads*d).
+
+    Raises:
+        ShapeError: a shape does not fit, or the levels have not L pixels.
+        TypeError: an argument is no array, or not of the common floating-point dtype.
+        ValueError: `backend` is unknown, or tensors are on different devices.
+        BackendError: no backend, or not the named one, can run the call.
+
+    Example:
+        >>> import numpy as np, deformconv
+        >>> value = np.arange(12.0).reshape(1, 12, 1, 1)                 # one level of 3x4 pixels, one head, one channel
+        >>> locations = np.empty((1, 1, 1, 1, 2, 2))                     # one query, two points
+        >>> locations[..., 0, :] = 0.5 / 4, 0.5 / 3                      # x and y: the middle of the first pixel
+        >>> locations[..., 1, :] = 1.5 / 4, 2.0 / 3                      # the second column, between two rows
+        >>> weights = np.array([0.25, 0.75]).reshape(1, 1, 1, 1, 2)
+        >>> print(deformconv.deform_attention(value, [(3, 4)], locations, weights).round(12))   # 0.25 * 0 + 0.75 * 7
+        [[[5.25]]]
+
+    Paper: arXiv 2010.04159, equation 3.
+    """
+    if unknown:
+        raise unexpected(deform_attention, unknown)
+    if run.any_torch(value, locations, weights):
+        from deformconv.torch.attention import functional as torch_room
+
+        return torch_room.deform_attention(value, spatial_shapes, locations, weights, backend=backend)
+    from deformconv.ops.attention.operator import DEFORM_ATTENTION
+
+    operands = {"value": value, "locations": locations, "weights": weights}
+    return run.forward(DEFORM_ATTENTION, operands, {"spatial_shapes": spatial_shapes}, backend)
+
+
+def deform_attention_backward(
+    grad_output: Any,
+    value: Any,
+    spatial_shapes: Any,
+    locations: Any,
+    weights: Any,
+    *,
+    backend: str | None = None,
+    wanted: Collection[str] | None = None,
+    **unknown: NoReturn,
+) -> AttentionGradients:
+    """Return the gradients of `deform_attention`: `grad_output` times the derivative by each array.
+
+    The arguments after `grad_output` are those of `deform_attention` and are explained there.
+
+    Args:
+        grad_output: the loss's derivative by the output, shape (N, Q, heads*d), of the arguments' dtype.
+        wanted: the names of the gradients to compute, among "value", "locations" and "weights"; None means all.
+
+    Returns:
+        A named tuple with the fields value, locations and weights, each with the shape of its argument; None where it was not
+        wanted.
+
+    Raises:
+        ValueError: `wanted` names what is no argument; else as `deform_attention`.
+
+    Example:
+        >>> import numpy as np, deformconv
+        >>> value = np.arange(12.0).reshape(1, 12, 1, 1)                 # rises by 4 a row and by 1 a column
+        >>> locations, weights = np.full((1, 1, 1, 1, 1, 2), 0.5), np.ones((1, 1, 1, 1, 1))
+        >>> g = deformconv.deform_attention_backward(np.ones((1, 1, 1)), value, [(3, 4)], locations, weights)
+        >>> print(g.locations[0, 0, 0, 0, 0])                            # x: 4 columns of 1; y: 3 rows of 4
+        [ 4. 12.]
+        >>> print(g.weights.item())
+        5.5
+    """
+    if unknown:
+        raise unexpected(deform_attention_backward, unknown)
+    if run.any_torch(grad_output, value, locations, weights):
+        from deformconv.torch.attention import functional as torch_room
+
+        return torch_room.deform_attention_backward(
+            grad_output, value, spatial_shapes, locations, weights, backend=backend, wanted=wanted
+        )
+    from deformconv.ops.attention.operator import DEFORM_ATTENTION
+
+    operands = {"value": value, "locations": locations, "weights": weights}
+    parameters = {"spatial_shapes": spatial_shapes}
+    found: AttentionGradients = run.backward(DEFORM_ATTENTION, grad_output, operands, parameters, backend, wanted)
+    return found

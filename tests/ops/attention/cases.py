@@ -58,7 +58,8 @@ CASES = [
     Case("one channel", channels=1),
     Case("32 channels", batch=1, channels=32, points=4, queries=9),
     Case("more channels than registers", batch=1, channels=203, queries=4),
-    Case("more samples than are placed at once", batch=1, heads=5, points=31, levels=((4, 4), (3, 2), (2, 2)), queries=3),
+    Case("more queries than an item has, and reads of a pixel", heads=3, queries=70, channels=19, levels=((3, 4), (2, 2))),
+    Case("more samples than are placed at once", batch=1, heads=5, points=47, levels=((4, 4), (3, 2), (2, 2)), queries=3),
 ]
 
 

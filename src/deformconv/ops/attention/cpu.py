@@ -19,7 +19,7 @@ from deformconv.ops.attention.spec import AttentionSpec, Gradients, attention_sp
 from deformconv.ops.operator import Operand
 from deformconv.ops.operator import half_in_float32 as computes_in
 from deformconv.runtime import arrays, threads
-from deformconv.runtime.memory import arena, up
+from deformconv.runtime.memory import Arena, arena, room, up
 from deformconv.runtime.openmp import team_for
 from deformconv.runtime.work import Share, run, share
 
@@ -28,7 +28,9 @@ __all__ = ["DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "how"
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
 _PIXELS = 2**30  # a table counts pixels in int32
-_BLOCK = 32  # queries of an item
+_READS = 8  # of each pixel, from which on the value is copied
+_TILE = 128  # samples that are placed at once
+_BLOCK = 64  # queries of an item
 _PER_SAMPLE = 40  # multiply-adds that take as long as placing a sample
 
 
@@ -62,18 +64,19 @@ class Plan(NamedTuple):
     """How a call is cut, in both directions."""
 
     arguments: tuple[Any, ...]  # the kernels' `plan`
+    copy: int  # numbers of the value's copy, 0 if there is none
     forward: Share
-    blocks: int  # items that add up the value's gradient
-    queries: int  # items that compute the others
+    sums: tuple[int, int]  # items that add up the value's gradient, and the numbers of scratch memory that one needs
+    others: int  # items that compute the other gradients
     scratch: tuple[int, int]
     number: int  # of threads
 
-    def backward(self, spec: AttentionSpec, shapes: Collection[str]) -> Share:
-        """How the work for these gradients is shared out."""
-        others = bool({"locations", "weights"} & set(shapes))
-        items = self.blocks * ("value" in shapes) + self.queries * others
-        work = _multiplications(spec) * (2 * ("value" in shapes) + others)
-        return share(items, self.number, work, spec.dtype, self.scratch)
+    def backward(self, spec: AttentionSpec, sums: bool, others: bool) -> Share:
+        """How the work for the value's gradient is shared out, for the others, or for all."""
+        integers, reals = self.scratch
+        items, room = self.sums if sums else (0, 0)
+        work = _multiplications(spec) * (sums + others)
+        return share(items + others * self.others, self.number, work, spec.dtype, (integers, reals + room))
 
 
 @lru_cache(maxsize=256)
@@ -81,11 +84,13 @@ def _plan(spec: AttentionSpec, number: int) -> Plan:
     with threads.importing:
         from deformconv.runtime.simd import VECTOR_BYTES
 
-    kernels, heads = _kernels(), spec.batch * spec.heads
-    samples = len(spec.levels) * spec.points
-    vectors = ceil(spec.channels * np.dtype(spec.dtype).itemsize / VECTOR_BYTES)
-    wanted = min(vectors, ceil(2 * number / max(heads, 1)))  # some heads more than threads, so that these end together
-    width = up(ceil(spec.channels / wanted), VECTOR_BYTES // np.dtype(spec.dtype).itemsize)
+    kernels, heads, samples = _kernels(), spec.batch * spec.heads, len(spec.levels) * spec.points
+    lanes = VECTOR_BYTES // np.dtype(spec.dtype).itemsize
+    wanted = min(ceil(spec.channels / lanes), ceil(2 * number / heads))  # more items than threads, so that these end together
+    width = min(spec.channels, up(ceil(spec.channels / wanted), lanes))
+    copied = 4 * spec.queries * samples >= _READS * spec.tokens
+    together = max(1, _TILE // max(1, samples))
+    row = spec.channels if copied else spec.heads * spec.channels
     shape = kernels.Shape(
         images=spec.batch,
         tokens=spec.tokens,
@@ -93,19 +98,25 @@ def _plan(spec: AttentionSpec, number: int) -> Plan:
         channels=spec.channels,
         queries=spec.queries,
         samples=samples,
+        copied=copied,
+        row=row,
+        image=spec.tokens * row,
+        head=spec.batch * spec.tokens * spec.channels if copied else spec.channels,
+        together=together,
         block=_BLOCK,
         blocks=ceil(spec.channels / width),
         width=width,
     )
     levels = np.array([(width, height, start) for (height, width), start in zip(spec.levels, spec.starts, strict=True)])
-    geometry = np.tile(np.repeat(levels.T.astype(np.float64), spec.points, axis=1), spec.heads)  # (3, heads*levels*points)
-    scratch = kernels.scratch_sizes(spec.heads * samples, spec.channels)
-    queries = spec.batch * ceil(spec.queries / _BLOCK)
+    geometry = np.repeat(levels.T.astype(np.float64), spec.points, axis=1)  # (3, levels*points)
+    scratch = kernels.scratch_sizes(together * samples, spec.channels)
+    queries = heads * ceil(spec.queries / _BLOCK)
     return Plan(
         arguments=(np.array(shape, np.int64), geometry.reshape(-1)),
+        copy=prod(spec.value_shape) if copied else 0,
         forward=share(queries, number, _multiplications(spec), spec.dtype, scratch),
-        blocks=heads * shape.blocks,
-        queries=queries,
+        sums=(heads * shape.blocks, spec.tokens * width if copied else 0),
+        others=queries,
         scratch=scratch,
         number=number,
     )
@@ -118,8 +129,13 @@ def forward(spec: AttentionSpec, value: Any, locations: Any, weights: Any, libra
         return output
     team = team_for(library)
     plan = _plan(spec, team.threads)
-    with arena(plan.forward.bytes) as memory:
-        given = _kernels().ForwardArrays(*map(arrays.flat, (value, locations, weights)), output.reshape(-1))
+    with arena(room(plan.copy, spec.dtype) + plan.forward.bytes) as memory:
+        given = _kernels().ForwardArrays(
+            *_read_in(spec, memory, plan.copy, value),
+            *map(arrays.flat, (locations, weights)),
+            output=output.reshape(-1),
+            empty=arrays.none_of(spec.dtype),
+        )
         arguments = plan.arguments, tuple(given), *plan.forward.scratch(memory, spec.dtype)
         run(_kernels().forward, arguments, plan.forward, team, (spec.dtype,))
     return output
@@ -142,16 +158,28 @@ def backward(
         return Gradients(**{name: np.zeros(shape, spec.dtype) for name, shape in shapes.items()})
     results = {name: arrays.aligned_empty(shape, spec.dtype) for name, shape in shapes.items()}
     none, team = arrays.none_of(spec.dtype), team_for(library)
-    plan = _plan(spec, team.threads)
-    shared = plan.backward(spec, shapes)
-    with arena(shared.bytes) as memory:
+    plan, others = _plan(spec, team.threads), bool({"locations", "weights"} & set(shapes))
+    shared, size = plan.backward(spec, "value" in shapes, others), plan.copy if others else 0
+    flat = {name: results[name].reshape(-1) if name in results else none for name in Gradients._fields}
+    with arena(room(size, spec.dtype) + shared.bytes) as memory:
         given = _kernels().BackwardArrays(
-            *map(arrays.flat, (grad_output, value, locations, weights)),
-            *(results[name].reshape(-1) if name in results else none for name in Gradients._fields),
+            arrays.flat(grad_output),
+            *_read_in(spec, memory, size, value),
+            *map(arrays.flat, (locations, weights)),
+            d_value=flat["value"],
+            d_locations=flat["locations"],
+            d_weights=flat["weights"],
+            empty=none,
         )
         arguments = plan.arguments, tuple(given), *shared.scratch(memory, spec.dtype)
         run(_kernels().backward, arguments, shared, team, (spec.dtype,))
     return Gradients(**results)
+
+
+def _read_in(spec: AttentionSpec, memory: Arena, size: int, value: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What kernels copy, if there is something to copy, and what they read: room for the copy, or the value itself."""
+    given = arrays.flat(value)
+    return (given, memory.empty(size, spec.dtype)) if size else (arrays.none_of(spec.dtype), given)
 
 
 def warmup(dtypes: Iterable[str] = ("float32",), notify: Callable[[str], None] | None = None) -> None:

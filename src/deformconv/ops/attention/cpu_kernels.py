@@ -1,8 +1,10 @@
 """The Numba kernels of deformable attention: one forward, one backward.
 
-A head's channels lie side by side in the caller's value, which is read where it lies. Samples are placed a query at a time, of
-all its heads or of one; their positions are computed in float64, where a product of a float32 location is exact. A corner
-outside of its level has the pixel -1: it is read from a row of zeros, and its gradient goes to a row that nobody reads.
+A head's channels lie side by side in the caller's value. It is read where it lies, or, if each pixel is read many times, copied
+once, head by head: the rows of one head, at the distance of a power of two, would compete for a few sets of the cache. The
+samples of some queries are placed before the first of them is read, in float64, where the product of a float32 location and a
+size is exact. A corner outside of its level has the pixel -1: it is read from a row of zeros, and its gradient goes to a row
+that nobody reads.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba import types
 
-from deformconv.runtime.atomics import fetch_add
+from deformconv.runtime.atomics import all_together, fetch_add
+from deformconv.runtime.blocks import RUN, Layout, copy_in, zero
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.simd import (
     INT,
@@ -25,15 +28,17 @@ from deformconv.runtime.simd import (
     emits_result,
     for_channels,
     for_each,
-    for_positions,
     lanes_of,
     named,
+    prefetch,
 )
 from deformconv.runtime.threads import NEXT, STOP
 
 __all__ = ["BackwardArrays", "ForwardArrays", "Shape", "backward", "forward", "scratch_sizes"]
 
 _PIXEL = ir.IntType(32)
+_AHEAD = 16  # queries for whose numbers in a head memory is asked ahead, as they lie too far apart for a processor to guess
+_LINE = 64  # bytes
 
 
 class Shape(NamedTuple):
@@ -45,13 +50,18 @@ class Shape(NamedTuple):
     channels: Any  # of a head
     queries: Any
     samples: Any  # of a query in a head: points of all levels
+    copied: Any  # whether each head is copied
+    row: Any  # how far apart the tokens, the images and the heads of the value are that is read, or of the copy
+    image: Any
+    head: Any
+    together: Any  # queries whose samples are placed at once
     block: Any  # queries of an item
     blocks: Any  # of a head's channels, in each of which one item adds up the value's gradient
     width: Any  # channels of such a block
 
 
 class Table(NamedTuple):
-    """The samples of a query, in flat arrays that no other thread uses, each a few runs of `tile` numbers.
+    """The samples of some queries in a head, in flat arrays that no other thread uses, each a few runs of `tile` numbers.
 
     Corners count in binary, as in `sampling.corners`: the upper left one, the upper right one, the lower ones.
     """
@@ -65,35 +75,49 @@ class Table(NamedTuple):
 
 
 def scratch_sizes(tile: int, channels: int) -> tuple[int, int]:
-    """The number of int32 numbers and the number of reals in the table for `tile` samples."""
+    """The number of int32 numbers and the number of reals in the table for `tile` samples, with a row that nobody reads."""
     return 4 * tile, 10 * tile + 2 * channels
 
 
 @device
-def table_in(tile, channels, integers, reals):
-    """A table in a thread's memory, and a row that nobody reads."""
-    nothing, unread = reals[10 * tile : 10 * tile + channels], reals[10 * tile + channels : 10 * tile + 2 * channels]
-    for c in range(channels):
-        nothing[c] = unread[c] = 0
+def table_in(shape, integers, reals):
+    """A table in a thread's memory, a row that nobody reads, and what is left."""
+    tile, channels = shape.together * shape.samples, shape.channels
+    nothing, rest = reals[10 * tile : 10 * tile + channels], reals[10 * tile + channels :]
+    zero(nothing, 0, channels)
+    zero(rest, 0, channels)
     table = Table(
         integers[: 4 * tile], reals[: 4 * tile], reals[4 * tile : 6 * tile], reals[6 * tile : 10 * tile], nothing, tile
     )
-    return table, unread
+    return table, rest[:channels], rest[channels:]
+
+
+def _for_samples(builder, scalar, count, step):
+    """Emit `step(lanes, t)` for t < count: whole vectors of samples, then ever shorter ones."""
+    lanes, t = lanes_of(scalar), INT(0)
+    while lanes:
+
+        def body(do, t, _):
+            step(do, t)
+            return []
+
+        (t,) = for_each(builder, t, count, lanes, [], partial(body, Lanes(builder, scalar, lanes)))
+        lanes //= 2
 
 
 @emits
-def place(builder, scalar, locations, weights, first, count, geometry, span, folded, table):
-    """Fill the table with `count` samples, whose locations and weights begin at sample `first`.
+def place(builder, scalar, locations, weights, first, count, geometry, folded, table, into):
+    """Fill the table from `into` on with a query's samples, whose locations and weights begin at sample `first`.
 
-    `geometry` has for each of `span` samples the width and the height of its level, and its first pixel. Unless `folded`, the
-    factors are those of the corners alone.
+    `geometry` has for each of them the width and the height of its level, and its first pixel. Unless `folded`, the factors are
+    those of the corners alone.
     """
     add, times = builder.add, builder.mul
 
     def step(do, t):
-        sample = add(first, t)
+        sample, place = add(first, t), add(into, t)
         exact = Lanes(builder, ir.DoubleType(), do.width)
-        width, height, start = (exact.load(geometry, add(times(INT(run), span), t)) for run in range(3))
+        width, height, start = (exact.load(geometry, add(times(INT(run), count), t)) for run in range(3))
         position_x, position_y = (
             builder.fsub(builder.fmul(_exact(do, exact, coordinate), size), exact.constant(0.5))
             for coordinate, size in zip(_pairs(do, locations, sample), (width, height), strict=True)
@@ -105,7 +129,7 @@ def place(builder, scalar, locations, weights, first, count, geometry, span, fol
         for run, position, low in ((0, position_y, low_y), (1, position_x, low_x)):
             fraction = builder.select(counts, builder.fsub(position, low), exact.zero)
             fraction = _rounded(do, builder.select(is_nan, exact.constant(float("nan")), fraction))
-            do.store(fraction, table.fractions, add(times(INT(run), table.tile), t))
+            do.store(fraction, table.fractions, add(times(INT(run), table.tile), place))
             fractions.append((builder.fsub(do.constant(1.0), fraction), fraction))
         low_x, low_y = (builder.select(counts, low, exact.zero) for low in (low_x, low_y))
         upper = builder.fadd(builder.fadd(builder.fmul(low_y, width), low_x), start)
@@ -116,11 +140,11 @@ def place(builder, scalar, locations, weights, first, count, geometry, span, fol
             pixel = builder.fadd(upper, builder.fadd(width, exact.constant(float(x))) if y else exact.constant(float(x)))
             whole = Lanes(builder, _PIXEL, do.width)
             pixel = builder.select(inside, builder.fptosi(pixel, whole.type), whole.constant(-1))
-            index = add(times(INT(corner), table.tile), t)
+            index = add(times(INT(corner), table.tile), place)
             whole.store(pixel, table.pixels, index)
             do.store(builder.fmul(builder.fmul(fractions[0][y], fractions[1][x]), weight), table.factors, index)
 
-    for_positions(builder, scalar, count, step)
+    _for_samples(builder, scalar, count, step)
 
 
 def _pairs(do, locations, sample):
@@ -129,8 +153,7 @@ def _pairs(do, locations, sample):
     parts = do.load(locations, index), do.load(locations, do.builder.add(index, INT(width)))
     lanes = ir.VectorType(ir.IntType(32), width)
     return [
-        do.builder.shuffle_vector(*parts, ir.Constant(lanes, [2 * lane + number for lane in range(width)]))
-        for number in (0, 1)
+        do.builder.shuffle_vector(*parts, ir.Constant(lanes, [2 * lane + number for lane in range(width)])) for number in (0, 1)
     ]
 
 
@@ -268,16 +291,18 @@ def multiply_samples(builder, scalar, value, start, row, table, first, end, grad
 
 
 @emits
-def differentiate(builder, scalar, weights, first, count, geometry, span, table, d_locations, has_locations, d_weights, has_weights):  # fmt: skip
-    """The gradients of `count` samples' locations and weights from their dot products; they begin at sample `first`."""
+def differentiate(
+    builder, scalar, weights, first, count, geometry, table, source, d_locations, has_locations, d_weights, has_weights
+):  # fmt: skip
+    """The gradients of a query's locations and weights, which begin at sample `first`, from the table's numbers at `source`."""
     add, times = builder.add, builder.mul
 
     def step(do, t):
-        sample = add(first, t)
+        sample, place = add(first, t), add(source, t)
         upper_left, upper_right, lower_left, lower_right = (
-            do.load(table.dots, add(times(INT(corner), table.tile), t)) for corner in range(4)
+            do.load(table.dots, add(times(INT(corner), table.tile), place)) for corner in range(4)
         )
-        y, x = (do.load(table.fractions, add(times(INT(run), table.tile), t)) for run in (0, 1))
+        y, x = (do.load(table.fractions, add(times(INT(run), table.tile), place)) for run in (0, 1))
         rest_y, rest_x = (builder.fsub(do.constant(1.0), fraction) for fraction in (y, x))
 
         def between(rest, low, fraction, high):
@@ -289,7 +314,7 @@ def differentiate(builder, scalar, weights, first, count, geometry, span, table,
         with builder.if_then(has_locations):
             weight = do.load(weights, sample)
             exact = Lanes(builder, ir.DoubleType(), do.width)
-            sizes = [_rounded(do, exact.load(geometry, add(times(INT(run), span), t))) for run in (0, 1)]
+            sizes = [_rounded(do, exact.load(geometry, add(times(INT(run), count), t))) for run in (0, 1)]
             slopes = (
                 between(rest_y, builder.fsub(upper_right, upper_left), y, builder.fsub(lower_right, lower_left)),
                 between(rest_x, builder.fsub(lower_left, upper_left), x, builder.fsub(lower_right, upper_right)),
@@ -301,7 +326,7 @@ def differentiate(builder, scalar, weights, first, count, geometry, span, table,
                 sample,
             )
 
-    for_positions(builder, scalar, count, step)
+    _for_samples(builder, scalar, count, step)
 
 
 def _store_pairs(do, numbers, array, sample):
@@ -314,12 +339,17 @@ def _store_pairs(do, numbers, array, sample):
 
 
 class ForwardArrays(NamedTuple):
-    """The arrays of a forward pass, all flat: value, locations and weights, and the output."""
+    """The arrays of a forward pass, all flat: those of the caller, and the output.
 
+    Where the value is to be copied, `value` is room for it, and `source` is the caller's; else `source` is empty.
+    """
+
+    source: Any
     value: Any
     locations: Any
     weights: Any
     output: Any
+    empty: Any
 
 
 class Work(NamedTuple):
@@ -331,129 +361,193 @@ class Work(NamedTuple):
     table: Any
 
 
+@device
+def copy_value(item, context):
+    """Copy a run of the value's tokens."""
+    shape, arrays = context
+    layout = Layout(shape.channels, shape.channels, shape.heads, shape.tokens, shape.tokens)
+    copy_in(item, arrays.source, True, shape.heads * shape.channels, shape.images, arrays.value, layout, arrays.empty)
+
+
+@device
+def copy_together(counter, shape, arrays):
+    """Copy the value, if that is to be done, beside all other threads."""
+    items = shape.images * ((shape.tokens + RUN - 1) // RUN) if arrays.source.size else 0
+    all_together(counter, items, copy_value, (shape, arrays))
+
+
 @kernel
 def forward(counter, limit, thread, plan, arrays, reals, integers):
-    """One item is a block of an image's queries.
+    """One item is a block of an image's queries in a head, after everybody together has copied the value.
 
-    `plan` is (Shape as an int64 array, the geometry of a query's samples). `arrays` are ForwardArrays as a tuple. `reals` and
-    `integers` have a row of scratch memory for each thread.
+    `plan` is (Shape as an int64 array, the geometry of a query's samples in a head). `arrays` are ForwardArrays as a tuple.
+    `reals` and `integers` have a row of scratch memory for each thread.
     """
     shape, arrays = named(Shape, plan[0]), ForwardArrays(*arrays)
-    table, _ = table_in(shape.heads * shape.samples, shape.channels, integers[thread], reals[thread])
+    table, _, _ = table_in(shape, integers[thread], reals[thread])
     work = Work(shape, plan[1], arrays, table)
-    per_image = (shape.queries + shape.block - 1) // shape.block
+    copy_together(counter, shape, arrays)
+    blocks = (shape.queries + shape.block - 1) // shape.block
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
-        if item >= shape.images * per_image:
+        if item >= shape.heads * shape.images * blocks:
             return
-        image, first = item // per_image, item % per_image * shape.block
-        for query in range(first, min(first + shape.block, shape.queries)):
-            attend(work, image, image * shape.queries + query)
+        head, image, first = item // blocks // shape.images, item // blocks % shape.images, item % blocks * shape.block
+        for query in range(first, min(first + shape.block, shape.queries), shape.together):
+            attend(work, image, head, query, min(query + shape.together, first + shape.block, shape.queries))
 
 
 @device
-def attend(work, image, query):
-    """Compute and write the output of a query, which counts on over all images."""
-    shape, arrays, table = work.shape, work.arrays, work.table
-    count = shape.heads * shape.samples
-    finite = not has_infinity(arrays.weights, query * count, count)
-    place(arrays.locations, arrays.weights, query * count, count, work.geometry, count, finite, table)
-    row = shape.heads * shape.channels
-    for head in range(shape.heads):
-        start, into = image * shape.tokens * row + head * shape.channels, query * row + head * shape.channels
-        first, end = head * shape.samples, (head + 1) * shape.samples
-        if finite:
-            sum_samples(arrays.value, start, row, table, first, end, arrays.output, into, shape.channels)
+def ask_for(array, start, count):
+    """Ask for the cache lines of some numbers, which may lie beyond an array's end: nothing is read."""
+    for index in range(start, start + count, _LINE // array.itemsize):
+        prefetch(array, index)
+
+
+@device
+def place_queries(work, image, head, first, end, folded):
+    """Fill the table with the samples of some queries of an image in a head, one query after the other.
+
+    Unless all are `folded`, only a query's whose weights are finite are.
+    """
+    shape, arrays = work.shape, work.arrays
+    for query in range(first, end):
+        number = (image * shape.queries + query) * shape.heads + head
+        samples, ahead = number * shape.samples, number + _AHEAD * shape.heads
+        ask_for(arrays.locations, 2 * ahead * shape.samples, 2 * shape.samples)
+        ask_for(arrays.weights, ahead * shape.samples, shape.samples)
+        finite = folded or not has_infinity(arrays.weights, samples, shape.samples)
+        place(
+            arrays.locations, arrays.weights, samples, shape.samples, work.geometry, finite, work.table,
+            (query - first) * shape.samples,
+        )  # fmt: skip
+
+
+@device
+def attend(work, image, head, first, end):
+    """Compute and write the output of some queries of an image in a head."""
+    shape, arrays = work.shape, work.arrays
+    place_queries(work, image, head, first, end, False)
+    start = image * shape.image + head * shape.head
+    for query in range(first, end):
+        number, t = (image * shape.queries + query) * shape.heads + head, (query - first) * shape.samples
+        into = number * shape.channels
+        if has_infinity(arrays.weights, number * shape.samples, shape.samples):
+            sum_products(work, start, number * shape.samples, t, into)
         else:
-            sum_products(work, start, row, first, end, query * count, into)
+            sum_samples(arrays.value, start, shape.row, work.table, t, t + shape.samples, arrays.output, into, shape.channels)
 
 
 @device
-def sum_products(work, start, row, first, end, weights, into):
+def sum_products(work, start, weights, first, into):
     """As `sum_samples`, for factors without the samples' weights: an infinite one must not turn a factor of 0 into NaN."""
     arrays, table = work.arrays, work.table
     for c in range(work.shape.channels):
         total = arrays.output.dtype.type(0)
-        for t in range(first, end):
+        for t in range(first, first + work.shape.samples):
             found = arrays.output.dtype.type(0)
             for corner in range(4):
                 pixel, factor = table.pixels[corner * table.tile + t], table.factors[corner * table.tile + t]
-                found += factor * (arrays.value[start + pixel * row + c] if pixel >= 0 else table.nothing[c])
-            total += arrays.weights[weights + t] * found
+                found += factor * (arrays.value[start + pixel * work.shape.row + c] if pixel >= 0 else table.nothing[c])
+            total += arrays.weights[weights + t - first] * found
         arrays.output[into + c] = total
 
 
 class BackwardArrays(NamedTuple):
-    """The arrays of a backward pass, all flat; results that are not wanted are empty, the others overwritten."""
+    """The arrays of a backward pass, all flat, as ForwardArrays; results that are not wanted are empty, the others overwritten."""
 
     grad_output: Any
+    source: Any
     value: Any
     locations: Any
     weights: Any
     d_value: Any
     d_locations: Any
     d_weights: Any
+    empty: Any
 
 
 @kernel
 def backward(counter, limit, thread, plan, arrays, reals, integers):
     """One item adds up d_value in a block of a head's channels in an image; one computes the rest for a block of queries.
 
-    No two of them write to the same number. Arguments as in `forward`, with BackwardArrays.
+    No two of them write to the same number. Arguments as in `forward`, with BackwardArrays; where heads are copied, scratch
+    memory has room for d_value in such a block of channels.
     """
     shape, arrays = named(Shape, plan[0]), BackwardArrays(*arrays)
-    table, unread = table_in(shape.heads * shape.samples, shape.channels, integers[thread], reals[thread])
+    table, unread, room = table_in(shape, integers[thread], reals[thread])
     work = Work(shape, plan[1], arrays, table)
-    per_image = (shape.queries + shape.block - 1) // shape.block
-    blocks = shape.images * shape.heads * shape.blocks if arrays.d_value.size else 0
-    others = shape.images * per_image if arrays.d_locations.size + arrays.d_weights.size else 0
+    copy_together(counter, shape, arrays)
+    blocks = (shape.queries + shape.block - 1) // shape.block
+    sums = shape.images * shape.heads * shape.blocks if arrays.d_value.size else 0
+    others = shape.heads * shape.images * blocks if arrays.d_locations.size + arrays.d_weights.size else 0
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
-        if item >= blocks + others:
+        if item >= sums + others:
             return
-        if item < blocks:
+        if item < sums:
             head = item // shape.blocks
-            add_up(counter, work, head // shape.heads, head % shape.heads, item % shape.blocks, unread)
+            add_up(counter, work, head // shape.heads, head % shape.heads, item % shape.blocks, unread, room)
             continue
-        image, first = (item - blocks) // per_image, (item - blocks) % per_image * shape.block
-        for query in range(first, min(first + shape.block, shape.queries)):
-            pull_back(work, image, image * shape.queries + query)
+        item -= sums
+        head, image, first = item // blocks // shape.images, item // blocks % shape.images, item % blocks * shape.block
+        for query in range(first, min(first + shape.block, shape.queries), shape.together):
+            pull_back(work, image, head, query, min(query + shape.together, first + shape.block, shape.queries))
 
 
 @device
-def add_up(counter, work, image, head, block, unread):
+def add_up(counter, work, image, head, block, unread, room):
     """Add up d_value in a block of a head's channels in an image, query by query."""
     shape, arrays = work.shape, work.arrays
     row, first = shape.heads * shape.channels, head * shape.channels + block * shape.width
     width = min(shape.width, shape.channels - block * shape.width)
     start = image * shape.tokens * row + first
+    if not shape.copied:
+        for token in range(shape.tokens):
+            zero(arrays.d_value, start + token * row, start + token * row + width)
+        add_queries(counter, work, image, head, arrays.d_value, start, row, unread, first, width)
+        return
+    zero(room, 0, shape.tokens * width)
+    add_queries(counter, work, image, head, room, 0, width, unread, first, width)
     for token in range(shape.tokens):
         for c in range(width):
-            arrays.d_value[start + token * row + c] = 0
-    for query in range(image * shape.queries, (image + 1) * shape.queries):
-        if counter[STOP]:
-            return
-        samples = (query * shape.heads + head) * shape.samples
-        place(
-            arrays.locations, arrays.weights, samples, shape.samples, work.geometry, shape.heads * shape.samples, True,
-            work.table,
-        )  # fmt: skip
-        scatter_samples(
-            arrays.d_value, start, row, work.table, 0, shape.samples, unread, arrays.grad_output, query * row + first, width
-        )
+            arrays.d_value[start + token * row + c] = room[token * width + c]
 
 
 @device
-def pull_back(work, image, query):
-    """Compute the gradients of a query's locations and weights."""
+def add_queries(counter, work, image, head, d_value, start, row, unread, channel, width):
+    """Add what an image's queries give a block of channels, whose rows in `d_value` begin at `start`."""
+    shape, arrays = work.shape, work.arrays
+    for first in range(0, shape.queries, shape.together):
+        if counter[STOP]:
+            return
+        end = min(first + shape.together, shape.queries)
+        place_queries(work, image, head, first, end, True)
+        for query in range(first, end):
+            source, t = (
+                (image * shape.queries + query) * shape.heads * shape.channels + channel,
+                (query - first) * shape.samples,
+            )
+            ask_for(arrays.grad_output, source + _AHEAD * shape.heads * shape.channels, width)
+            scatter_samples(d_value, start, row, work.table, t, t + shape.samples, unread, arrays.grad_output, source, width)
+
+
+@device
+def pull_back(work, image, head, first, end):
+    """Compute the gradients of the locations and the weights of some queries of an image in a head."""
     shape, arrays, table = work.shape, work.arrays, work.table
-    count, row = shape.heads * shape.samples, shape.heads * shape.channels
-    place(arrays.locations, arrays.weights, query * count, count, work.geometry, count, True, table)
-    for head in range(shape.heads):
-        start, source = image * shape.tokens * row + head * shape.channels, query * row + head * shape.channels
-        first, end = head * shape.samples, (head + 1) * shape.samples
-        multiply_samples(arrays.value, start, row, table, first, end, arrays.grad_output, source, shape.channels)
-    differentiate(
-        arrays.weights, query * count, count, work.geometry, count, table,
-        arrays.d_locations, arrays.d_locations.size > 0, arrays.d_weights, arrays.d_weights.size > 0,
-    )  # fmt: skip
+    place_queries(work, image, head, first, end, True)
+    start = image * shape.image + head * shape.head
+    for query in range(first, end):
+        number, t = (image * shape.queries + query) * shape.heads + head, (query - first) * shape.samples
+        source = number * shape.channels
+        ask_for(arrays.grad_output, source + _AHEAD * shape.heads * shape.channels, shape.channels)
+        multiply_samples(
+            arrays.value, start, shape.row, table, t, t + shape.samples, arrays.grad_output, source, shape.channels
+        )
+    for query in range(first, end):
+        samples = ((image * shape.queries + query) * shape.heads + head) * shape.samples
+        differentiate(
+            arrays.weights, samples, shape.samples, work.geometry, table, (query - first) * shape.samples,
+            arrays.d_locations, arrays.d_locations.size > 0, arrays.d_weights, arrays.d_weights.size > 0,
+        )  # fmt: skip
