@@ -68,6 +68,7 @@ PLAIN = (
 OF_A_FRAMEWORK = {
     "deformconv.cli.look",
     "deformconv.cli.models",
+    "deformconv.convert.attention_kernels",
     "deformconv.convert.checks",
     "deformconv.convert.conversion",
     "deformconv.convert.kornia",

@@ -52,8 +52,8 @@ def lw_detr() -> nn.Module:
         patch_size=8, num_windows=4, window_block_indices=[0], out_indices=[1, 2],
     )  # fmt: skip
     return detr(
-        "LwDetr", backbone_config=backbone, projector_scale_factors=[2.0, 0.5], d_model=32, decoder_layers=2, decoder_ffn_dim=16,
-        decoder_self_attention_heads=2, decoder_cross_attention_heads=2, num_queries=5, group_detr=2, c2f_num_blocks=1,
+        "LwDetr", backbone_config=backbone, projector_scale_factors=[2.0, 0.5], d_model=32, decoder_layers=2, num_queries=5,
+        decoder_ffn_dim=16, decoder_self_attention_heads=2, decoder_cross_attention_heads=2, group_detr=2, c2f_num_blocks=1,
     )  # fmt: skip
 
 
@@ -76,8 +76,9 @@ def omdet_turbo() -> nn.Module:
     return detr(
         "OmDetTurbo", backbone_config=resnet(), text_config=text, image_size=64, apply_layernorm_after_vision_backbone=False,
         text_projection_in_dim=16, text_projection_out_dim=16, task_encoder_hidden_dim=16, class_embed_dim=16, num_queries=5,
-        encoder_hidden_dim=32, vision_features_channels=[32, 32, 32], encoder_in_channels=[8, 12, 16], encoder_attention_heads=2,
-        encoder_dim_feedforward=16, decoder_hidden_dim=32, decoder_num_heads=2, decoder_num_layers=2, decoder_dim_feedforward=16,
+        encoder_hidden_dim=32, vision_features_channels=[32, 32, 32], encoder_in_channels=[8, 12, 16],
+        encoder_attention_heads=2, encoder_dim_feedforward=16, decoder_hidden_dim=32, decoder_num_heads=2, decoder_num_layers=2,
+        decoder_dim_feedforward=16,
     )  # fmt: skip
 
 
@@ -107,7 +108,8 @@ def segmenter(name: str, **keywords: Any) -> nn.Module:
 
 def one_former() -> nn.Module:
     return segmenter(
-        "OneFormer", conv_dim=32, mask_dim=32, text_encoder_width=16, text_encoder_num_layers=1, task_seq_len=8, query_dec_layers=1,
+        "OneFormer", conv_dim=32, mask_dim=32, text_encoder_width=16, text_encoder_num_layers=1, task_seq_len=8,
+        query_dec_layers=1,
     )  # fmt: skip
 
 
@@ -133,8 +135,8 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 def make(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     """A model whose weights hand on what a layer reads at about its size, so that every result depends on the attention.
 
-    In a new model of some kinds the attention's part of a sum is too small for that, and its offsets are the same for all queries.
-    Normalisations have the statistics of a batch.
+    In a new model of some kinds the attention's part of a sum is too small for that, and offsets are the same for all
+    queries. Normalisations have the statistics of a batch.
     """
     torch.manual_seed(seed)
     model = MAKERS[name]()
@@ -143,6 +145,7 @@ def make(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Mod
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     for norm in norms:
+        nn.init.ones_(norm.weight)
         norm.momentum = 1.0
     with torch.no_grad():
         model.train()(**inputs_of(name, torch.float32))
@@ -174,7 +177,10 @@ def inputs_of(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor
 
 def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The numbers that a call gives, by name."""
-    for words in ("language_cache_class", "language_cache_prompt"):  # OmDet-Turbo keeps what it computed of words, for later calls
+    for words in (
+        "language_cache_class",
+        "language_cache_prompt",
+    ):  # OmDet-Turbo keeps what it computed of words, for later calls
         if hasattr(model, words):
             getattr(model, words).cache.clear()
     torch.manual_seed(0)  # dropout
@@ -183,7 +189,7 @@ def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def gradients(model: nn.Module, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient of a random sum of all outputs for each parameter, by name. What is masked out by infinity is not in the sum."""
+    """The gradient of a random sum of all outputs for each parameter, by name; not of what is masked out by a huge number."""
     generator = torch.Generator().manual_seed(2)
     terms = []
     for output in outputs.values():

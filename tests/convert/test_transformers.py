@@ -1,4 +1,4 @@
-"""Our kernels under transformers' multi-scale deformable attention: every model that has it computes the same, and its own after."""
+"""Our kernels under transformers' multi-scale deformable attention: every model that has it computes what it computed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deformconv.convert import accelerate_transformers, attention_kernels  # noq
 from deformconv.convert import transformers_attention as convert  # noqa: E402
 from deformconv.convert.transformers_attention import MODELS  # noqa: E402
 
-LAYERS = {"d_fine": "DFineMultiscaleDeformableAttention", "rt_detr_v2": "RTDetrV2MultiscaleDeformableAttention"}
+attention = attention_kernels.deform_attention
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +54,10 @@ def test_every_model_of_the_installed_transformers_is_known():
 def counted(monkeypatch):
     """The shapes of the values with which our operator was called."""
     calls = []
-    ours = attention_kernels.deform_attention
 
     def counting(value, *arguments):
         calls.append(value.shape)
-        return ours(value, *arguments)
+        return attention(value, *arguments)
 
     monkeypatch.setattr(attention_kernels, "deform_attention", counting)
     return calls
@@ -84,7 +83,9 @@ def test_outputs_and_gradients_in_training(name, counted, monkeypatch):
         without = attention_models.outputs_of(model, inputs)
     for key, output in expected.items():
         assert_within(found[key].detach(), output.detach(), 1e-10, key)
-    assert any(error(without[key].detach(), output.detach()) > 0.01 for key, output in expected.items() if output.isfinite().all())
+    assert any(
+        error(without[key].detach(), output.detach()) > 0.01 for key, output in expected.items() if output.isfinite().all()
+    )
     assert found_gradients.keys() == expected_gradients.keys()
     # Those of a bias before a normalisation are 0 but for roundings.
     floor = 1e-3 * max(slope.abs().max() for slope in expected_gradients.values())
@@ -94,9 +95,6 @@ def test_outputs_and_gradients_in_training(name, counted, monkeypatch):
     again = attention_models.outputs_of(model, inputs)
     assert all(torch.equal(again[key], output) or not output.isfinite().all() for key, output in expected.items())
     assert len(counted) == calls_of(model, name)
-
-
-attention = attention_kernels.deform_attention
 
 
 def assert_within(found, expected, limit, what):
@@ -116,7 +114,9 @@ def test_outputs_and_gradients_in_float32(name, counted):
     assert len(counted) == calls_of(model, name)
     for key, output in expected.items():
         assert_within(found[key].detach(), output.detach(), TOLERANCE["float32"], key)
-    assert_within(*(torch.cat([slope.flatten() for slope in of.values()]) for of in (ours, slopes)), TOLERANCE["float32"], "slopes")
+    assert_within(
+        *(torch.cat([slope.flatten() for slope in of.values()]) for of in (ours, slopes)), TOLERANCE["float32"], "slopes"
+    )
 
 
 def held():
@@ -187,7 +187,7 @@ def test_models_from_before_and_from_within_and_their_copies(name, counted):
 
 
 def test_a_function_of_somebody_elses_stays(counted):
-    layer = nn.Module.__new__(getattr(module_of("d_fine"), LAYERS["d_fine"]))
+    layer = nn.Module.__new__(getattr(module_of("d_fine"), MODELS["d_fine"]))
     nn.Module.__init__(layer)
     with accelerate_transformers():
         assert layer.ms_deformable_attn_core is None
@@ -222,7 +222,9 @@ def layer_of(name):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_rounded_once(dtype, counted):
     tensors = call(getattr(torch, dtype))
-    wide = [tensor.double() if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor for tensor in tensors]
+    wide = [
+        tensor.double() if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor for tensor in tensors
+    ]
     with accelerate_transformers():
         found = layer_of("rt_detr")(*tensors)
     assert len(counted) == 1 and found.dtype == tensors[0].dtype
@@ -295,12 +297,15 @@ class Attends(nn.Module):
         return self.attention(value, shapes, SHAPES, shapes, locations, weights, 64)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_programs_that_leave_need_nothing_of_ours(counted):
     """torch.export and torch.jit.trace."""
     tensors = drawn()
     with accelerate_transformers():
         exported = torch.export.export(Attends(), tensors)
-        traced = torch.jit.trace(Attends(), tensors)
+        traced = torch.jit.trace(Attends(), tensors, check_trace=False)
     assert counted == []
     assert "deform_attention" not in str(exported.graph) and "grid_sampler" in str(exported.graph)
     assert "deform_attention" not in str(traced.inlined_graph) and "grid_sampler" in str(traced.inlined_graph)
@@ -308,7 +313,7 @@ def test_programs_that_leave_need_nothing_of_ours(counted):
 
 
 @pytest.mark.parametrize("name", ["rt_detr", "rt_detr_v2", "mask2former"])
-def test_compiled(name, monkeypatch):
+def test_compiled(name):
     """One graph, in which our operator is."""
     torch._dynamo.reset()
     graphs = []
@@ -317,14 +322,16 @@ def test_compiled(name, monkeypatch):
         graphs.append(graph.code)
         return graph.forward
 
-    value, locations, weights = drawn()
-    if name == "rt_detr":
-        function, arguments = Attends(), (value, locations, weights)
-    elif name == "rt_detr_v2":
+    module, (value, locations, weights) = module_of(name), drawn()
+    arguments = value, locations, weights
+    if name == "rt_detr_v2":
         arguments = value, locations.flatten(3, 4), weights.flatten(3, 4)
-        function = lambda *given: module_of(name).multi_scale_deformable_attention_v2(given[0], SHAPES, *given[1:], [3, 6, 3])  # noqa: E731
-    else:
-        function, arguments = lambda *given: module_of(name).multi_scale_deformable_attention(given[0], SHAPES, *given[1:]), (value, locations, weights)  # noqa: E731
+    functions = {
+        "rt_detr": Attends(),
+        "rt_detr_v2": lambda a, b, c: module.multi_scale_deformable_attention_v2(a, SHAPES, b, c, [3, 6, 3]),
+        "mask2former": lambda a, b, c: module.multi_scale_deformable_attention(a, SHAPES, b, c),
+    }
+    function = functions[name]
     expected = function(*arguments)
     with accelerate_transformers():
         found = torch.compile(function, backend=backend, fullgraph=True)(*arguments)

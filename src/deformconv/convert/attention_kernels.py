@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as transformers and mmcv call it, computed by our operator: a function for each of their forms.
+"""Multi-scale deformable attention as transformers and mmcv call it, computed by our operator: a function for each form.
 
 Each is made of the library's own, to which it hands on what ours is not for.
 """
@@ -54,8 +54,8 @@ def function(theirs: _Form) -> _Form:
 def by_points(theirs: _Form) -> _Form:
     """`multi_scale_deformable_attention_v2` of RT-DETR v2: the points of all levels stand in one axis.
 
-    Where levels differ in their numbers of points, as D-FINE's may, the result is a sum over calls for one level each. The method
-    "discrete", which takes the nearest pixel, is theirs.
+    Where levels differ in their numbers of points, as D-FINE's may, the result is a sum over calls for one level each. The
+    method "discrete", which takes the nearest pixel, is theirs.
     """
 
     @wraps(theirs)
@@ -98,7 +98,7 @@ def attribute(name: str, function: str) -> property:
 
 
 def _is_ours(*tensors: Tensor) -> bool:
-    """Whether our kernels are for a call: on a CPU, in a dtype of theirs, and not read into a file, which should not need us."""
+    """Whether our kernels are for a call: on a CPU, in one of their dtypes, not read into a file that does without us."""
     if not all(tensor.is_cpu and tensor.dtype in _FLOATS for tensor in tensors):
         return False
     if modes.exporting() or modes.traced() or modes.exporting_program():

@@ -14,9 +14,9 @@ __all__ = ["MODELS", "accelerate_transformers"]
 _CLASS, _FUNCTION, _BY_POINTS = (
     "MultiScaleDeformableAttention", "multi_scale_deformable_attention", "multi_scale_deformable_attention_v2",
 )  # fmt: skip
-# The models of transformers 5.0 to 5.24 with the operator: what has it in the model's own module, and how it gets there. The
-# class is the one of transformers' hook for kernels, which we leave alone: it is there with the package `kernels` alone, changes
-# a model at a time, and two of the forms below have no hook.
+# The models of transformers 5.0 to 5.24 with the operator, and what has it in a model's own module: the class, the function, or
+# a layer of the model's own. The class is the one of transformers' hook for kernels, which is not used here: that needs the
+# package `kernels`, changes one model at a time, and knows nothing of the functions.
 MODELS: dict[str, str] = {
     "deformable_detr": _CLASS,
     "grounding_dino": _CLASS,
@@ -37,16 +37,16 @@ MODELS: dict[str, str] = {
 
 
 def accelerate_transformers() -> Acceleration:
-    """Put this library's kernels under the multi-scale deformable attention of transformers' models, forward and backward, on CPUs.
+    """Put this library's kernels under the multi-scale deformable attention of transformers' models, on CPUs.
 
     These are Deformable DETR, RT-DETR (v1 and v2), RF-DETR, LW-DETR, D-FINE, DEIMv2, Grounding DINO, MM Grounding DINO,
-    OmDet-Turbo, PP-DocLayout (v2 to v4), Mask2Former and OneFormer, with all their heads. Models that are there and models that
-    are made or loaded later get them, in training and inference and under `torch.compile`. It lasts until `undo()` of the result,
-    or until the end of its `with` block, for the whole process; a graph that was compiled before either keeps what it has.
+    OmDet-Turbo, PP-DocLayout (v2 to v4), Mask2Former and OneFormer, with all their heads. Models that are there and models
+    that are made or loaded later get them, forward and backward, and under `torch.compile`. It lasts until `undo()` of the
+    result, or until the end of its `with` block, for the whole process.
 
-    To transformers' own code go tensors on other devices, tensors whose dtypes differ, and the method "discrete" of RT-DETR v2
-    and D-FINE, which interpolates nothing. So do calls that `torch.export`, `torch.jit.trace` and `torch.onnx.export` read: what
-    these write needs no deformconv. Tried with transformers 5.0 and 5.24.
+    To transformers' own code go tensors on other devices, tensors whose dtypes differ, and the method "discrete" of RT-DETR
+    v2, D-FINE and DEIMv2, which takes the nearest pixel. So do calls that `torch.export`, `torch.jit.trace` and
+    `torch.onnx.export` read, so that what these write needs no deformconv.
 
     Returns:
         An Acceleration, with `undo()`, to be used as a context manager or not.
@@ -60,7 +60,7 @@ def accelerate_transformers() -> Acceleration:
         >>> from deformconv.convert import accelerate_transformers
         >>> backbone = ResNetConfig(depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage3", "stage4"])
         >>> config = DeformableDetrConfig(
-        ...     backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64
+        ...     backbone_config=backbone, num_feature_levels=2, d_model=32, encoder_layers=1, decoder_layers=1,
         ... )
         >>> model = DeformableDetrModel(config).eval()
         >>> x = torch.rand(1, 3, 64, 96)
@@ -70,7 +70,7 @@ def accelerate_transformers() -> Acceleration:
         >>> torch.allclose(y, expected, atol=1e-4)
         True
 
-    Papers: arXiv 2010.04159, equation 3.
+    Paper: arXiv 2010.04159, equation 3.
     """
     import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
