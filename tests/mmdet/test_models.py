@@ -166,7 +166,7 @@ def test_other_detectors_run(name):
 
 DETRS = {
     "Deformable DETR": "deformable_detr/deformable-detr_r50_16xb2-50e_coco.py",
-    "with refinement, in two stages": "deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py",
+    "with refinement": "deformable_detr/deformable-detr-refine_r50_16xb2-50e_coco.py",
 }
 
 
