@@ -7,11 +7,11 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
+torch = pytest.importorskip("torch")
 torchvision = pytest.importorskip("torchvision")
 
+from torch import Tensor, nn  # noqa: E402
 from torchvision.models.detection import FasterRCNN, MaskRCNN  # noqa: E402
 from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
 from torchvision.models.detection.backbone_utils import BackboneWithFPN  # noqa: E402
@@ -305,8 +305,12 @@ def test_what_the_caller_says_goes_before_what_the_buffers_tell() -> None:
     theirs = theirs_of(model, "detectron2")
     model.transform.image_mean, model.transform.image_std = [number / 255 for number in MEAN], [1 / 255] * 3
     state = {**theirs, **told("bgr", (1.0,) * 3)}
+    stem = theirs["backbone.bottom_up.stem.conv1.weight"]
     ours = convert_state_dict(state, source="detectron2", model=model, stride_in_1x1=False)
-    assert torch.equal(ours["backbone.body.conv1.weight"], theirs["backbone.bottom_up.stem.conv1.weight"].flip(1))
+    assert torch.equal(ours["backbone.body.conv1.weight"], stem.flip(1))
+    model.transform.image_mean = model.transform.image_mean[::-1]
+    ours = convert_state_dict(state, source="detectron2", model=model, channel_order="rgb", stride_in_1x1=False)
+    assert ours["backbone.body.conv1.weight"] is stem
 
 
 @pytest.mark.parametrize("words", [{}, {"channel_order": "bgr"}, {"stride_in_1x1": False}])
@@ -544,6 +548,15 @@ def test_a_resnet_alone_is_detectron2s_imagenet_file_or_backbone(prefix: str, cl
     assert all(torch.equal(tensor, ours[name]) for name, tensor in model.state_dict().items())
 
 
+def test_frozen_norms_load_into_norms_that_count_batches() -> None:
+    model = resnet(norm=nn.BatchNorm2d)
+    theirs: Any = theirs_of(resnet(), "detectron2")
+    theirs._metadata = {"stem.conv1": {"version": 1}, "stem.conv1.norm": {"version": 3}}  # of its FrozenBatchNorm2d
+    ours = here(theirs, "detectron2", model)
+    model.load_state_dict(ours, strict=True)
+    assert ours._metadata["conv1"] == {"version": 1}  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_backbone_alone_reads_a_whole_detectors_file(layout: str) -> None:
     whole = detector()
@@ -606,6 +619,20 @@ def test_the_second_version_of_torchvisions_detector() -> None:
     assert "neck.lateral_convs.0.gn.weight" in convert_state_dict(model.state_dict(), to="mmcv", model=model)
 
 
+@pytest.mark.parametrize("source", ["mmcv", "mmdet1"])
+def test_mmdetection_calls_a_norm_after_what_it_is(source: str) -> None:
+    """Its ResNet has gn1 for GroupNorm, where torchvision's has bn1 for any."""
+    model = pyramid(norm=lambda channels: nn.GroupNorm(2, channels))
+    ours = random(model.state_dict())
+    there = convert_state_dict(ours, to=source, model=model)
+    assert {"backbone.gn1.weight", "backbone.layer2.0.gn3.bias", "backbone.layer2.0.downsample.1.weight"} <= there.keys()
+    assert not any("bn" in name for name in there)
+    back = convert_state_dict(there, source=source, model=model)
+    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    theirs = convert_state_dict(ours, to="detectron2", model=model, **RGB)
+    assert "backbone.bottom_up.stem.conv1.norm.weight" in theirs and not any(".gn" in name for name in theirs)
+
+
 @pytest.mark.parametrize("deformable", [True, False])
 def test_a_file_by_another_librarys_names_is_refused(deformable: bool) -> None:
     """Some names are the same, and their rows mean something else."""
@@ -645,7 +672,9 @@ def test_names_of_other_models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
             self.backbone = nn.Module()
             self.backbone.body = nn.Conv2d(3, 3, 1)
 
-    for model in (Block(), pyramid().fpn, detector(backbone=mobilenet(), deformable=False)):
+    other = resnet()
+    other.layer2[0] = nn.Conv2d(64, 128, 3, 2)
+    for model in (Block(), pyramid().fpn, mobilenet(), other):
         state = model.state_dict()
         assert list(convert_state_dict(state, to="mmcv", model=model)) == list(state)
         assert list(convert_state_dict(state, to="detectron2", model=model)) == list(state)
@@ -657,3 +686,30 @@ def test_names_of_other_models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def mobilenet() -> BackboneWithFPN:
     net = torchvision.models.mobilenet_v3_small(weights=None).features
     return BackboneWithFPN(net, {"3": "0", "8": "1"}, [24, 48], 8)
+
+
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_a_detector_whose_convolutions_are_plain_is_told_to_be_made_deformable(source):
+    deformable, plain = detector(), detector(deformable=False)
+    theirs = convert_state_dict(deformable.state_dict(), to=source, model=deformable, **LAYOUTS[source])
+    with pytest.raises(ValueError, match=r"layer 'backbone.body.layer2.0.conv2' of `model` is a Conv2d.*make_deformable does"):
+        convert_state_dict(theirs, source=source, model=plain, **LAYOUTS[source])
+    make_deformable(plain, "resnet:conv5")
+    with pytest.raises(ValueError, match=r"layer 'backbone.body.layer2.0.conv2' of `model` is a Conv2d"):
+        convert_state_dict(theirs, source=source, model=plain, **LAYOUTS[source])
+
+
+@pytest.mark.parametrize("keyword", ["source", "to"])
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_a_detector_on_another_backbone(source, keyword):
+    """Its head's logits have one name here and in detectron2, and another order of classes."""
+    backbone: Any = nn.Sequential(DeformConv2d(3, 8, 3))
+    backbone.out_channels = 8
+    heads: dict[str, Any] = {"box_head": TwoMLPHead(8 * 49, 6), "box_predictor": FastRCNNPredictor(6, CLASSES)}
+    model = FasterRCNN(backbone, rpn_anchor_generator=AnchorGenerator(((8,),), ((1.0,),)), **heads)
+    with pytest.raises(ValueError, match="`model` is a FasterRCNN whose backbone is no BackboneWithFPN on a ResNet; expected"):
+        convert_state_dict(model.state_dict(), model=model, **{keyword: source})
+    same = convert_state_dict(model.state_dict(), source="deformconv", model=model)
+    assert all(torch.equal(same[name], tensor) for name, tensor in model.state_dict().items())
+    theirs = convert_state_dict(model.backbone.state_dict(), to=source, model=model.backbone)
+    assert any("conv_offset" in name or "_offset." in name for name in theirs)

@@ -41,6 +41,7 @@ MOST_WRAPPERS = 4
 PADDLE_NAMES = "StructuredToParameterName@@"  # a dict of names next to the tensors
 PADDLE_SLICES = "UnpackBigParamInfor@@"
 PREFIX = "module."  # DataParallel's
+COUNTERS = {"steps", "n_averaged"}  # of a moving average, mmengine's and PyTorch's, beside names with the prefix
 MOST_NOTES = 64  # in a module's part of `_metadata`
 
 
@@ -51,8 +52,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
     Lightning, ...), of today and of before PyTorch 1.6; pickles of NumPy's arrays (detectron2's and Caffe2's .pkl, Paddle's
     .pdparams); .safetensors, for which the package safetensors must be installed; MXNet's .params.
 
-    A hostile file cannot fill the memory: what would be more than 4 times the file's size is refused before it is allocated
-    (but for 1 MiB of tensors and some 60 MB of other objects).
+    A hostile file cannot fill the memory. A file is refused, before what is too much is allocated, whose tensors take more than
+    1 MiB and 4 times its size in all, or whose pickle makes more objects than files of tensors have (some 60 MB).
 
     Args:
         path: the file.
@@ -62,8 +63,9 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
     Returns:
         The tensors by name, in the file's order: dense ones on the CPU, contiguous, each with memory of its own. Names are the
-        file's, without "module." where all begin with it (DataParallel); MXNet's keep "arg:" and "aux:". Where the file is of
-        a state_dict with `_metadata`, the result has the numbers and texts of it. Paddle's uint16 is bfloat16.
+        file's, without "module." where all begin with it (DataParallel, and moving averages, whose counter "steps" or
+        "n_averaged" goes too); MXNet's keep "arg:" and "aux:". Where the file is of a state_dict with `_metadata`, the result
+        has the numbers and texts of it. Paddle's uint16 is bfloat16.
 
     Raises:
         CheckpointError: there is no such file; it is of another kind, cut off or damaged; it holds more than tensors and what
@@ -91,7 +93,10 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
         if head == LIST_MAGIC or (2 <= head <= size - 8 and start[8:9] == b"{"):
             if key is not None:
                 raise CheckpointError(f"{shown} has no {key!r}: files of its kind hold tensors alone; leave `key` out.")
-            return _plain(_mxnet(shown) if head == LIST_MAGIC else _safetensors(shown))
+            found = _without_prefix(_mxnet(shown) if head == LIST_MAGIC else _safetensors(shown))
+            if not found:
+                raise CheckpointError(f"{shown} holds no tensors; expected a state_dict: names and tensors.")
+            return found
         loaded, maker = _loaded(shown, file, size, start)
         return _made(_unwrapped(loaded, key, shown), maker)
 
@@ -126,7 +131,7 @@ def _safetensors(path: str) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name).clone() for name in file.offset_keys()}
     except (safetensors.SafetensorError, RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is cut off or damaged: safetensors says {str(error).splitlines()[0]!r}.") from None
+        raise CheckpointError(f"{path} is cut off or damaged: safetensors says {str(error)[:200]!r}.") from None
 
 
 def _unwrapped(loaded: Any, key: str | None, path: str) -> OrderedDict[str, Any]:
@@ -136,9 +141,7 @@ def _unwrapped(loaded: Any, key: str | None, path: str) -> OrderedDict[str, Any]
             raise CheckpointError(f"{path} has no weights under {key!r}{_found(loaded)}.")
         loaded = loaded[key]
     for _ in range(MOST_WRAPPERS):  # a dict may hold itself
-        inner = next(
-            (name for name in WRAPPERS if isinstance(loaded, OrderedDict) and isinstance(loaded.get(name), OrderedDict)), None
-        )
+        inner = next((name for name in WRAPPERS if isinstance(loaded, OrderedDict) and _is_filled(loaded.get(name))), None)
         if inner is None:
             break
         loaded = loaded[inner]
@@ -156,6 +159,10 @@ def _unwrapped(loaded: Any, key: str | None, path: str) -> OrderedDict[str, Any]
     return loaded
 
 
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, OrderedDict) and len(value) > 0
+
+
 def _found(loaded: Any) -> str:
     """The end of a sentence about the names of dicts."""
     names = (
@@ -168,22 +175,23 @@ def _made(state: OrderedDict[str, Any], maker: TensorMaker) -> OrderedDict[str, 
     """The tensors that a state_dict's records describe."""
     maker.bfloat16_as_uint16 = PADDLE_NAMES in state
     made = {name: maker.make(name, value) for name, value in state.items() if name != PADDLE_NAMES}
-    found = _plain(made)
+    found = _without_prefix(made)
     notes = getattr(state, "_metadata", None)
     if notes is not None:
-        prefix = PREFIX if len(found) and all(name.startswith(PREFIX) for name in made) else ""
-        found._metadata = _plain_notes(notes, prefix)  # type: ignore[attr-defined]
+        found._metadata = _notes(notes, PREFIX if found.keys() != made.keys() else "")  # type: ignore[attr-defined]
     return found
 
 
-def _plain(state: dict[str, Any]) -> OrderedDict[str, Tensor]:
-    """The state, without DataParallel's prefix."""
-    prefix = PREFIX if all(name.startswith(PREFIX) for name in state) else ""
-    return OrderedDict((name.removeprefix(prefix), tensor) for name, tensor in state.items())
+def _without_prefix(state: dict[str, Any]) -> OrderedDict[str, Tensor]:
+    """The tensors without a prefix that the names have in common, and without the counters beside such names."""
+    names = [name for name in state if name not in COUNTERS]
+    if not names or not all(name.startswith(PREFIX) for name in names):
+        return OrderedDict(state)
+    return OrderedDict((name.removeprefix(PREFIX), state[name]) for name in names)
 
 
-def _plain_notes(notes: OrderedDict[str, Any], prefix: str) -> OrderedDict[str, dict[str, Any]]:
-    """A state_dict's `_metadata`: of each module, by its name, the numbers and texts."""
+def _notes(notes: OrderedDict[str, Any], prefix: str) -> OrderedDict[str, dict[str, Any]]:
+    """A state_dict's `_metadata`: of each module, by its name without the prefix, the numbers and texts."""
     found: OrderedDict[str, dict[str, Any]] = OrderedDict()
     for name, values in notes.items():
         if isinstance(values, OrderedDict) and len(values) <= MOST_NOTES and f"{name}.".startswith(prefix):

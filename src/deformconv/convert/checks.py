@@ -8,20 +8,23 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deformconv.convert.detectors import DIALECTS
+from deformconv.convert.detectors import DIALECTS, is_rcnn
 from deformconv.convert.layouts import LAYOUTS
 from deformconv.convert.layouts.layout import Layout
-from deformconv.convert.names import Names, keys_of, layer_named
+from deformconv.convert.names import Names, bare, keys_of, layer_named
 from deformconv.torch import DeformConv2d
 from deformconv.torch.loading import RECORD
 
 __all__ = [
+    "check_bias",
     "check_both",
+    "check_detector",
     "check_dialect",
     "check_distinct",
     "check_layer",
     "check_ours",
     "check_own",
+    "check_plain",
     "check_records",
     "check_source",
     "check_wrapping",
@@ -99,18 +102,29 @@ def _check_predictor(named: str, layer: Any, layout: Layout) -> None:
         )
 
 
+def check_bias(name: str, names: Names) -> None:
+    """Raise for a layer with a bias where the other library's has none, or without one where it has one."""
+    layer, layout = names.layers[name], names.layout
+    has_bias, expects_bias = getattr(layer, "bias", None) is not None, layout.biases[layer.modulated]
+    if expects_bias not in (None, has_bias):
+        raise ValueError(
+            f"{layer_named(name)} has {'a' if has_bias else 'no'} bias, and v{1 + layer.modulated} of {layout.library} "
+            f"{'always' if expects_bias else 'never'} has one. Build it with bias={expects_bias}."
+        )
+
+
 def check_own(key: str, names: Names) -> None:
     """Raise if a weight that makes up for masks is also one of a module that has no masks of the same scale."""
     name, _, parameter = key.rpartition(".")
     layer = names.modules[name]
     scale = getattr(layer, "mask_scale", None)
-    for owner in names.owners(layer._parameters[parameter]):
+    for owner in names.owners(getattr(layer, parameter)):
         other = names.layers.get(owner)
         is_masked = other is not None and other.modulated and other.offset_conv is not None and other.mask_scale == scale
         if owner != name and not is_masked:
             raise ValueError(
                 f"{layer_named(name)} shares its weight with {owner!r}, which has no masks of its scale; expected a weight of "
-                f"its own, since it makes up for {names.layout.library}'s masks. Build the layer with "
+                f"its own, since it makes up for the masks of {names.layout.library}. Build the layer with "
                 f"mask_scale={names.layout.mask_scale or 1.0:g}, which needs no arithmetic."
             )
 
@@ -141,16 +155,44 @@ def check_both(state: Mapping[str, Tensor], name: str, names: Names, *, plain: b
     )
 
 
+def check_detector(names: Names, model: nn.Module) -> None:
+    """Raise for a detector of torchvision whose parts have no names in a library that has whole detectors."""
+    layout = names.layout
+    if layout.source in DIALECTS and names.detector is None and is_rcnn(model):
+        raise ValueError(
+            f"`model` is a {type(model).__name__} whose backbone is no BackboneWithFPN on a ResNet; expected one, since of no "
+            f"other the parts, and the background's place among the classes, are converted from or to {layout.library}."
+        )
+
+
+def check_plain(state: Mapping[str, Tensor], names: Names) -> None:
+    """Raise if a convolution is deformable in a state_dict and plain in the model, which would take its weight all the same."""
+    if (found := names.plain(names.strays(state))) is not None:
+        name, key = found
+        kind = type(names.modules[name]).__name__
+        raise ValueError(
+            f"`state` has {key!r}, of a deformable layer, and {layer_named(name)} is a {kind}; expected a DeformConv2d there: "
+            "put one in its place first. In a ResNet and in detectors on one, deformconv.vision.make_deformable does so."
+        )
+
+
 def check_wrapping(state: Mapping[str, Tensor], names: Names) -> None:
-    """Raise if the names differ by what a wrapper of a whole model puts before them."""
+    """Raise if all layers' names differ, as by what a wrapper of a whole model puts before them."""
     found = names.recognised(state, _unwrapped)
     if found:
         theirs = names.pair(found[0])[1]
-        key = next(key for key in state if _unwrapped(key) == _unwrapped(theirs))
+        key = next(key for key in state if _unwrapped(bare(key)) == _unwrapped(bare(theirs)))
         raise ValueError(
             f"`state` has {key!r}, and for `model` that would be {theirs!r}: DataParallel, DistributedDataParallel and "
             "torch.compile put a word before names. Expected the same on both sides: remove it from the names, or pass the "
             "model within, `model.module` or `model._orig_mod`."
+        )
+    strays = names.strays(state)
+    expected = next((names.pair(name)[1] for name, layer in names.layers.items() if layer.offset_conv is not None), None)
+    if strays and expected is not None:
+        raise ValueError(
+            f"`state` has {strays[0]!r}, and no deformable layer by the name of one of `model`, as {expected!r}; expected the "
+            "model's names. Where a part of the names is all that differs, change that in `state` first."
         )
 
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from deformconv.convert.checks import (
+    check_bias,
     check_both,
+    check_detector,
     check_dialect,
     check_distinct,
     check_layer,
     check_ours,
     check_own,
+    check_plain,
     check_records,
     check_source,
     check_wrapping,
@@ -37,11 +40,13 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def here(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: Origin) -> OrderedDict[str, Tensor]:
     """Their state_dict as ours."""
     names = Names(model, layout, state)
+    check_detector(names, model)
     check_distinct(names)
     found = names.recognised(state)
     check_source(state, layout, model, found)
     if layout.source == "deformconv":
         check_records(state, {name: module for name, module in names.masked.items() if name not in found})
+    check_plain(state, names)
     if not found:
         check_wrapping(state, names)
     metadata: Any = getattr(state, "_metadata", {})
@@ -63,13 +68,15 @@ def here(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: 
         renamed[key] = _scaled(renamed[key], (1.0, scale), key, names)
     if layout.transposed:
         _transpose(renamed, names, names.theirs)
-    renamed._metadata = {names.module(name): entry for name, entry in metadata.items()}
+    entries = ((names.module(name), entry) for name, entry in metadata.items())
+    renamed._metadata = {name: entry for name, entry in entries if not _is_frozen_norm(name, renamed)}
     return noted(renamed, model)
 
 
 def back(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: Origin) -> OrderedDict[str, Tensor]:
     """Our state_dict as theirs."""
     names = Names(model, layout)
+    check_detector(names, model)
     check_distinct(names)
     check_ours(state, names)
     changes = names.detector.back(origin) if names.detector is not None else {}
@@ -95,6 +102,11 @@ def _renamed(state: Mapping[str, Tensor], names: Names) -> Any:
             raise ValueError(f"`state` has two tensors for {ours!r} of the model, one of them {key!r}; expected one.")
         found[ours] = tensor
     return found
+
+
+def _is_frozen_norm(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a norm has counted no batches: its version is another class's, and PyTorch's own would miss the count."""
+    return f"{name}.running_mean" in state and f"{name}.num_batches_tracked" not in state
 
 
 def _layer_here(state: dict[str, Tensor], name: str, names: Names, scale: float | None) -> None:
@@ -136,8 +148,9 @@ def _layer_back(state: dict[str, Tensor], name: str, names: Names) -> None:
     layer, layout = names.layers[name], names.layout
     weight, predictor, _ = keys_of(name)
     check_both(state, name, names, plain=False)
-    if weight not in state or predictor not in state:
+    if predictor not in state:
         return
+    check_bias(name, names)
     if layout.grouped and layer.groups > 1:
         state[predictor] = _by_numpy(state[predictor], lambda array: grouped(array, layer.groups))
     if layer.modulated and layout.mask_scale is not None:
@@ -175,7 +188,7 @@ def _scaled(tensor: Tensor, scales: tuple[float, float], key: str, names: Names)
     back = made * second / first
     if not bool(((back == values) | values.isnan()).all()):
         raise ValueError(
-            f"{key!r} times {first / second:g}, which makes up for {names.layout.library}'s masks, is rounded in "
+            f"{key!r} times {first / second:g}, which makes up for the masks of {names.layout.library}, is rounded in "
             f"{tensor.dtype}, and would not come back as it was. Convert it in a wider float type, or build the model's layers "
             f"with mask_scale={names.layout.mask_scale or 1.0:g}, which needs no arithmetic."
         )
@@ -186,5 +199,6 @@ def _transpose(state: dict[str, Tensor], names: Names, keys: Iterable[str]) -> N
     """Turn the matrices of fully connected layers, which the other library has the other way round."""
     for key in keys:
         module, _, parameter = key.rpartition(".")
-        if parameter == "weight" and key in state and isinstance(names.modules[module], nn.Linear):
+        is_matrix = parameter == "weight" and key in state and state[key].ndim == 2
+        if is_matrix and isinstance(names.modules[module], nn.Linear):
             state[key] = state[key].t().contiguous()

@@ -11,9 +11,10 @@ from deformconv.convert.detectors import detector_of
 from deformconv.convert.layouts.layout import Layout, Place
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, DeformRoIPool
 
-__all__ = ["Names", "keys_of", "layer_named"]
+__all__ = ["Names", "bare", "keys_of", "layer_named"]
 
 _LAYERS = (DeformConv1d, DeformConv2d, DeformConv3d)
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KINDS = ("arg:", "aux:")  # what MXNet puts before names
 
 
@@ -30,11 +31,11 @@ class Names:
         self.predictors = {_within(name, "offset_conv"): name for name in self.layers}
         places = list(self._places())
         self.theirs = {place.key: self._their_key(place) for place in places}
-        self._ours = {_bare(theirs): ours for ours, theirs in self.theirs.items() if theirs is not None}
+        self._ours = {bare(theirs): ours for ours, theirs in self.theirs.items() if theirs is not None}
         for name, layer in self.layers.items():  # whatever computes its parameters, since one is told of that
             if layer.offset_conv is not None:
                 keys = _within(name, "weight"), _within(name, "offset_conv.weight")
-                self._ours.update(zip(map(_bare, self.pair(name)), keys, strict=True))
+                self._ours.update(zip(map(bare, self.pair(name)), keys, strict=True))
         # A name without points, or with a word within, says nothing of the names beside it.
         same = ((theirs, ours) for theirs, ours in self._ours.items() if _parameter(theirs) == _parameter(ours))
         self._our_modules = {_module(theirs): _module(ours) for theirs, ours in same}
@@ -42,7 +43,7 @@ class Names:
 
     def here(self, key: str) -> str:
         """Our name for theirs; a name that the model lacks follows its module, if that is known."""
-        found = self._ours.get(_bare(key))
+        found = self._ours.get(bare(key))
         return _moved(key, self._our_modules) if found is None else found
 
     def module(self, name: str) -> str:
@@ -64,15 +65,29 @@ class Names:
 
         `change` is done to both libraries' names before they are compared.
         """
-        there = {change(_bare(key)) for key in state}
+        there = {change(bare(key)) for key in state}
         predicting = [name for name, layer in self.layers.items() if layer.offset_conv is not None]
-        return [name for name in predicting if all(change(_bare(key)) in there for key in self.pair(name))]
+        return [name for name in predicting if all(change(bare(key)) in there for key in self.pair(name))]
+
+    def strays(self, state: Mapping[str, Any]) -> list[str]:
+        """A state_dict's keys that end as the layout's predictors do, and are of nothing in the model."""
+        ending = bare(self.layout.predictor.format(layer="", word="", parameter="weight"))
+        return [key for key in state if bare(key).endswith(ending) and bare(key) not in self._ours]
+
+    def plain(self, strays: list[str]) -> tuple[str, str] | None:
+        """The name of a plain convolution that is deformable in a state_dict with these predictors, and its predictor's key."""
+        for name, module in self.modules.items() if strays else ():
+            if isinstance(module, _PLAIN) and name not in self.predictors:
+                key = self._filled(self.layout.predictor, self._there(name), "weight")
+                if (stray := next((stray for stray in strays if bare(stray) == bare(key)), None)) is not None:
+                    return name, stray
+        return None
 
     def clash(self) -> tuple[str, str, str] | None:
         """Two of our names that are one of theirs, and that one."""
         seen: dict[str, str] = {}
         for ours, theirs in self.theirs.items():
-            if theirs is not None and (first := seen.setdefault(_bare(theirs), ours)) != ours:
+            if theirs is not None and (first := seen.setdefault(bare(theirs), ours)) != ours:
                 return first, ours, theirs
         return None
 
@@ -82,7 +97,7 @@ class Names:
 
     def known(self, state: Mapping[str, Any]) -> int:
         """How many of a state_dict's keys are the layout's names of something in the model."""
-        return sum(_bare(key) in self._ours for key in state)
+        return sum(bare(key) in self._ours for key in state)
 
     def _places(self) -> Iterator[Place]:
         for name, module in self.modules.items():
@@ -99,10 +114,14 @@ class Names:
             template = self.layout.predictor
         else:
             template = self.layout.weight if self.layers[layer].offset_conv is not None else self.layout.alone
-        owner = self._there(self._owner(layer))
-        made = template.format(layer=owner, word=owner.replace(".", "_"), parameter=place.parameter)
+        return self._filled(template, self._there(self._owner(layer)), place.parameter)
+
+    @staticmethod
+    def _filled(template: str, layer: str, parameter: str) -> str:
+        """A template's key; without a layer's name, of a model that itself is the layer."""
+        made = template.format(layer=layer, word=layer.replace(".", "_"), parameter=parameter)
         kind = next((kind for kind in _KINDS if made.startswith(kind)), "")
-        return made if owner else kind + made.removeprefix(kind).lstrip("._")  # without a name, the model itself is the layer
+        return made if layer else kind + made.removeprefix(kind).lstrip("._")
 
     def _there(self, name: str) -> str:
         """The other library's name for a module, if it has another."""
@@ -143,5 +162,6 @@ def _moved(key: str, modules: Mapping[str, str]) -> str:
     return _within(modules.get(module, module), _parameter(key))
 
 
-def _bare(key: str) -> str:
+def bare(key: str) -> str:
+    """A name without what MXNet puts before it."""
     return next((key.removeprefix(kind) for kind in _KINDS if key.startswith(kind)), key)

@@ -138,6 +138,13 @@ def inert(*arguments: Any) -> _Inert:
     return INERT
 
 
+def _attribute(owner: Any, *_: Any) -> _Inert:
+    """`getattr` of what is no tensor: so pickles name a class's functions, as mmengine's HistoryBuffer has them."""
+    if owner is not inert and owner is not INERT:
+        raise TypeError("an attribute")
+    return INERT
+
+
 def _tensor(storage: Storage, offset: int, shape: Shape, strides: Shape, *rest: Any) -> StridedTensor:
     """`_rebuild_tensor`, and `_rebuild_tensor_v2` with more behind."""
     return StridedTensor(storage, offset, shape, strides, storage.dtype)
@@ -194,6 +201,7 @@ KNOWN: dict[str, Any] = {
     "builtins.bytes": _bytes,
     "builtins.tuple": _tuple,
     "builtins.dict": _dict,
+    "builtins.getattr": _attribute,
     "collections.OrderedDict": _dict,
     "collections.defaultdict": _dict,
     "torch.Size": _tuple,
@@ -212,12 +220,15 @@ KNOWN: dict[str, Any] = {
 }
 # Classes and functions of which training programs keep objects next to the weights. Nothing of them is called.
 INERT_NAMES = {
+    "addict.addict.Dict",
     "argparse.Namespace",
     "builtins.bytearray", "builtins.complex", "builtins.float", "builtins.frozenset", "builtins.int", "builtins.list",
     "builtins.object", "builtins.range", "builtins.set", "builtins.slice", "builtins.str",
     "collections.Counter", "collections.deque",
     "copyreg._reconstructor",
     "datetime.date", "datetime.datetime", "datetime.timedelta",
+    "easydict.EasyDict",
+    "fvcore.common.config.CfgNode",
     "lightning.fabric.utilities.data.AttributeDict",
     "lightning_fabric.utilities.data.AttributeDict",
     "mmcv.utils.config.ConfigDict",
@@ -225,9 +236,12 @@ INERT_NAMES = {
     "mmengine.logging.history_buffer.HistoryBuffer",
     "numpy.ndarray",
     "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib.WindowsPath",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.utilities.parsing.AttributeDict",
     "torch.Tensor", "torch.device", "torch.nn.parameter.Buffer", "torch.nn.parameter.Parameter",
     "torch.serialization._get_layout",
+    "yacs.config.CfgNode",
 }  # fmt: skip
 
 

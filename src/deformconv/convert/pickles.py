@@ -111,12 +111,14 @@ class _Machine:
         name = f"{RENAMED.get(module, module)}.{rest}"
         found = named(name)
         if found is None:
-            shown = name if len(name) < 100 and name.isprintable() else "a name"
-            raise CheckpointError(
-                f"{self.path} holds more than tensors: it asks for {shown}, which could run code from the file, so it was not "
-                "read. If you trust the file, load it with the program that wrote it and save its state_dict alone."
-            )
+            raise self.refusal(name if len(name) < 100 and name.isprintable() else "a name")
         return found
+
+    def refusal(self, asked: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} holds more than tensors: it asks for {asked}, which could run code from the file, so it was not "
+            "read. If you trust the file, load it with the program that wrote it and save its state_dict alone."
+        )
 
     def global_(self, argument: Any) -> None:
         self.stack.append(self.find(argument))
@@ -135,6 +137,8 @@ class _Machine:
 
     def call(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
+        if function is INERT:
+            raise self.refusal("a call of an object's method")
         if not callable(function) or type(arguments) is not tuple or len(arguments) > MOST_ARGUMENTS:
             raise TypeError("a call")
         self.stack.append(function(*arguments))

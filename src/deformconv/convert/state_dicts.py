@@ -117,7 +117,8 @@ def _layout(source: str | None, to: str | None) -> Layout:
         raise ValueError(f"{given} of `source` and `to` is given; expected one: whose `state` is, or whose it is to be.")
     name, word = ("source", source) if to is None else ("to", to)
     if not isinstance(word, str) or word not in LAYOUTS:
-        raise ValueError(f"`{name}` is {word!r}; expected one of {', '.join(map(repr, LAYOUTS))}.")
+        words = "; ".join(f"{source!r}, of {layout.library}" for source, layout in LAYOUTS.items())
+        raise ValueError(f"`{name}` is {word!r}; expected one of: {words}.")
     return LAYOUTS[word]
 
 

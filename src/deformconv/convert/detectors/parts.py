@@ -11,7 +11,7 @@ from torch import nn
 
 from deformconv.torch import DeformRoIPool
 
-__all__ = ["Anatomy", "Part", "anatomy", "parts"]
+__all__ = ["Anatomy", "Part", "anatomy", "is_rcnn", "parts"]
 
 
 class Part(NamedTuple):
@@ -37,15 +37,23 @@ class Anatomy(NamedTuple):
         return {name: stage[0] for name, stage in stages if stage is not None}
 
 
+def is_rcnn(model: nn.Module) -> bool:
+    """Whether a model is torchvision's GeneralizedRCNN, on whatever backbone."""
+    if "torchvision" not in sys.modules:  # then no model is torchvision's
+        return False
+    from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+    return isinstance(model, GeneralizedRCNN)
+
+
 def anatomy(model: nn.Module) -> Anatomy | None:
     """The parts of a model that is torchvision's GeneralizedRCNN, BackboneWithFPN or ResNet; None for any other."""
     if "torchvision" not in sys.modules:  # then no model is torchvision's
         return None
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
-    from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
     from torchvision.models.resnet import ResNet
 
-    rcnn: Any = model if isinstance(model, GeneralizedRCNN) else None
+    rcnn: Any = model if is_rcnn(model) else None
     backbone: Any = model if rcnn is None else rcnn.backbone
     prefix = "" if rcnn is None else "backbone."
     if isinstance(backbone, BackboneWithFPN) and _is_resnet(backbone.body):
@@ -58,8 +66,8 @@ def anatomy(model: nn.Module) -> Anatomy | None:
 def parts(found: Anatomy) -> Iterator[tuple[str, Part]]:
     """The names of a model's modules that have a place in other libraries' detectors, and what they are."""
     prefix = f"{found.body_name}." if found.body_name else ""
-    for name, _ in found.body.named_modules():
-        if name and (part := _in_resnet(name)) is not None:
+    for name, module in found.body.named_modules():
+        if name and (part := _in_resnet(name, module)) is not None:
             yield f"{prefix}{name}", part
     if found.fpn is not None:
         yield from _in_fpn(found)
@@ -89,10 +97,12 @@ _RESNET = (
 )
 
 
-def _in_resnet(name: str) -> Part | None:
+def _in_resnet(name: str, module: Any) -> Part | None:
     for pattern, kind in _RESNET:
         if match := re.fullmatch(pattern, name):
-            words: dict[str, Any] = {"name": name, **match.groupdict()}
+            # torchvision's bn1 may be any norm; mmdetection's is called after what it is.
+            kept = name.replace("bn", "gn") if isinstance(module, nn.GroupNorm) else name
+            words: dict[str, Any] = {"name": kept, **match.groupdict()}
             if "layer" in words:
                 words["stage"] = int(words["layer"]) + 1
             return Part(kind, words)
