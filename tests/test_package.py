@@ -68,6 +68,7 @@ PLAIN = (
 OF_A_FRAMEWORK = {
     "deformconv.cli.look",
     "deformconv.cli.models",
+    "deformconv.convert.attention_kernels",
     "deformconv.convert.checks",
     "deformconv.convert.conversion",
     "deformconv.convert.detectors",
@@ -324,16 +325,16 @@ except ModuleNotFoundError as error:
 def test_conversions_without_torch_tell_how_to_get_it():
     code = f"""{WITHOUT_FRAMEWORKS}
 import numpy as np
-from deformconv.convert import accelerate_torchvision, layer_from_mxnet, replace_layers
+from deformconv.convert import accelerate_torchvision, accelerate_transformers, layer_from_mxnet, replace_layers
 arrays = {{"weight": np.ones((4, 3, 3, 3)), "offset_weight": np.ones((18, 3, 3, 3))}}
-for call in (lambda: replace_layers(None), lambda: layer_from_mxnet(arrays), accelerate_torchvision):
+for call in (lambda: replace_layers(None), lambda: layer_from_mxnet(arrays), accelerate_torchvision, accelerate_transformers):
     try:
         call()
     except ModuleNotFoundError as error:
         print(error)
 """
     expected = "deformconv.torch needs PyTorch, which is not installed: " + command("torch", "torch")
-    assert run_python(code).splitlines() == [expected] * 3
+    assert run_python(code).splitlines() == [expected] * 4
 
 
 def test_looking_without_torch_tells_how_to_get_it():

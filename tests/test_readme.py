@@ -31,6 +31,7 @@ PAGES = [
     "docs/from-mxnet.md",
     "docs/from-paddledetection.md",
     "docs/from-torchvision.md",
+    "docs/from-transformers.md",
     "docs/gpu.md",
     "docs/looking.md",
     "docs/supported.md",
@@ -65,7 +66,7 @@ def test_there_are_blocks(page: str):
 
 @pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page)], ids=lambda b: f"{b.page} line {b.line}")
 def test_block(block: Block):
-    for library in ("torch", "torchvision", "mxnet", "mmdet"):
+    for library in ("torch", "torchvision", "transformers", "mxnet", "mmdet"):
         if re.search(rf"^import {library}\b", block.source, re.M) and importlib.util.find_spec(library) is None:
             pytest.skip(f"needs {library}")
     code = compile("\n" * (block.line - 1) + block.source, block.page, "exec")

@@ -19,6 +19,7 @@ CONTENTS = {
         "checkpoints",
         "from-torchvision",
         "from-mmcv",
+        "from-transformers",
         "from-detectron2",
         "from-dcnv2",
         "from-basicsr",

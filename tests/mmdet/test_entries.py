@@ -15,8 +15,10 @@ from tests.tolerances import assert_close
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
+from deformconv.convert import attention_kernels
 from deformconv.convert import mmcv as convert
 from deformconv.convert.mmcv import accelerate_mmcv
+from deformconv.torch import deform_attention
 
 
 @pytest.fixture(autouse=True)
@@ -351,14 +353,53 @@ def test_what_is_not_there_says_so(drawn):
         NotImplementedError, match=r"'carafe_forward' needs mmcv's compiled extension.*accelerate_mmcv\(\) computes"
     ):
         mmcv.ops.carafe(drawn(1, 4, 3, 3), drawn(1, 25, 6, 6), 5, 1, 2)
-    with pytest.raises(NotImplementedError, match="MultiScaleDeformableAttention needs none"):
-        sys.modules["mmcv._ext"].ms_deform_attn_forward()
-    attention = mmcv.ops.MultiScaleDeformableAttention(32, 4, num_levels=1, num_points=2)
-    query = torch.rand(6, 1, 32)
-    where = torch.rand(1, 6, 1, 2)
-    assert attention(
-        query, value=query, reference_points=where, spatial_shapes=torch.tensor([[2, 3]]), level_start_index=torch.tensor([0])
-    ).shape == (6, 1, 32)
+
+
+LEVELS = torch.tensor([[6, 5], [3, 4], [1, 2]])
+
+
+def attention(value, locations, weights):
+    """mmcv's own function for CPUs, which ours is made of."""
+    found = sys.modules["mmcv.ops.multi_scale_deform_attn"].multi_scale_deformable_attn_pytorch
+    return found.__wrapped__(value, LEVELS, locations, weights)
+
+
+def attended(drawn, dtype=torch.float64):
+    tensors = drawn(2, 44, 2, 8), 0.5 + 0.5 * drawn(2, 7, 2, 3, 4, 2), drawn(2, 7, 2, 3, 4).sigmoid()
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors]
+
+
+def test_attention_by_the_extension(drawn):
+    """As mmcv calls it on a GPU."""
+    function, starts = mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttnFunction, torch.tensor([0, 30, 42])
+    assert_same_slopes(lambda v, p, w: function.apply(v, LEVELS, starts, p, w, 64), attention, attended(drawn))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_attention_on_a_cpu(dtype, drawn):
+    ours = mmcv.ops.multi_scale_deform_attn.multi_scale_deformable_attn_pytorch
+    assert_same_slopes(lambda v, p, w: ours(v, LEVELS, p, w), attention, attended(drawn, getattr(torch, dtype)), dtype)
+
+
+def test_the_layer_with_attention(drawn, monkeypatch):
+    module = mmcv.ops.multi_scale_deform_attn
+    layer = mmcv.ops.MultiScaleDeformableAttention(32, 4, num_levels=3, num_points=2, dropout=0.0).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    query, value, where = drawn(7, 2, 32), drawn(44, 2, 32), drawn(2, 7, 3, 2).sigmoid()
+    given = {
+        "value": value,
+        "reference_points": where,
+        "spatial_shapes": LEVELS,
+        "level_start_index": torch.tensor([0, 30, 42]),
+    }
+    called = []
+    monkeypatch.setattr(attention_kernels, "deform_attention", lambda *a: called.append(a) or deform_attention(*a))
+    found = layer(query, **given)
+    assert len(called) == 1
+    monkeypatch.setattr(module, "multi_scale_deformable_attn_pytorch", module.multi_scale_deformable_attn_pytorch.__wrapped__)
+    assert_close(found.detach(), layer(query, **given).detach(), "float64")
+    assert len(called) == 1
 
 
 def test_undo_and_nested_use(accelerated, drawn):
@@ -372,14 +413,18 @@ def test_undo_and_nested_use(accelerated, drawn):
             return False
         return True
 
+    module = mmcv.ops.multi_scale_deform_attn
+    theirs = module.multi_scale_deformable_attn_pytorch.__wrapped__
     assert works()
     with accelerate_mmcv():
         accelerated.undo()
+        assert module.multi_scale_deformable_attn_pytorch is not theirs
         assert works()
         with pytest.raises(ZeroDivisionError), accelerate_mmcv():
             raise ZeroDivisionError
         assert works()
     assert not works()
+    assert module.multi_scale_deformable_attn_pytorch is theirs
     with accelerated:
         assert works()
     accelerated.undo()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.mmdet import oracles
-from tests.mmdet.models import DEFORMABLE, batch, build, gradients, layers_of, loss_of
+from tests.mmdet.models import DEFORMABLE, batch, build, gradients, layers_of, loss_of, mmcv
 
 from deformconv.accuracy import error
+from deformconv.convert import attention_kernels
 from deformconv.convert.mmcv import accelerate_mmcv
+from deformconv.torch import deform_attention
 
 # mmdetection calls it as PyTorch once took it.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid")
@@ -160,3 +162,31 @@ def test_other_detectors_run(name):
     detector.eval()
     with torch.no_grad():
         assert len(detector.predict(images, samples)[0].pred_instances) > 0
+
+
+DETRS = {
+    "Deformable DETR": "deformable_detr/deformable-detr_r50_16xb2-50e_coco.py",
+    "with refinement": "deformable_detr/deformable-detr-refine_r50_16xb2-50e_coco.py",
+}
+
+
+@pytest.mark.filterwarnings("ignore:The arguments `dropout` in MultiheadAttention:DeprecationWarning")  # its configuration's
+@pytest.mark.parametrize("name", DETRS)
+def test_deformable_detr_is_that_of_mmcvs_function(name, monkeypatch):
+    """The loss and the gradient of every parameter in float64, with this library's attention and with mmcv's own for CPUs."""
+    few = {"encoder.num_layers": 2, "decoder.num_layers": 2, "num_queries": 10}
+    detector = build(DETRS[name], dtype=torch.float64, **few)
+    for key, parameter in detector.named_parameters():
+        if "sampling_offsets.weight" in key or "attention_weights.weight" in key:
+            torch.nn.init.normal_(parameter, std=0.05)
+    called = []
+    monkeypatch.setattr(attention_kernels, "deform_attention", lambda *a: called.append(a) or deform_attention(*a))
+    loss, found = gradients(detector, *batch(torch.float64))
+    assert len(called) == 4
+    module = mmcv.ops.multi_scale_deform_attn
+    monkeypatch.setattr(module, "multi_scale_deformable_attn_pytorch", module.multi_scale_deformable_attn_pytorch.__wrapped__)
+    expected_loss, expected = gradients(detector, *batch(torch.float64))
+    assert len(called) == 4
+    moved = {key: slope for key, slope in expected.items() if slope is not None and slope.any()}
+    assert any("sampling_offsets.weight" in key for key in moved)
+    assert_same({key: found[key] for key in moved} | {"loss": loss}, moved | {"loss": expected_loss}, 1e-9)

@@ -9,11 +9,13 @@ from deformconv.convert.params_file import read_params, write_params
 from deformconv.convert.state_dicts import convert_state_dict
 from deformconv.convert.torchvision import accelerate_torchvision
 from deformconv.convert.torchvision_copy import to_torchvision
+from deformconv.convert.transformers_attention import accelerate_transformers
 
 __all__ = [
     "CheckpointError",
     "accelerate_mmcv",
     "accelerate_torchvision",
+    "accelerate_transformers",
     "convert_state_dict",
     "layer_from_mxnet",
     "layer_to_mxnet",

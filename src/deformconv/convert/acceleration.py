@@ -40,7 +40,7 @@ class Place:
 
 
 class Acceleration:
-    """What `accelerate_torchvision` and `accelerate_mmcv` return: `undo()` ends it, and so does leaving its `with` block.
+    """What the functions `accelerate_...` return: `undo()` ends it, and so does leaving its `with` block.
 
     Another `with` begins it again.
     """

@@ -11,12 +11,17 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from deformconv.convert.acceleration import Acceleration, Place
+from deformconv.convert.replacements import Change, replace
 from deformconv.installation import import_for
 
 __all__ = ["accelerate_mmcv"]
 
 _NAME = "mmcv._ext"
-_COMPUTED = "deform_conv2d, modulated_deform_conv2d, deform_roi_pool, roi_align, nms, soft_nms and sigmoid_focal_loss"
+_ATTENTION, _FOR_CPUS = "mmcv.ops.multi_scale_deform_attn", "multi_scale_deformable_attn_pytorch"
+_COMPUTED = (
+    "deform_conv2d, modulated_deform_conv2d, deform_roi_pool, multi-scale deformable attention, roi_align, nms, soft_nms and "
+    "sigmoid_focal_loss"
+)
 
 
 def accelerate_mmcv() -> Acceleration:
@@ -26,10 +31,12 @@ def accelerate_mmcv() -> Acceleration:
     and not before. `deform_conv2d`, `modulated_deform_conv2d` and `deform_roi_pool`, with the layers of these names and their
     `Pack`s, are this library's operators then, forward and backward, on CPUs and GPUs. So is `roi_align`; torchvision computes
     `nms` and PyTorch's operations `soft_nms` and `sigmoid_focal_loss`. Faster R-CNN, Mask R-CNN, Cascade R-CNN, RetinaNet and
-    RepPoints ask for no more. Any other operator raises a sentence when it is called. Multi-scale deformable attention
-    on a CPU is mmcv's own, which needs no extension.
+    RepPoints ask for no more. Any other operator raises a sentence when it is called.
 
-    Where mmcv has its compiled extension, the three deformable operators are this library's for tensors on a CPU, and all else
+    Multi-scale deformable attention, with the layer `MultiScaleDeformableAttention`, is this library's as well: in the place
+    of the extension, and of mmcv's function for CPUs, which needs none. Deformable DETR, DINO and Mask2Former have it.
+
+    Where mmcv has its compiled extension, the four deformable operators are this library's for tensors on a CPU, and all else
     is left alone. It lasts until `undo()` of the result, or until the end of its `with` block, for the whole process.
 
     The gradient of `deform_roi_pool`'s offsets is exact also where a sample lies beyond the map's border, where that of mmcv's
@@ -67,9 +74,19 @@ def accelerate_mmcv() -> Acceleration:
 
 
 def _put() -> Callable[[], None]:
-    """Our entries in mmcv's extension, or in a module in its place, until what is returned is called."""
+    """Our entries in mmcv's extension, or in a module in its place, and our attention, until what is returned is called."""
+    from deformconv.convert.attention_kernels import function
+
     extension = _compiled()
-    return _put_into(extension) if extension is not None else _put_stand_in()
+    take_away = _put_into(extension) if extension is not None else _put_stand_in()
+    # mmcv's layer calls this on a CPU, and not the extension.
+    put_back = replace({_ATTENTION: [Change("", _FOR_CPUS, function)]})
+
+    def end() -> None:
+        put_back()
+        take_away()
+
+    return end
 
 
 def _compiled() -> ModuleType | None:
@@ -134,11 +151,6 @@ class _Extension(ModuleType):
 def _why_not(name: str, begun: bool) -> str:
     """Why an entry of a name does not compute."""
     needs = f"mmcv's operator {name!r} needs mmcv's compiled extension, which mmcv-lite has not."
-    if name.startswith("ms_deform_attn"):
-        return (
-            f"{needs} On a CPU mmcv.ops.MultiScaleDeformableAttention needs none; on other devices call "
-            "mmcv.ops.multi_scale_deform_attn.multi_scale_deformable_attn_pytorch."
-        )
     ended = "" if begun else ", which has ended or not begun,"
     return f"{needs} deformconv.convert.accelerate_mmcv(){ended} computes {_COMPUTED}."
 

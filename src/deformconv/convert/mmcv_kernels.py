@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deformconv.torch import run
+from deformconv.torch.attention import DEFORM_ATTENTION
 from deformconv.torch.conv.functional import DEFORM_CONV
 from deformconv.torch.roi_pool import DEFORM_ROI_POOL
 from deformconv.torch.run import Plan
@@ -155,6 +156,28 @@ def deform_roi_pool_backward(
         grad_offset.add_(found.offset)
 
 
+def ms_deform_attn_forward(
+    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_loc: Tensor, attn_weight: Tensor,
+    im2col_step: int,
+) -> Tensor:  # fmt: skip
+    """Multi-scale deformable attention; the levels follow each other, so that their sizes say where each starts."""
+    plan = _plan(DEFORM_ATTENTION, (value, sampling_loc, attn_weight), spatial_shapes)
+    return run.forward(plan, value, sampling_loc, attn_weight)
+
+
+def ms_deform_attn_backward(
+    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_loc: Tensor, attn_weight: Tensor,
+    grad_output: Tensor, grad_value: Tensor, grad_sampling_loc: Tensor, grad_attn_weight: Tensor, im2col_step: int,
+) -> None:  # fmt: skip
+    """The gradients of a multi-scale deformable attention."""
+    operands = value, sampling_loc, attn_weight
+    plan = _plan(DEFORM_ATTENTION, operands, spatial_shapes)
+    found = run.backward(plan, grad_output, operands, tuple(plan.spec.shapes))
+    grad_value.add_(found.value)
+    grad_sampling_loc.copy_(found.locations)
+    grad_attn_weight.copy_(found.weights)
+
+
 def roi_align_forward(
     input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor, aligned_height: int, aligned_width: int,
     spatial_scale: float, sampling_ratio: int, pool_mode: int, aligned: bool,
@@ -264,6 +287,7 @@ DEFORMABLE: dict[str, Callable[..., Any]] = {
     for function in (
         deform_conv_forward, deform_conv_backward_input, deform_conv_backward_parameters,
         modulated_deform_conv_forward, modulated_deform_conv_backward, deform_roi_pool_forward, deform_roi_pool_backward,
+        ms_deform_attn_forward, ms_deform_attn_backward,
     )
 }  # fmt: skip
 # What detectors ask of an extension besides.

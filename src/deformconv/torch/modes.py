@@ -17,7 +17,7 @@ from deformconv.dispatch import Deterministic
 from deformconv.torch.tensors import PLAIN
 
 __all__ = [
-    "Door", "active", "any_autocast", "autocast", "compiling", "deterministic", "door", "exporting",
+    "Door", "active", "any_autocast", "autocast", "compiling", "deterministic", "door", "exporting", "exporting_program",
     "forward_mode", "is_special", "map_level",
     "mapped", "on_device_of", "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
 ]  # fmt: skip
@@ -145,6 +145,14 @@ def exporting() -> bool:
 # A compiler that reads a call of ours evaluates this once and takes the result for a constant. The same mark is made by
 # `torch.compiler.assume_constant_result`, which loads the compiler.
 exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def exporting_program() -> bool:
+    """Whether torch.export reads this call; PyTorch 2.4 to 2.6 say so by the mark that PyTorch 2.7 has a function for."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
+exporting_program._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
