@@ -4,8 +4,8 @@
 #   make experiment    build .venv with what the experiment needs, train the DCNv2 paper's detectors (an hour and a half on two
 #                processors), write benchmarks/detection.* and the figures in docs/detection.md; after Ctrl-C it goes on
 #                (with options only train and print: EXPERIMENT="--fast", EXPERIMENT="--help" for the others)
-#   make test    test-torch, then test-gluon; a part that fails does not stop the next, and all fails at the end
-#   make test-torch    build .venv for development, check style and types, run every test but MXNet's
+#   make test    test-torch, test-gluon, then test-mmdet; a part that fails does not stop the next, and all fails at the end
+#   make test-torch    build .venv for development, check style and types, run every test but MXNet's and mmdetection's
 #   make run-interpreter    the part of make test-torch that runs the GPU kernels without a GPU, in Triton's interpreter
 #   make test-gpu    the tests that need a GPU (GPU="-n 8" hands pytest options: that many processes, which compile)
 #   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
@@ -43,6 +43,8 @@ MMDET_PY := $(MMDET_VENV)/$(BIN)/python
 INSTALLED_TESTS := tests/convert tests/ops tests/runtime tests/sampling \
 	tests/test_dispatch.py tests/test_functional.py tests/test_installation.py tests/test_package.py
 GLUON_TESTS := tests/gluon $(filter-out tests/test_installation.py,$(INSTALLED_TESTS)) tests/test_readme.py
+# What computes on one processor most of the time, and asks nothing of clocks, browsers or other processes: two at a time.
+SHARED_TESTS := tests/convert tests/ops tests/sampling tests/torch tests/vision
 OLDEST_PYTHON ?= python3.10
 OLDEST_VENV ?= .venv-oldest
 OLDEST_PY := $(OLDEST_VENV)/$(BIN)/python
@@ -74,7 +76,7 @@ INTERPRETED_TESTS := tests/test_interpreted.py tests/runtime/test_product.py tes
 GPU_TESTS := tests/runtime/test_product.py tests/ops/conv/test_gpu_cuda.py tests/ops/roi_pool/test_gpu_cuda.py \
 	tests/torch/test_gpu_cuda.py tests/plots/test_monitor.py
 
-.PHONY: help demo demo-gluon experiment test test-torch run-torch run-interpreter test-gpu test-gluon test-mmdet \
+.PHONY: help demo demo-gluon experiment test test-torch run-torch run-shared run-alone run-interpreter test-gpu test-gluon test-mmdet \
 	test-fast test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -96,13 +98,19 @@ define parts
 endef
 
 test:
-	$(call parts,test-torch test-gluon)
+	$(call parts,test-torch test-gluon test-mmdet)
 
 test-torch:
 	$(call parts,lint run-torch run-interpreter)
 
-run-torch: $(VENV)/installed-dev
-	$(PY) -m pytest
+run-torch:
+	$(call parts,run-shared run-alone)
+
+run-shared: $(VENV)/installed-dev
+	$(PY) -m pytest -n 2 --dist worksteal $(SHARED_TESTS)
+
+run-alone: $(VENV)/installed-dev
+	$(PY) -m pytest $(addprefix --ignore=,$(SHARED_TESTS))
 
 run-interpreter: $(VENV)/installed-dev
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(INTERPRETED_TESTS)

@@ -112,6 +112,14 @@ def signal_stack() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def untold() -> None:
+    """What is warned of once in a process is warned of in each test, whichever came before."""
+    loading: Any = sys.modules.get("deformconv.torch.loading")
+    if loading is not None:
+        loading._has_warned = False
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """A kernel that reads what it has not written gives itself away: results, copies and scratch memory begin as NaN.

@@ -64,7 +64,7 @@ def instead(value: bytes) -> bytes:
 
 def that_run(marker: str) -> dict[str, bytes]:
     """Pickles that create a file, or call `os.system`, in Python's own reader or where a table of names is too kind."""
-    shell, python = text(f"touch {marker}"), text(f"open({marker!r}, 'w')")
+    shell, python = text(f"touch {marker}"), text(f"open({marker!r}, 'w').close()")
     inner = pickle.dumps(None, 2)[:-1] + b"0" + called("os system", shell) + b"."
     values = {
         "os.system": called("os system", shell),
@@ -143,11 +143,11 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         "frame": b"\x95" + struct.pack("<Q", 2**60) + b"N",
         "number": b"\x8b" + struct.pack("<i", 2**31 - 1),
         "digits": b"I" + b"9" * 100_000 + b"\n",
-        "deep tuple": b")" + b"\x85" * 100_000,
+        "deep tuple": b")" + b"\x85" * 50_000,
         "deep list": b"]" * 30_000 + b"a" * 29_999,
         "deep dict": b"}" + (text("a") + b"}") * 20_000 + b"s" * 20_000,
         "deep array": blank + (b"(K\x01NNN" + blank) * 8_000 + b"tb" * 8_000,
-        "deep key": b"})" + b"\x85" * 100_000 + b"Ns",
+        "deep key": b"})" + b"\x85" * 50_000 + b"Ns",
         "doubling key": b"})" + b"q\x01h\x01\x86" * 60 + b"Ns",
         "doubling member": b"\x8f()" + b"q\x01h\x01\x86" * 60 + b"\x90",
         "doubling list": b"]q\x010" + b"]h\x01ah\x01aq\x010" * 60 + b"h\x01",
@@ -220,6 +220,7 @@ def archives() -> Iterator[tuple[str, bytes]]:
     count = (9 << 20) // len(entries)
     lengths = struct.pack("<2H2I", 9, 9, count * len(entries), directory)
     yield "zip: many entries", good[:directory] + entries * count + good[end : end + 8] + lengths + good[end + 20 :]
+    yield "zip: entries before the file", good[: end + 16] + struct.pack("<I", directory + 1000) + good[end + 20 :]
     yield "zip: an entry twice", _twice(good, directory, end)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from deformconv.convert import to_torchvision
-from deformconv.torch import DeformConv2d
+from deformconv.convert.layouts import LAYOUTS
+from deformconv.torch import DeformConv2d, DeformRoIPool
 
 CHANNELS, OUTPUTS, KERNEL = 4, 8, 3
 
@@ -202,3 +203,62 @@ def filled(block: nn.Module, seed: int = 0) -> nn.Module:
             sign = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
             parameter.copy_(size * sign)
     return block
+
+
+SOURCES = tuple(BLOCKS)
+V1 = set(SOURCES) - {"dcnv2", "basicsr", "paddle"}
+NO_V1_WITH_BIAS = {"mmcv", "mmdet1", "detectron2"}
+MATCHED = "<All keys matched successfully>"
+POOLS: dict[str, dict[str, Any]] = {  # by source: what a pool must be
+    "mmcv": {"trunk": "separate", "convention": "aligned", "mask_scale": 1.0},
+    "mmdet1": {"trunk": "separate", "convention": "rounded", "mask_scale": 1.0},
+    "dcnv2": {"trunk": "shared", "convention": "rounded", "mask_scale": 1.0},
+    "torchvision": {},
+    "deformconv": {},
+}
+
+
+def of(source, geometry=Geometry(), **keywords):  # noqa: B008
+    """Our block for a source's: at the border MXNet computes v1 by another rule."""
+    kind = Guided if source == "basicsr" else DeformConv2d
+    return ours(geometry, kind, boundary=LAYOUTS[source].boundaries[geometry.modulated], **keywords)
+
+
+def theirs(source, geometry=Geometry(), dtype=torch.float64, seed=0):  # noqa: B008
+    return filled(BLOCKS[source](geometry), seed).to(dtype)
+
+
+def assert_same(actual, expected):
+    """The same names in the same order, and the same bits."""
+    assert list(actual) == list(expected)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape, name
+        assert torch.equal(actual[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def inputs(source):
+    generator = torch.Generator().manual_seed(1)
+    number = 2 if source == "basicsr" else 1
+    return [torch.rand(1, CHANNELS, 17, 15, generator=generator, dtype=torch.float64) for _ in range(number)]
+
+
+def assert_equal_outputs(ours, theirs, source, geometry):
+    with torch.no_grad():
+        actual, expected = ours(*inputs(source)), theirs(*inputs(source))
+    if LAYOUTS[source].boundaries[geometry.modulated] == "inside":
+        # torchvision's operator has the other rule, which differs where a sample lies outside.
+        actual, expected = actual[..., 3:-3, 3:-3], expected[..., 3:-3, 3:-3]
+    assert expected.numel() and expected.abs().max() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+class Compiled(nn.Module):
+    """Names as of what torch.compile returns."""
+
+    def __init__(self, net):
+        super().__init__()
+        self._orig_mod = net
+
+
+def pool_of(**keywords):
+    return nn.ModuleDict({"pool": DeformRoIPool(2, 2, hidden=3, **keywords)})

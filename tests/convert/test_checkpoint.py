@@ -46,7 +46,8 @@ def same(found, expected):
     assert isinstance(found, OrderedDict) and list(found) == list(expected)
     for name, tensor in expected.items():
         tensor = torch.as_tensor(tensor)
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert found[name].tolist() == tensor.tolist(), name
 
 
 def test_doctests():
@@ -348,6 +349,7 @@ def zipped(*names):
             "is a pickle that refers to data outside of it; expected one with its",
         ),
         (pickle.dumps(3), "holds an int; expected a state_dict: names and tensors."),
+        (pickle.dumps(np.ones(2)), "holds a tensor alone; expected a state_dict: names and tensors."),
         (pickle.dumps([1]), "holds a list; expected a state_dict: names and tensors."),
         (pickle.dumps({}), "holds a dict without tensors; expected a state_dict: names and tensors."),
         (pickle.dumps({"model": {"lr": 0.1}}), "'lr' is no tensor but a float."),
@@ -475,6 +477,10 @@ print("whole")
 """
 
 
+# Of those that have weights besides, which are read if the rest harms nothing.
+REFUSED = ("tensor", "a million", "arguments copied", "place in the memo, as text", "long bytes", "digits")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="needs Linux, which limits a process's memory and says what it has"
@@ -482,15 +488,17 @@ print("whole")
 def test_a_file_takes_no_more_memory_than_it_should():
     pytest.importorskip("safetensors")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, "-c", READER], capture_output=True, text=True, env=environment, timeout=120)
+    process = subprocess.run([sys.executable, "-c", READER], capture_output=True, text=True, env=environment, timeout=300)
     *lines, last = process.stdout.splitlines()
     assert process.returncode == 0 and last == "whole", process.stdout[-500:] + process.stderr[-500:]
     found = dict(line.split(" | ", 1) for line in lines)
     assert len(found) == len(lines) > 100
     for name, outcome in found.items():
         assert outcome.startswith(("bomb.bin", "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]")), f"{name}: {outcome}"
-        if name.startswith(("array", "tensor", "zip", "legacy", "safetensors", "a million")):
+        if not name.endswith(("zip", "legacy", "pickle")) or name.startswith(REFUSED):
             assert outcome.startswith("bomb.bin"), f"{name}: {outcome}"
+    assert "more objects than its size allows" in found["a million dicts, pickle"]
+    assert "has a zip archive's list of" in found["zip: many entries"]
 
 
 def whole_files():

@@ -7,11 +7,11 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
+torch = pytest.importorskip("torch")
 torchvision = pytest.importorskip("torchvision")
 
+from torch import Tensor, nn  # noqa: E402
 from torchvision.models.detection import FasterRCNN, MaskRCNN  # noqa: E402
 from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
 from torchvision.models.detection.backbone_utils import BackboneWithFPN  # noqa: E402
@@ -305,8 +305,12 @@ def test_what_the_caller_says_goes_before_what_the_buffers_tell() -> None:
     theirs = theirs_of(model, "detectron2")
     model.transform.image_mean, model.transform.image_std = [number / 255 for number in MEAN], [1 / 255] * 3
     state = {**theirs, **told("bgr", (1.0,) * 3)}
+    stem = theirs["backbone.bottom_up.stem.conv1.weight"]
     ours = convert_state_dict(state, source="detectron2", model=model, stride_in_1x1=False)
-    assert torch.equal(ours["backbone.body.conv1.weight"], theirs["backbone.bottom_up.stem.conv1.weight"].flip(1))
+    assert torch.equal(ours["backbone.body.conv1.weight"], stem.flip(1))
+    model.transform.image_mean = model.transform.image_mean[::-1]
+    ours = convert_state_dict(state, source="detectron2", model=model, channel_order="rgb", stride_in_1x1=False)
+    assert ours["backbone.body.conv1.weight"] is stem
 
 
 @pytest.mark.parametrize("words", [{}, {"channel_order": "bgr"}, {"stride_in_1x1": False}])
@@ -544,6 +548,15 @@ def test_a_resnet_alone_is_detectron2s_imagenet_file_or_backbone(prefix: str, cl
     assert all(torch.equal(tensor, ours[name]) for name, tensor in model.state_dict().items())
 
 
+def test_frozen_norms_load_into_norms_that_count_batches() -> None:
+    model = resnet(norm=nn.BatchNorm2d)
+    theirs: Any = theirs_of(resnet(), "detectron2")
+    theirs._metadata = {"stem.conv1": {"version": 1}, "stem.conv1.norm": {"version": 3}}  # of its FrozenBatchNorm2d
+    ours = here(theirs, "detectron2", model)
+    model.load_state_dict(ours, strict=True)
+    assert ours._metadata["conv1"] == {"version": 1}  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_backbone_alone_reads_a_whole_detectors_file(layout: str) -> None:
     whole = detector()
@@ -645,7 +658,9 @@ def test_names_of_other_models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
             self.backbone = nn.Module()
             self.backbone.body = nn.Conv2d(3, 3, 1)
 
-    for model in (Block(), pyramid().fpn, detector(backbone=mobilenet(), deformable=False)):
+    other = resnet()
+    other.layer2[0] = nn.Conv2d(64, 128, 3, 2)
+    for model in (Block(), pyramid().fpn, detector(backbone=mobilenet(), deformable=False), other):
         state = model.state_dict()
         assert list(convert_state_dict(state, to="mmcv", model=model)) == list(state)
         assert list(convert_state_dict(state, to="detectron2", model=model)) == list(state)

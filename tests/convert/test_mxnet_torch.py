@@ -190,7 +190,7 @@ def test_a_predictor_with_groups_becomes_a_dense_one_and_comes_back():
         layer_to_mxnet(layer)
     assert str(raised.value) == (
         "the predictor reads across the convolution's 2 groups; in MXNet's block it has as many groups, and cannot. With "
-        "style='symbol' it has one."
+        "style='symbol', or to='mxnet_symbol', it has one."
     )
     assert layer_to_mxnet(layer, style="symbol")["offset_weight"].shape == (54, 4, 3, 3)
     with pytest.raises(ValueError, match="the predictor has 27 channels, which groups=2 does not divide; in MXNet's block"):

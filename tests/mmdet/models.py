@@ -96,24 +96,26 @@ def layers_of(detector: nn.Module) -> list[nn.Module]:
     return [layer for layer in detector.modules() if isinstance(layer, CONVOLUTIONS + POOLINGS)]
 
 
-def batch(dtype: torch.dtype = torch.float32, images: int = 1) -> tuple[Tensor, list[Any]]:
+def batch(dtype: torch.dtype = torch.float32, images: int = 1, size: tuple[int, int] = SIZE) -> tuple[Tensor, list[Any]]:
     """Images, and the boxes, classes and masks of two objects in each."""
     generator = torch.Generator().manual_seed(1)
     samples = []
+    names = "img_shape", "ori_shape", "pad_shape", "batch_input_shape"
+    height, width = size
+    # Left, top, right, bottom.
+    shares = torch.tensor([[0.1, 0.12, 0.55, 0.9], [0.4, 0.3, 0.98, 0.95]], dtype=dtype)
+    masks = torch.zeros(2, height, width, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, (shares * torch.tensor([width, height] * 2)).int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = 1
     for _ in range(images):
-        sample = DetDataSample(
-            metainfo={
-                "img_shape": SIZE, "ori_shape": SIZE, "pad_shape": SIZE, "batch_input_shape": SIZE, "scale_factor": (1.0, 1.0)
-            }
-        )  # fmt: skip
-        boxes = torch.tensor([[10.0, 12.0, 70.0, 85.0], [50.0, 30.0, 125.0, 90.0]], dtype=dtype)
-        masks = torch.zeros(2, *SIZE, dtype=torch.uint8)
-        masks[0, 12:85, 10:70] = masks[1, 30:90, 50:125] = 1
+        sample = DetDataSample(metainfo={**dict.fromkeys(names, size), "scale_factor": (1.0, 1.0)})
         sample.gt_instances = InstanceData(
-            bboxes=boxes, labels=torch.tensor([1, 5]), masks=BitmapMasks(masks.numpy(), *SIZE)
-        )  # fmt: skip
+            bboxes=shares * torch.tensor([width, height] * 2),
+            labels=torch.tensor([1, 5]),
+            masks=BitmapMasks(masks.numpy(), height, width),
+        )
         samples.append(sample)
-    return torch.randn(images, 3, *SIZE, generator=generator, dtype=torch.float64).to(dtype), samples
+    return torch.randn(images, 3, *size, generator=generator, dtype=torch.float64).to(dtype), samples
 
 
 def loss_of(detector: Detector, images: Tensor, samples: list[Any]) -> Tensor:

@@ -16,16 +16,10 @@ from tests.torch.nets import LAYERS
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from deformconv.torch import DeformConv1d, DeformConv2d, DeformRoIPool, loading
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformRoIPool
 from deformconv.torch.loading import RECORD, noted
 
 NOTHING_SAYS = r"Nothing in this state_dict says what the masks of "
-
-
-@pytest.fixture(autouse=True)
-def in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The warning is said once in a process; each test is one."""
-    monkeypatch.setattr(loading, "_has_warned", False)
 
 
 class Block(nn.Module):

@@ -153,8 +153,10 @@ def _resnet(state: Mapping[str, Tensor]) -> nn.Module | None:
 
 def _make_deformable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Make the layers deformable for which there is a predictor; its channels say whether v1 or v2, and how many groups."""
+    from deformconv.torch.loading import RECORD
     from deformconv.vision import make_deformable
 
+    notes: Mapping[str, Any] = getattr(state, "_metadata", {})
     modules = dict(model.named_modules())
     for key, weight in state.items():
         layer, found, rest = key.partition(_PREDICTOR)
@@ -164,3 +166,5 @@ def _make_deformable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             modulated = channels % (3 * taps) == 0 and in_channels % (channels // (3 * taps)) == 0
             groups = channels // ((3 if modulated else 2) * taps)
             make_deformable(model, [layer], modulated=modulated, offset_groups=groups)
+            made: Any = model.get_submodule(layer)
+            made.mask_scale = notes.get(layer, {}).get(RECORD, made.mask_scale)

@@ -51,8 +51,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
     Lightning, ...), of today and of before PyTorch 1.6; pickles of NumPy's arrays (detectron2's and Caffe2's .pkl, Paddle's
     .pdparams); .safetensors, for which the package safetensors must be installed; MXNet's .params.
 
-    A hostile file cannot fill the memory: what would be more than 4 times the file's size is refused before it is allocated
-    (but for 1 MiB of tensors and some 60 MB of other objects).
+    A hostile file cannot fill the memory. A file is refused, before what is too much is allocated, whose tensors take more than
+    1 MiB and 4 times its size in all, or whose pickle makes more objects than files of tensors have (some 60 MB).
 
     Args:
         path: the file.
@@ -91,7 +91,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
         if head == LIST_MAGIC or (2 <= head <= size - 8 and start[8:9] == b"{"):
             if key is not None:
                 raise CheckpointError(f"{shown} has no {key!r}: files of its kind hold tensors alone; leave `key` out.")
-            return _plain(_mxnet(shown) if head == LIST_MAGIC else _safetensors(shown))
+            return _without_prefix(_mxnet(shown) if head == LIST_MAGIC else _safetensors(shown))
         loaded, maker = _loaded(shown, file, size, start)
         return _made(_unwrapped(loaded, key, shown), maker)
 
@@ -126,7 +126,7 @@ def _safetensors(path: str) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name).clone() for name in file.offset_keys()}
     except (safetensors.SafetensorError, RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is cut off or damaged: safetensors says {str(error).splitlines()[0]!r}.") from None
+        raise CheckpointError(f"{path} is cut off or damaged: safetensors says {str(error)[:200]!r}.") from None
 
 
 def _unwrapped(loaded: Any, key: str | None, path: str) -> OrderedDict[str, Any]:
@@ -168,22 +168,20 @@ def _made(state: OrderedDict[str, Any], maker: TensorMaker) -> OrderedDict[str, 
     """The tensors that a state_dict's records describe."""
     maker.bfloat16_as_uint16 = PADDLE_NAMES in state
     made = {name: maker.make(name, value) for name, value in state.items() if name != PADDLE_NAMES}
-    found = _plain(made)
+    found = _without_prefix(made)
     notes = getattr(state, "_metadata", None)
     if notes is not None:
-        prefix = PREFIX if len(found) and all(name.startswith(PREFIX) for name in made) else ""
-        found._metadata = _plain_notes(notes, prefix)  # type: ignore[attr-defined]
+        found._metadata = _notes(notes, PREFIX if found.keys() != made.keys() else "")  # type: ignore[attr-defined]
     return found
 
 
-def _plain(state: dict[str, Any]) -> OrderedDict[str, Tensor]:
-    """The state, without DataParallel's prefix."""
+def _without_prefix(state: dict[str, Any]) -> OrderedDict[str, Tensor]:
     prefix = PREFIX if all(name.startswith(PREFIX) for name in state) else ""
     return OrderedDict((name.removeprefix(prefix), tensor) for name, tensor in state.items())
 
 
-def _plain_notes(notes: OrderedDict[str, Any], prefix: str) -> OrderedDict[str, dict[str, Any]]:
-    """A state_dict's `_metadata`: of each module, by its name, the numbers and texts."""
+def _notes(notes: OrderedDict[str, Any], prefix: str) -> OrderedDict[str, dict[str, Any]]:
+    """A state_dict's `_metadata`: of each module, by its name without the prefix, the numbers and texts."""
     found: OrderedDict[str, dict[str, Any]] = OrderedDict()
     for name, values in notes.items():
         if isinstance(values, OrderedDict) and len(values) <= MOST_NOTES and f"{name}.".startswith(prefix):

@@ -11,11 +11,12 @@ from torch.nn.utils import parametrize
 from deformconv.convert.detectors import DIALECTS
 from deformconv.convert.layouts import LAYOUTS
 from deformconv.convert.layouts.layout import Layout
-from deformconv.convert.names import Names, keys_of, layer_named
+from deformconv.convert.names import Names, bare, keys_of, layer_named
 from deformconv.torch import DeformConv2d
 from deformconv.torch.loading import RECORD
 
 __all__ = [
+    "check_bias",
     "check_both",
     "check_dialect",
     "check_distinct",
@@ -99,12 +100,23 @@ def _check_predictor(named: str, layer: Any, layout: Layout) -> None:
         )
 
 
+def check_bias(name: str, names: Names) -> None:
+    """Raise for a layer with a bias where the other library's has none, or without one where it has one."""
+    layer, layout = names.layers[name], names.layout
+    has_bias, expects_bias = getattr(layer, "bias", None) is not None, layout.biases[layer.modulated]
+    if expects_bias not in (None, has_bias):
+        raise ValueError(
+            f"{layer_named(name)} has {'a' if has_bias else 'no'} bias, and v{1 + layer.modulated} of {layout.library} "
+            f"{'always' if expects_bias else 'never'} has one. Build it with bias={expects_bias}."
+        )
+
+
 def check_own(key: str, names: Names) -> None:
     """Raise if a weight that makes up for masks is also one of a module that has no masks of the same scale."""
     name, _, parameter = key.rpartition(".")
     layer = names.modules[name]
     scale = getattr(layer, "mask_scale", None)
-    for owner in names.owners(layer._parameters[parameter]):
+    for owner in names.owners(getattr(layer, parameter)):
         other = names.layers.get(owner)
         is_masked = other is not None and other.modulated and other.offset_conv is not None and other.mask_scale == scale
         if owner != name and not is_masked:
@@ -146,7 +158,7 @@ def check_wrapping(state: Mapping[str, Tensor], names: Names) -> None:
     found = names.recognised(state, _unwrapped)
     if found:
         theirs = names.pair(found[0])[1]
-        key = next(key for key in state if _unwrapped(key) == _unwrapped(theirs))
+        key = next(key for key in state if _unwrapped(bare(key)) == _unwrapped(bare(theirs)))
         raise ValueError(
             f"`state` has {key!r}, and for `model` that would be {theirs!r}: DataParallel, DistributedDataParallel and "
             "torch.compile put a word before names. Expected the same on both sides: remove it from the names, or pass the "

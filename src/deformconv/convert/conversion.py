@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deformconv.convert.checks import (
+    check_bias,
     check_both,
     check_dialect,
     check_distinct,
@@ -63,7 +64,8 @@ def here(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, origin: 
         renamed[key] = _scaled(renamed[key], (1.0, scale), key, names)
     if layout.transposed:
         _transpose(renamed, names, names.theirs)
-    renamed._metadata = {names.module(name): entry for name, entry in metadata.items()}
+    entries = ((names.module(name), entry) for name, entry in metadata.items())
+    renamed._metadata = {name: entry for name, entry in entries if not _is_frozen_norm(name, renamed)}
     return noted(renamed, model)
 
 
@@ -95,6 +97,11 @@ def _renamed(state: Mapping[str, Tensor], names: Names) -> Any:
             raise ValueError(f"`state` has two tensors for {ours!r} of the model, one of them {key!r}; expected one.")
         found[ours] = tensor
     return found
+
+
+def _is_frozen_norm(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a norm has counted no batches: its version is another class's, and PyTorch's own would miss the count."""
+    return f"{name}.running_mean" in state and f"{name}.num_batches_tracked" not in state
 
 
 def _layer_here(state: dict[str, Tensor], name: str, names: Names, scale: float | None) -> None:
@@ -138,6 +145,7 @@ def _layer_back(state: dict[str, Tensor], name: str, names: Names) -> None:
     check_both(state, name, names, plain=False)
     if weight not in state or predictor not in state:
         return
+    check_bias(name, names)
     if layout.grouped and layer.groups > 1:
         state[predictor] = _by_numpy(state[predictor], lambda array: grouped(array, layer.groups))
     if layer.modulated and layout.mask_scale is not None:
@@ -186,5 +194,6 @@ def _transpose(state: dict[str, Tensor], names: Names, keys: Iterable[str]) -> N
     """Turn the matrices of fully connected layers, which the other library has the other way round."""
     for key in keys:
         module, _, parameter = key.rpartition(".")
-        if parameter == "weight" and key in state and isinstance(names.modules[module], nn.Linear):
+        is_matrix = parameter == "weight" and key in state and state[key].ndim == 2
+        if is_matrix and isinstance(names.modules[module], nn.Linear):
             state[key] = state[key].t().contiguous()

@@ -33,7 +33,8 @@ def accelerate_mmcv() -> Acceleration:
     is left alone. It lasts until `undo()` of the result, or until the end of its `with` block, for the whole process.
 
     The gradient of `deform_roi_pool`'s offsets is exact also where a sample lies beyond the map's border, where that of mmcv's
-    CUDA kernel is not. Tried with mmcv-lite 2.1 and 2.2 and mmdet 3.3.0, which takes mmcv below 2.2.
+    CUDA kernel is not. Tried with mmdet 3.3.0, which takes mmcv below 2.2, with mmcv-lite 2.1.0 and 2.2.0, and with the Python
+    of mmcv 1.7.2.
 
     Returns:
         An Acceleration, with `undo()`, to be used as a context manager or not.

@@ -11,7 +11,7 @@ from deformconv.convert.detectors import detector_of
 from deformconv.convert.layouts.layout import Layout, Place
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, DeformRoIPool
 
-__all__ = ["Names", "keys_of", "layer_named"]
+__all__ = ["Names", "bare", "keys_of", "layer_named"]
 
 _LAYERS = (DeformConv1d, DeformConv2d, DeformConv3d)
 _KINDS = ("arg:", "aux:")  # what MXNet puts before names
@@ -30,11 +30,11 @@ class Names:
         self.predictors = {_within(name, "offset_conv"): name for name in self.layers}
         places = list(self._places())
         self.theirs = {place.key: self._their_key(place) for place in places}
-        self._ours = {_bare(theirs): ours for ours, theirs in self.theirs.items() if theirs is not None}
+        self._ours = {bare(theirs): ours for ours, theirs in self.theirs.items() if theirs is not None}
         for name, layer in self.layers.items():  # whatever computes its parameters, since one is told of that
             if layer.offset_conv is not None:
                 keys = _within(name, "weight"), _within(name, "offset_conv.weight")
-                self._ours.update(zip(map(_bare, self.pair(name)), keys, strict=True))
+                self._ours.update(zip(map(bare, self.pair(name)), keys, strict=True))
         # A name without points, or with a word within, says nothing of the names beside it.
         same = ((theirs, ours) for theirs, ours in self._ours.items() if _parameter(theirs) == _parameter(ours))
         self._our_modules = {_module(theirs): _module(ours) for theirs, ours in same}
@@ -42,7 +42,7 @@ class Names:
 
     def here(self, key: str) -> str:
         """Our name for theirs; a name that the model lacks follows its module, if that is known."""
-        found = self._ours.get(_bare(key))
+        found = self._ours.get(bare(key))
         return _moved(key, self._our_modules) if found is None else found
 
     def module(self, name: str) -> str:
@@ -64,15 +64,15 @@ class Names:
 
         `change` is done to both libraries' names before they are compared.
         """
-        there = {change(_bare(key)) for key in state}
+        there = {change(bare(key)) for key in state}
         predicting = [name for name, layer in self.layers.items() if layer.offset_conv is not None]
-        return [name for name in predicting if all(change(_bare(key)) in there for key in self.pair(name))]
+        return [name for name in predicting if all(change(bare(key)) in there for key in self.pair(name))]
 
     def clash(self) -> tuple[str, str, str] | None:
         """Two of our names that are one of theirs, and that one."""
         seen: dict[str, str] = {}
         for ours, theirs in self.theirs.items():
-            if theirs is not None and (first := seen.setdefault(_bare(theirs), ours)) != ours:
+            if theirs is not None and (first := seen.setdefault(bare(theirs), ours)) != ours:
                 return first, ours, theirs
         return None
 
@@ -82,7 +82,7 @@ class Names:
 
     def known(self, state: Mapping[str, Any]) -> int:
         """How many of a state_dict's keys are the layout's names of something in the model."""
-        return sum(_bare(key) in self._ours for key in state)
+        return sum(bare(key) in self._ours for key in state)
 
     def _places(self) -> Iterator[Place]:
         for name, module in self.modules.items():
@@ -143,5 +143,6 @@ def _moved(key: str, modules: Mapping[str, str]) -> str:
     return _within(modules.get(module, module), _parameter(key))
 
 
-def _bare(key: str) -> str:
+def bare(key: str) -> str:
+    """A name without what MXNet puts before it."""
     return next((key.removeprefix(kind) for kind in _KINDS if key.startswith(kind)), key)

@@ -212,12 +212,15 @@ KNOWN: dict[str, Any] = {
 }
 # Classes and functions of which training programs keep objects next to the weights. Nothing of them is called.
 INERT_NAMES = {
+    "addict.addict.Dict",
     "argparse.Namespace",
     "builtins.bytearray", "builtins.complex", "builtins.float", "builtins.frozenset", "builtins.int", "builtins.list",
     "builtins.object", "builtins.range", "builtins.set", "builtins.slice", "builtins.str",
     "collections.Counter", "collections.deque",
     "copyreg._reconstructor",
     "datetime.date", "datetime.datetime", "datetime.timedelta",
+    "easydict.EasyDict",
+    "fvcore.common.config.CfgNode",
     "lightning.fabric.utilities.data.AttributeDict",
     "lightning_fabric.utilities.data.AttributeDict",
     "mmcv.utils.config.ConfigDict",
@@ -225,9 +228,12 @@ INERT_NAMES = {
     "mmengine.logging.history_buffer.HistoryBuffer",
     "numpy.ndarray",
     "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib.WindowsPath",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.utilities.parsing.AttributeDict",
     "torch.Tensor", "torch.device", "torch.nn.parameter.Buffer", "torch.nn.parameter.Parameter",
     "torch.serialization._get_layout",
+    "yacs.config.CfgNode",
 }  # fmt: skip
 
 

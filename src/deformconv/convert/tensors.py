@@ -126,6 +126,8 @@ def _shown(name: str) -> str:
 
 def kind_of(value: Any) -> str:
     """The noun for a value that a pickle has."""
+    if isinstance(value, (StridedTensor, Array, Unreadable)):
+        return "a tensor alone"
     if isinstance(value, (int, float, str, bytes, list, tuple, dict)):
         return {"OrderedDict": "a dict", "int": "an int"}.get(type(value).__name__, f"a {type(value).__name__}")
     return "something else"

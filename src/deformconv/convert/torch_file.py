@@ -18,17 +18,6 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 MOST_DIRECTORY = 8 << 20  # bytes of a zip archive's list of its entries: room for 80,000 of them
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-ITEMSIZES = {
-    "float64": 8,
-    "int64": 8,
-    "complex64": 8,
-    "complex128": 16,
-    "float32": 4,
-    "int32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int16": 2,
-}
 
 
 class _Entry(NamedTuple):
@@ -40,7 +29,7 @@ class _Entry(NamedTuple):
 
 def read_zip(path: str, file: BinaryIO, size: int) -> tuple[Any, TensorMaker]:
     """What the pickle in a zip archive describes, and what makes its tensors."""
-    entries = _entries(path, file, size)
+    entries = _entries(path, file)
     pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if not pickles:
         raise CheckpointError(f"{path} is {_archive(entries)}; expected one that torch.save has written.")
@@ -61,8 +50,8 @@ def read_zip(path: str, file: BinaryIO, size: int) -> tuple[Any, TensorMaker]:
     return loaded, TensorMaker(path, file, size, lambda found: _place(path, file, size, entries, f"{root}data/{found.key}"))
 
 
-def _entries(path: str, file: BinaryIO, size: int) -> dict[str, _Entry]:
-    """The entries of an archive, all of which are stored as they are, and together take no more than the file."""
+def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
+    """The entries of an archive, all of which are stored as they are."""
     try:
         found = zipfile.ZipFile(cast(IO[bytes], _Limited(path, file))).infolist()
     except CheckpointError:
@@ -78,8 +67,6 @@ def _entries(path: str, file: BinaryIO, size: int) -> dict[str, _Entry]:
     packed = [entry.filename for entry in found if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1]
     if packed and any(name.endswith("data.pkl") for name in entries):
         raise CheckpointError(f"{path} has compressed or encrypted entries; torch.save stores them as they are.")
-    if sum(entry.size for entry in entries.values()) > size:
-        raise CheckpointError(f"{path} is damaged: the entries of its zip archive take more bytes than the file has.")
     return entries
 
 
@@ -106,8 +93,8 @@ def _place(path: str, file: BinaryIO, size: int, entries: dict[str, _Entry], nam
     if name not in entries:
         raise CheckpointError(f"{path} is damaged: its pickle asks for the entry {name[-40:]!r}, which is not there.")
     header, length = entries[name]
-    file.seek(header)
-    content = file.read(LOCAL_HEADER.size)
+    file.seek(max(0, header))
+    content = file.read(LOCAL_HEADER.size) if header >= 0 else b""
     if len(content) < LOCAL_HEADER.size or not content.startswith(b"PK\x03\x04"):
         raise CheckpointError(f"{path} is damaged: the entry {name[-40:]!r} of its zip archive is not where it should be.")
     *_, name_length, extra_length = LOCAL_HEADER.unpack(content)
@@ -128,6 +115,8 @@ def _storage(reference: Any) -> Storage:
 
 def read_legacy(path: str, file: BinaryIO, size: int) -> tuple[Any, TensorMaker]:
     """What the fourth pickle of a file describes, and what makes its tensors."""
+    import torch
+
     span = Span(file, 0, size)
     magic, version, system = (read_pickle(span, path, None, size) for _ in range(3))
     if magic != LEGACY_MAGIC or version != LEGACY_PROTOCOL or not isinstance(system, dict):
@@ -149,7 +138,7 @@ def read_legacy(path: str, file: BinaryIO, size: int) -> tuple[Any, TensorMaker]
             raise CheckpointError(f"{path} is damaged: the list of its storages does not fit its tensors.")
         content = file.read(8)
         count = struct.unpack("<q", content)[0] if len(content) == 8 else -1
-        length = count * ITEMSIZES.get(storages[key].dtype, 1)
+        length = count * getattr(torch, storages[key].dtype).itemsize
         start = file.tell()
         if count < 0 or start + length > size:
             raise CheckpointError(f"{path} is cut off or damaged: a storage goes on behind the file's end. Copy it again.")

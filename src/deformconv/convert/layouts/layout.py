@@ -47,10 +47,10 @@ class Layout(NamedTuple):
     others: Callable[[Place], str | None] = same_name  # None for what the library does not keep
     mask_scale: float | None = 1.0  # what multiplies the masks' sigmoid; None: layers compute what ours do
     boundaries: tuple[str, str] = ("zeros", "zeros")  # of v1 and of v2
-    dilated: bool | None = (
-        True  # whether the predictor's window is the layer's; else it is of the kernel's size around a pixel,
-    )
-    # without dilation; None if the layer has none either
+    biases: tuple[bool | None, bool | None] = (None, None)  # whether layers of v1 and of v2 have a bias; None: either
+    # Whether the predictor's window is the layer's; if not, it is as large as the kernel, around a pixel, without dilation.
+    # None if the layer has no dilation either.
+    dilated: bool | None = True
     guided: bool = False  # whether a layer may predict from another feature than it convolves
     pools: tuple[str, str] | None = None  # trunk and convention of its predicting RoI pooling
     grouped: bool = False  # whether the predictor has the layer's groups

@@ -6,15 +6,19 @@ from deformconv.convert.layouts.layout import Layout
 
 __all__ = ["BASICSR", "DCNV2", "DEFORMCONV", "DETECTRON2", "MMCV", "MMDET1", "TORCHVISION"]
 
-MMCV = Layout("mmcv", "mmcv and mmdetection from 2.0 on", pools=("separate", "aligned"))
+_NEVER_IN_V1 = (False, None)
 
-MMDET1 = Layout("mmdet1", "mmdetection 1", predictor="{layer}_offset.{parameter}", pools=("separate", "rounded"))
+MMCV = Layout("mmcv", "mmcv and mmdetection from 2.0 on", biases=_NEVER_IN_V1, pools=("separate", "aligned"))
 
-DETECTRON2 = Layout("detectron2", "detectron2", predictor="{layer}_offset.{parameter}")
+MMDET1 = Layout(
+    "mmdet1", "mmdetection 1", predictor="{layer}_offset.{parameter}", biases=_NEVER_IN_V1, pools=("separate", "rounded")
+)
+
+DETECTRON2 = Layout("detectron2", "detectron2", predictor="{layer}_offset.{parameter}", biases=_NEVER_IN_V1)
 
 DCNV2 = Layout(
     "dcnv2", "CharlesShang's DCNv2 and CenterNet",
-    predictor="{layer}.conv_offset_mask.{parameter}", dilated=None, pools=("shared", "rounded"),
+    predictor="{layer}.conv_offset_mask.{parameter}", biases=(None, True), dilated=None, pools=("shared", "rounded"),
 )  # fmt: skip
 
 BASICSR = Layout("basicsr", "BasicSR", guided=True)
