@@ -1,9 +1,9 @@
 """Deformable convolution for Python, with no compiler and no CUDA toolkit.
 
-`deform_conv`, `deform_roi_pool` and `deform_attention` take NumPy arrays and PyTorch tensors; `deformconv.torch` and `deformconv.gluon` have the
-layers, `deformconv.vision` what makes a net that you have deformable, `deformconv.convert` what takes weights and layers from
-elsewhere, `deformconv.plots` what shows where a net looks, of which `look` makes a page. These rooms, frameworks and compiled
-kernels are loaded on first use.
+`deform_conv`, `deform_roi_pool` and `deform_attention` take NumPy arrays and PyTorch tensors; `deformconv.torch` and
+`deformconv.gluon` have the layers, `deformconv.vision` what makes a net that you have deformable, `deformconv.convert` what
+takes weights and layers from elsewhere, `deformconv.plots` what shows where a net looks, of which `look` makes a page. These
+rooms, frameworks and compiled kernels are loaded on first use.
 """
 
 from __future__ import annotations

@@ -130,6 +130,7 @@ NOTHING_IS_KEPT = (
 
 class TestWarmup:
     def test_options_reach_the_kernels(self, monkeypatch, capsys):
+        from deformconv.ops.attention import cpu as attention_cpu
         from deformconv.ops.conv import cpu
         from deformconv.ops.roi_pool import cpu as roi_pool_cpu
 
@@ -141,9 +142,14 @@ class TestWarmup:
 
         monkeypatch.setattr(cpu, "warmup", compile_all)
         monkeypatch.setattr(roi_pool_cpu, "warmup", lambda dtypes, notify: calls.append(list(dtypes)))
+        monkeypatch.setattr(attention_cpu, "warmup", lambda dtypes, notify: calls.append(("attention", list(dtypes))))
         main(["warmup"])
         main(["warmup", "--dtype", "all", "--rank", "3", "--rank", "1", "--rois"])
-        assert calls == [(["float32"], [1, 2, 3]), (["float32", "float64"], [3, 1]), ["float32", "float64"]]
+        main(["warmup", "--rank", "2", "--attention"])
+        assert calls == [
+            (["float32"], [1, 2, 3]), (["float32", "float64"], [3, 1]), ["float32", "float64"], (["float32"], [2]),
+            ("attention", ["float32"]),
+        ]  # fmt: skip
         assert "this and that ...\n" in capsys.readouterr().out
 
     def test_what_cannot_be_kept_ends_with_1(self, monkeypatch, capsys):

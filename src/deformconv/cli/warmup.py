@@ -18,9 +18,12 @@ __all__ = ["run", "run_on_gpus"]
 
 EACH_DTYPE, EACH_RANK = 2, 6  # kernels: one that no rank matters to; three others; and for each what runs it on a team
 EACH_ROIS = 6  # three of RoI pooling; and for each what runs it on a team
+EACH_ATTENTION = 4  # two of attention; and for each what runs it on a team
 
 
-def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None, rois: bool = False) -> int:
+def run(
+    dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None, rois: bool = False, attention: bool = False
+) -> int:
     """Compile for the CPU, say what was done, and return the exit code.
 
     `cpu_name` is the processor that it is for, if not the one that DEFORMCONV_CPU says.
@@ -32,6 +35,7 @@ def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None
         os.environ["DEFORMCONV_CPU"] = cpu_name
     os.environ.pop("DEFORMCONV_REQUIRE_CACHE", None)  # an image may set it for all that comes after this
     try:
+        from deformconv.ops.attention import cpu as attention_cpu
         from deformconv.ops.conv import cpu
         from deformconv.ops.roi_pool import cpu as roi_cpu
         from deformconv.runtime import cache, target
@@ -47,12 +51,14 @@ def run(dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None
     folder, before, started = cache.cache_folder(), len(cache.cached_files()), time.perf_counter()
     if folder is None and not before:
         return _nothing_is_kept()
-    kernels = len(dtypes) * (EACH_DTYPE + EACH_RANK * len(ranks) + EACH_ROIS * rois)
+    kernels = len(dtypes) * (EACH_DTYPE + EACH_RANK * len(ranks) + EACH_ROIS * rois + EACH_ATTENTION * attention)
     with progress(kernels) as is_shown, _counted() as compiled:
         notify = None if is_shown else lambda line: click.echo(f"{line} ...")
         cpu.warmup(dtypes, ranks, notify=notify)
         if rois:
             roi_cpu.warmup(dtypes, notify=notify)
+        if attention:
+            attention_cpu.warmup(dtypes, notify=notify)
     seconds, files = time.perf_counter() - started, cache.cached_files()
     if not files or (folder is None and compiled):
         return _nothing_is_kept()

@@ -144,7 +144,7 @@ def positions_along(size: int, kernel: int, stride: int, padding: tuple[int, int
 
 def n_of(number: int, noun: str) -> str:
     """A number and its noun, as in "1 axis" or "2 axes"."""
-    plural = {"axis": "axes", "entry": "entries"}.get(noun, noun + "s")
+    plural = {"axis": "axes", "entry": "entries", "query": "queries"}.get(noun, noun + "s")
     return f"{number} {noun if number == 1 else plural}"
 
 

@@ -27,9 +27,13 @@ SYNONYMS = (
     ("gamma", "trans_std"),
     ("convention", "aligned"),
     ("hidden", "deform_fc_channels"),
+    ("locations", "sampling_locations"),
+    ("weights", "attention_weights"),
+    ("spatial_shapes", "value_spatial_shapes", "spatial_shapes_list"),
 )
 # What has no counterpart, and why none is needed.
 NEEDLESS = {
+    "level_start_index": "leave it out, `spatial_shapes` says it",
     "im2col_step": "leave it out, a batch may have any size",
     "workspace": "leave it out, memory is taken as it is needed",
     "no_trans": "leave out `offset`",

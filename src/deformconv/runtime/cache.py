@@ -69,6 +69,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # Not "nnan" or "ninf": a kernel must see NaN and infinity. Not "arcp" or "afn": results would depend on the host.
 FAST_MATH = {"contract", "reassoc", "nsz"}
 
+_OPTIONS = {"roi_pool": "rois", "attention": "attention"}  # of `deformconv warmup`, by the folders of their kernels
+
 _AT_MARGIN = re.compile(r"^(?:from|import)\b[^\n(]*(?:\([^)]*\))?", re.MULTILINE)
 _ELSEWHERE = re.compile(r"(?:^[ \t]+|[:;][ \t]*)(?:from|import)[ \t]")
 
@@ -210,7 +212,8 @@ def _not_in_cache(kernel: Kind, codegen: Any) -> Exception:
     from deformconv.errors import BackendError  # here, so that no kernel depends on that file
 
     options = [f" --dtype {kernel.dtype}"] * (kernel.dtype is not None) + [f" --rank {kernel.rank}"] * (kernel.rank is not None)
-    options += [" --rois"] * kernel.name.startswith("roi_pool.") + [f" --cpu {LEVEL}"] * (LEVEL is not None)
+    options += [f" --{option}" for folder, option in _OPTIONS.items() if kernel.name.startswith(f"{folder}.")]
+    options += [f" --cpu {LEVEL}"] * (LEVEL is not None)
     others = [tag.rpartition(".")[0] for tag in processors()]
     others = [name for name in others if name != LEVEL and name in target.levels() and not target.lacks(name)]
     also = [

@@ -193,8 +193,10 @@ def warmup(dtypes: Iterable[str] = ("float32",), notify: Callable[[str], None] |
             if notify is not None:
                 notify(f"{dtype}, attention")
             shapes = (1, 1, 1, 1), (1, 1, 1, 1, 1, 2), (1, 1, 1, 1, 1)
-            given = [np.zeros(shape, dtype) for shape in shapes]
-            spec = attention_spec(*(Operand(shape, dtype) for shape in shapes), spatial_shapes=((1, 1),))
-            backward(spec, forward(spec, *given), *given, ("value", "locations", "weights"))
+            value, locations, weights = (np.zeros(shape, dtype) for shape in shapes)
+            operands = [Operand(shape, dtype) for shape in shapes]
+            spec = attention_spec(*operands, spatial_shapes=((1, 1),))
+            y = forward(spec, value, locations, weights)
+            backward(spec, y, value, locations, weights, ("value", "locations", "weights"))
             for kernel in (kernels.forward, kernels.backward):
                 compile_for_teams(kernel)

@@ -93,16 +93,15 @@ def table_in(shape, integers, reals):
 
 
 def _for_samples(builder, scalar, count, step):
-    """Emit `step(lanes, t)` for t < count: whole vectors of samples, then ever shorter ones."""
-    lanes, t = lanes_of(scalar), INT(0)
-    while lanes:
+    """Emit `step(lanes, t)` for t < count: whole vectors of samples, then a quarter of a vector or one at a time."""
+    whole, t = lanes_of(scalar), INT(0)
+    for lanes in sorted({whole, max(1, whole // 4), 1}, reverse=True):
 
         def body(do, t, _):
             step(do, t)
             return []
 
         (t,) = for_each(builder, t, count, lanes, [], partial(body, Lanes(builder, scalar, lanes)))
-        lanes //= 2
 
 
 @emits
@@ -454,7 +453,7 @@ def sum_products(work, start, weights, first, into):
 
 
 class BackwardArrays(NamedTuple):
-    """The arrays of a backward pass, all flat, as ForwardArrays; results that are not wanted are empty, the others overwritten."""
+    """The arrays of a backward pass, as ForwardArrays; results that are not wanted are empty, the others overwritten."""
 
     grad_output: Any
     source: Any
