@@ -17,6 +17,8 @@ __all__ = ["LinearPredictor", "Predictor", "check_dtype"]
 class Predictor(nn.Module):
     """The last layer before offsets and masks."""
 
+    is_slow = False  # whether `parameter_groups` gives it a smaller learning rate
+
     def reset_parameters(self) -> None:
         """Begin again with offsets 0 and masks halfway."""
         for parameter in self.parameters():

@@ -33,6 +33,8 @@ class _Predictor(LinearPredictor):
 class _SamplingOffsets(_Predictor):
     """A predictor whose bias begins as each head's direction, times the point's number: in pixels of every level alike."""
 
+    is_slow = True  # a tenth, in the paper too
+
     def __init__(self, embed_dim: int, heads: int, levels: int, points: int, device: Any, dtype: torch.dtype | None) -> None:
         super().__init__(embed_dim, heads * levels * points * 2, device, dtype)
         self.heads, self.levels, self.points = heads, levels, points
@@ -60,6 +62,21 @@ def _project(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with modes.without_autocast(input.device.type):
             return F.linear(*whole)
     return F.linear(input, weight, bias)
+
+
+def _locations(offsets: Tensor, reference_points: Tensor, levels: tuple[tuple[int, int], ...]) -> Tensor:
+    """Where points lie: offsets are pixels of a level from a point, or parts of a box from its centre. A call, as `_project`."""
+    if has_torch_function((offsets, reference_points)):
+        operands = (offsets, reference_points)
+        result: Tensor = handle_torch_function(_locations, operands, *operands, levels)
+        return result
+    centre = reference_points[:, :, None, :, None, :2]  # (N, Q, 1, levels, 1, 2)
+    with modes.untraced():
+        coordinates, points, sizes = reference_points.shape[-1], offsets.shape[-2], [pair[::-1] for pair in levels]
+        scale = torch.tensor(sizes, dtype=torch.float32, device=offsets.device)[:, None]
+    if coordinates == 4:
+        return centre + offsets * reference_points[:, :, None, :, None, 2:] * (0.5 / points)
+    return centre + offsets / scale
 
 
 class DeformAttention(nn.Module):
@@ -181,12 +198,7 @@ class DeformAttention(nn.Module):
         grid = (self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).unflatten(-1, (*grid, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1).unflatten(-1, grid[1:])
-        centre = reference_points[:, :, None, :, None, :2]  # (N, Q, 1, levels, 1, 2)
-        if reference_points.shape[-1] == 4:
-            scale = reference_points[:, :, None, :, None, 2:] * (0.5 / self.num_points)
-            return centre + offsets * scale, weights
-        sizes = torch.tensor([(width, height) for height, width in levels], dtype=torch.float32, device=offsets.device)
-        return centre + offsets / sizes[:, None], weights
+        return _locations(offsets, reference_points, levels), weights
 
     def _check(self, query: Any, value: Any, padding_mask: Any) -> None:
         """Say what is wrong with the values; where shapes are being traced there is nothing to compare."""
