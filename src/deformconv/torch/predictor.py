@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from deformconv.torch import modes
 from deformconv.torch.tensors import dtype_name
 
-__all__ = ["LinearPredictor", "Predictor", "check_dtype"]
+__all__ = ["VectorPredictor", "Predictor", "check_dtype"]
 
 
 class Predictor(nn.Module):
@@ -25,8 +25,8 @@ class Predictor(nn.Module):
             nn.init.zeros_(parameter)
 
 
-class LinearPredictor(Predictor):
-    """An nn.Linear of zeros which is none, as `conv.modules.OffsetPredictor` is no nn.ConvNd."""
+class VectorPredictor(Predictor):
+    """An nn.Linear of zeros which is none, nor named so, as `conv.modules.OffsetPredictor` is no nn.ConvNd."""
 
     def __init__(self, in_features: int, out_features: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()

@@ -17,13 +17,13 @@ from deformconv.ops.window import count, n_of
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes
 from deformconv.torch.attention.functional import deform_attention
-from deformconv.torch.predictor import LinearPredictor, check_dtype
+from deformconv.torch.predictor import VectorPredictor, check_dtype
 from deformconv.torch.tensors import HALF, dtype_name
 
 __all__ = ["DeformAttention"]
 
 
-class _Predictor(LinearPredictor):
+class _Predictor(VectorPredictor):
     """A predictor that computes in float32 where the net is in half precision, as `conv.modules.OffsetPredictor` does."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _project(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _locations(offsets: Tensor, reference_points: Tensor, levels: tuple[tuple[int, int], ...]) -> Tensor:
-    """Where points lie: offsets are pixels of a level from a point, or parts of a box from its centre. A call, as `_project`."""
+    """Where points lie: offsets are pixels of a level, or parts of a box. A call to tracers, as `_project` is."""
     if has_torch_function((offsets, reference_points)):
         operands = (offsets, reference_points)
         result: Tensor = handle_torch_function(_locations, operands, *operands, levels)
@@ -84,7 +84,7 @@ class DeformAttention(nn.Module):
 
     Deformable DETR's MSDeformAttn. The points' offsets and weights are predicted from the query; `deform_attention` computes
     the sums. Parameters have the names and shapes of the authors' module, of transformers' and of mmcv's, so that their
-    state_dicts load. A head of a fresh layer looks along one direction, 1, 2, ... pixels far, and weighs all points alike.
+    state_dicts load. A head of a fresh layer looks along one direction, 1, 2, ... pixels far, and weighs points alike.
 
     Args:
         embed_dim: channels of queries, values and the output (d_model of the authors' and transformers', embed_dims of mmcv's).

@@ -16,7 +16,7 @@ from deformconv.ops.window import count, integers
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes
 from deformconv.torch.loading import Loading, Sentence
-from deformconv.torch.predictor import LinearPredictor, check_dtype
+from deformconv.torch.predictor import VectorPredictor, check_dtype
 from deformconv.torch.roi_pool.functional import deform_roi_pool, joined
 
 __all__ = ["DeformRoIPool"]
@@ -165,4 +165,4 @@ def _trunk(inputs: int, hidden: int, layers: int, outputs: int) -> nn.Sequential
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
         modules += [linear, nn.ReLU()]
-    return nn.Sequential(*modules, LinearPredictor(hidden, outputs))
+    return nn.Sequential(*modules, VectorPredictor(hidden, outputs))
