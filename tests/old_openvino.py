@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import openvino
 import pytest
@@ -13,8 +14,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends; the operators are those of the installed version, which may itself be as old."""
     if not hasattr(openvino, "opset8"):
         return
-    runtime = ModuleType("openvino.runtime")
-    runtime.opset8 = openvino.opset8
+    runtime: Any = ModuleType("openvino.runtime")
     monkeypatch.setitem(sys.modules, "openvino.runtime", runtime)
-    monkeypatch.setitem(sys.modules, "openvino.opset8", None)
-    monkeypatch.delattr(openvino, "opset8")
+    for name in ("opset8", "opset9"):
+        setattr(runtime, name, getattr(openvino, name))
+        monkeypatch.setitem(sys.modules, f"openvino.{name}", None)
+        monkeypatch.delattr(openvino, name)

@@ -248,8 +248,8 @@ def test_import_loads_what_a_call_needs_at_the_first_call():
 def test_the_torch_room_loads_what_a_call_needs_at_the_first_call():
     pytest.importorskip("torch")
     lazy = (
-        "functional", "numpy.run", "runtime.openmp", "torch.attention.functional", "torch.roi_pool.functional",
-        "torch.roi_pool.modules",
+        "functional", "numpy.run", "runtime.openmp", "torch.attention.functional", "torch.attention.modules",
+        "torch.roi_pool.functional", "torch.roi_pool.modules",
     )  # fmt: skip
     code = (
         f"import sys, deformconv.torch; print([m for m in {lazy} if f'deformconv.{{m}}' in sys.modules]);"

@@ -55,7 +55,7 @@ def _given(case: RoiCase, to: Any, device: str) -> Given:
 
 def _operator(peer: Any, case: RoiCase, tensors: Given) -> Callable[..., Any]:
     boxes = tensors["boxes"]
-    peer.boxes = boxes.to(tensors["input"].dtype) if isinstance(peer, Theirs) else boxes  # which wants one dtype
+    peer.others = {"boxes": boxes.to(tensors["input"].dtype) if isinstance(peer, Theirs) else boxes}  # which wants one dtype
     found: Callable[..., Any] = peer.operator(case)
     return found
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from deformconv.bench.cases import Case, case_of, make
 
-__all__ = ["DIRECTIONS", "PEERS", "RECORDED", "Peer", "TorchPeer", "Truth", "embedded", "missing"]
+__all__ = ["DIRECTIONS", "PEERS", "RECORDED", "OperatorPeer", "Peer", "TorchPeer", "Truth", "embedded", "missing"]
 
 DIRECTIONS = ("forward", "forward+backward")
 RECORDED = "forward, gradient recorded"
@@ -156,6 +156,34 @@ class TorchPeer(Peer):
             gradients = {name: None if tensor is None else tensor.grad for name, tensor in self.tensors.items()}
             found |= {name: tensor.numpy() for name, tensor in gradients.items() if tensor is not None}
         return _unembedded(self.asked, found) if self.embeds(self.asked) else found
+
+
+class OperatorPeer(TorchPeer):
+    """A library that runs another operator than convolution on PyTorch's tensors."""
+
+    given: ClassVar[tuple[str, ...]]  # what has a gradient
+    dtype: ClassVar[str] = "float32"
+
+    @classmethod
+    def reason_against(cls, case: Any, direction: str) -> str | None:
+        return None
+
+    @classmethod
+    def embeds(cls, case: Any) -> bool:
+        return False
+
+    @staticmethod
+    @abstractmethod
+    def arrays(case: Any) -> Arrays:
+        """The operator's arrays and `grad_output`, in float32."""
+
+    def prepare(self, case: Any) -> None:
+        self.asked = self.case = case
+        tensors = {name: self.torch.from_numpy(array.astype(self.dtype)) for name, array in self.arrays(case).items()}
+        self.grad_output = tensors.pop("grad_output")
+        self.tensors = {name: tensors.pop(name) for name in self.given}
+        self.others = tensors
+        self.operate = self.operator(case)
 
 
 class Deformconv(TorchPeer):

@@ -1,4 +1,4 @@
-"""What else is worth measuring: whole nets, pooling of boxes, kinds of offsets, small calls, scaling, memory, the first call.
+"""What else is worth measuring: whole nets, other operators, kinds of offsets, small calls, scaling, memory, the first call.
 
 Every report measures rows, which JSON keeps, and makes Markdown of rows alone.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import product
 from statistics import geometric_mean
 from typing import Any, NamedTuple
@@ -17,14 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deformconv.bench import startup
+from deformconv.bench.attention import ATTENTION_CASES, ATTENTION_PEERS, TINY, attention_case_of
 from deformconv.bench.cases import Case, case_of, make, named
 from deformconv.bench.figures import OURS, Row, digits, layer, markdown, ratio
-from deformconv.bench.measure import Entry, Failure, Pace, Progress, compare, processes
+from deformconv.bench.measure import Entry, Failure, Pace, Progress, compare, peer_of, processes
 from deformconv.bench.nets import NET_PEERS, NETS, Net, TruthNet, net_of
-from deformconv.bench.peers import DIRECTIONS, PEERS, RECORDED, Truth, missing
-from deformconv.bench.rois import ROI_CASES, ROI_PEERS, DeformconvRoi, TruthRoi, roi_case_of
+from deformconv.bench.peers import DIRECTIONS, PEERS, RECORDED, Peer, Truth, missing
+from deformconv.bench.rois import ROI_CASES, ROI_PEERS, roi_case_of
 
-__all__ = ["REPORTS", "NetMean", "Plan", "Report", "net_means", "slope"]
+__all__ = ["REPORTS", "THEIRS", "NetMean", "Plan", "Report", "net_means", "slope"]
 
 Rows = list[dict[str, Any]]
 MEGABYTE = 2**20
@@ -139,47 +141,80 @@ def write_nets(rows: Sequence[Row]) -> str:
     return "\n\n".join(part for part in [*parts, markdown(means_head, means, 2) if means else ""] if part)
 
 
-# Boxes
+# Other operators than convolution
+
+THEIRS = {"torchvision": "torchvision's roi_align", "transformers": "transformers, eager"}
 
 
 def rois(plan: Plan, progress: Progress) -> Rows:
     """Deformable RoI pooling beside RoI align; and with one thread beside two."""
     cases = ROI_CASES[:1] if plan.quick else ROI_CASES
-    peers = [peer for name, peer in ROI_PEERS.items() if name.removesuffix("-roi") in plan.libraries]
-    names = [peer.name for peer in peers if not missing(peer.packages)]
-    rows = []
-    progress.begin((len(cases) + 1) * len(plan.directions))
-    with processes([TruthRoi.name, *names], plan.threads) as (truth, *others):
-        for case, direction in product(cases, plan.directions):
-            progress.step(f"rois, {case.name}, {direction}")
-            entries = {process.library.removesuffix("-roi"): Entry(process, case) for process in others}
-            rows.append(
-                {"rois": case._asdict(), "direction": direction, "results": compare(entries, direction, truth, plan.pace)}
-            )
-    alone, paired = processes([DeformconvRoi.name], 1), processes([DeformconvRoi.name], 2)
-    with processes([TruthRoi.name], plan.threads) as (truth,), alone as (one,), paired as (two,):
-        for direction in plan.directions:
-            progress.step(f"rois, threads, {direction}")
-            entries = {"1": Entry(one, cases[0]), "2": Entry(two, cases[0])}
-            results = compare(entries, direction, truth, plan.pace)
-            rows.append({"rois": cases[0]._asdict(), "direction": direction, "results": results})
+    return _operator("rois", "roi", cases, _chosen(ROI_PEERS, plan), plan, progress)
+
+
+def attention(plan: Plan, progress: Progress) -> Rows:
+    """Multi-scale deformable attention beside transformers'; with one thread beside two; and what training takes of memory."""
+    cases, peers = ATTENTION_CASES[:1] if plan.quick else ATTENTION_CASES, _chosen(ATTENTION_PEERS, plan)
+    rows = _operator("attention", "attention", cases, peers, plan, progress, len(cases) * len(peers))
+    for case in cases:
+        results = {}
+        for label, name in peers.items():
+            progress.step(f"attention, {case.name}, memory, {label}")
+            with processes([name], plan.threads) as (process,):
+                results[label] = _peak(process, TINY, case, DIRECTIONS[-1])
+        rows.append({"attention": case._asdict(), "direction": DIRECTIONS[-1], "results": results})
     return rows
 
 
-def write_rois(rows: Sequence[Row]) -> str:
-    beside, threads = [], []
+def _chosen(peers: Mapping[str, type[Peer]], plan: Plan) -> dict[str, str]:
+    """The names of an operator's peers by their library's; a library that has no convolution is always among them."""
+    labels = {name.rpartition("-")[0]: name for name, peer in peers.items() if not missing(peer.packages)}
+    return {label: name for label, name in labels.items() if label in plan.libraries or label not in (*PEERS, "truth")}
+
+
+def _operator(
+    word: str, kind: str, cases: Sequence[Any], peers: Mapping[str, str], plan: Plan, progress: Progress, more: int = 0
+) -> Rows:
+    """Each case in each direction beside other libraries, and the first case with one thread beside two."""
+    truths, ours, rows = [f"truth-{kind}"], [f"deformconv-{kind}"], []
+    progress.begin((len(cases) + 1) * len(plan.directions) + more)
+    with processes([*truths, *peers.values()], plan.threads) as (truth, *others):
+        for case, direction in product(cases, plan.directions):
+            progress.step(f"{word}, {case.name}, {direction}")
+            entries = {label: Entry(process, case) for label, process in zip(peers, others, strict=True)}
+            results = compare(entries, direction, truth, plan.pace)
+            rows.append({word: case._asdict(), "direction": direction, "results": results})
+    with processes(truths, plan.threads) as (truth,), processes(ours, 1) as (one,), processes(ours, 2) as (two,):
+        for direction in plan.directions:
+            progress.step(f"{word}, threads, {direction}")
+            entries = {"1": Entry(one, cases[0]), "2": Entry(two, cases[0])}
+            results = compare(entries, direction, truth, plan.pace)
+            rows.append({word: cases[0]._asdict(), "direction": direction, "results": results})
+    return rows
+
+
+def write_operator(word: str, read: Callable[[dict[str, Any]], Any], other: str, rows: Sequence[Row]) -> str:
+    """The tables of an operator, of which one other library is measured as well."""
+    beside, threads, peaks = [], [], []
     for row in rows:
-        case = roi_case_of(row["rois"])
+        case, names = read(row[word]), ("deformconv", other)
         if "1" in row["results"]:
             one, two = _value(row, "1"), _value(row, "2")
             threads.append([case.name, row["direction"], _cell(row, "1"), _cell(row, "2"), _over(one, two)])
-            continue
-        ours, theirs = _value(row, "deformconv"), _value(row, "torchvision")
-        cells = [_cell(row, name) for name in ("deformconv", "torchvision")]
-        beside.append([case.name, case.what, row["direction"], *cells, _over(theirs, ours)])
-    head = ["case", "what", "direction", "deformconv", "torchvision's roi_align", "torchvision / ours"]
+        elif any("bytes" in result for result in row["results"].values()):
+            ours, theirs = (row["results"].get(name, {}).get("bytes") for name in names)
+            cells = ["-" if size is None else digits(size / MEGABYTE) for size in (ours, theirs)]
+            peaks.append([case.name, case.what, *cells, _over(ours, theirs)])
+        else:
+            ours, theirs = (_value(row, name) for name in names)
+            beside.append([case.name, case.what, row["direction"], *(_cell(row, name) for name in names), _over(theirs, ours)])
+    head = ["case", "what", "direction", "deformconv", THEIRS[other], f"{other} / ours"]
     threads_head = ["case", "direction", "1 thread, ms", "2 threads, ms", "faster"]
-    return "\n\n".join([markdown(head, beside, 3), markdown(threads_head, threads, 2)])
+    parts = [markdown(head, beside, 3), markdown(threads_head, threads, 2)]
+    if peaks:
+        peaks_head = ["case", "what", "deformconv", THEIRS[other], f"ours / {other}"]
+        parts += ["Peak extra memory of forward and backward, in MiB", markdown(peaks_head, peaks, 2)]
+    return "\n\n".join(parts)
 
 
 # Offsets of three kinds
@@ -353,18 +388,19 @@ def memory(plan: Plan, progress: Progress) -> Rows:
         for library in libraries:
             progress.step(f"memory, {case.name}, {library}")
             with processes([library], plan.threads) as (process,):
-                results[library] = _peak(process, case, direction)
+                results[library] = _peak(process, named("c128-28")._replace(size=(7, 7)), case, direction)
         rows.append(_row(case, direction, results) | {"must exist": exist})
     return rows
 
 
-def _peak(process: Any, case: Case, direction: str) -> dict[str, Any]:
-    reason = PEERS[process.library].reason_against(case, direction)
+def _peak(process: Any, small: Any, case: Any, direction: str) -> dict[str, Any]:
+    """The bytes of one call, after calls of a small case."""
+    reason = peer_of(process.library).reason_against(case, direction)
     if reason:
         return {"reason": reason}
     try:
         # Code that is loaded at the first call is no part of what later calls need.
-        process.ask("prepare", case=named("c128-28")._replace(size=(7, 7))._asdict())
+        process.ask("prepare", case=small._asdict())
         process.ask("time", direction=direction, calls=2)
         process.ask("prepare", case=case._asdict())
         return {"bytes": process.ask("peak", direction=direction)}
@@ -398,7 +434,12 @@ def start(plan: Plan, progress: Progress) -> Rows:
 
 REPORTS = {
     "net": Report("Whole nets, milliseconds", nets, write_nets),
-    "rois": Report("Pooling of boxes, milliseconds", rois, write_rois),
+    "rois": Report("Pooling of boxes, milliseconds", rois, partial(write_operator, "rois", roi_case_of, "torchvision")),
+    "attention": Report(
+        "Multi-scale deformable attention, milliseconds",
+        attention,
+        partial(write_operator, "attention", attention_case_of, "transformers"),
+    ),
     "offsets": Report("Offsets of three kinds", offsets, write_offsets),
     "small": Report("Small calls, all five tensors", small, write_small),
     "scaling": Report("Scaling", scaling, write_scaling),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from deformconv.bench.peers import Arrays, TorchPeer
+from deformconv.bench.peers import Arrays, OperatorPeer
 
 __all__ = ["ROI_CASES", "ROI_PEERS", "RoiCase", "roi_arrays", "roi_case_of"]
 
@@ -29,7 +29,9 @@ class RoiCase(NamedTuple):
     def what(self) -> str:
         """The case in words."""
         maps = "x".join(map(str, (self.batch, self.channels, *self.size)))
-        return f"{self.boxes} boxes on {maps}, {self.bins}x{self.bins} bins of {self.sampling}x{self.sampling} samples"
+        return (
+            f"{self.others['boxes']} boxes on {maps}, {self.bins}x{self.bins} bins of {self.sampling}x{self.sampling} samples"
+        )
 
     @property
     def tolerance(self) -> float:
@@ -69,30 +71,11 @@ def roi_arrays(case: RoiCase) -> Arrays:
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-class _RoiPeer(TorchPeer):
+class _RoiPeer(OperatorPeer):
     """A library that pools boxes of PyTorch's tensors."""
 
-    given: ClassVar[tuple[str, ...]] = ("input", "offset", "mask")  # what has a gradient
-    dtype: ClassVar[str] = "float32"
-
-    @classmethod
-    def reason_against(cls, case: Any, direction: str) -> str | None:
-        return None
-
-    @classmethod
-    def embeds(cls, case: Any) -> bool:
-        return False
-
-    @staticmethod
-    def read(fields: dict[str, Any]) -> RoiCase:
-        return roi_case_of(fields)
-
-    def prepare(self, case: Any) -> None:
-        self.asked = self.case = case
-        tensors = {name: self.torch.from_numpy(array.astype(self.dtype)) for name, array in roi_arrays(case).items()}
-        self.grad_output, self.boxes = tensors.pop("grad_output"), tensors.pop("boxes")
-        self.tensors = {name: tensors[name] for name in self.given}
-        self.operate = self.operator(case)
+    given = ("input", "offset", "mask")
+    read, arrays = staticmethod(roi_case_of), staticmethod(roi_arrays)
 
 
 class DeformconvRoi(_RoiPeer):
@@ -111,7 +94,7 @@ class DeformconvRoi(_RoiPeer):
 
         def call(input: Any, offset: Any, mask: Any) -> Any:
             return deform_roi_pool(
-                input, self.boxes, offset, mask, case.bins, 1 / case.stride, case.sampling,
+                input, self.others["boxes"], offset, mask, case.bins, 1 / case.stride, case.sampling,
                 convention="unaligned", backend=self.backend,
             )  # fmt: skip
 
@@ -136,7 +119,7 @@ class TorchvisionRoi(_RoiPeer):
     def operator(self, case: Any) -> Callable[..., Any]:
         from torchvision.ops import roi_align
 
-        return lambda input: roi_align(input, self.boxes, case.bins, 1 / case.stride, case.sampling, False)
+        return lambda input: roi_align(input, self.others["boxes"], case.bins, 1 / case.stride, case.sampling, False)
 
 
 ROI_PEERS: dict[str, type[_RoiPeer]] = {peer.name: peer for peer in (DeformconvRoi, TorchvisionRoi, TruthRoi)}

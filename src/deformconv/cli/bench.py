@@ -18,7 +18,7 @@ from deformconv.bench.cases import CASES, QUICK, Case
 from deformconv.bench.measure import Pace, Progress, speed
 from deformconv.bench.nets import NETS, QUICK_NETS, DeformconvNet
 from deformconv.bench.peers import DIRECTIONS, PEERS, missing
-from deformconv.bench.reports import REPORTS, Plan, Report
+from deformconv.bench.reports import REPORTS, THEIRS, Plan, Report
 from deformconv.files import whole_file
 from deformconv.installation import command
 
@@ -173,7 +173,8 @@ def _is_wrong(rows: Sequence[figures.Row]) -> bool:
     """Whether a result of ours was refused, or a cache was damaged."""
     for row in rows:
         # Labels that are no library's are results of ours: kinds of offsets, numbers of threads.
-        ours = [result for label, result in row.get("results", {}).items() if label == "deformconv" or label not in PEERS]
+        results = row.get("results", {}).items()
+        ours = [result for label, result in results if label == "deformconv" or label not in (*PEERS, *THEIRS)]
         sound = row.get("results agree", True) and row.get("cache is whole", True)
         if not sound or any("reason" in result for result in ours):
             return True

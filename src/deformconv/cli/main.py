@@ -322,6 +322,7 @@ def bench(**options: Any) -> int:
       net       whole nets, beside those of plain convolutions,
                 torchvision's and kornia's layers; also on a busy machine
       rois      pooling of boxes, beside torchvision's RoI align
+      attention multi-scale deformable attention, beside transformers'
       offsets   with offsets of three kinds
       small     what a call costs when there is little to compute
       scaling   time against work, and with 1 and 2 threads

@@ -1,4 +1,4 @@
-"""Rules by which OpenVINO reads this library's operator, and ONNX's node, as its own deformable convolution."""
+"""Rules by which OpenVINO reads this library's operators as its own, and ONNX's node as its own deformable convolution."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["openvino_extensions"]
 
 
 def openvino_extensions() -> list[Any]:
-    """Return what `openvino.convert_model` needs to know of deformable convolution, to be passed as its `extension`.
+    """Return what `openvino.convert_model` needs to know of deformable operators, to be passed as its `extension`.
 
     OpenVINO has the operator, but two of its readers lack a rule for it: that of ONNX files for DeformConv, and that of
     PyTorch's modules and exported programs for `deformconv::deform_conv`. With these rules each is read as OpenVINO's
     DeformableConvolution-8, over 1 and 2 spatial axes, with boundary="zeros". What is beyond that raises, in words of
-    OpenVINO's around ours.
+    OpenVINO's around ours. `deformconv::deform_attention` is read as a GridSample-9 for each level.
 
     The converted model needs neither this library nor the rules: `openvino.save_model` writes OpenVINO's own operators alone.
 
@@ -49,6 +49,8 @@ def openvino_extensions() -> list[Any]:
         onnx.ConversionExtension("DeformConv", _from_onnx),
         pytorch.ConversionExtension("deformconv::deform_conv", _from_torch),  # as torch.jit names it
         pytorch.ConversionExtension("deformconv.deform_conv.default", _from_torch),  # as torch.export does
+        pytorch.ConversionExtension("deformconv::deform_attention", _attention),
+        pytorch.ConversionExtension("deformconv.deform_attention.default", _attention),
     ]
 
 
@@ -137,9 +139,43 @@ def _as_2d(opset: Any, input: Any, offset: Any, weight: Any, mask: Any, window: 
     return input, offset, weight, mask, [[first, *rest] for first, rest in zip((1, 0, 0, 1), window, strict=True)]
 
 
+def _attention(node: Any) -> list[Any]:
+    """The rule for multi-scale deformable attention, whose levels are constants; half precision is computed in float32."""
+    opset, given = _opset(), node.get_input(0)
+    constant, (value, locations, weights) = opset.constant, map(node.get_input, range(3))
+    if any(tensor.get_element_type().get_type_name() in ("f16", "bf16") for tensor in (value, locations, weights)):
+        value, locations, weights = (opset.convert(tensor, "f32") for tensor in (value, locations, weights))
+
+    def size(tensor: Any, axis: int) -> Any:
+        return opset.gather(opset.shape_of(tensor), constant([axis]), constant(0))
+
+    def reshaped(tensor: Any, *sizes: Any) -> Any:
+        whole = [constant([each]) if isinstance(each, int) else each for each in sizes]
+        return opset.reshape(tensor, opset.concat(whole, 0), False)
+
+    channels, queries, points = size(value, 3), size(weights, 1), size(weights, 4)
+    values = opset.transpose(value, constant([0, 2, 3, 1]))  # (N, heads, d, L)
+    two, one = (opset.convert_like(constant(number), locations) for number in (2.0, 1.0))
+    grid = opset.subtract(opset.multiply(opset.transpose(locations, constant([3, 0, 2, 1, 4, 5])), two), one)
+    factors = opset.transpose(weights, constant([3, 0, 2, 1, 4]))  # (levels, N, heads, Q, points)
+    sizes = node.get_values_from_const_input(3)
+    start, total = 0, None
+    for level, (height, width) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
+        begin, start = start, start + height * width
+        pixels = opset.slice(values, constant([begin]), constant([start]), constant([1]), constant([3]))
+        places, shares = (opset.gather(each, constant(level), constant(0)) for each in (grid, factors))
+        pixels, places = reshaped(pixels, -1, channels, height, width), reshaped(places, -1, queries, points, 2)
+        rule = {"align_corners": False, "mode": "bilinear", "padding_mode": "zeros"}
+        samples = opset.grid_sample(pixels, places, rule)  # (N*heads, d, Q, points)
+        summed = opset.reduce_sum(opset.multiply(samples, reshaped(shares, -1, 1, queries, points)), constant([3]), False)
+        total = summed if total is None else opset.add(total, summed)
+    output = opset.transpose(reshaped(total, size(value, 0), -1, queries), constant([0, 2, 1]))  # (N, Q, heads*d)
+    return [opset.convert_like(output, given).output(0)]
+
+
 def _opset() -> Any:
     try:
-        from openvino import opset8
+        from openvino import opset9
     except ImportError:  # before OpenVINO 2025
-        from openvino.runtime import opset8
-    return opset8
+        from openvino.runtime import opset9
+    return opset9

@@ -20,10 +20,12 @@ from deformconv.torch.roi_pool import DEFORM_ROI_POOL  # noqa: F401
 
 if TYPE_CHECKING:
     from deformconv.torch.attention.functional import deform_attention
+    from deformconv.torch.attention.modules import DeformAttention
     from deformconv.torch.roi_pool.functional import deform_roi_pool
     from deformconv.torch.roi_pool.modules import DeformRoIPool
 
 __all__ = [
+    "DeformAttention",
     "DeformConv1d",
     "DeformConv2d",
     "DeformConv3d",
@@ -39,6 +41,7 @@ __all__ = [
 
 # Who imports this room for its convolution does not wait for these. Their operators are registered above, for saved programs.
 _WHERE = {
+    "DeformAttention": "attention.modules",
     "deform_attention": "attention.functional",
     "deform_roi_pool": "roi_pool.functional",
     "DeformRoIPool": "roi_pool.modules",

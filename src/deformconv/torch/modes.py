@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from deformconv.torch.tensors import PLAIN
 __all__ = [
     "Door", "active", "any_autocast", "autocast", "compiling", "deterministic", "door", "exporting", "exporting_program",
     "forward_mode", "is_special", "map_level",
-    "mapped", "on_device_of", "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
+    "mapped", "on_device_of", "refuse_script", "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
 ]  # fmt: skip
 
 # "memory": a backend reads the tensors' memory. "registered": PyTorch's dispatcher is called, and a compiler, tracer, mode or
@@ -67,6 +67,14 @@ def is_special(*tensors: Tensor | None) -> bool:
 def compiling() -> bool:
     """Whether torch.compile or torch.export reads this call."""
     return torch.compiler.is_compiling()
+
+
+def refuse_script(layer: Any) -> NoReturn:
+    """Say that torch.jit.script cannot compile a layer, and what can."""
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile a {type(layer).__name__}; expected torch.jit.trace(net, example_inputs) or "
+        "torch.export.export(net, example_inputs), which record the operator."
+    )
 
 
 def traced() -> bool:

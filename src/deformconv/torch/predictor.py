@@ -1,16 +1,53 @@
-"""What predictors of offsets and masks have in common: they begin as zeros."""
+"""What predictors of offsets and masks have in common: they begin as zeros, and want their layer's dtype."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
-__all__ = ["Predictor"]
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deformconv.torch import modes
+from deformconv.torch.tensors import dtype_name
+
+__all__ = ["VectorPredictor", "Predictor", "check_dtype"]
 
 
 class Predictor(nn.Module):
     """The last layer before offsets and masks."""
 
+    is_slow = False  # whether `parameter_groups` gives it a smaller learning rate
+
     def reset_parameters(self) -> None:
         """Begin again with offsets 0 and masks halfway."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+
+class VectorPredictor(Predictor):
+    """An nn.Linear of zeros which is none, nor named so, as `conv.modules.OffsetPredictor` is no nn.ConvNd."""
+
+    def __init__(self, in_features: int, out_features: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def check_dtype(layer: nn.Module, name: str, input: Any) -> None:
+    """Say in the operator's words what F.linear would say in its own."""
+    if modes.compiling() or modes.any_autocast():  # PyTorch's compiler of 2.4 does not read the next line
+        return
+    weight = next(layer.parameters(), None)
+    if isinstance(input, Tensor) and weight is not None and input.dtype is not weight.dtype:
+        raise TypeError(
+            f"`{name}` is {dtype_name(input.dtype)} and this layer's parameters are {dtype_name(weight.dtype)}; expected "
+            f"one dtype: cast `{name}`, or the layer by `layer.to({input.dtype})`."
+        )

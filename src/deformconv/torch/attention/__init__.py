@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from deformconv.ops.attention import operator
+from deformconv.torch.attention.export import EXPORT
 from deformconv.torch.registry import Registered
 
 __all__ = ["DEFORM_ATTENTION"]
 
-DEFORM_ATTENTION = Registered(operator.DEFORM_ATTENTION)
+DEFORM_ATTENTION = Registered(operator.DEFORM_ATTENTION, export=EXPORT)

@@ -371,7 +371,8 @@ def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) 
     """Split a model's parameters into groups for an optimizer, in which predictors of offsets train slower.
 
     Args:
-        model: any module; the predictors are the `offset_conv` of the deformable layers within.
+        model: any module; the predictors are the `offset_conv` of deformable convolutions within, and the `sampling_offsets`
+            of deformable attention.
         lr: the learning rate of all other parameters.
         offset_lr_scale: the predictors' learning rate is lr*offset_lr_scale.
 
@@ -387,18 +388,21 @@ def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) 
         >>> [round(group["lr"], 6) for group in optimizer.param_groups]
         [0.1, 0.01]
     """
-    predictors = {
-        id(parameter)
-        for layer in model.modules()
-        if isinstance(layer, _DeformConvNd) and layer.offset_conv is not None
-        for parameter in layer.offset_conv.parameters()
-    }
+    found = (_predictor_of_offsets(module) for module in model.modules())
+    predictors = {id(parameter) for predictor in found if predictor is not None for parameter in predictor.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if id(p) not in predictors], "lr": lr},
         {"params": [p for p in trained if id(p) in predictors], "lr": lr * offset_lr_scale},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _predictor_of_offsets(module: nn.Module) -> nn.Module | None:
+    """What a deformable convolution predicts its offsets by, or a module that trains as slowly itself."""
+    if isinstance(module, _DeformConvNd):
+        return module.offset_conv
+    return module if isinstance(module, Predictor) and module.is_slow else None
 
 
 def reset_predictors(model: nn.Module) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deformconv.errors import ShapeError
 from deformconv.ops.conv.layer import MASK_SCALE, positive
@@ -18,29 +16,12 @@ from deformconv.ops.window import count, integers
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes
 from deformconv.torch.loading import Loading, Sentence
-from deformconv.torch.predictor import Predictor
+from deformconv.torch.predictor import VectorPredictor, check_dtype
 from deformconv.torch.roi_pool.functional import deform_roi_pool, joined
-from deformconv.torch.tensors import dtype_name
 
 __all__ = ["DeformRoIPool"]
 
 TRUNKS = ("shared", "separate")
-
-
-class _Last(Predictor):
-    """The last layer of a predictor: an nn.Linear of zeros which is none, as `conv.modules.OffsetPredictor` is no nn.ConvNd."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class DeformRoIPool(Loading):
@@ -130,7 +111,7 @@ class DeformRoIPool(Loading):
     def predict(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The offsets (R, 2, PH, PW) and masks (R, 1, PH, PW) that the layer predicts; no masks in v1."""
         pooled = self._pool(input, joined(boxes, input), None, None).flatten(1)
-        self._check_dtype(input)
+        check_dtype(self, "input", input)
         if self.modulated and self.trunk == "shared":
             raw = self.offset_mask_fc(pooled).unflatten(1, (3, *self.output_size))
             offset, mask = raw[:, :2], raw[:, 2:]
@@ -138,17 +119,6 @@ class DeformRoIPool(Loading):
             offset = self.offset_fc(pooled).unflatten(1, (2, *self.output_size))
             mask = self.mask_fc(pooled).unflatten(1, (1, *self.output_size)) if self.modulated else None
         return offset, None if mask is None else self.mask_scale * mask.sigmoid()
-
-    def _check_dtype(self, input: Any) -> None:
-        """Say in the operator's words what F.linear would say in its own."""
-        if modes.compiling() or modes.any_autocast():  # PyTorch's compiler of 2.4 does not read the next line
-            return
-        weight = next(self.parameters(), None)
-        if isinstance(input, Tensor) and weight is not None and input.dtype is not weight.dtype:
-            raise TypeError(
-                f"`input` is {dtype_name(input.dtype)} and this layer's parameters are {dtype_name(weight.dtype)}; expected "
-                f"one dtype: cast `input`, or the layer by `layer.to({input.dtype})`."
-            )
 
     def _foreign(self, layer: str, unexpected: list[str], has_own: bool) -> Sentence | None:
         """What to build where the predictor in a state_dict has the other trunk."""
@@ -164,10 +134,7 @@ class DeformRoIPool(Loading):
 
     def __prepare_scriptable__(self) -> NoReturn:
         """torch.jit.script asks every module of a net for this before it compiles."""
-        raise NotImplementedError(
-            f"torch.jit.script cannot compile a {type(self).__name__}; expected torch.jit.trace(net, example_inputs) or "
-            "torch.export.export(net, example_inputs), which record the operator."
-        )
+        modes.refuse_script(self)
 
     def _pool(self, input: Any, boxes: Any, offset: Tensor | None, mask: Tensor | None) -> Tensor:
         is_known = isinstance(input, Tensor) and not modes.traced()  # else a shape is nothing to compare with
@@ -198,4 +165,4 @@ def _trunk(inputs: int, hidden: int, layers: int, outputs: int) -> nn.Sequential
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
         modules += [linear, nn.ReLU()]
-    return nn.Sequential(*modules, _Last(hidden, outputs))
+    return nn.Sequential(*modules, VectorPredictor(hidden, outputs))
