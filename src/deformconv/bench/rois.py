@@ -29,9 +29,7 @@ class RoiCase(NamedTuple):
     def what(self) -> str:
         """The case in words."""
         maps = "x".join(map(str, (self.batch, self.channels, *self.size)))
-        return (
-            f"{self.others['boxes']} boxes on {maps}, {self.bins}x{self.bins} bins of {self.sampling}x{self.sampling} samples"
-        )
+        return f"{self.boxes} boxes on {maps}, {self.bins}x{self.bins} bins of {self.sampling}x{self.sampling} samples"
 
     @property
     def tolerance(self) -> float:
