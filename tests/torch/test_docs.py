@@ -1,4 +1,4 @@
-"""docs/pytorch.md, docs/deploy.md, docs/detection.md and docs/attention.md: every program runs and prints what stands below it."""
+"""docs/pytorch.md, deploy.md, detection.md and attention.md: every program runs and prints what stands below it."""
 
 from __future__ import annotations
 
