@@ -331,3 +331,25 @@ def test_levels_that_are_wrong(levels: Any, error: type[Exception], text: str) -
     for given in ((value, locations, weights), (value.numpy(), locations.numpy(), weights.numpy())):
         with pytest.raises(error, match=text):
             deformconv.deform_attention(given[0], levels, *given[1:])
+
+
+def test_levels_without_numbers() -> None:
+    """A compiler reads them between two graphs; an exporter cannot."""
+    value, locations, weights = tensors()
+    levels, text = (
+        torch.tensor(SMALL.levels),
+        "`spatial_shapes` is a tensor without numbers.* pass `\\[\\(height, width\\), ...\\]`",
+    )
+    with pytest.raises(TypeError, match=text):
+        deform_attention(value, levels.to("meta"), locations, weights)
+
+    class Net(torch.nn.Module):
+        def forward(self, *operands: Any) -> Any:
+            return deform_attention(*operands)
+
+    with pytest.raises(TypeError, match=text):
+        torch.export.export(Net(), (value, levels, locations, weights), strict=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(Net(), backend="aot_eager")
+    assert torch.equal(compiled(value, levels, locations, weights), attend(value, locations, weights))
+    torch._dynamo.reset()

@@ -272,21 +272,47 @@ def scatter_samples(builder, scalar, d_value, start, row, table, first, end, unr
 @emits
 def multiply_samples(builder, scalar, value, start, row, table, first, end, grad, source, width):
     """Write the products of each corner's channels with grad[source + c] into the table."""
+    whole = lanes_of(scalar)
 
-    def step(t, _):
-        places = [place for place, _ in _corner_rows(builder, table, t, value, start, row, table.nothing)]
+    def samples(vectors):
+        def step(t, _):
+            places = [place for place, _ in _corner_rows(builder, table, t, value, start, row, table.nothing)]
 
-        def channels(do, channel, dots):
-            gradient = do.load(grad, builder.add(source, channel))
-            return [do.multiply_add(gradient, do.load(place, channel), dot) for place, dot in zip(places, dots, strict=True)]
+            def channels(do, channel, dots):
+                gradient = do.load(grad, builder.add(source, channel))
+                return [
+                    do.multiply_add(gradient, do.load(place, channel), dot) for place, dot in zip(places, dots, strict=True)
+                ]
 
-        zero = Lanes(builder, scalar, lanes_of(scalar)).zero
-        for corner, dot in enumerate(add_lanes(builder, for_channels(builder, scalar, width, [zero] * 4, channels))):
-            index = builder.add(builder.mul(INT(corner), table.tile), t)
-            builder.store(dot, element(builder, table.dots, index))
-        return []
+            do = Lanes(builder, scalar, whole)
+            dots = [do.zero] * 4
+            for vector in range(vectors):
+                dots = channels(do, INT(vector * whole), dots)
+            if not vectors:
+                dots = for_channels(builder, scalar, width, dots, channels)
+            for corner, dot in enumerate(add_lanes(builder, dots)):
+                index = builder.add(builder.mul(INT(corner), table.tile), t)
+                builder.store(dot, element(builder, table.dots, index))
+            return []
 
-    for_each(builder, first, end, 1, [], step)
+        for_each(builder, first, end, 1, [], step)
+
+    _for_usual_widths(builder, whole, width, samples)
+
+
+def _for_usual_widths(builder, whole, width, body):
+    """Emit `body(vectors)` for widths of one, two and four vectors, without a loop over them, and `body(0)` for all others."""
+    done = builder.append_basic_block("done")
+    for vectors in (1, 2, 4):
+        usual, other = builder.append_basic_block("usual"), builder.append_basic_block("other")
+        builder.cbranch(builder.icmp_signed("==", width, INT(vectors * whole)), usual, other)
+        builder.position_at_end(usual)
+        body(vectors)
+        builder.branch(done)
+        builder.position_at_end(other)
+    body(0)
+    builder.branch(done)
+    builder.position_at_end(done)
 
 
 @emits

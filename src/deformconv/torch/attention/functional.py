@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from deformconv.ops.attention.spec import Gradients, level_sizes
@@ -33,7 +34,8 @@ def deform_attention(
     Args:
         value: shape (N, L, heads, d), the pixels of all levels, row by row, one level after the other.
         spatial_shapes: the levels' sizes (height, width): a sequence of pairs, or an integer tensor (levels, 2), whose numbers
-            are read, for which a GPU is waited for. The sum of the products is L.
+            are read, for which a GPU is waited for, and of which torch.export knows none: pass pairs there. The sum of the
+            products is L.
         locations: shape (N, Q, heads, levels, points, 2), x before y, from 0 at a level's left and upper edge to 1 at its
             right and lower one: x is column x * width - 0.5.
         weights: shape (N, Q, heads, levels, points), the factor of each point; a softmax over levels and points, as a rule.
@@ -73,7 +75,7 @@ def deform_attention(
             deform_attention, operands, value, spatial_shapes, locations, weights, backend=backend
         )
         return result
-    return calls.call(DEFORM_ATTENTION, None, backend, (level_sizes(spatial_shapes),), operands)
+    return calls.call(DEFORM_ATTENTION, None, backend, (_sizes(spatial_shapes),), operands)
 
 
 def deform_attention_backward(
@@ -87,6 +89,16 @@ def deform_attention_backward(
     wanted: Collection[str] | None = None,
 ) -> Gradients:
     """`deformconv.deform_attention_backward` on tensors; its result has a gradient if a tensor requires one."""
-    parameters, operands = (level_sizes(spatial_shapes),), (value, locations, weights)
+    parameters, operands = (_sizes(spatial_shapes),), (value, locations, weights)
     found: Gradients = calls.backward(DEFORM_ATTENTION, backend, parameters, grad_output, operands, wanted)
     return found
+
+
+def _sizes(spatial_shapes: Any) -> tuple[tuple[int, int], ...]:
+    """The levels' sizes; a tensor must have numbers."""
+    if isinstance(spatial_shapes, Tensor) and (spatial_shapes.is_meta or isinstance(spatial_shapes, FakeTensor)):
+        raise TypeError(
+            "`spatial_shapes` is a tensor without numbers, as on meta and in torch.export; expected a pair of integers for "
+            "each level: pass `[(height, width), ...]`."
+        )
+    return level_sizes(spatial_shapes)
