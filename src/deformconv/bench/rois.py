@@ -72,7 +72,7 @@ def roi_arrays(case: RoiCase) -> Arrays:
 class _RoiPeer(OperatorPeer):
     """A library that pools boxes of PyTorch's tensors."""
 
-    given = ("input", "offset", "mask")
+    given: ClassVar[tuple[str, ...]] = ("input", "offset", "mask")
     read, arrays = staticmethod(roi_case_of), staticmethod(roi_arrays)
 
 
