@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -84,17 +86,35 @@ def test_a_wrong_result_of_theirs_is_not_ours() -> None:
     assert bench._is_wrong(rows(refused, made_up.result(1.0)))
 
 
-@pytest.mark.slow
+class Fake(made_up.Fake):
+    """Whose calls take memory."""
+
+    def ask(self, do: str, **request: Any) -> Any:
+        return 2**20 if do == "peak" else super().ask(do, **request)
+
+
 def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(reports, "ATTENTION_CASES", (TINY,))
+    begun = []
+
+    @contextmanager
+    def processes(libraries: Sequence[str], threads: int) -> Iterator[list[Fake]]:
+        begun.append((list(libraries), threads))
+        yield [Fake(library, made_up.RIGHT) for library in libraries]
+
+    monkeypatch.setattr(reports, "processes", processes)
     progress = made_up.Counting()
-    rows = REPORTS["attention"].measure(Plan([], ["deformconv"], DIRECTIONS, 2, Pace(1, 1e-3)), progress)
-    assert len(progress.steps) == progress.expected == 6
-    assert [list(row["results"]) for row in rows] == [
-        *[["deformconv", "transformers"]] * 2, *[["1", "2"]] * 2, ["deformconv", "transformers"],
+    plan = Plan([], ["deformconv", "torchvision"], DIRECTIONS, 4, Pace(1, 1e-3))
+    rows = REPORTS["attention"].measure(plan, progress)
+    assert len(progress.steps) == progress.expected == 10
+    both = ["deformconv", "transformers"]
+    assert [list(row["results"]) for row in rows] == [both] * 4 + [["1", "2"]] * 2 + [both] * 2
+    assert all(result["milliseconds"] == 1 for row in rows[:6] for result in row["results"].values())
+    assert all(result["bytes"] == 2**20 for row in rows[6:] for result in row["results"].values())
+    ours, theirs, truth = "deformconv-attention", "transformers-attention", "truth-attention"
+    assert begun == [
+        ([truth, ours, theirs], 4), ([truth], 4), ([ours], 1), ([ours], 2), *[([ours], 4), ([theirs], 4)] * 2,
     ]  # fmt: skip
-    assert all(result["milliseconds"] > 0 for row in rows[:4] for result in row["results"].values())
-    assert all(result["bytes"] > 0 for result in rows[4]["results"].values())
     text = REPORTS["attention"].write(rows)
-    assert text.count("| tiny") == 5 and "transformers / ours" in text
+    assert text.count("| detr-") == 8 and "transformers / ours" in text
+    assert len(REPORTS["attention"].measure(plan._replace(quick=True), progress)) == 2 + 2 + 1

@@ -17,7 +17,7 @@ openvino = pytest.importorskip("openvino")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from tests import old_openvino, signal_stack  # noqa: E402
 from tests.tolerances import assert_close  # noqa: E402
-from tests.torch.nets import any_size, four_layers  # noqa: E402
+from tests.torch.nets import any_size, attention, four_layers  # noqa: E402
 from torch import nn  # noqa: E402
 
 from deformconv.convert import openvino as rules  # noqa: E402
@@ -109,6 +109,36 @@ def test_half_precision(road, tmp_path):
     assert np.abs(found - expected.numpy()).max() < 8e-3 * expected.abs().max().item()
 
 
+@pytest.mark.parametrize("road", ["the net", "a program", "an ONNX file"])
+def test_attention(road, tmp_path):
+    net, call, more, dynamic = attention()
+    rules = openvino_extensions()
+    if road == "the net":
+        model = openvino.convert_model(net, example_input=call, extension=rules)
+    elif road == "a program":
+        model = openvino.convert_model(torch.export.export(net, call, dynamic_shapes=dynamic), extension=rules)
+    else:
+        torch.onnx.export(net, call, tmp_path / "net.onnx", dynamo=True, dynamic_shapes=dynamic, verbose=False)
+        model = openvino.convert_model(tmp_path / "net.onnx")
+    for inputs in (call, more):
+        assert_close(run(model, *inputs), net(*inputs).detach(), "float32")
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_attention_in_half_precision(exported):
+    net, call, *_ = attention()
+    net.half()
+    call = tuple(tensor.half() for tensor in call)
+    if exported and READS_LESS:
+        with pytest.raises(Exception, match=UNREAD):
+            openvino.convert_model(torch.export.export(net, call), extension=openvino_extensions())
+        return
+    given = (torch.export.export(net, call), {}) if exported else (net, {"example_input": call})
+    found = run(openvino.convert_model(given[0], extension=openvino_extensions(), **given[1]), *call)
+    expected = net(*call).detach().numpy()
+    assert found.dtype == expected.dtype and np.abs(found - expected).max() < 8e-3 * np.abs(expected).max()
+
+
 class Function(nn.Module):
     def __init__(self, **how):
         super().__init__()
@@ -188,6 +218,9 @@ def test_the_operators_where_they_were_before_2025(monkeypatch):
     old_openvino.pretend(monkeypatch)
     net, x, larger = four_layers(1)
     assert_close(run(by_tracing(net, x, None), larger), net(larger).detach(), "float32")
+    net, call, more, _ = attention()
+    model = openvino.convert_model(net, example_input=call, extension=openvino_extensions())
+    assert_close(run(model, *more), net(*more).detach(), "float32")
 
 
 def test_without_the_rules_it_refuses():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d
+from deformconv.torch import DeformAttention, DeformConv1d, DeformConv2d, DeformConv3d
 
 LAYERS = {1: DeformConv1d, 2: DeformConv2d, 3: DeformConv3d}
 SIZES = {1: ((9,), (14,)), 2: ((8, 9), (12, 17)), 3: ((4, 5, 6), (5, 6, 8))}
@@ -51,3 +51,28 @@ def _with_offsets(rank: int, std: float, parts: list[nn.Module]) -> tuple[nn.Seq
 def any_size(x: torch.Tensor) -> tuple[dict[int, Any]]:
     """What `dynamic_shapes` takes for every axis of any size but the channels'."""
     return ({axis: torch.export.Dim.DYNAMIC for axis in range(x.ndim) if axis != 1},)
+
+
+class Attention(nn.Module):
+    """A layer of deformable attention whose predictors predict something, on maps of sizes that the net knows."""
+
+    levels = ((5, 7), (3, 4))
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = DeformAttention(16, num_levels=2, num_heads=4, num_points=3)
+        for parameter in self.attention.parameters():
+            nn.init.normal_(parameter, std=0.4)
+
+    def forward(self, query: torch.Tensor, reference_points: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.attention(query, reference_points, value, self.levels)
+        return result
+
+
+def attention() -> tuple[Attention, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
+    """The net, its inputs, more images and queries, and what `dynamic_shapes` takes for these. Points lie outside as well."""
+    net = Attention().eval()
+    calls = ((torch.randn(n, q, 16), torch.rand(n, q, 2, 2) * 1.4 - 0.2, torch.randn(n, 47, 16)) for n, q in ((2, 6), (3, 9)))
+    any_number = torch.export.Dim.DYNAMIC
+    return net, *calls, ({0: any_number, 1: any_number}, {0: any_number, 1: any_number}, {0: any_number})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import math
 import pickle
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deformconv.torch import DeformAttention, DeformConv2d, deform_attention, parameter_groups, reset_predictors
+from deformconv.torch.attention import functional, modules
 
 LEVELS = ((5, 7), (3, 4))
 TOKENS = 5 * 7 + 3 * 4
@@ -329,3 +331,9 @@ def test_a_wrong_call_is_explained(change: dict[str, Any], error: type[Exception
         call[name] = torch.zeros(value, dtype=torch.float64) if isinstance(value, tuple) else value
     with pytest.raises(error, match=text):
         layer_of()(**call)
+
+
+def test_doctests() -> None:
+    for module, least in ((modules, 8), (functional, 9)):
+        result = doctest.testmod(module)
+        assert result.failed == 0 and result.attempted >= least

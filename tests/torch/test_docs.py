@@ -1,4 +1,4 @@
-"""docs/pytorch.md, docs/deploy.md and docs/detection.md: every program runs and prints what stands below it."""
+"""docs/pytorch.md, deploy.md, detection.md and attention.md: every program runs and prints what stands below it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"pytorch.md": 13, "deploy.md": 4, "detection.md": 4}  # and the fewest programs in each
+PAGES = {"pytorch.md": 13, "deploy.md": 4, "detection.md": 4, "attention.md": 3}  # and the fewest programs in each
 BLOCK = re.compile(r"^## (.*?)\n|^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.M | re.S)
 
 

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 import torch
 from tests.tolerances import assert_close
-from tests.torch.nets import any_size, two_layers
+from tests.torch.nets import any_size, attention, two_layers
 from torch import nn
 
 from deformconv.errors import BackendError
@@ -49,6 +49,43 @@ def test_standard_nodes_that_onnx_runtime_runs(rank, opset):
         assert [entry.version for entry in model.opset_import if entry.domain == ""] == [opset]
     for image in (x, larger):
         assert_close(run(model, image), net(image).detach(), "float32")
+
+
+def run_all(model, inputs):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    given = {one.name: x.numpy() for one, x in zip(session.get_inputs(), inputs, strict=True)}
+    return torch.from_numpy(session.run(None, given)[0])
+
+
+@pytest.mark.parametrize("opset", [None, 18])
+def test_attention_is_standard_nodes(opset):
+    net, call, more, dynamic = attention()
+    how = {} if opset is None else {"opset_version": opset}
+    model = torch.onnx.export(net, call, dynamo=True, dynamic_shapes=dynamic, verbose=False, **how).model_proto
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert sum(node.op_type == "GridSample" for node in model.graph.node) == len(net.levels)
+    for inputs in (call, more):
+        assert_close(run_all(model, inputs), net(*inputs).detach(), "float32")
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_attention_in_half_precision(half):
+    net, call, *_ = attention()
+    net.to(half)
+    call = tuple(tensor.to(half) for tensor in call)
+    model = torch.onnx.export(net, call, dynamo=True, verbose=False).model_proto
+    onnx.checker.check_model(model, full_check=True)
+    if half is torch.float16:
+        expected = net(*call)
+        assert (run_all(model, call) - expected).abs().max() < 4e-3 * expected.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_attention_in_the_older_exporter(tmp_path):
+    net, call, *_ = attention()
+    with pytest.raises(BackendError, match=r"dynamo=False\) cannot export .* opset_version=16 or newer"):
+        torch.onnx.export(net, call, tmp_path / "net.onnx", dynamo=False)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])

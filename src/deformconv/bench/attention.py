@@ -120,8 +120,10 @@ class TruthAttention(DeformconvAttention):
         sums: dict[str, Any] = {}
         for start in range(0, self.grad_output.shape[1], self.at_once):
             some = slice(start, start + self.at_once)
-            leaves = {name: tensor if name == "value" else tensor[:, some] for name, tensor in self.tensors.items()}
-            leaves = {name: tensor.detach().requires_grad_(direction == DIRECTIONS[-1]) for name, tensor in leaves.items()}
+            whole: dict[str, Any] = self.tensors
+            leaves = {name: (tensor if name == "value" else tensor[:, some]).detach() for name, tensor in whole.items()}
+            for leaf in leaves.values():
+                leaf.requires_grad_(direction == DIRECTIONS[-1])
             output = self.operate(**leaves)
             parts["output"].append(output.detach())
             if direction != DIRECTIONS[-1]:

@@ -29,9 +29,7 @@ class RoiCase(NamedTuple):
     def what(self) -> str:
         """The case in words."""
         maps = "x".join(map(str, (self.batch, self.channels, *self.size)))
-        return (
-            f"{self.others['boxes']} boxes on {maps}, {self.bins}x{self.bins} bins of {self.sampling}x{self.sampling} samples"
-        )
+        return f"{self.boxes} boxes on {maps}, {self.bins}x{self.bins} bins of {self.sampling}x{self.sampling} samples"
 
     @property
     def tolerance(self) -> float:
@@ -74,7 +72,7 @@ def roi_arrays(case: RoiCase) -> Arrays:
 class _RoiPeer(OperatorPeer):
     """A library that pools boxes of PyTorch's tensors."""
 
-    given = ("input", "offset", "mask")
+    given: ClassVar[tuple[str, ...]] = ("input", "offset", "mask")
     read, arrays = staticmethod(roi_case_of), staticmethod(roi_arrays)
 
 
