@@ -134,7 +134,7 @@ def test_a_model_of_grey_pictures_gets_grey(here, capsys):
         (["photo.png", "--model", "look_nets:plain"], "has no deformable layer"),
         (["photo.png", "--model", "look_nets:small"], "the model failed on a picture of 30x40: RuntimeError: mat1 and mat2"),
         (["photo.png", "--model", "look_nets:bild"], "look_nets has no 'bild'"),
-        (["photo.png", "--model", "photo.png"], "photo.png is no file that torch.save has written"),
+        (["photo.png", "--model", "photo.png"], "photo.png: expected a file of torch.save, a pickle of arrays"),
         (["photo.png", "--size", "3"], "--size"),
         ([], "Missing argument 'PHOTO'"),
     ],

@@ -355,7 +355,8 @@ def zipped(*names):
         (b"\x93NUMPY\x01\x00", "; it looks like an array of numpy.save."),
         (b"\x08\x0a\x12\x07pytorch", "; it looks like an ONNX model."),
         (b'{"nodes": []}', "; it looks like JSON, perhaps the net's -symbol.json."),
-        (b"\xff\xd8\xff\xe0 a photograph", f"{LIKE}."),
+        (b"\xff\xd8\xff\xe0 a photograph", f"{LIKE}; it looks like a picture."),
+        (b"nothing known", f"{LIKE}."),
         (npz(), "is an archive of numpy.savez, which numpy.load(path, allow_pickle=False) reads; expected one that torch.save"),
         (zipped("a.txt"), "is a zip archive without a pickle of tensors; expected one that torch.save has written."),
         (

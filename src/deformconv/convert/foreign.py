@@ -8,6 +8,7 @@ FOREIGN: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
     (b"PK\x03\x04", "a zip archive, as torch.save and numpy.savez write"),
     (b"\x89HDF", "an HDF5 file"),
     (b"\x93NUMPY", "an array of numpy.save"),
+    ((b"\x89PNG", b"\xff\xd8\xff"), "a picture"),
     (b"\x80", "a pickle"),
     (b"{", "JSON, perhaps the net's -symbol.json"),
     (b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself"),
