@@ -28,7 +28,7 @@ class TestTorch(BackendSuite):
         return found
 
     def gradients(self, call: Call, wanted: Any = ARGUMENTS) -> Gradients:
-        import torch
+        torch = pytest.importorskip("torch")
 
         given = self.tensors(call, wanted)
         output = portable.forward(call.spec, *given)
