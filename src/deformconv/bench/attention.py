@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from deformconv.bench.peers import DIRECTIONS, Arrays, OperatorPeer
+from deformconv.bench.peers import DIRECTIONS, Arrays, OperatorPeer, Ours
 
 __all__ = ["ATTENTION_CASES", "ATTENTION_PEERS", "TINY", "AttentionCase", "attention_arrays", "attention_case_of"]
 
@@ -88,16 +88,8 @@ class _AttentionPeer(OperatorPeer):
     read, arrays = staticmethod(attention_case_of), staticmethod(attention_arrays)
 
 
-class DeformconvAttention(_AttentionPeer):
+class DeformconvAttention(Ours, _AttentionPeer):
     name, title = "deformconv-attention", "deformconv"
-    packages = ("torch", "numba")
-    backend: ClassVar[str | None] = None
-
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads)
-        import deformconv
-
-        deformconv.set_num_threads(threads)
 
     def operator(self, case: Any) -> Callable[..., Any]:
         from deformconv.torch import deform_attention

@@ -186,8 +186,9 @@ class OperatorPeer(TorchPeer):
         self.operate = self.operator(case)
 
 
-class Deformconv(TorchPeer):
-    name = title = "deformconv"
+class Ours(TorchPeer):
+    """This library, which has a number of threads of its own; before another peer's class among the bases."""
+
     packages = ("torch", "numba")
     backend: ClassVar[str | None] = None
 
@@ -196,6 +197,10 @@ class Deformconv(TorchPeer):
         import deformconv
 
         deformconv.set_num_threads(threads)
+
+
+class Deformconv(Ours):
+    name = title = "deformconv"
 
     def operator(self, case: Case) -> Callable[..., Any]:
         from deformconv import torch as front

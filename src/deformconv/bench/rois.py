@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from deformconv.bench.peers import Arrays, OperatorPeer
+from deformconv.bench.peers import Arrays, OperatorPeer, Ours
 
 __all__ = ["ROI_CASES", "ROI_PEERS", "RoiCase", "roi_arrays", "roi_case_of"]
 
@@ -76,16 +76,8 @@ class _RoiPeer(OperatorPeer):
     read, arrays = staticmethod(roi_case_of), staticmethod(roi_arrays)
 
 
-class DeformconvRoi(_RoiPeer):
+class DeformconvRoi(Ours, _RoiPeer):
     name, title = "deformconv-roi", "deformconv"
-    packages = ("torch", "numba")
-    backend: ClassVar[str | None] = None
-
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads)
-        import deformconv
-
-        deformconv.set_num_threads(threads)
 
     def operator(self, case: Any) -> Callable[..., Any]:
         from deformconv.torch import deform_roi_pool

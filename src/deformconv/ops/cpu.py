@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from typing import Any
 
 from deformconv.ops.operator import half_in_float32
 from deformconv.runtime.openmp import team_for
 from deformconv.runtime.work import is_shared
 
-__all__ = ["DTYPES", "how", "reasons_against"]
+__all__ = ["DTYPES", "how", "reasons_against", "warm"]
 
 DTYPES = ("float32", "float64")
 
@@ -32,3 +34,18 @@ def how(multiplications: int, library: str) -> list[str]:
     if not is_shared(multiplications):
         return ["the caller's thread computes it alone, since it is small"]
     return [f"work is shared out to {team_for(library)}"]
+
+
+def warm(calls: Iterable[tuple[str, Callable[[], None]]], kernels: Iterable[Any], notify: Callable[[str], None] | None) -> None:
+    """Make calls that compile, or load, kernels, and have these for every team; `notify` gets each call's line before it."""
+    from deformconv.runtime.launch import compile_for_teams
+    from deformconv.runtime.notices import notice
+
+    kernels = tuple(kernels)
+    with notice.silent():
+        for line, call in calls:
+            if notify is not None:
+                notify(line)
+            call()
+            for kernel in kernels:
+                compile_for_teams(kernel)

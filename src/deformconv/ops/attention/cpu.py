@@ -8,7 +8,7 @@ order that shapes alone determine: a result is the same bit for bit whatever the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
@@ -185,18 +185,15 @@ def _read_in(spec: AttentionSpec, memory: Arena, size: int, value: Any) -> tuple
 def warmup(dtypes: Iterable[str] = ("float32",), notify: Callable[[str], None] | None = None) -> None:
     """Compile, or load, every kernel that calls take, for the given dtypes; `notify` gets a line before each of them."""
     kernels = _kernels()
-    from deformconv.runtime.launch import compile_for_teams
-    from deformconv.runtime.notices import notice
+    calls = ((f"{dtype}, attention", partial(_warm, dtype)) for dtype in dtypes)
+    on_cpu.warm(calls, (kernels.forward, kernels.backward), notify)
 
-    with notice.silent():
-        for dtype in dtypes:
-            if notify is not None:
-                notify(f"{dtype}, attention")
-            shapes = (1, 1, 1, 1), (1, 1, 1, 1, 1, 2), (1, 1, 1, 1, 1)
-            value, locations, weights = (np.zeros(shape, dtype) for shape in shapes)
-            operands = [Operand(shape, dtype) for shape in shapes]
-            spec = attention_spec(*operands, spatial_shapes=((1, 1),))
-            y = forward(spec, value, locations, weights)
-            backward(spec, y, value, locations, weights, ("value", "locations", "weights"))
-            for kernel in (kernels.forward, kernels.backward):
-                compile_for_teams(kernel)
+
+def _warm(dtype: str) -> None:
+    """A call in both directions."""
+    shapes = (1, 1, 1, 1), (1, 1, 1, 1, 1, 2), (1, 1, 1, 1, 1)
+    value, locations, weights = (np.zeros(shape, dtype) for shape in shapes)
+    operands = [Operand(shape, dtype) for shape in shapes]
+    spec = attention_spec(*operands, spatial_shapes=((1, 1),))
+    y = forward(spec, value, locations, weights)
+    backward(spec, y, value, locations, weights, ("value", "locations", "weights"))

@@ -8,7 +8,7 @@ is the same bit for bit whatever the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import product
 from math import prod
 from typing import Any, Literal
@@ -285,22 +285,19 @@ def warmup(
     `notify` is called with a line before each of them.
     """
     kernels = _kernels()
-    from deformconv.runtime.launch import compile_for_teams
-    from deformconv.runtime.notices import notice
+    calls = ((f"{dtype}, {rank}-D", partial(_warm, dtype, rank)) for dtype, rank in product(dtypes, ranks))
+    on_cpu.warm(calls, (kernels.forward, kernels.backward, kernels.collect, _layer_kernel()), notify)
 
-    with notice.silent():
-        for dtype, rank in product(dtypes, ranks):
-            if notify is not None:
-                notify(f"{dtype}, {rank}-D")
-            ones = (1,) * rank
-            shapes = [(1, 1, *ones), (1, rank, *ones), (1, 1, *ones), (1, 1, *ones)]
-            x, offset, depthwise, mask = (np.zeros(shape, dtype) for shape in shapes)
-            for weight in (depthwise, np.zeros((2, 1, *ones), dtype)):
-                x_, offset_, weight_, mask_ = (Operand(array.shape, dtype) for array in (x, offset, weight, mask))
-                spec = conv_spec(x_, offset_, weight_, mask=mask_)
-                y = forward(spec, x, offset, weight, None, mask)
-                backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
-                predictor = np.zeros((rank + 1, 1, *ones), dtype)
-                forward_layer(spec, x, weight, None, predictor, None, (1.0, None))
-            for kernel in (kernels.forward, kernels.backward, kernels.collect, _layer_kernel()):
-                compile_for_teams(kernel)
+
+def _warm(dtype: str, rank: int) -> None:
+    """Calls of an operator, in both directions, and of a layer."""
+    ones = (1,) * rank
+    shapes = [(1, 1, *ones), (1, rank, *ones), (1, 1, *ones), (1, 1, *ones)]
+    x, offset, depthwise, mask = (np.zeros(shape, dtype) for shape in shapes)
+    for weight in (depthwise, np.zeros((2, 1, *ones), dtype)):
+        x_, offset_, weight_, mask_ = (Operand(array.shape, dtype) for array in (x, offset, weight, mask))
+        spec = conv_spec(x_, offset_, weight_, mask=mask_)
+        y = forward(spec, x, offset, weight, None, mask)
+        backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
+        predictor = np.zeros((rank + 1, 1, *ones), dtype)
+        forward_layer(spec, x, weight, None, predictor, None, (1.0, None))

@@ -8,7 +8,7 @@ sums are added in a fixed order: a result is the same bit for bit whatever the n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
@@ -233,17 +233,14 @@ def _as_channels(spec: RoiSpec, d_input: np.ndarray) -> np.ndarray:
 def warmup(dtypes: Iterable[str] = ("float32",), notify: Callable[[str], None] | None = None) -> None:
     """Compile, or load, every kernel that calls take, for the given dtypes; `notify` gets a line before each of them."""
     kernels = _kernels()
-    from deformconv.runtime.launch import compile_for_teams
-    from deformconv.runtime.notices import notice
+    calls = ((f"{dtype}, RoI pooling", partial(_warm, dtype)) for dtype in dtypes)
+    on_cpu.warm(calls, (kernels.forward, kernels.backward, kernels.collect), notify)
 
-    with notice.silent():
-        for dtype in dtypes:
-            if notify is not None:
-                notify(f"{dtype}, RoI pooling")
-            x, boxes, offset, mask = (np.zeros(shape, dtype) for shape in ((1, 1, 1, 1), (1, 5), (1, 2, 1, 1), (1, 1, 1, 1)))
-            operands = [Operand(array.shape, dtype) for array in (x, boxes, offset, mask)]
-            spec = roi_spec(*operands, output_size=1)
-            y = forward(spec, x, boxes, offset, mask)
-            backward(spec, y, x, boxes, offset, mask, ("input", "offset", "mask"))
-            for kernel in (kernels.forward, kernels.backward, kernels.collect):
-                compile_for_teams(kernel)
+
+def _warm(dtype: str) -> None:
+    """A call in both directions."""
+    x, boxes, offset, mask = (np.zeros(shape, dtype) for shape in ((1, 1, 1, 1), (1, 5), (1, 2, 1, 1), (1, 1, 1, 1)))
+    operands = [Operand(array.shape, dtype) for array in (x, boxes, offset, mask)]
+    spec = roi_spec(*operands, output_size=1)
+    y = forward(spec, x, boxes, offset, mask)
+    backward(spec, y, x, boxes, offset, mask, ("input", "offset", "mask"))
