@@ -30,8 +30,8 @@ from deformconv.runtime.simd import (
 )
 
 __all__ = [
-    "INT32_REACH", "Table", "add_samples", "blend", "blend_samples", "differentiate", "place_at", "place_samples", "pull_back",
-    "pull_back_samples", "table_in", "table_sizes",
+    "INT32_REACH", "Samples", "Table", "add_samples", "blend", "blend_samples", "differentiate", "place_at", "place_samples",
+    "pull_back", "pull_back_samples", "slope", "table_in", "table_sizes",
 ]  # fmt: skip
 
 # `sampling.rule.REACH` for positions that are int32. An axis with its padding and window has less than 2**29 pixels (the
@@ -83,15 +83,16 @@ def place_samples(builder, scalar, size, shifts, inside, count, offset, table):
         pixels = times(pixels, length)
 
     def step(do, t):
-        samples = _Samples(do, inside, size, pixels)
+        samples = Samples(do, inside, size)
         for axis in range(axes):
             value = do.load(offset.array, add(add(offset.start, times(INT(axis), offset.row)), t))
             origin = samples.whole.load(table.rows, add(times(INT(runs + axis), table.tile), t))
             fraction = samples.split(axis, origin, shifts[axis], value)
             do.store(fraction, table.weights, add(times(INT(runs + axis), table.tile), t))
-        for corner, (row, weight) in enumerate(samples.corners()):
+        zeros = samples.whole.spread(builder.trunc(pixels, ir.IntType(32)))
+        for corner, (row, counts, weight) in enumerate(samples.corners):
             index = add(times(INT(corner), table.tile), t)
-            samples.whole.store(row, table.rows, index)
+            samples.whole.store(builder.select(counts, row, zeros), table.rows, index)
             do.store(weight, table.weights, index)
 
     for_positions(builder, scalar, count, step)
@@ -109,14 +110,17 @@ def place_at(size, inside, count, position, table):
     place_samples(size, shifts, inside, count, position, table)
 
 
-class _Samples:
-    """Emits the corners of a vector of positions, axis by axis."""
+class Samples:
+    """Emits the corners of a vector of positions, axis by axis.
 
-    def __init__(self, do, inside, size, pixels):
-        self.do, self.size, self.pixels = do, size, pixels
+    `corners` are those so far: each one's row, whether it counts (None: yes), and its weight (None: 1).
+    """
+
+    def __init__(self, do, inside, size):
+        self.do, self.size = do, size
         self.whole = Lanes(do.builder, ir.IntType(32), do.width)
         self.inside = do.builder.icmp_signed("!=", self._spread(do.builder.zext(inside, INT)), self.whole.zero)
-        self.found = [(self.whole.zero, None, None)]  # corners so far: row, whether it counts, weight
+        self.corners = [(self.whole.zero, None, None)]
 
     def _spread(self, number):
         return self.whole.spread(self.do.builder.trunc(number, ir.IntType(32)))
@@ -139,21 +143,16 @@ class _Samples:
         fraction = builder.select(last, do.zero, builder.fsub(reached, floor))
         fraction = builder.select(builder.fcmp_unordered("uno", offset, offset), offset, fraction)
         pair = ((low, low_counts, builder.fsub(do.constant(1.0), fraction)), (high, high_counts, fraction))
-        self.found = [
+        self.corners = [
             (
                 builder.add(builder.mul(row, length), pixel),
                 counts if whether is None else builder.and_(whether, counts),
                 factor if weight is None else builder.fmul(weight, factor),
             )
-            for row, whether, weight in self.found
+            for row, whether, weight in self.corners
             for pixel, counts, factor in pair
         ]
         return fraction
-
-    def corners(self):
-        """Each corner's row, that of the zeros where it does not count, and its weight."""
-        zeros = self._spread(self.pixels)
-        return [(self.do.builder.select(counts, row, zeros), weight) for row, counts, weight in self.found]
 
 
 def _corners(builder, size, table, t, x):
@@ -311,7 +310,7 @@ def _differentiate(
             scale = _mask_or_one(do, mask, add(mask_start, t), masked)
             for along in range(axes):
                 index = add(add(d_offset.start, times(INT(along), d_offset.row)), t)
-                do.store(do.multiply(_slope(do, dots, fractions, along), scale), d_offset.array, index)
+                do.store(do.multiply(slope(do, dots, fractions, along), scale), d_offset.array, index)
 
     for_positions(builder, scalar, count, step)
 
@@ -341,7 +340,7 @@ def differentiate(size, table, count, mask, mask_start, d_offset, d_mask, d_mask
     )  # fmt: skip
 
 
-def _slope(do, dots, fractions, along):
+def slope(do, dots, fractions, along):
     """Merge the corners' dot products in pairs, axis by axis from the last one."""
     builder = do.builder
     for axis in range(len(fractions) - 1, -1, -1):

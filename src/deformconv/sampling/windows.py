@@ -5,9 +5,12 @@ from __future__ import annotations
 from numba.cpython.unsafe.tuple import tuple_setitem
 
 from deformconv.runtime.cache import device
+from deformconv.runtime.simd import Rows
 from deformconv.sampling.corners import place_samples
 
-__all__ = ["BEFORE", "DILATION", "INPUT", "KERNEL", "OUTPUT", "STRIDE", "place_tap", "place_tile", "tap_shifts"]
+__all__ = [
+    "BEFORE", "DILATION", "INPUT", "KERNEL", "OUTPUT", "STRIDE", "place_tap", "place_tile", "place_windows", "tap_shifts",
+]  # fmt: skip
 
 # The rows of `geometry`, an int64 array of D columns.
 INPUT, KERNEL, STRIDE, BEFORE, DILATION, OUTPUT = range(6)
@@ -15,9 +18,14 @@ INPUT, KERNEL, STRIDE, BEFORE, DILATION, OUTPUT = range(6)
 
 @device
 def place_tile(size, geometry, first, count, table):
-    """Write the origin of each position's window into the table: position * stride - padding."""
+    """Write the origin of each position's window into the table."""
+    place_windows(size, geometry, first, count, Rows(table.rows, (1 << len(size)) * table.tile, table.tile))
+
+
+@device
+def place_windows(size, geometry, first, count, origins):
+    """Write the origin of each position's window, position * stride - padding, into a row for each axis."""
     axes = len(size)
-    rows, first_run, tile = table.rows, 1 << axes, table.tile
     position, rest = size, first
     for axis in range(axes - 1, -1, -1):
         position = tuple_setitem(position, axis, rest % geometry[OUTPUT, axis])
@@ -26,7 +34,7 @@ def place_tile(size, geometry, first, count, table):
         carry = 1
         for axis in range(axes - 1, -1, -1):
             along = position[axis]
-            rows[(first_run + axis) * tile + t] = along * geometry[STRIDE, axis] - geometry[BEFORE, axis]
+            origins.array[origins.start + axis * origins.row + t] = along * geometry[STRIDE, axis] - geometry[BEFORE, axis]
             along += carry
             carry = 1 if along == geometry[OUTPUT, axis] else 0
             position = tuple_setitem(position, axis, 0 if carry else along)
