@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from llvmlite import ir
+from numba.core import cgutils
 from numba.cpython.unsafe.tuple import tuple_setitem
 
 from deformconv.runtime.cache import device
@@ -90,8 +91,9 @@ def place_samples(builder, scalar, size, shifts, inside, count, offset, table):
             fraction = samples.split(axis, origin, shifts[axis], value)
             do.store(fraction, table.weights, add(times(INT(runs + axis), table.tile), t))
         zeros = samples.whole.spread(builder.trunc(pixels, ir.IntType(32)))
-        for corner, (row, counts, weight) in enumerate(samples.corners):
+        for corner, (row, lacks, weight) in enumerate(samples.corners):
             index = add(times(INT(corner), table.tile), t)
+            counts = builder.icmp_signed("==", lacks, samples.whole.zero)
             samples.whole.store(builder.select(counts, row, zeros), table.rows, index)
             do.store(weight, table.weights, index)
 
@@ -113,13 +115,15 @@ def place_at(size, inside, count, position, table):
 class Samples:
     """Emits the corners of a vector of positions, axis by axis.
 
-    `corners` are those so far: each one's row, whether it counts (None: yes), and its weight (None: 1).
+    `corners` are those so far: each one's row, a number that is 0 if it counts (None: it does), and its weight (None: 1).
     """
+
+    # Whether a corner counts is a number as wide as a pixel's, since vectors of single bits are put together slowly.
 
     def __init__(self, do, inside, size):
         self.do, self.size = do, size
         self.whole = Lanes(do.builder, ir.IntType(32), do.width)
-        self.inside = do.builder.icmp_signed("!=", self._spread(do.builder.zext(inside, INT)), self.whole.zero)
+        self.inside = self._spread(do.builder.sext(inside, INT))  # -1 or 0
         self.corners = [(self.whole.zero, None, None)]
 
     def _spread(self, number):
@@ -129,30 +133,38 @@ class Samples:
         """Split the coordinates along one axis, and return their fractions."""
         do, whole, builder = self.do, self.whole, self.do.builder
         near = builder.fcmp_ordered("<", call_vector(builder, "llvm.fabs", offset), do.constant(INT32_REACH))  # no NaN is
+        far = builder.sext(builder.not_(near), whole.type)
         reached = builder.select(near, offset, do.zero)
         floor = call_vector(builder, "llvm.floor", reached)
         low = builder.add(builder.add(origin, self._spread(shift)), builder.fptosi(floor, whole.type))
         length = self._spread(self.size[axis])
-        # As an unsigned number, a negative one is beyond every size.
-        low_counts = builder.and_(near, builder.icmp_unsigned("<", low, length))
         above = builder.add(low, whole.constant(1))
-        last = builder.and_(self.inside, builder.icmp_signed("==", above, length))
-        high = builder.select(last, low, above)
-        high_counts = builder.and_(near, builder.icmp_unsigned("<", high, length))
-        high_counts = builder.and_(high_counts, builder.or_(low_counts, builder.not_(self.inside)))
-        fraction = builder.select(last, do.zero, builder.fsub(reached, floor))
+        last = builder.and_(self.inside, builder.sext(builder.icmp_signed("==", above, length), whole.type))
+        high = builder.add(above, last)
+        low_lacks = builder.or_(far, self._beyond(low, length))
+        high_lacks = builder.or_(builder.or_(far, self._beyond(high, length)), builder.and_(self.inside, low_lacks))
+        fraction = builder.select(builder.icmp_signed("!=", last, whole.zero), do.zero, builder.fsub(reached, floor))
         fraction = builder.select(builder.fcmp_unordered("uno", offset, offset), offset, fraction)
-        pair = ((low, low_counts, builder.fsub(do.constant(1.0), fraction)), (high, high_counts, fraction))
+        pair = ((low, low_lacks, builder.fsub(do.constant(1.0), fraction)), (high, high_lacks, fraction))
         self.corners = [
             (
                 builder.add(builder.mul(row, length), pixel),
-                counts if whether is None else builder.and_(whether, counts),
+                lacks if other is None else builder.or_(other, lacks),
                 factor if weight is None else builder.fmul(weight, factor),
             )
-            for row, whether, weight in self.corners
-            for pixel, counts, factor in pair
+            for row, other, weight in self.corners
+            for pixel, lacks, factor in pair
         ]
         return fraction
+
+    def _beyond(self, pixel, length):
+        """How far pixels are beyond an axis' last one; as an unsigned number, a negative one is beyond every size."""
+        last = self.do.builder.sub(length, self.whole.constant(1))
+        kind = self.whole.type
+        function = cgutils.get_or_insert_function(
+            self.do.builder.module, ir.FunctionType(kind, [kind, kind]), f"llvm.usub.sat.v{self.do.width}i32"
+        )
+        return self.do.builder.call(function, [pixel, last])
 
 
 def _corners(builder, size, table, t, x):
