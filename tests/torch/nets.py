@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from deformconv.torch import DeformAttention, DeformConv1d, DeformConv2d, DeformConv3d
+from deformconv.torch.aggregate.functional import deform_aggregate
 
 LAYERS = {1: DeformConv1d, 2: DeformConv2d, 3: DeformConv3d}
 SIZES = {1: ((9,), (14,)), 2: ((8, 9), (12, 17)), 3: ((4, 5, 6), (5, 6, 8))}
@@ -76,3 +78,32 @@ def attention() -> tuple[Attention, tuple[torch.Tensor, ...], tuple[torch.Tensor
     calls = ((torch.randn(n, q, 16), torch.rand(n, q, 2, 2) * 1.4 - 0.2, torch.randn(n, 47, 16)) for n, q in ((2, 6), (3, 9)))
     any_number = torch.export.Dim.DYNAMIC
     return net, *calls, ({0: any_number, 1: any_number}, {0: any_number, 1: any_number}, {0: any_number})
+
+
+class Aggregate(nn.Module):
+    """An aggregation of what a convolution predicts, unlike along every axis."""
+
+    def __init__(self, rank: int, boundary: str, masked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kernel, stride, dilation = ((2, 3, 2)[:rank], (2, 1, 1)[:rank], (1, 1, 2)[-rank:])
+        padding = ((1, 2), (1, 1), (0, 1))[:rank]
+        self.how = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation, "boundary": boundary}
+        self.offsets, self.masks = 2 * rank * math.prod(kernel), 2 * math.prod(kernel) * masked
+        extents = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+        layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+        self.pad = [amount for pair in padding[::-1] for amount in pair]
+        self.predictor = layer(4, self.offsets + self.masks, tuple(extents), stride=stride)
+        nn.init.normal_(self.predictor.weight, std=0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        predicted = self.predictor(nn.functional.pad(x, self.pad))
+        mask = predicted[:, self.offsets :] if self.masks else None
+        result: torch.Tensor = deform_aggregate(x, predicted[:, : self.offsets], mask, **self.how)
+        return result
+
+
+def aggregate(rank: int, boundary: str = "zeros", masked: bool = True) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The net, an input and a larger one."""
+    sizes = zip((2, 5), SIZES[rank], strict=True)
+    return Aggregate(rank, boundary, masked).eval(), *(torch.rand(batch, 4, *size) for batch, size in sizes)

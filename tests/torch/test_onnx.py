@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 import torch
 from tests.tolerances import assert_close
-from tests.torch.nets import any_size, attention, two_layers
+from tests.torch.nets import aggregate, any_size, attention, two_layers
 from torch import nn
 
 from deformconv.errors import BackendError
@@ -86,6 +86,26 @@ def test_attention_in_the_older_exporter(tmp_path):
     net, call, *_ = attention()
     with pytest.raises(BackendError, match=r"dynamo=False\) cannot export .* opset_version=16 or newer"):
         torch.onnx.export(net, call, tmp_path / "net.onnx", dynamo=False)
+
+
+@pytest.mark.parametrize(("rank", "boundary", "masked"), [(1, "inside", False), (2, "zeros", True), (3, "inside", True)])
+def test_aggregation_is_standard_nodes(rank, boundary, masked):
+    net, x, larger = aggregate(rank, boundary, masked)
+    if rank == 2:
+        model, images = export(net, x), (x, larger)
+    else:  # of one size, which takes a fraction of the time
+        model, images = torch.onnx.export(net, (x,), dynamo=True, opset_version=20, verbose=False).model_proto, (x,)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert sum(node.op_type == "GridSample" for node in model.graph.node) == 1
+    for image in images:
+        assert_close(run(model, image), net(image).detach(), "float32")
+
+
+def test_aggregation_of_volumes_needs_a_newer_opset():
+    net, x, _ = aggregate(3)
+    with pytest.raises(Exception, match=r"for ONNX opset 19, which has no GridSample over 3 axes; expected .*opset_version=20"):
+        torch.onnx.export(net, (x,), dynamo=True, opset_version=19, verbose=False)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
