@@ -132,9 +132,7 @@ class InternImage(nn.Module):
         ])  # fmt: skip
         wide = channels * 2 ** (len(depths) - 1)
         last = wide * 3 // 2
-        self.conv_head = nn.Sequential(
-            nn.Conv2d(wide, last, 1, bias=False), nn.Sequential(nn.BatchNorm2d(last)), nn.GELU()
-        )
+        self.conv_head = nn.Sequential(nn.Conv2d(wide, last, 1, bias=False), nn.Sequential(nn.BatchNorm2d(last)), nn.GELU())
         self.head = nn.Linear(last, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
