@@ -7,6 +7,8 @@ with other numbers. Stochastic depth, which has no parameters, is left out.
 Run: python examples/internimage.py
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -68,14 +70,16 @@ class Perceptron(nn.Module):
 class Layer(nn.Module):
     """Two residual steps on a map (N, H, W, C), each scaled by a number for each channel where there is a `layer_scale`."""
 
-    def __init__(self, channels: int, group: int, flash: bool, offset_scale: float, post_norm: bool, layer_scale: float | None):
+    def __init__(
+        self, channels: int, group: int, flash: bool, bias: bool, post_norm: bool, layer_scale: float | None, **dcn: Any
+    ) -> None:
         super().__init__()
         self.norm1 = norm(channels)
         if flash:
-            self.dcn = DCNv4(channels, group=group, offset_scale=offset_scale, output_bias=False)
+            self.dcn = DCNv4(channels, group=group, output_bias=bias, **dcn)
         else:
-            self.dcn = DCNv3(channels, group=group, offset_scale=offset_scale)
-        self.norm2, self.mlp = norm(channels), Perceptron(channels, bias=not flash)
+            self.dcn = DCNv3(channels, group=group, **dcn)
+        self.norm2, self.mlp = norm(channels), Perceptron(channels, bias)
         self.flash, self.post_norm, self.gamma1, self.gamma2 = flash, post_norm, 1.0, 1.0
         if layer_scale is not None:
             self.gamma1 = nn.Parameter(torch.full((channels,), layer_scale))
@@ -96,9 +100,11 @@ class Layer(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, channels: int, depth: int, is_last: bool, post_norm: bool, **arguments) -> None:
+    """Layers, and half the size for the next stage."""
+
+    def __init__(self, channels: int, depth: int, is_last: bool, post_norm: bool, **layer: Any) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*[Layer(channels, post_norm=post_norm, **arguments) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Layer(channels, post_norm=post_norm, **layer) for _ in range(depth)])
         self.norm = nn.Identity() if post_norm else norm(channels)
         self.downsample = nn.Identity() if is_last else Downsample(channels)
 
@@ -107,7 +113,7 @@ class Stage(nn.Module):
 
 
 class InternImage(nn.Module):
-    """Images (N, 3, H, W) to classes (N, num_classes); with `flash` FlashInternImage."""
+    """Images (N, 3, H, W) to scores (N, num_classes). `dcn` are arguments for DCNv3, or with `flash` for DCNv4."""
 
     def __init__(
         self,
@@ -117,17 +123,16 @@ class InternImage(nn.Module):
         num_classes: int = 1000,
         *,
         flash: bool = False,
-        offset_scale: float = 1.0,
+        bias: bool = True,
         post_norm: bool = False,
         layer_scale: float | None = None,
+        **dcn: Any,
     ) -> None:
         super().__init__()
+        layer = {"flash": flash, "bias": bias, "post_norm": post_norm, "layer_scale": layer_scale, **dcn}
         self.patch_embed = Stem(channels)
         self.levels = nn.Sequential(*[
-            Stage(
-                channels * 2**i, depth, i == len(depths) - 1, post_norm,
-                group=group, flash=flash, offset_scale=offset_scale, layer_scale=layer_scale,
-            )
+            Stage(channels * 2**i, depth, i == len(depths) - 1, group=group, **layer)
             for i, (depth, group) in enumerate(zip(depths, groups, strict=True))
         ])  # fmt: skip
         wide = channels * 2 ** (len(depths) - 1)
@@ -148,27 +153,24 @@ class InternImage(nn.Module):
         return self.head(self.conv_head(x.permute(0, 3, 1, 2)).mean((2, 3)))
 
 
-def internimage_t(**arguments) -> InternImage:
+def internimage_t(**arguments: Any) -> InternImage:
     return InternImage(**arguments)
 
 
-def flash_internimage_t(**arguments) -> InternImage:
-    return InternImage(flash=True, **arguments)
+def flash_internimage_t(**arguments: Any) -> InternImage:
+    return InternImage(flash=True, bias=False, **arguments)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    images, labels = torch.rand(2, 3, 64, 96), torch.tensor([3, 5])
+    images, labels = torch.rand(2, 3, 64, 64), torch.tensor([3, 5])
     for make in (internimage_t, flash_internimage_t):
         net = make(num_classes=10)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-        losses = []
-        for _ in range(3):
-            loss = cross_entropy(net(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        scores = net(images)
+        loss = cross_entropy(scores, labels)
+        loss.backward()
+        optimizer.step()
         millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-        print(f"{make.__name__}: {millions:.1f} million parameters, classes {tuple(net(images).shape)}")
-        print(f"loss {losses[0]:.3f}, two steps later {losses[-1]:.3f}")
+        print(f"{make.__name__}: {millions:.1f} million parameters, scores {tuple(scores.shape)}")
+        print(f"loss {loss:.3f}, a step later {cross_entropy(net(images), labels):.3f}")
