@@ -1,4 +1,4 @@
-"""Drawn over a picture: the points that a unit samples, and the samples whose moves change it."""
+"""Drawn over a picture: the points that a unit or a query samples, and the samples whose moves change a unit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.collections import PathCollection
 
     from deformconv.plots.locations import SamplingLocations
+    from deformconv.plots.query import QueryPoints
     from deformconv.plots.stack import UnitPoints
 
-__all__ = ["draw_sampling_locations", "draw_unit_points"]
+__all__ = ["draw_query_points", "draw_sampling_locations", "draw_unit_points"]
 
 WITH_LINES = 36  # points: of more, lines to the unit would hide the picture
 
@@ -162,4 +163,61 @@ def draw_sampling_locations(
         ])  # fmt: skip
     if bar:
         style.add_bar(axes, drawn, "response to a move [share of strongest]")
+    return drawn
+
+
+def draw_query_points(
+    axes: Axes,
+    image: Any,
+    view: QueryPoints,
+    *,
+    zoom: style.Zoom = None,
+    legend: bool = True,
+    size: float | None = None,
+) -> list[PathCollection]:
+    """Draw the points that a query of deformable attention samples: in colours by level, in sizes by weight.
+
+    Args:
+        axes, image, zoom, legend: as `draw_unit_points`'s.
+        view: what `query_points` returns.
+        size: area of the heaviest point, in square typographic points; None chooses by the number of points.
+
+    Returns:
+        The drawn points of each level that has some.
+
+    Raises:
+        ShapeError: the picture's shape is none of a picture.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_query_points, query_points, record
+        >>> from deformconv.torch import DeformAttention
+        >>> layer, image = DeformAttention(32, num_levels=2), torch.rand(3, 64, 96)
+        >>> with record(layer) as trace:
+        ...     _ = layer(torch.rand(1, 50, 32), torch.rand(1, 50, 1, 2), torch.rand(1, 120, 32), [(8, 12), (4, 6)])
+        >>> view = query_points(trace, "", query=7, size=(64, 96))
+        >>> [len(drawn.get_offsets()) for drawn in draw_query_points(Figure().add_subplot(), image, view)]
+        [32, 32]
+    """
+    shape = style.show(axes, image)
+    share = np.abs(view.weights) / (float(np.abs(view.weights).max(initial=0)) or 1.0)
+    most = 2 * _area(len(view.points), zoom) if size is None else size
+    present = sorted(set(view.levels.tolist()))
+    drawn = []
+    for level in reversed(present):  # the finest on top
+        here = np.flatnonzero(view.levels == level)
+        here = here[np.argsort(share[here], kind="stable")]
+        colour = style.LEVELS[level % len(style.LEVELS)]
+        drawn.insert(0, style.dots(axes, view.points[here], most * np.clip(share[here], 0.06, None), color=colour))
+    if view.box is not None:
+        style.box(axes, view.box)
+    style.mark(axes, "unit", view.at)
+    style.limits(axes, shape, view.points, view.at, zoom)
+    if legend:
+        handles = [style.sample("unit", "reference" if view.box is None else "middle of its box")]
+        for level in present:
+            label = "{}x{}".format(*view.sizes[level]) + (" (size: weight)" if level == present[-1] else "")
+            handles.append(style.sample("dot", label, style.LEVELS[level % len(style.LEVELS)]))
+        style.add_legend(axes, handles)
     return drawn

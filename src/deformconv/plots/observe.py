@@ -22,8 +22,12 @@ from deformconv.convert.kornia import KorniaDeformConv2d
 from deformconv.convert.layers import as_ours, predictor_of
 from deformconv.torch import modes, surgery
 from deformconv.torch.conv.modules import _DeformConvNd
+from deformconv.torch.observed import Observed
 
-__all__ = ["check_plain", "Event", "Observation", "deformable_layers", "kind_of", "observe", "seen_from_here", "unseen"]
+__all__ = [
+    "Event", "Kept", "Observation", "check_plain", "deformable_layers", "kind_of", "look_at", "observe", "seen_from_here",
+    "unseen",
+]  # fmt: skip
 
 _numbers = count()
 
@@ -142,7 +146,7 @@ def observe(model: nn.Module, watch: Callable[[Event], None]) -> Observation:
     return handle
 
 
-class _Observers(dict[int, Callable[[Tensor, Tensor, Tensor | None, Tensor], None]]):
+class _Observers(dict[int, Callable[..., None]]):
     """Who looks at one layer. A copy of the layer, or one that is loaded from a file, is looked at by nobody."""
 
     def __deepcopy__(self, memory: Any) -> _Observers:
@@ -152,12 +156,13 @@ class _Observers(dict[int, Callable[[Tensor, Tensor, Tensor | None, Tensor], Non
         return dict, ()
 
 
-def _observe_ours(name: str, layer: _DeformConvNd, watch: Callable[[Event], None]) -> Callable[[], None]:
+def look_at(layer: Observed, show: Callable[..., None]) -> Callable[[], None]:
+    """Call `show` with what a layer of this library shows of each call, until what is returned is called."""
     observers = layer._observers
     if observers is None:
         observers = layer._observers = _Observers()
     number = next(_numbers)
-    observers[number] = lambda input, offset, mask, output: watch(Event(name, layer, input, offset, mask, output))
+    observers[number] = show
 
     def end() -> None:
         observers.pop(number, None)
@@ -167,12 +172,16 @@ def _observe_ours(name: str, layer: _DeformConvNd, watch: Callable[[Event], None
     return end
 
 
+def _observe_ours(name: str, layer: _DeformConvNd, watch: Callable[[Event], None]) -> Callable[[], None]:
+    return look_at(layer, lambda input, offset, mask, output: watch(Event(name, layer, input, offset, mask, output)))
+
+
 def _observe_theirs(name: str, theirs: Any, watch: Callable[[Event], None]) -> list[Callable[[], None]]:
     """Hooks on another library's layer; a replica has the same hooks, so what they keep is kept by thread."""
     layer: Any = as_ours(theirs)
     inner = getattr(theirs, "deform_conv", None)  # of what `to_torchvision` makes
     part = predictor_of(theirs) if inner is None else inner
-    kept = _Kept()
+    kept = Kept()
 
     def inside(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if inner is not None:
@@ -198,8 +207,8 @@ def _observe_theirs(name: str, theirs: Any, watch: Callable[[Event], None]) -> l
     return [handle.remove for handle in handles]
 
 
-class _Kept(threading.local):
-    """Offsets and masks between a layer's part that knows them and the layer's end, in one thread."""
+class Kept(threading.local):
+    """What a part of a layer knows, offsets and masks, until another part runs, in one thread."""
 
     pair: tuple[Any, Any] | None = None
 
@@ -214,7 +223,7 @@ def _passed(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return given.get("offset"), given.get("mask")
 
 
-def _predicted(kept: _Kept, layer: Any, input: Tensor, raw: Tensor) -> Tensor | None:
+def _predicted(kept: Kept, layer: Any, input: Tensor, raw: Tensor) -> Tensor | None:
     """Keep the offsets and masks that another library's layer makes of its predictor's output.
 
     With gradients the layer goes on with an output put together from them, so that they have gradients: kornia's bounds are

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 __all__ = [
-    "AMOUNT", "BLUE", "GREEN", "HEAT", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "VERMILLION", "YELLOW", "Zoom",
-    "add_bar", "add_legend", "dots", "frame", "grey", "halo", "limits", "line", "mark", "new_figure", "of_the_picture",
+    "AMOUNT", "BLUE", "GREEN", "HEAT", "LEVELS", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "VERMILLION", "YELLOW", "Zoom",
+    "add_bar", "add_legend", "box", "dots", "frame", "grey", "halo", "limits", "line", "mark", "new_figure", "of_the_picture",
     "positions", "rays", "sample", "save", "show", "window",
 ]  # fmt: skip
 
@@ -33,6 +33,7 @@ Zoom = float | tuple[float, float] | None  # image pixels around a unit: to each
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+LEVELS = ORANGE, SKY, PURPLE, GREEN, VERMILLION, BLUE  # of a pyramid, the finest first
 # Maps that are perceptually even, also to the colour-blind: of weights, of amounts over a picture, and of amounts in points,
 # which begin with a blue because black points would be lost on what is dark.
 AMOUNT, HEAT, POINTS_HEAT = "viridis", "magma", "plasma"
@@ -112,6 +113,13 @@ def dots(axes: Axes, points: Any, areas: Any, **looks: Any) -> PathCollection:
     ring = min(0.9, 0.13 * float(np.sqrt(np.median(areas)))) if np.size(areas) else 0.0
     ours = {"edgecolors": "white", "linewidths": ring, "path_effects": halo(2.9 * ring), "zorder": 5}
     return axes.scatter(points[:, 1], points[:, 0], s=areas, **{**ours, **looks})
+
+
+def box(axes: Axes, edges: Sequence[float], color: str = YELLOW) -> None:
+    """Draw a box (top, left, bottom, right), dashed."""
+    top, left, bottom, right = edges
+    looks: dict[str, Any] = {"color": color, "linewidth": 1.2, "linestyle": (0, (4, 2)), "path_effects": halo(2.6, 0.7)}
+    axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], zorder=4, **looks)
 
 
 def mark(axes: Axes, kind: str, points: Any, size: float | None = None) -> PathCollection:
