@@ -92,7 +92,7 @@ def query_points(
         >>> with record(layer) as trace:
         ...     _ = layer(query, torch.rand(1, 50, 1, 2), value, levels)
         >>> view = query_points(trace, "", query=7, size=(64, 96))
-        >>> view.points.shape, round(float(view.weights.sum()), 3)       # 8 heads, 2 levels, 4 points; each head's weights are 1
+        >>> view.points.shape, round(float(view.weights.sum()), 3)      # 8 heads, 2 levels, 4 points; each head's weights are 1
         ((64, 2), 8.0)
 
     Paper: arXiv 2010.04159, figure 3.
