@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from deformconv.convert.kornia import KorniaDeformConv2d
 from deformconv.convert.layers import as_ours, predictor_of
 from deformconv.torch import modes, surgery
+from deformconv.torch.aggregate.functional import deform_aggregate2d
 from deformconv.torch.conv.modules import _DeformConvNd
 from deformconv.torch.observed import Observed
+from deformconv.vision.aggregates import Aggregate
 
 __all__ = [
-    "Event", "Kept", "Observation", "check_plain", "deformable_layers", "kind_of", "look_at", "observe", "seen_from_here",
-    "unseen",
+    "AggregateWindow", "Event", "Kept", "Observation", "check_plain", "deformable_layers", "kind_of", "look_at", "observe",
+    "seen_from_here", "unseen",
 ]  # fmt: skip
 
 _numbers = count()
@@ -51,11 +53,36 @@ def unseen() -> Iterator[None]:
         _depth.number -= 1
 
 
+class AggregateWindow(NamedTuple):
+    """The window of DCNv3 or DCNv4, which have no weight, in the words of a deformable convolution."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, layer: Aggregate) -> AggregateWindow:
+        kernel_size, stride, dilation, pad = layer.kernel_size, layer.stride, layer.dilation, layer.pad
+        return cls((kernel_size,) * 2, (stride,) * 2, (dilation,) * 2, ((pad, pad),) * 2)
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self.padding
+
+    def sampled(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+        """What the window adds up of an input (N, C, H, W) with these offsets and masks."""
+        window = self.kernel_size, self.stride, self.padding, self.dilation
+        return deform_aggregate2d(input, offset, mask, *window)
+
+
 class Event(NamedTuple):
     """One call of a deformable layer.
 
-    `layer` is this library's layer, or one that shares the parameters of another library's. `offset` and `mask` are the tensors
-    that were used, with a batch axis, in the graph if there is one; `input` and `output` are as the layer got and gave them.
+    `layer` is this library's layer, or one that shares the parameters of another library's; of DCNv3 and DCNv4 an
+    AggregateWindow. `offset` and `mask` are the tensors that were used, with a batch axis, in the graph if there is one;
+    `input` and `output` are as the layer got and gave them, or the operator within DCNv3 and DCNv4, channels first.
     """
 
     name: str
@@ -92,7 +119,7 @@ def seen_from_here() -> Callable[[], bool]:
 
 def kind_of(module: nn.Module) -> str | None:
     """Whose deformable layer a module is: "deformconv", "torchvision", "kornia" or "mmcv"; None if it is none."""
-    if isinstance(module, _DeformConvNd):
+    if isinstance(module, (_DeformConvNd, Aggregate)):
         return "deformconv"
     if as_ours(module) is None:
         return None
@@ -139,7 +166,7 @@ def observe(model: nn.Module, watch: Callable[[Event], None]) -> Observation:
             watch(event)
 
     for name, module in deformable_layers(model).items():
-        if isinstance(module, _DeformConvNd):
+        if isinstance(module, (_DeformConvNd, Aggregate)):
             ends.append(_observe_ours(name, module, seen))
         else:
             ends += _observe_theirs(name, module, seen)
@@ -172,8 +199,9 @@ def look_at(layer: Observed, show: Callable[..., None]) -> Callable[[], None]:
     return end
 
 
-def _observe_ours(name: str, layer: _DeformConvNd, watch: Callable[[Event], None]) -> Callable[[], None]:
-    return look_at(layer, lambda input, offset, mask, output: watch(Event(name, layer, input, offset, mask, output)))
+def _observe_ours(name: str, layer: _DeformConvNd | Aggregate, watch: Callable[[Event], None]) -> Callable[[], None]:
+    shown = AggregateWindow.of(layer) if isinstance(layer, Aggregate) else layer
+    return look_at(layer, lambda input, offset, mask, output: watch(Event(name, shown, input, offset, mask, output)))
 
 
 def _observe_theirs(name: str, theirs: Any, watch: Callable[[Event], None]) -> list[Callable[[], None]]:

@@ -20,11 +20,11 @@ __all__ = ["AttentionCall", "Call", "Trace", "record"]
 def record(model: nn.Module) -> Iterator[Trace]:
     """Record what every deformable layer of a model does, in the forward passes within a `with` block.
 
-    Outputs and gradients stay what they are, bit for bit. Layers are this library's, torchvision's, kornia's and mmcv's; of
-    each call the offsets and masks are copied. Of deformable attention, which this library's `DeformAttention` is and layers of
-    those of transformers' models that have a module `MultiScaleDeformableAttention`, locations and weights are. Without
-    gradients a deformable convolution predicts in the same kernel in which it convolves, so that its offsets are computed once
-    more for the recording.
+    Outputs and gradients stay what they are, bit for bit. Layers are this library's, DCNv3 and DCNv4 too, torchvision's,
+    kornia's and mmcv's; of each call the offsets and masks are copied. Of deformable attention, which this library's
+    `DeformAttention` is and layers of those of transformers' models that have a module `MultiScaleDeformableAttention`,
+    locations and weights are. Without gradients a deformable convolution predicts in the same kernel in which it convolves, so
+    that its offsets are computed once more for the recording.
 
     Args:
         model: any module with deformable layers, or a layer.
@@ -56,9 +56,10 @@ def record(model: nn.Module) -> Iterator[Trace]:
     if not layers and not attention:
         raise ValueError(
             f"`model`, a {type(model).__name__}, has no deformable layer; expected one of deformconv.torch (DeformConv2d), "
-            "torchvision.ops.DeformConv2d, kornia's DeformableConv2d or mmcv's, or deformable attention (DeformAttention, or a "
-            "module MultiScaleDeformableAttention of transformers). Calls of functions, as torchvision.ops.deform_conv2d, are "
-            "not recorded; deformconv.vision.make_deformable puts layers into a model."
+            "torchvision.ops.DeformConv2d, kornia's DeformableConv2d or mmcv's, DCNv3 or DCNv4 of deformconv.vision, or "
+            "deformable attention, DeformAttention or a module MultiScaleDeformableAttention of transformers. Calls of "
+            "functions, as torchvision.ops.deform_conv2d, are not recorded; deformconv.vision.make_deformable puts layers into "
+            "a model."
         )
     trace = Trace(model, {name: str(kind_of(layer)) for name, layer in layers.items()} | attention)
     seen = seen_from_here()
