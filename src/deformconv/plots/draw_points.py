@@ -44,10 +44,10 @@ def draw_unit_points(
         regular: whether to draw the plain convolution's points, as small plus signs.
         legend: whether to say below the picture what the marks mean.
         bar: whether to draw a colour bar of the weights, where they differ.
-        size: area of a point of weight 1, or through several layers of the heaviest, in square typographic points; None
-            chooses by the number of points.
+        size: area of a point of weight 1, or of the heaviest, through several layers and where all weights are below 1/2, as
+            those of a softmax are, in square typographic points; None chooses by the number of points.
         top: the weight at the end of the colours; None: through one layer 2, or 1 where all weights are below; through
-            several the largest.
+            several, and where all are below 1/2, the largest.
 
     Returns:
         The drawn points.
@@ -80,11 +80,12 @@ def draw_unit_points(
         style.mark(axes, "regular", view.regular, (5.0 if single else 3.5) + 1.5 * (zoom is not None))
     order = np.argsort(weights, kind="stable")  # the heaviest on top
     heaviest = most if top is None else top
-    areas = area * np.clip(np.abs(weights[order]) / (1.0 if single and not alike else heaviest), 0.12, None)
+    absolute = single and not alike and most >= 0.5
+    areas = area * np.clip(np.abs(weights[order]) / (1.0 if absolute else heaviest), 0.12, None)
     if alike and not single:
         areas = areas / 2  # where one is as large as the heaviest of others
     if top is None:
-        top = (2.0 if most > 1 else 1.0) if single else most
+        top = (2.0 if most > 1 else 1.0) if single and most >= 0.5 else most
     looks: dict[str, Any] = {"color": style.ORANGE} if alike else {
         "c": weights[order], "cmap": style.AMOUNT, "vmin": min(0.0, weights.min()), "vmax": top,
     }  # fmt: skip

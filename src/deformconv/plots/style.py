@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AMOUNT", "BLUE", "GREEN", "HEAT", "LEVELS", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "VERMILLION", "YELLOW", "Zoom",
-    "add_bar", "add_legend", "box", "dots", "frame", "grey", "halo", "limits", "line", "mark", "new_figure", "of_the_picture",
+    "add_bar", "add_legend", "box", "dots", "embedded", "frame", "grey", "halo", "limits", "line", "mark", "new_figure", "of_the_picture",
     "positions", "rays", "sample", "save", "show", "window",
 ]  # fmt: skip
 
@@ -192,6 +195,14 @@ def save(figure: Figure, path: str | PathLike[str], **more: Any) -> None:
     reproducible: dict[str, Any] = {"metadata": {"Date": None}} if str(path).lower().endswith(".svg") else {}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "deformconv"}):
         figure.savefig(path, **{**reproducible, **more})
+
+
+def embedded(figure: Figure) -> str:
+    """A figure as HTML."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(figure.get_suptitle(), quote=True)}" src="data:image/png;base64,{data}">'
 
 
 def positions(name: str, points: Any) -> Array:
