@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AMOUNT", "BLUE", "GREEN", "HEAT", "LEVELS", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "VERMILLION", "YELLOW", "Zoom",
-    "add_bar", "add_legend", "box", "dots", "embedded", "frame", "grey", "halo", "limits", "line", "mark", "new_figure", "of_the_picture",
-    "positions", "rays", "sample", "save", "show", "window",
+    "add_bar", "add_legend", "box", "dots", "embedded", "frame", "grey", "halo", "limits", "line", "mark", "new_figure",
+    "of_the_picture", "positions", "rays", "sample", "save", "show", "window",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float64]
