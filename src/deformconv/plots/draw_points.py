@@ -210,7 +210,7 @@ def draw_query_points(
         here = np.flatnonzero(view.levels == level)
         here = here[np.argsort(share[here], kind="stable")]
         colour = style.LEVELS[level % len(style.LEVELS)]
-        drawn.insert(0, style.dots(axes, view.points[here], most * np.clip(share[here], 0.06, None), color=colour))
+        drawn.insert(0, style.dots(axes, view.points[here], most * np.clip(share[here], 0.12, None), color=colour))
     if view.box is not None:
         style.box(axes, view.box)
     style.mark(axes, "unit", view.at)
