@@ -50,8 +50,9 @@ class Registered:
         operator: what it takes and what can run it.
         fold_forward, fold_backward: how vmap's axis becomes part of one call, if it can be more than a larger batch or a loop.
         export: how a call is written as a node of ONNX, if there is one.
-        flops: the multiplications and additions of a forward call, (shapes of the operands, shape of the output) -> number,
-            and of a backward call, (shape of grad_output, shapes of the operands, names of wanted gradients) -> number.
+        flops: the multiplications and additions of a forward call, (shapes of the operands and the parameters, shape of the
+            output) -> number, and of a backward call, (shape of grad_output, shapes of the operands that gradients depend on
+            and the parameters, names of wanted gradients) -> number.
     """
 
     def __init__(
@@ -277,12 +278,12 @@ class Registered:
 
     def _forward_flops(self, *arguments: Any, out_shape: Any, **_: Any) -> int:
         assert self._flops is not None  # registered only if there is one
-        return self._flops[0](arguments[: self._count], out_shape)
+        return self._flops[0](arguments[:-1], out_shape)
 
     def _backward_flops(self, *arguments: Any, **_: Any) -> int:
         assert self._flops is not None  # registered only if there is one
-        grad_output, saved, _values, _backend, wanted = self._split_backward(arguments)
-        return self._flops[1](grad_output, saved, wanted)
+        grad_output, saved, values, _backend, wanted = self._split_backward(arguments)
+        return self._flops[1](grad_output, [*saved, *values], wanted)
 
 
 def _empty(shape: Sequence[int], like: Tensor, keeps_format: bool) -> Tensor:
