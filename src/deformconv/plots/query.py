@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from deformconv.ops.window import integers, n_of
+from deformconv.ops.window import by, integers, n_of
 from deformconv.plots.stack import check_trace
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def query_points(
     check_trace(trace)
     call = trace.attention(layer, index)
     _check("image", image, call.weights.shape[0], call)
-    pixels = np.array(trace.size if size is None else integers("size", size, 2, 1), np.float64)
+    pixels = np.array(_size(trace, call) if size is None else integers("size", size, 2, 1), np.float64)
     locations, weights = (tensor[image].double().cpu().numpy() for tensor in (call.locations, call.weights))
     points = locations[..., ::-1] * pixels - 0.5  # (Q, heads, levels, points, 2), y before x
     if at is not None and query is not None:
@@ -112,7 +112,7 @@ def query_points(
     _, heads, levels, number = weights.shape
     for name, value, count in (("head", head, heads), ("level", level, levels)):
         if value is not None:
-            _check(name, value, count, call, name)
+            _check(name, value, count, call)
     which = np.indices((heads, levels, number)).reshape(3, -1)
     here, weight = points[query].reshape(-1, 2), weights[query].reshape(-1)
     kept = np.isfinite(here).all(1)
@@ -121,6 +121,18 @@ def query_points(
     y, x = map(float, references[query])
     box = _box(call, image, query, pixels)
     return QueryPoints(layer, int(query), (y, x), box, here[kept], weight[kept], which[0][kept], which[1][kept], call.levels)
+
+
+def _size(trace: Trace, call: AttentionCall) -> tuple[int, ...]:
+    """The recorded picture's size."""
+    finest = max(call.levels)
+    if any(one < other for one, other in zip(trace.size, finest, strict=True)):
+        raise ValueError(
+            f"what the model was called with has no picture: its first tensor with as many axes is {by(trace.size)} pixels "
+            f"large, and the finest level of layer {call.layer!r} {by(finest)}. Expected a model that is called with a picture, or "
+            "`size`, (height, width) of the picture that the levels cover."
+        )
+    return trace.size
 
 
 def _references(call: AttentionCall, image: int, points: Array, weights: Array, pixels: Array) -> Array:
