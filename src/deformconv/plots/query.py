@@ -129,8 +129,8 @@ def _size(trace: Trace, call: AttentionCall) -> tuple[int, ...]:
     if any(one < other for one, other in zip(trace.size, finest, strict=True)):
         raise ValueError(
             f"what the model was called with has no picture: its first tensor with as many axes is {by(trace.size)} pixels "
-            f"large, and the finest level of layer {call.layer!r} {by(finest)}. Expected a model that is called with a picture, or "
-            "`size`, (height, width) of the picture that the levels cover."
+            f"large, and the finest level of layer {call.layer!r} {by(finest)}. Expected a model that is called with a "
+            "picture, or `size`, (height, width) of the picture that the levels cover."
         )
     return trace.size
 
