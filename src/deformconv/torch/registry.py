@@ -20,7 +20,7 @@ from deformconv.torch import autograd, modes, run
 from deformconv.torch.tensors import described, device_of, memory_format, operand, requires_grad
 from deformconv.torch.vmap import fold_backward, fold_forward
 
-__all__ = ["Export", "Registered"]
+__all__ = ["Export", "Registered", "check_opset"]
 
 _library = torch.library.Library("deformconv", "DEF")
 # The types of parameters whose values can be the key of a plan; None and tuples of integers can as well.
@@ -41,6 +41,16 @@ class Export(NamedTuple):
 
     write: Callable[..., Tensor]  # spec, operands -> output
     first_opset: int  # that has such nodes
+
+
+def check_opset(first: int, node: str) -> None:
+    """Raise where torch.onnx.export writes for an opset that has no such node."""
+    opset = modes.exported_opset()
+    if opset is not None and opset < first:
+        raise BackendError(
+            f"This export is for ONNX opset {opset}, which has no {node}; expected torch.onnx.export(..., "
+            f"opset_version={first}) or newer."
+        )
 
 
 class Registered:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deformconv.ops.aggregate.spec import AggregateSpec
-from deformconv.torch.registry import Export
+from deformconv.torch.registry import Export, check_opset
 from deformconv.torch.tensors import HALF
 
 __all__ = ["EXPORT", "deform_aggregate"]
@@ -21,6 +21,7 @@ def deform_aggregate(spec: AggregateSpec, input: Tensor, offset: Tensor, mask: T
     1-D is 2-D of height 1. Beyond the edge GridSample's "zeros" fades as ours does; for "inside" it continues the last pixel,
     and what is not within the map is multiplied by 0.
     """
+    check_opset(*((20, "GridSample over 3 axes") if spec.rank == 3 else (EXPORT.first_opset, "GridSample")))
     dtype = input.dtype
     input, offset = (tensor.float() if tensor.dtype in HALF else tensor for tensor in (input, offset))
     images, taps, rank = spec.batch * spec.offset_groups, spec.taps, spec.rank
