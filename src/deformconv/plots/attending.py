@@ -89,7 +89,7 @@ def _observe_theirs(name: str, layer: nn.Module, watch: Callable[[AttentionEvent
         kept.pair = kwargs.get("reference_points"), None
 
     def after(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        reference, _ = kept.take() or (None, None)
+        reference = (kept.take() or (None,))[0]
         if modes.compiling() or modes.traced() or modes.transformed():
             return
         given = inspect.signature(operator.forward).bind(*args, **kwargs).arguments

@@ -205,7 +205,7 @@ def draw_query_points(
     share = np.abs(view.weights) / (float(np.abs(view.weights).max(initial=0)) or 1.0)
     most = 2 * _area(len(view.points), zoom) if size is None else size
     present = sorted(set(view.levels.tolist()))
-    drawn = []
+    drawn: list[PathCollection] = []
     for level in reversed(present):  # the finest on top
         here = np.flatnonzero(view.levels == level)
         here = here[np.argsort(share[here], kind="stable")]

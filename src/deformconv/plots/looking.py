@@ -145,9 +145,9 @@ class Look:
     def _repr_html_(self) -> str:
         """The page in a frame, for notebooks: several do not disturb one another. Of attention a picture."""
         if self.is_attention:
-            from deformconv.plots import style
+            from deformconv.plots.style import embedded
 
-            return style.embedded(self.draw())
+            return embedded(self.draw())
         text = html.escape(self.html(), quote=True)
         style = "width:100%;height:820px;border:0"
         return f'<iframe title="{html.escape(self._title)}" style="{style}" sandbox="allow-scripts" srcdoc="{text}"></iframe>'

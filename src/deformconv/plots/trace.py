@@ -83,8 +83,9 @@ class Trace:
     def __repr__(self) -> str:
         if not self.calls and not self.attentions:
             return "Trace: nothing was recorded yet"
-        passes = 1 + max(call.forward for call in (*self.calls, *self.attentions))
-        lines = [f"Trace of {passes} forward pass{'es' * (passes > 1)}, {n_of(len(self.calls) + len(self.attentions), 'call')}"]
+        forwards = [call.forward for call in self.calls] + [call.forward for call in self.attentions]
+        passes = 1 + max(forwards)
+        lines = [f"Trace of {passes} forward pass{'es' * (passes > 1)}, {n_of(len(forwards), 'call')}"]
         return "\n".join([*lines, *table(self.calls), *attention_table(self.attentions)])
 
     @property
