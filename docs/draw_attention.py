@@ -25,8 +25,8 @@ from deformconv.studies.regions import Scene, material, scene
 from deformconv.torch import DeformAttention, parameter_groups
 
 LEVELS, HEADS, POINTS, WIDTH = 3, 4, 4, 64  # a pyramid of three maps
-# The cost of a sample a cell away from its region; of one a pixel further from its query, or nearer, than at first; and of one a
-# pixel away from its first place: samples turn around their query where something is in the way, and else stay.
+# The cost of a sample a cell away from its region; of one a pixel further from its query, or nearer, than at first; and of one
+# a pixel away from its first place: samples turn around their query where something is in the way, and else stay.
 OUTSIDE, FURTHER, MOVED = 0.1, 0.02, 0.002
 AT = (164, 387), (262, 130)  # the rim of the cup, the saucer
 

@@ -295,7 +295,8 @@ class TestDrawn:
             areas, share = dots.get_sizes(), view.weights[here][order] / view.weights.max()
             np.testing.assert_allclose(areas / areas.max(), np.clip(share, 0.12, None) / max(share.max(), 0.12))
         labels = [text.get_text() for text in axes.get_legend().get_texts()]
-        assert labels == ["middle of its box" if boxes else "reference", "6x8", "3x4 (size: weight)"]
+        assert labels == ["middle of its box" if boxes else "reference", "6x8", "3x4"]
+        assert axes.get_legend().get_title().get_text() == "colour: the level that is sampled; size: weight"
         assert [line.get_color() for line in axes.lines].count(style.YELLOW) == boxes
         assert len({tuple(dots.get_facecolor()[0]) for dots in drawn}) == 2
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deformconv.ops.window import by
 from deformconv.plots import style
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def draw_query_points(
     if legend:
         handles = [style.sample("unit", "reference" if view.box is None else "middle of its box")]
         for level in present:
-            label = "{}x{}".format(*view.sizes[level]) + (" (size: weight)" if level == present[-1] else "")
-            handles.append(style.sample("dot", label, style.LEVELS[level % len(style.LEVELS)]))
-        style.add_legend(axes, handles)
+            handles.append(style.sample("dot", by(view.sizes[level]), style.LEVELS[level % len(style.LEVELS)]))
+        title = "colour: the level that is sampled; size: weight"
+        style.add_legend(axes, handles).set_title(title, prop={"size": style.SMALL})
     return drawn

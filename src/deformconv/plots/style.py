@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 __all__ = [
-    "AMOUNT", "BLUE", "GREEN", "HEAT", "LEVELS", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "VERMILLION", "YELLOW", "Zoom",
-    "add_bar", "add_legend", "box", "dots", "embedded", "frame", "grey", "halo", "limits", "line", "mark", "new_figure",
+    "AMOUNT", "BLUE", "GREEN", "HEAT", "LEVELS", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "SMALL", "VERMILLION", "YELLOW",
+    "Zoom", "add_bar", "add_legend", "box", "dots", "embedded", "frame", "grey", "halo", "limits", "line", "mark", "new_figure",
     "of_the_picture", "positions", "rays", "sample", "save", "show", "window",
 ]  # fmt: skip
 
