@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
+from tests.ops.texts import lines_run_in, missed
 
 from deformconv.errors import BackendError, ShapeError
 from deformconv.ops import window
@@ -62,6 +58,8 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"offset": (2, 36, 9, 18), "offset_groups": 1}, ShapeError, ["36 channels fit offset_groups=2."]),
     ({"offset": (2, 8, 9, 18)}, ShapeError, [
         "`offset` has 8 channels;", "`offset` looks channels-last", "`numpy.moveaxis(offset, -1, 1)`"]),
+    ({"input": (2, 8, 9, 8), "offset": (2, 8, 9, 18), "weight": (6, 8, 3, 3)}, ShapeError, [
+        "`offset` has 8 channels;", "`offset` and `input` look channels-last: move their last axis to place 1,"]),
     ({"offset": (18, 8, 9)}, ShapeError, [
         "`offset` has 3 axes, shape (18, 8, 9); a 2-D call takes 4: (N, offset_groups*K*D, height, width).",
         "For one image without a batch axis pass `offset[None]`."]),
@@ -300,36 +298,4 @@ def test_every_text_has_a_test() -> None:
                 call(**mistake)
         test_text_of_grad_output()
         test_texts_of_a_layer_s_input()
-    missed = [
-        f"{module.__name__}:{node.lineno}"
-        for module in modules
-        for node in texts_of(module)
-        if not lines & {(module.__file__, line) for line in range(node.lineno, (node.end_lineno or 0) + 1)}
-    ]
-    assert not missed
-
-
-def texts_of(module: ModuleType) -> Iterator[ast.stmt]:
-    with open(str(module.__file__), encoding="utf-8") as file:
-        for node in ast.walk(ast.parse(file.read())):
-            if isinstance(node, ast.Raise | ast.AugAssign):
-                yield node
-
-
-@contextmanager
-def lines_run_in(modules: tuple[ModuleType, ...]) -> Iterator[set[tuple[str | None, int]]]:
-    files = {module.__file__ for module in modules}
-    lines: set[tuple[str | None, int]] = set()
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in files:
-            return None
-        lines.add((frame.f_code.co_filename, frame.f_lineno))
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield lines
-    finally:
-        sys.settrace(before)
+    assert not missed(modules, lines)
