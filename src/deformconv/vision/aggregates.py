@@ -15,6 +15,7 @@ from deformconv.errors import ShapeError
 from deformconv.ops.window import count, positions_along
 from deformconv.torch import modes
 from deformconv.torch.aggregate.functional import deform_aggregate2d
+from deformconv.torch.observed import Observed
 from deformconv.torch.predictor import VectorPredictor
 
 __all__ = ["Aggregate", "Grid"]
@@ -51,7 +52,7 @@ class Grid(NamedTuple):
         return weight * self.scale, moved.flatten()
 
 
-class Aggregate(nn.Module):
+class Aggregate(Observed, nn.Module):
     """A layer that adds up what it samples, weighed by masks, and has no weight for a tap."""
 
     center_feature_scale_proj_weight: nn.Parameter
@@ -147,9 +148,12 @@ class Aggregate(nn.Module):
 
     def _aggregate(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """The operator where channels are last: (N, H, W, C), (N, *O, G*K*2) and (N, *O, G*K) to (N, *O, C)."""
-        moved = (tensor.permute(0, 3, 1, 2) for tensor in (input, offset, mask))
+        input, offset, mask = (tensor.permute(0, 3, 1, 2) for tensor in (input, offset, mask))
         window = self.kernel_size, self.stride, self.pad, self.dilation
-        return deform_aggregate2d(*moved, *window, offset_groups=self.group).permute(0, 2, 3, 1)
+        output = deform_aggregate2d(input, offset, mask, *window, offset_groups=self.group)
+        if self._observers:
+            self._show(input, offset, mask, output)
+        return output.permute(0, 2, 3, 1)
 
     def _mixed(self, output: Tensor, input: Tensor, features: Tensor) -> Tensor:
         """Between the output and the input under the windows' centres: for each group a part that `features` say."""

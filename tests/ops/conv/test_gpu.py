@@ -350,7 +350,7 @@ MUTATIONS = [
     Mutation("low and high corners exchanged", LISTS, "pixel % X + 1 - corner % 2", "pixel % X + corner % 2"),
     Mutation("a list too few", LISTS, "end = tl.load(start_ptr + number + 1", "end = tl.load(start_ptr + number"),
     Mutation("runs are summed again", LISTS, "count = end - first - runs * RUN", "count = end - first"),
-    Mutation("programs overlap", KERNELS, "own_row = tl.program_id(0) * BR", "own_row = tl.program_id(0) * (BR - 1)"),
+    Mutation("programs overlap", KERNELS, "own_row = block * BR", "own_row = block * (BR - 1)"),
     Mutation(
         "an untrue hint", LISTS, "tl.multiple_of(group * size + own, SPAN)", "tl.multiple_of(group * size + own, 2 * SPAN)"
     ),
