@@ -144,7 +144,8 @@ def attend_backward(
                 found += y_weight * x_weight * product
                 d_y += (x_weight if CORNER & 2 else -x_weight) * product
                 d_x += (y_weight if CORNER & 1 else -y_weight) * product
-            to, dtype = d_location_ptr + at * 2, d_location_ptr.dtype.element_ty
+            dtype = d_location_ptr.dtype.element_ty
+            to = d_location_ptr + at * 2
             tl.store(to, (d_x * weight * width + poison).to(dtype), mask=there)
             tl.store(to + 1, (d_y * weight * height + poison).to(dtype), mask=there)
             tl.store(d_weight_ptr + at, (found + poison).to(d_weight_ptr.dtype.element_ty), mask=there)
