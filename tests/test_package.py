@@ -130,6 +130,8 @@ def is_neutral(module: str) -> bool:
     by_file = {"ops": ["operator", "window"], "gluon": ["arrays", "calls", "custom"]}
     if room == "torch":
         return len(file) == 1 and file != ["conv"]
+    if room == "ops" and file[:1] == ["taps"]:
+        return True
     return room in ("dispatch", "numpy", "runtime", "sampling") or file in [[name] for name in by_file.get(room, [])]
 
 

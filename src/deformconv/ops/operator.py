@@ -164,10 +164,11 @@ def check_dtypes_and_devices(first: tuple[str, Operand], others: Mapping[str, Op
             )
 
 
-def same_shape(spec: Spec, grad_output: Operand) -> None:
-    """Raise unless `grad_output` has the output's shape and the call's dtype."""
+def same_shape(spec: Spec, grad_output: Operand, form: str = "") -> None:
+    """Raise unless `grad_output` has the output's shape and the call's dtype; `form` is that shape's axes in words."""
     if tuple(grad_output.shape) != spec.output_shape:
-        raise ShapeError(f"`grad_output` has shape {tuple(grad_output.shape)}; expected the output's, {spec.output_shape}.")
+        expected = f"{spec.output_shape}: {form}" if form else f"{spec.output_shape}"
+        raise ShapeError(f"`grad_output` has shape {tuple(grad_output.shape)}; expected the output's, {expected}.")
     check_grad_dtype(spec, grad_output)
 
 

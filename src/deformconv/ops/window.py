@@ -6,6 +6,7 @@ Also the words that error texts share. Like the specs that use it, it sees shape
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deformconv.errors import ShapeError
@@ -16,9 +17,11 @@ __all__ = [
     "by",
     "channels_last",
     "count",
+    "flat",
     "integers",
     "n_of",
     "paddings",
+    "pairs",
     "positions_along",
     "resolved",
     "same_padding",
@@ -81,12 +84,12 @@ def paddings(padding: Any, D: int) -> str | tuple[tuple[int, int], ...]:
     if any(paired):
         if not all(paired) or len(entries) != D or any(len(entry) != 2 for entry in entries):
             raise ShapeError(f"`padding` is {padding!r}; a {D}-D call takes {n_of(D, 'pair')}, one per axis: {_pair_form(D)}.")
-        pairs = tuple((_integer("padding", a, padding), _integer("padding", b, padding)) for a, b in entries)
-        if min(map(min, pairs)) < 0:
+        given = tuple((_integer("padding", a, padding), _integer("padding", b, padding)) for a, b in entries)
+        if min(map(min, given)) < 0:
             raise ShapeError(f"`padding` is {padding!r}; expected at least 0 on every side.")
-        if max(map(max, pairs)) >= LIMIT:
+        if max(map(max, given)) >= LIMIT:
             raise ShapeError(f"`padding` is {padding!r}; expected less than 2**40 = {LIMIT} on every side.")
-        return pairs
+        return given
     if len(entries) == 2 * D:
         raise ShapeError(
             f"`padding` has {n_of(len(entries), 'entry')}, {padding!r}; a {D}-D call takes "
@@ -135,6 +138,16 @@ def resolved(
     if not isinstance(padding, str):
         return padding
     return same_padding(kernel_size, stride, dilation) if padding == "same" else ((0, 0),) * len(kernel_size)
+
+
+def flat(padding: Sequence[tuple[int, int]]) -> list[int]:
+    """Pairs of padding one after the other, as PyTorch's schemas take them."""
+    return [amount for pair in padding for amount in pair]
+
+
+def pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The pairs again."""
+    return tuple(zip(padding[::2], padding[1::2], strict=True))
 
 
 def positions_along(size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int) -> int:

@@ -15,6 +15,7 @@ from deformconv.errors import BackendError, ShapeError
 from deformconv.ops import window
 from deformconv.ops.conv import spec
 from deformconv.ops.conv.spec import Operand, check_grad_output, conv_spec
+from deformconv.ops.taps import spec as taps
 
 GOOD = {"input": (2, 4, 8, 9), "offset": (2, 18, 8, 9), "weight": (6, 4, 3, 3)}
 NAMES = ("input", "offset", "weight", "bias", "mask")
@@ -291,9 +292,8 @@ def test_kinds_of_errors() -> None:
 
 
 def test_every_text_has_a_test() -> None:
-    """Each `raise`, and each sentence added to a text, in spec.py and window.py is reached by a mistake "
-    "above."""
-    modules = (spec, window)
+    """Each `raise`, and each sentence added to a text, in these files is reached by a mistake above."""
+    modules = (spec, taps, window)
     with lines_run_in(modules) as lines:
         for mistake, error, _ in MISTAKES:
             with pytest.raises(error):

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from deformconv.ops import cpu as on_cpu
-from deformconv.ops.conv.reach import reasons_against_int32
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
 from deformconv.ops.operator import half_in_float32 as computes_in
+from deformconv.ops.taps.reach import reasons_against_int32
 from deformconv.runtime import arrays, threads
 from deformconv.runtime.memory import arena, room
 from deformconv.runtime.openmp import team_for

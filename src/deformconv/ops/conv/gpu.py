@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 from deformconv.ops import gpu as on_gpu
 from deformconv.ops.backends import as_given as computes_in
-from deformconv.ops.conv.reach import reasons_against_int32
 from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
+from deformconv.ops.taps.reach import reasons_against_int32
 from deformconv.runtime import product, tiles, turned
 from deformconv.sampling import lists
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deformconv.ops.conv.spec import ConvSpec, Gradients, check_grad_output, conv_spec
 from deformconv.ops.operator import Argument, Line, Operand, Operator, Parameter
-from deformconv.ops.window import window_of
+from deformconv.ops.window import flat, pairs, window_of
 
 if TYPE_CHECKING:  # each of them is a backend
     from deformconv.ops.conv import cpu, gpu, portable, reference
@@ -29,7 +29,7 @@ def _check(
 
 
 def _pack(spec: ConvSpec) -> tuple[Any, ...]:
-    return spec.stride, _flat(spec.padding), spec.dilation, spec.groups, spec.offset_groups, spec.boundary
+    return spec.stride, flat(spec.padding), spec.dilation, spec.groups, spec.offset_groups, spec.boundary
 
 
 def _unpack(
@@ -42,7 +42,7 @@ def _unpack(
 ) -> dict[str, Any]:
     return {
         "stride": tuple(stride),
-        "padding": tuple(zip(padding[::2], padding[1::2], strict=True)),
+        "padding": pairs(padding),
         "dilation": tuple(dilation),
         "groups": groups,
         "offset_groups": offset_groups,
@@ -55,15 +55,11 @@ def _plain(parameters: Mapping[str, Any], shapes: Sequence[Any]) -> tuple[Any, .
     kernel_size = tuple(shapes[2][2:])
     window = window_of(parameters["stride"], parameters["padding"], parameters["dilation"], kernel_size)
     others = (parameters[name] for name in ("groups", "offset_groups", "boundary"))
-    return window.stride, _flat(window.padding), window.dilation, *others
+    return window.stride, flat(window.padding), window.dilation, *others
 
 
 def _sum_over_positions(grad_output: Any) -> Any:
     return grad_output.sum(axis=(0, *range(2, grad_output.ndim)))
-
-
-def _flat(padding: Sequence[tuple[int, int]]) -> list[int]:
-    return [amount for pair in padding for amount in pair]
 
 
 def _has_batch(rank: int | None, axes: Sequence[int | None]) -> bool | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from deformconv.ops.conv.spec import ConvSpec
+from deformconv.ops.taps.spec import WindowSpec
 
 __all__ = ["reasons_against_int32"]
 
 _PIXELS, _AXIS = 2**31 - 1, 2**29  # the first numbers of an image's pixels, and of an axis, that are too large
 
 
-def reasons_against_int32(spec: ConvSpec) -> list[str]:
+def reasons_against_int32(spec: WindowSpec) -> list[str]:
     """Why pixels and positions of a call are not counted in 32 bits, as sentences; none if they are."""
     reasons = []
     if spec.pixels >= _PIXELS:
