@@ -11,6 +11,7 @@ from tests.torch.tensors import call_of
 import deformconv
 from deformconv.ops.conv import portable
 from deformconv.ops.conv.spec import GRADIENTS
+from deformconv.ops.taps import portable as taps
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
 
 
@@ -27,7 +28,7 @@ def test_parts_make_the_whole(case, chunk, monkeypatch):
         return [y.detach(), *torch.autograd.grad(y, given, grad_output)]
 
     expected = results("cpu")
-    monkeypatch.setattr(portable, "CHUNK", chunk)
+    monkeypatch.setattr(taps, "CHUNK", chunk)
     for found, wanted in zip(results("portable"), expected, strict=True):
         assert_close(found, wanted, "float64")
 
@@ -36,7 +37,7 @@ def test_the_parts_cover_the_output_once(monkeypatch):
     for case in CASES:
         spec = portable_spec(case)
         for chunk in (1, 100, 1000, 1 << 24):
-            monkeypatch.setattr(portable, "CHUNK", chunk)
+            monkeypatch.setattr(taps, "CHUNK", chunk)
             seen = torch.zeros(spec.batch, spec.output_size[0], dtype=torch.int)
             for images, rows, part in portable.parts(spec):
                 seen[images, rows] += 1
@@ -63,14 +64,14 @@ def test_second_derivatives_in_parts(monkeypatch):
         return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
 
     expected = second()
-    monkeypatch.setattr(portable, "CHUNK", 1)
+    monkeypatch.setattr(taps, "CHUNK", 1)
     for found, wanted in zip(second(), expected, strict=True):
         assert_close(found, wanted, "float64")
 
 
 def test_memory_is_bounded(monkeypatch):
     """The most that is alive at once, forward and backward, does not grow with the batch beyond the results."""
-    monkeypatch.setattr(portable, "CHUNK", 1 << 14)
+    monkeypatch.setattr(taps, "CHUNK", 1 << 14)
 
     def peak(batch):
         x, offset = torch.rand(batch, 8, 16, 16), torch.zeros(batch, 18, 16, 16)
@@ -123,7 +124,7 @@ def test_layers_on_the_meta_device(layer):
 def test_compiled_for_another_device(monkeypatch):
     """The registered operators' kernel off the CPU, forced: within it PyTorch differentiates the portable form."""
     torch._dynamo.reset()
-    monkeypatch.setattr(portable, "CHUNK", 100)
+    monkeypatch.setattr(taps, "CHUNK", 100)
     function, arrays, keywords, grad_output = call_of(requires_grad=True)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     tensors = [arrays[name] for name in GRADIENTS]

@@ -169,6 +169,7 @@ def _rank(input: Operand, rank: int | None) -> int:
     given = len(input.shape)
     if not 3 <= given <= 5:
         raise ShapeError(
-            f"`input` has {n_of(given, 'axis')}, shape {shape_of(input)}; expected 3, 4 or 5: (N, C) and 1, 2 or 3 spatial axes."
+            f"`input` has {n_of(given, 'axis')}, shape {shape_of(input)}; expected 3, 4 or 5: (N, C) and 1, 2 or 3 spatial "
+            "axes."
         )
     return given - 2
