@@ -256,7 +256,7 @@ TAPS, KERNELS = "deformconv.ops.taps.gpu_kernels", "deformconv.ops.conv.gpu_kern
 # A mistake, the module, and what is replaced in its text by what.
 MUTATIONS = [
     Mutation("two taps swapped", TAPS, "+ tap % WINDOW[0][2] * WINDOW[3][2]", "+ (tap ^ 1) % WINDOW[0][2] * WINDOW[3][2]"),
-    Mutation("no mask", TAPS, "tl.load(mask_ptr + at, mask=there, other=0.0)", "tl.load(mask_ptr + at, mask=there) * 0 + 1"),
+    Mutation("no mask", TAPS, "tl.load(mask_ptr + at, mask=there, other=0.0)", "(tl.load(mask_ptr + at, mask=there) * 0 + 1)"),
     Mutation("no rule for NaN", RULE, 'tl.where(offset != offset, float("nan"), 0.0)', "tl.where(offset != offset, 0.0, 0.0)"),
     Mutation("far offsets are converted", RULE, "near = tl.abs(offset) < 1073741824.0", "near = offset == offset"),
     Mutation(
