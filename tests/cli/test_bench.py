@@ -53,8 +53,8 @@ def absent(monkeypatch):
         (["--direction", "sideways"], "there is no direction 'sideways'; there are forward, forward+backward"),
         (
             ["loudness"],
-            "there is no report 'loudness'; there are speed, net, rois, attention, offsets, small, scaling, memory, "
-            "startup, all",
+            "there is no report 'loudness'; there are speed, net, rois, attention, aggregate, offsets, small, scaling, "
+            "memory, startup, all",
         ),
         (["--threads", "0"], "--threads"),
         (["--seconds", "0"], "--seconds"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from deformconv.torch import DeformAttention, DeformConv1d, DeformConv2d, DeformConv3d
+from deformconv.torch.aggregate.functional import deform_aggregate
 
 LAYERS = {1: DeformConv1d, 2: DeformConv2d, 3: DeformConv3d}
 SIZES = {1: ((9,), (14,)), 2: ((8, 9), (12, 17)), 3: ((4, 5, 6), (5, 6, 8))}
@@ -76,3 +77,33 @@ def attention() -> tuple[Attention, tuple[torch.Tensor, ...], tuple[torch.Tensor
     calls = ((torch.randn(n, q, 16), torch.rand(n, q, 2, 2) * 1.4 - 0.2, torch.randn(n, 47, 16)) for n, q in ((2, 6), (3, 9)))
     any_number = torch.export.Dim.DYNAMIC
     return net, *calls, ({0: any_number, 1: any_number}, {0: any_number, 1: any_number}, {0: any_number})
+
+
+class Aggregate(nn.Module):
+    """Two aggregations of what convolutions predict, unlike in every parameter; the second has no mask."""
+
+    def __init__(self, rank: int, boundary: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rank, self.boundary = rank, boundary
+        layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+        self.first = layer(4, 2 * 3**rank * (rank + 1), 3, padding=1, stride=2)
+        self.second = layer(4, 2**rank * rank, 3, padding=1)
+        for predictor in (self.first, self.second):
+            nn.init.normal_(predictor.weight, std=0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        taps = 2 * 3**self.rank
+        offset, mask = self.first(x).split([taps * self.rank, taps], 1)
+        y = deform_aggregate(x, offset, mask, 3, 2, 1, offset_groups=2, boundary=self.boundary)
+        moves = self.second(y)
+        result: torch.Tensor = deform_aggregate(
+            y, moves, None, 2, padding=((2, 0),) * self.rank, dilation=2, boundary=self.boundary
+        )
+        return result
+
+
+def aggregate(rank: int, boundary: str = "zeros") -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The net, an input and a larger one."""
+    sizes = zip((2, 5), SIZES[rank], strict=True)
+    return Aggregate(rank, boundary).eval(), *(torch.rand(batch, 4, *size) for batch, size in sizes)

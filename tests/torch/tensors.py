@@ -1,11 +1,12 @@
-"""The cases of the operator's suite as PyTorch tensors."""
+"""The cases of an operator's suite as PyTorch tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tests.ops.conv.cases import ARGUMENTS, CASES, Call, Case, make
+from tests.ops.conv.cases import ARGUMENTS, CASES, Case, make
 
 from deformconv.torch import deform_conv1d, deform_conv2d, deform_conv3d
 
@@ -18,8 +19,9 @@ def keywords(case: Case) -> dict[str, Any]:
     return {name: getattr(case, name) for name in names}
 
 
-def tensors(call: Call, requires_grad: bool = False) -> dict[str, torch.Tensor | None]:
-    arrays = {name: getattr(call, name) for name in ARGUMENTS}
+def tensors(call: Any, requires_grad: bool = False, names: Sequence[str] = ARGUMENTS) -> dict[str, torch.Tensor | None]:
+    """A call's arrays, copied."""
+    arrays = {name: getattr(call, name) for name in names}
     return {
         name: None if array is None else torch.from_numpy(array.copy()).requires_grad_(requires_grad)
         for name, array in arrays.items()

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 import torch
 from tests.tolerances import assert_close
-from tests.torch.nets import any_size, attention, two_layers
+from tests.torch.nets import aggregate, any_size, attention, two_layers
 from torch import nn
 
 from deformconv.errors import BackendError
@@ -86,6 +86,25 @@ def test_attention_in_the_older_exporter(tmp_path):
     net, call, *_ = attention()
     with pytest.raises(BackendError, match=r"dynamo=False\) cannot export .* opset_version=16 or newer"):
         torch.onnx.export(net, call, tmp_path / "net.onnx", dynamo=False)
+
+
+@pytest.mark.parametrize(
+    ("rank", "opset", "boundary"), [(1, None, "inside"), (2, None, "zeros"), (2, 16, "inside"), (3, 20, "zeros")]
+)
+def test_aggregation_is_standard_nodes(rank, opset, boundary):
+    net, x, larger = aggregate(rank, boundary)
+    model = export(net, x, **({} if opset is None else {"opset_version": opset}))
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert sum(node.op_type == "GridSample" for node in model.graph.node) == 2
+    for image in (x, larger):
+        assert_close(run(model, image), net(image).detach(), "float32")
+
+
+def test_aggregation_of_volumes_needs_a_newer_opset():
+    net, x, _ = aggregate(3)
+    with pytest.raises(Exception, match=r"for ONNX opset 19, which has no GridSample over 3 axes; expected .*opset_version=20"):
+        export(net, x, opset_version=19)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deformconv.bench.cases import away_from_integers
 from deformconv.bench.peers import DIRECTIONS, Arrays, OperatorPeer, Ours
 
 __all__ = ["ATTENTION_CASES", "ATTENTION_PEERS", "TINY", "AttentionCase", "attention_arrays", "attention_case_of"]
@@ -69,12 +70,11 @@ def attention_arrays(case: AttentionCase) -> Arrays:
         places = random.uniform(0, 1, (case.queries, 2))
     shape = (case.batch, len(places), case.heads, len(case.levels), case.points)
     pixels = places[:, None, None, None] * sizes - 0.5 + case.sigma * random.standard_normal((*shape, 2))
-    pixels = np.floor(pixels) + 0.01 + 0.98 * (pixels - np.floor(pixels))
     weights = np.exp(random.standard_normal(shape))
     channels = case.heads * case.channels
     arrays = {
         "value": random.standard_normal((case.batch, case.tokens, case.heads, case.channels)),
-        "locations": (pixels + 0.5) / sizes,
+        "locations": (away_from_integers(pixels) + 0.5) / sizes,
         "weights": weights / weights.sum((-2, -1), keepdims=True),
         "grad_output": random.standard_normal((case.batch, len(places), channels)),
     }

@@ -9,7 +9,7 @@ import numpy as np
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 from deformconv.ops.window import by, positions_along
 
-__all__ = ["CASES", "QUICK", "TOLERANCE", "Case", "case_of", "make", "named", "shapes_of"]
+__all__ = ["CASES", "QUICK", "TOLERANCE", "Case", "away_from_integers", "case_of", "make", "named", "shapes_of"]
 
 TOLERANCE = 1e-4  # of another library in float32, which adds up thousands of numbers in its own order
 
@@ -128,7 +128,7 @@ def make(case: Case, dtype: str = "float32") -> tuple[ConvSpec, dict[str, Any]]:
     rng = np.random.default_rng(0)
     shapes = shapes_of(case)
     arrays: dict[str, Any] = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
-    arrays["offset"] = _away_from_integers(arrays["offset"] * case.sigma) if case.sigma else np.zeros_like(arrays["offset"])
+    arrays["offset"] = away_from_integers(arrays["offset"] * case.sigma) if case.sigma else np.zeros_like(arrays["offset"])
     arrays["weight"] /= np.sqrt(np.prod(shapes["weight"][1:])).astype(dtype)
     arrays["mask"] = rng.random(shapes["mask"]).astype(dtype) if case.masked else None
     input, offset, weight, bias = (Operand(arrays[name].shape, dtype) for name in ("input", "offset", "weight", "bias"))
@@ -140,7 +140,7 @@ def make(case: Case, dtype: str = "float32") -> tuple[ConvSpec, dict[str, Any]]:
     return spec, arrays
 
 
-def _away_from_integers(offset: Any) -> Any:
+def away_from_integers(offset: Any) -> Any:
     """The offsets with fractions in [0.01, 0.99].
 
     The gradient of an offset jumps at integer positions. Libraries that add a position's integer and its offset in float32

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 
 from deformconv.accuracy import error
+from deformconv.bench.aggregate import AGGREGATE_PEERS
 from deformconv.bench.attention import ATTENTION_PEERS
 from deformconv.bench.cases import Case
 from deformconv.bench.nets import NET_PEERS
@@ -94,9 +95,9 @@ def processes(libraries: Sequence[str], threads: int) -> Iterator[list[Process]]
 
 
 def peer_of(name: str) -> type[Peer]:
-    """The library of that name, its layers in nets, its pooling of boxes, or its attention."""
-    found: dict[str, type[Peer]] = {**PEERS, **NET_PEERS, **ROI_PEERS, **ATTENTION_PEERS, Truth.name: Truth}
-    return found[name]
+    """The library of that name, its layers in nets, or another operator of its."""
+    found: dict[str, type[Peer]] = {**PEERS, **NET_PEERS, **ROI_PEERS, **ATTENTION_PEERS, **AGGREGATE_PEERS}
+    return Truth if name == Truth.name else found[name]
 
 
 class Entry(NamedTuple):

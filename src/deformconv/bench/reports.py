@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deformconv.bench import aggregate as aggregates
+from deformconv.bench import attention as attentions
 from deformconv.bench import startup
-from deformconv.bench.attention import ATTENTION_CASES, ATTENTION_PEERS, TINY, attention_case_of
 from deformconv.bench.cases import Case, case_of, make, named
 from deformconv.bench.figures import OURS, Row, digits, layer, markdown, ratio
 from deformconv.bench.measure import Entry, Failure, Pace, Progress, compare, peer_of, processes
@@ -143,41 +144,52 @@ def write_nets(rows: Sequence[Row]) -> str:
 
 # Other operators than convolution
 
-THEIRS = {"torchvision": "torchvision's roi_align", "transformers": "transformers, eager"}
+
+class Other(NamedTuple):
+    """Another operator than convolution: whose report it is, what is measured, and by whom."""
+
+    word: str  # the report's name
+    title: str
+    cases: Sequence[Any]
+    peers: Mapping[str, type[Peer]]
+    read: Callable[[dict[str, Any]], Any]  # a case from its fields
+    small: Any = None  # a case after which all code is loaded, if what training takes of memory is measured as well
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The titles of the other libraries, by their label."""
+        titles = {name.rpartition("-")[0]: peer.title for name, peer in self.peers.items()}
+        return {label: title for label, title in titles.items() if label not in ("deformconv", "truth")}
+
+    def of(self, library: str) -> str:
+        """The name of a library's peer."""
+        return next(name for name in self.peers if name.rpartition("-")[0] == library)
+
+    def chosen(self, plan: Plan) -> dict[str, str]:
+        """The peers' names by their labels; a library that has no convolution is always among them."""
+        labels = {name.rpartition("-")[0]: name for name, peer in self.peers.items() if not missing(peer.packages)}
+        return {label: name for label, name in labels.items() if label in plan.libraries or label not in (*PEERS, "truth")}
 
 
-def rois(plan: Plan, progress: Progress) -> Rows:
-    """Deformable RoI pooling beside RoI align; and with one thread beside two."""
-    cases = ROI_CASES[:1] if plan.quick else ROI_CASES
-    return _operator("rois", "roi", cases, _chosen(ROI_PEERS, plan), plan, progress)
+OTHERS = (
+    Other("rois", "Pooling of boxes", ROI_CASES, ROI_PEERS, roi_case_of),
+    Other(
+        "attention", "Multi-scale deformable attention", attentions.ATTENTION_CASES, attentions.ATTENTION_PEERS,
+        attentions.attention_case_of, attentions.TINY,
+    ),
+    Other(
+        "aggregate", "Aggregation, as in DCNv3 and DCNv4", aggregates.AGGREGATE_CASES, aggregates.AGGREGATE_PEERS,
+        aggregates.aggregate_case_of, aggregates.TINY,
+    ),
+)  # fmt: skip
+THEIRS = frozenset(label for other in OTHERS for label in other.others)
 
 
-def attention(plan: Plan, progress: Progress) -> Rows:
-    """Multi-scale deformable attention beside transformers'; with one thread beside two; and what training takes of memory."""
-    cases, peers = ATTENTION_CASES[:1] if plan.quick else ATTENTION_CASES, _chosen(ATTENTION_PEERS, plan)
-    rows = _operator("attention", "attention", cases, peers, plan, progress, len(cases) * len(peers))
-    for case in cases:
-        results = {}
-        for label, name in peers.items():
-            progress.step(f"attention, {case.name}, memory, {label}")
-            with processes([name], plan.threads) as (process,):
-                results[label] = _peak(process, TINY, case, DIRECTIONS[-1])
-        rows.append({"attention": case._asdict(), "direction": DIRECTIONS[-1], "results": results})
-    return rows
-
-
-def _chosen(peers: Mapping[str, type[Peer]], plan: Plan) -> dict[str, str]:
-    """The names of an operator's peers by their library's; a library that has no convolution is always among them."""
-    labels = {name.rpartition("-")[0]: name for name, peer in peers.items() if not missing(peer.packages)}
-    return {label: name for label, name in labels.items() if label in plan.libraries or label not in (*PEERS, "truth")}
-
-
-def _operator(
-    word: str, kind: str, cases: Sequence[Any], peers: Mapping[str, str], plan: Plan, progress: Progress, more: int = 0
-) -> Rows:
-    """Each case in each direction beside other libraries, and the first case with one thread beside two."""
-    truths, ours, rows = [f"truth-{kind}"], [f"deformconv-{kind}"], []
-    progress.begin((len(cases) + 1) * len(plan.directions) + more)
+def operator(other: Other, plan: Plan, progress: Progress) -> Rows:
+    """Each case beside other libraries; the first with one thread beside two; and what training takes of memory."""
+    word, cases, peers = other.word, other.cases[:1] if plan.quick else other.cases, other.chosen(plan)
+    truths, ours, rows = [other.of("truth")], [other.of("deformconv")], []
+    progress.begin((len(cases) + 1) * len(plan.directions) + len(cases) * len(peers) * (other.small is not None))
     with processes([*truths, *peers.values()], plan.threads) as (truth, *others):
         for case, direction in product(cases, plan.directions):
             progress.step(f"{word}, {case.name}, {direction}")
@@ -190,29 +202,39 @@ def _operator(
             entries = {"1": Entry(one, cases[0]), "2": Entry(two, cases[0])}
             results = compare(entries, direction, truth, plan.pace)
             rows.append({word: cases[0]._asdict(), "direction": direction, "results": results})
+    for case in () if other.small is None else cases:
+        results = {}
+        for label, name in peers.items():
+            progress.step(f"{word}, {case.name}, memory, {label}")
+            with processes([name], plan.threads) as (process,):
+                results[label] = _peak(process, other.small, case, DIRECTIONS[-1])
+        rows.append({word: case._asdict(), "direction": DIRECTIONS[-1], "results": results})
     return rows
 
 
-def write_operator(word: str, read: Callable[[dict[str, Any]], Any], other: str, rows: Sequence[Row]) -> str:
-    """The tables of an operator, of which one other library is measured as well."""
+def write_operator(other: Other, rows: Sequence[Row]) -> str:
+    """The tables of an operator."""
     beside, threads, peaks = [], [], []
+    names = ("deformconv", *other.others)
     for row in rows:
-        case, names = read(row[word]), ("deformconv", other)
+        case = other.read(row[other.word])
         if "1" in row["results"]:
             one, two = _value(row, "1"), _value(row, "2")
             threads.append([case.name, row["direction"], _cell(row, "1"), _cell(row, "2"), _over(one, two)])
         elif any("bytes" in result for result in row["results"].values()):
-            ours, theirs = (row["results"].get(name, {}).get("bytes") for name in names)
-            cells = ["-" if size is None else digits(size / MEGABYTE) for size in (ours, theirs)]
-            peaks.append([case.name, case.what, *cells, _over(ours, theirs)])
+            sizes = [row["results"].get(name, {}).get("bytes") for name in names]
+            cells = ["-" if size is None else digits(size / MEGABYTE) for size in sizes]
+            peaks.append([case.name, case.what, *cells, *(_over(sizes[0], size) for size in sizes[1:])])
         else:
-            ours, theirs = (_value(row, name) for name in names)
-            beside.append([case.name, case.what, row["direction"], *(_cell(row, name) for name in names), _over(theirs, ours)])
-    head = ["case", "what", "direction", "deformconv", THEIRS[other], f"{other} / ours"]
+            ours, *theirs = (_value(row, name) for name in names)
+            ratios = [_over(value, ours) for value in theirs]
+            beside.append([case.name, case.what, row["direction"], *(_cell(row, name) for name in names), *ratios])
+    titles = ("deformconv", *other.others.values())
+    head = ["case", "what", "direction", *titles, *(f"{name} / ours" for name in other.others)]
     threads_head = ["case", "direction", "1 thread, ms", "2 threads, ms", "faster"]
     parts = [markdown(head, beside, 3), markdown(threads_head, threads, 2)]
     if peaks:
-        peaks_head = ["case", "what", "deformconv", THEIRS[other], f"ours / {other}"]
+        peaks_head = ["case", "what", *titles, *(f"ours / {name}" for name in other.others)]
         parts += ["Peak extra memory of forward and backward, in MiB", markdown(peaks_head, peaks, 2)]
     return "\n\n".join(parts)
 
@@ -434,12 +456,10 @@ def start(plan: Plan, progress: Progress) -> Rows:
 
 REPORTS = {
     "net": Report("Whole nets, milliseconds", nets, write_nets),
-    "rois": Report("Pooling of boxes, milliseconds", rois, partial(write_operator, "rois", roi_case_of, "torchvision")),
-    "attention": Report(
-        "Multi-scale deformable attention, milliseconds",
-        attention,
-        partial(write_operator, "attention", attention_case_of, "transformers"),
-    ),
+    **{
+        other.word: Report(f"{other.title}, milliseconds", partial(operator, other), partial(write_operator, other))
+        for other in OTHERS
+    },
     "offsets": Report("Offsets of three kinds", offsets, write_offsets),
     "small": Report("Small calls, all five tensors", small, write_small),
     "scaling": Report("Scaling", scaling, write_scaling),

@@ -323,6 +323,8 @@ def bench(**options: Any) -> int:
                 torchvision's and kornia's layers; also on a busy machine
       rois      pooling of boxes, beside torchvision's RoI align
       attention multi-scale deformable attention, beside transformers'
+      aggregate what DCNv3 and DCNv4 add up, beside torchvision's
+                deformable convolution and PyTorch's grid_sample
       offsets   with offsets of three kinds
       small     what a call costs when there is little to compute
       scaling   time against work, and with 1 and 2 threads

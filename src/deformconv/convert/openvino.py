@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from deformconv.errors import BackendError
 
 __all__ = ["openvino_extensions"]
+
+GRID = {"align_corners": False, "mode": "bilinear"}  # whose places are from -1 to 1
 
 
 def openvino_extensions() -> list[Any]:
@@ -16,7 +22,8 @@ def openvino_extensions() -> list[Any]:
     OpenVINO has the operator, but two of its readers lack a rule for it: that of ONNX files for DeformConv, and that of
     PyTorch's modules and exported programs for `deformconv::deform_conv`. With these rules each is read as OpenVINO's
     DeformableConvolution-8, over 1 and 2 spatial axes, with boundary="zeros". What is beyond that raises, in words of
-    OpenVINO's around ours. `deformconv::deform_attention` is read as a GridSample-9 for each level.
+    OpenVINO's around ours. `deformconv::deform_attention` is read as a GridSample-9 for each level, and
+    `deformconv::deform_aggregate`, over 1 and 2 spatial axes, as one.
 
     The converted model needs neither this library nor the rules: `openvino.save_model` writes OpenVINO's own operators alone.
 
@@ -47,10 +54,11 @@ def openvino_extensions() -> list[Any]:
         ) from None
     return [
         onnx.ConversionExtension("DeformConv", _from_onnx),
-        pytorch.ConversionExtension("deformconv::deform_conv", _from_torch),  # as torch.jit names it
-        pytorch.ConversionExtension("deformconv.deform_conv.default", _from_torch),  # as torch.export does
-        pytorch.ConversionExtension("deformconv::deform_attention", _attention),
-        pytorch.ConversionExtension("deformconv.deform_attention.default", _attention),
+        *(
+            pytorch.ConversionExtension(name, rule)
+            for operator, rule in (("conv", _from_torch), ("attention", _attention), ("aggregate", _aggregate))
+            for name in (f"deformconv::deform_{operator}", f"deformconv.deform_{operator}.default")  # torch.jit's, torch.export's
+        ),
     ]
 
 
@@ -75,18 +83,7 @@ def _from_onnx(node: Any) -> list[Any]:
 def _from_torch(node: Any) -> list[Any]:
     """The rule for this library's operator, whose arguments are in the order in which it is registered."""
 
-    def optional(number: int) -> Any:
-        try:
-            if node.get_values_from_const_input(number) is None:
-                return None  # before 2025 get_input raises for what is None
-        except Exception:  # OpenVINO's own, for what is no constant
-            pass
-        return node.get_input(number)
-
-    try:
-        boundary = node.get_values_from_const_input(10)
-    except Exception:  # OpenVINO's own, for the text of an exported program, which is an array of its bytes
-        boundary = bytes(node.get_input(10).get_node().get_data()).decode()
+    boundary = _text(node, 10)
     if boundary != "zeros":
         raise BackendError(
             f'boundary="{boundary}" cannot be converted: OpenVINO\'s DeformableConvolution knows boundary="zeros" only.'
@@ -99,7 +96,26 @@ def _from_torch(node: Any) -> list[Any]:
         )
     input, offset, weight = (node.get_input(number) for number in range(3))
     window = stride, padding[::2], padding[1::2], dilation
-    return _convolution(input, offset, weight, optional(3), optional(4), window, groups)
+    return _convolution(input, offset, weight, _optional(node, 3), _optional(node, 4), window, groups)
+
+
+def _optional(node: Any, number: int) -> Any:
+    """An argument of an operator of PyTorch's, or None."""
+    try:
+        if node.get_values_from_const_input(number) is None:
+            return None  # before 2025 get_input raises for what is None
+    except Exception:  # OpenVINO's own, for what is no constant
+        pass
+    return node.get_input(number)
+
+
+def _text(node: Any, number: int) -> str:
+    """An argument that is a text."""
+    try:
+        found: str = node.get_values_from_const_input(number)
+    except Exception:  # OpenVINO's own, for the text of an exported program, which is an array of its bytes
+        found = bytes(node.get_input(number).get_node().get_data()).decode()
+    return found
 
 
 def _convolution(
@@ -145,15 +161,7 @@ def _attention(node: Any) -> list[Any]:
     constant, (value, locations, weights) = opset.constant, map(node.get_input, range(3))
     if any(tensor.get_element_type().get_type_name() in ("f16", "bf16") for tensor in (value, locations, weights)):
         value, locations, weights = (opset.convert(tensor, "f32") for tensor in (value, locations, weights))
-
-    def size(tensor: Any, axis: int) -> Any:
-        return opset.gather(opset.shape_of(tensor), constant([axis]), constant(0))
-
-    def reshaped(tensor: Any, *sizes: Any) -> Any:
-        whole = [constant([each]) if isinstance(each, int) else each for each in sizes]
-        return opset.reshape(tensor, opset.concat(whole, 0), False)
-
-    channels, queries, points = size(value, 3), size(weights, 1), size(weights, 4)
+    channels, queries, points = _size(value, 3), _size(weights, 1), _size(weights, 4)
     values = opset.transpose(value, constant([0, 2, 3, 1]))  # (N, heads, d, L)
     two, one = (opset.convert_like(constant(number), locations) for number in (2.0, 1.0))
     grid = opset.subtract(opset.multiply(opset.transpose(locations, constant([3, 0, 2, 1, 4, 5])), two), one)
@@ -164,13 +172,85 @@ def _attention(node: Any) -> list[Any]:
         begin, start = start, start + height * width
         pixels = opset.slice(values, constant([begin]), constant([start]), constant([1]), constant([3]))
         places, shares = (opset.gather(each, constant(level), constant(0)) for each in (grid, factors))
-        pixels, places = reshaped(pixels, -1, channels, height, width), reshaped(places, -1, queries, points, 2)
-        rule = {"align_corners": False, "mode": "bilinear", "padding_mode": "zeros"}
-        samples = opset.grid_sample(pixels, places, rule)  # (N*heads, d, Q, points)
-        summed = opset.reduce_sum(opset.multiply(samples, reshaped(shares, -1, 1, queries, points)), constant([3]), False)
+        pixels, places = _reshaped(pixels, -1, channels, height, width), _reshaped(places, -1, queries, points, 2)
+        samples = opset.grid_sample(pixels, places, GRID | {"padding_mode": "zeros"})  # (N*heads, d, Q, points)
+        summed = opset.reduce_sum(opset.multiply(samples, _reshaped(shares, -1, 1, queries, points)), constant([3]), False)
         total = summed if total is None else opset.add(total, summed)
-    output = opset.transpose(reshaped(total, size(value, 0), -1, queries), constant([0, 2, 1]))  # (N, Q, heads*d)
+    output = opset.transpose(_reshaped(total, _size(value, 0), -1, queries), constant([0, 2, 1]))  # (N, Q, heads*d)
     return [opset.convert_like(output, given).output(0)]
+
+
+def _aggregate(node: Any) -> list[Any]:
+    """The rule for deformable aggregation, of any sizes; half precision is computed in float32, and 1-D is 2-D of height 1."""
+    opset, given, offset, mask = _opset(), node.get_input(0), node.get_input(1), _optional(node, 2)
+    kernel_size, *window, groups = (node.get_values_from_const_input(number) for number in range(3, 8))
+    rank, taps, constant, boundary = len(kernel_size), math.prod(kernel_size), opset.constant, _text(node, 8)
+    if rank == 3:
+        raise BackendError("An aggregation over 3 axes cannot be converted: OpenVINO's GridSample has 2.")
+    input, offset, mask = (None if tensor is None else opset.convert(tensor, "f32") for tensor in (given, offset, mask))
+    sizes, places = ([_size(tensor, axis) for axis in range(2, 2 + rank)] for tensor in (input, offset))
+    if groups is None:
+        groups = opset.divide(_size(offset, 1), constant([rank * taps]))
+    else:
+        groups = constant([groups])
+    images, channels = opset.multiply(_size(input, 0), groups), opset.divide(_size(input, 1), groups)
+    pixels = _reshaped(input, images, channels, *[1] * (2 - rank), *sizes)
+    moves = _reshaped(offset, images, taps, rank, *places)
+    factors = [] if mask is None else [_reshaped(mask, images, 1, taps, *places)]
+    grid = []
+    for axis in range(rank):
+        base, move = _base(axis, kernel_size, window, places[axis]), opset.gather(moves, constant(axis), constant(2))
+        size = opset.convert(sizes[axis], "f32")
+        if boundary == "inside":
+            factors.append(_within(opset.add(base, opset.floor(move)), size))
+        grid.insert(0, _normal(opset.add(base, move), size))  # x first
+    if rank == 1:
+        grid.append(opset.multiply(grid[0], _number(0)))
+    grid = _reshaped(opset.concat(grid, -1), images, -1, places[-1], 2)
+    samples = opset.grid_sample(pixels, grid, GRID | {"padding_mode": {"zeros": "zeros", "inside": "border"}[boundary]})
+    samples = functools.reduce(opset.multiply, factors, _reshaped(samples, images, channels, taps, *places))
+    output = _reshaped(opset.reduce_sum(samples, constant([2]), False), _size(input, 0), _size(input, 1), *places)
+    return [opset.convert_like(output, given).output(0)]
+
+
+def _base(axis: int, kernel_size: Sequence[int], window: Sequence[Sequence[int]], places: Any) -> Any:
+    """p*stride - padding + k*dilation along an axis, (K, *O) with 1 for the other axes."""
+    opset, rank, (stride, padding, dilation) = _opset(), len(kernel_size), window
+    indices = np.indices(kernel_size)[axis].reshape(-1, *(1,) * rank)
+    taps = opset.constant((indices * dilation[axis] - padding[2 * axis]).astype(np.float32))
+    numbers = opset.range(opset.constant(0), opset.squeeze(places, opset.constant([0])), opset.constant(1))
+    positions = opset.convert(opset.multiply(numbers, opset.constant(stride[axis])), "f32")
+    return opset.add(taps, _reshaped(positions, -1, *[1] * (rank - 1 - axis)))
+
+
+def _normal(position: Any, size: Any) -> Any:
+    """A position in pixels from -1 to 1 along an axis, with an axis behind; all that is farther outside is 1.5 pixels away."""
+    opset = _opset()
+    position = opset.minimum(opset.maximum(position, _number(-2)), opset.add(size, _number(1)))
+    double = opset.add(opset.multiply(position, _number(2)), _number(1))
+    return opset.unsqueeze(opset.subtract(opset.divide(double, size), _number(1)), opset.constant([-1]))
+
+
+def _within(pixel: Any, size: Any) -> Any:
+    """1 where there is such a pixel and 0 elsewhere, with an axis for the channels."""
+    opset = _opset()
+    within = opset.logical_and(opset.greater_equal(pixel, _number(0)), opset.less(pixel, size))
+    return opset.unsqueeze(opset.convert(within, "f32"), opset.constant([1]))
+
+
+def _number(value: float) -> Any:
+    return _opset().constant(np.float32(value))
+
+
+def _size(tensor: Any, axis: int) -> Any:
+    opset = _opset()
+    return opset.gather(opset.shape_of(tensor), opset.constant([axis]), opset.constant(0))
+
+
+def _reshaped(tensor: Any, *sizes: Any) -> Any:
+    opset = _opset()
+    whole = [opset.constant([each]) if isinstance(each, int) else each for each in sizes]
+    return opset.reshape(tensor, opset.concat(whole, 0), False)
 
 
 def _opset() -> Any:

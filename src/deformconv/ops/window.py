@@ -176,8 +176,10 @@ def axis_name(axis: int, D: int) -> str:
     return AXES[3 - D + axis]
 
 
-def channels_last(name: str) -> str:
-    """The hint for an array whose last axis looks like its channels."""
+def channels_last(name: str, other: str | None = None) -> str:
+    """The hint for an array, and another one with it, whose last axis looks like its channels."""
+    if other is not None:
+        return f" `{name}` and `{other}` look channels-last: move their last axis to place 1, `numpy.moveaxis({name}, -1, 1)`."
     return f" `{name}` looks channels-last: move its last axis to place 1, `numpy.moveaxis({name}, -1, 1)`."
 
 

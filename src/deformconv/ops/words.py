@@ -43,7 +43,14 @@ NEEDLESS = {
     "no_trans": "leave out `offset`",
     "output_dim": "leave it out, the channels of `input` say it",
     "group_size": "pass position_sensitive=True where it is the number of bins",
+    "offset_scale": "fold it into `offset`, as deformconv.vision.DCNv3 does",
+    "remove_center": "pass `mask` with 0 at the centre",
     "no_bias": "leave out `bias`, or pass bias=False to a layer",
+}
+# What a convolution has, for a call that has offset groups and no others: an aggregation.
+OF_A_CONVOLUTION = {
+    **dict.fromkeys(("weight", "bias"), "nothing is multiplied by a weight here: deform_conv does that"),
+    **dict.fromkeys(("groups", "num_group", "group"), "here: offset_groups"),
 }
 OF_THE_WEIGHT = ("kernel_size", "in_channels", "out_channels")  # a layer's arguments that a function reads from its weight
 
@@ -58,6 +65,8 @@ def unexpected(function: Callable[..., Any], unknown: Mapping[str, Any], name: s
     same = {ours for group in SYNONYMS if word in group for ours in group if ours in known}
     if same:
         rest = f"; here: {min(same)}."
+    elif word in OF_A_CONVOLUTION and "offset_groups" in known and "groups" not in known:
+        rest = f"; {OF_A_CONVOLUTION[word]}."
     elif word in NEEDLESS:
         rest = f"; {NEEDLESS[word]}."
     elif "weight" in known and any(word in group for group in SYNONYMS if group[0] in OF_THE_WEIGHT):

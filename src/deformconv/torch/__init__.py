@@ -1,4 +1,4 @@
-"""Deformable convolution, RoI pooling and attention for PyTorch: functions with the signatures that are known, and layers."""
+"""Deformable convolution and its family for PyTorch: functions with the signatures that are known, and layers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,14 @@ except ModuleNotFoundError as error:
         f"deformconv.torch needs PyTorch, which is not installed: {command('torch', 'torch')}", name="torch"
     ) from None
 
+from deformconv.torch.aggregate import DEFORM_AGGREGATE  # noqa: F401
 from deformconv.torch.attention import DEFORM_ATTENTION  # noqa: F401
 from deformconv.torch.conv.functional import deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.conv.modules import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups, reset_predictors
 from deformconv.torch.roi_pool import DEFORM_ROI_POOL  # noqa: F401
 
 if TYPE_CHECKING:
+    from deformconv.torch.aggregate.functional import deform_aggregate1d, deform_aggregate2d, deform_aggregate3d
     from deformconv.torch.attention.functional import deform_attention
     from deformconv.torch.attention.modules import DeformAttention
     from deformconv.torch.roi_pool.functional import deform_roi_pool
@@ -30,6 +32,9 @@ __all__ = [
     "DeformConv2d",
     "DeformConv3d",
     "DeformRoIPool",
+    "deform_aggregate1d",
+    "deform_aggregate2d",
+    "deform_aggregate3d",
     "deform_attention",
     "deform_conv1d",
     "deform_conv2d",
@@ -42,6 +47,9 @@ __all__ = [
 # Who imports this room for its convolution does not wait for these. Their operators are registered above, for saved programs.
 _WHERE = {
     "DeformAttention": "attention.modules",
+    "deform_aggregate1d": "aggregate.functional",
+    "deform_aggregate2d": "aggregate.functional",
+    "deform_aggregate3d": "aggregate.functional",
     "deform_attention": "attention.functional",
     "deform_roi_pool": "roi_pool.functional",
     "DeformRoIPool": "roi_pool.modules",

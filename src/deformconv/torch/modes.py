@@ -5,8 +5,10 @@ No other file asks PyTorch for its modes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -17,7 +19,7 @@ from deformconv.dispatch import Deterministic
 from deformconv.torch.tensors import PLAIN
 
 __all__ = [
-    "Door", "active", "any_autocast", "autocast", "compiling", "deterministic", "door", "exporting", "exporting_program",
+    "Door", "active", "any_autocast", "autocast", "compiling", "deterministic", "door", "exported_opset", "exporting", "exporting_program",
     "forward_mode", "is_special", "map_level",
     "mapped", "on_device_of", "refuse_script", "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
 ]  # fmt: skip
@@ -153,6 +155,20 @@ def exporting() -> bool:
 # A compiler that reads a call of ours evaluates this once and takes the result for a constant. The same mark is made by
 # `torch.compiler.assume_constant_result`, which loads the compiler.
 exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def exported_opset() -> int | None:
+    """The opset that torch.onnx.export writes for. It is an argument of one of PyTorch's functions further up the stack."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.onnx.") and "opset_version" in frame.f_locals:
+            found = frame.f_locals["opset_version"]
+            return found if isinstance(found, int) else None
+        frame = frame.f_back
+    return None
+
+
+exported_opset._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def exporting_program() -> bool:

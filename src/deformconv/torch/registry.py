@@ -20,7 +20,7 @@ from deformconv.torch import autograd, modes, run
 from deformconv.torch.tensors import described, device_of, memory_format, operand, requires_grad
 from deformconv.torch.vmap import fold_backward, fold_forward
 
-__all__ = ["Export", "Registered"]
+__all__ = ["Export", "Registered", "check_opset"]
 
 _library = torch.library.Library("deformconv", "DEF")
 # The types of parameters whose values can be the key of a plan; None and tuples of integers can as well.
@@ -43,6 +43,16 @@ class Export(NamedTuple):
     first_opset: int  # that has such nodes
 
 
+def check_opset(first: int, node: str) -> None:
+    """Raise where torch.onnx.export writes for an opset that has no such node."""
+    opset = modes.exported_opset()
+    if opset is not None and opset < first:
+        raise BackendError(
+            f"This export is for ONNX opset {opset}, which has no {node}; expected torch.onnx.export(..., "
+            f"opset_version={first}) or newer."
+        )
+
+
 class Registered:
     """An operator as PyTorch knows it.
 
@@ -50,8 +60,9 @@ class Registered:
         operator: what it takes and what can run it.
         fold_forward, fold_backward: how vmap's axis becomes part of one call, if it can be more than a larger batch or a loop.
         export: how a call is written as a node of ONNX, if there is one.
-        flops: the multiplications and additions of a forward call, (shapes of the operands, shape of the output) -> number,
-            and of a backward call, (shape of grad_output, shapes of the operands, names of wanted gradients) -> number.
+        flops: the multiplications and additions of a forward call, (shapes of the operands and the parameters, shape of the
+            output) -> number, and of a backward call, (shape of grad_output, shapes of the operands that gradients depend on
+            and the parameters, names of wanted gradients) -> number.
     """
 
     def __init__(
@@ -277,12 +288,12 @@ class Registered:
 
     def _forward_flops(self, *arguments: Any, out_shape: Any, **_: Any) -> int:
         assert self._flops is not None  # registered only if there is one
-        return self._flops[0](arguments[: self._count], out_shape)
+        return self._flops[0](arguments[:-1], out_shape)
 
     def _backward_flops(self, *arguments: Any, **_: Any) -> int:
         assert self._flops is not None  # registered only if there is one
-        grad_output, saved, _values, _backend, wanted = self._split_backward(arguments)
-        return self._flops[1](grad_output, saved, wanted)
+        grad_output, saved, values, _backend, wanted = self._split_backward(arguments)
+        return self._flops[1](grad_output, [*saved, *values], wanted)
 
 
 def _empty(shape: Sequence[int], like: Tensor, keeps_format: bool) -> Tensor:

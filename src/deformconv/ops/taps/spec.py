@@ -186,6 +186,8 @@ def _raise_offset_channels(
         text += f" `mask` has {n_of(mask.shape[1], 'channel')}: the two are exchanged."
     elif tuple(offset.shape[1:-1]) == output_size and offset.shape[-1] % each == 0:
         text += channels_last("offset")
+    elif offset.shape[-1] % each == 0 and channels == in_channels:  # as many rows as the input, and rows are what was counted
+        text += channels_last("offset", "input")
     elif given is not None and whole:
         text += f" {channels} channels fit offset_groups={channels // each}."
     else:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from dataclasses import replace
 from importlib import metadata
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from deformconv.errors import BackendError
 from deformconv.ops.conv.spec import ConvSpec
-from deformconv.torch.registry import Export
+from deformconv.torch.registry import Export, check_opset
 from deformconv.torch.tensors import HALF
 
 __all__ = ["EXPORT", "deform_conv"]
@@ -28,7 +26,7 @@ def deform_conv(
     spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """The call as a DeformConv node: 1-D as 2-D of height 1, half precision in float32, as this library computes it."""
-    _check(spec, _opset())
+    _check(spec)
     if spec.rank == 1:
         return _as_2d(spec, input, offset, weight, bias, mask).squeeze(2)
     dtype = input.dtype
@@ -70,14 +68,10 @@ def _as_2d(spec: ConvSpec, input: Tensor, offset: Tensor, weight: Tensor, bias: 
     return deform_conv(spec, input.unsqueeze(2), offset, weight.unsqueeze(2), bias, mask)
 
 
-def _check(spec: ConvSpec, opset: int | None) -> None:
+def _check(spec: ConvSpec) -> None:
     if spec.boundary != "zeros":
         raise BackendError(f'boundary="{spec.boundary}" cannot be exported: ONNX\'s DeformConv knows boundary="zeros" only.')
-    if opset is not None and opset < EXPORT.first_opset:
-        raise BackendError(
-            f"This export is for ONNX opset {opset}, which has no DeformConv; expected "
-            f"torch.onnx.export(..., opset_version={EXPORT.first_opset}) or newer."
-        )
+    check_opset(EXPORT.first_opset, "DeformConv")
     if spec.rank == 3:
         warnings.warn(
             "This export has a DeformConv node over 3 axes. The ONNX standard allows it, but ONNX Runtime runs "
@@ -105,17 +99,4 @@ def _warn_of_runtime() -> None:
             )
 
 
-def _opset() -> int | None:
-    """The opset that is exported for. It is an argument of one of PyTorch's functions further up the stack."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("torch.onnx.") and "opset_version" in frame.f_locals:
-            found = frame.f_locals["opset_version"]
-            return found if isinstance(found, int) else None
-        frame = frame.f_back
-    return None
-
-
-# For a compiler they are constants: see `modes.exporting`.
-_warn_of_runtime._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_opset._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warn_of_runtime._dynamo_marked_constant = True  # type: ignore[attr-defined]  # for a compiler: see `modes.exporting`
