@@ -96,7 +96,7 @@ class TestWarmup:
         ("arguments", "message"),
         [
             (["--gpu", "--rank", "2", "--cpu", "native"], "--rank, --cpu: of the CPU's kernels alone, not of --gpu"),
-            (["--gpu", "--attention"], "--attention: of the CPU's kernels alone, not of --gpu"),
+            (["--gpu", "--attention", "--aggregate"], "--attention, --aggregate: of the CPU's kernels alone, not of --gpu"),
             (["--gpu", "--cpu", "native"], "--cpu: of the CPU's kernels alone, not of --gpu"),
             (["--dtype", "bfloat16"], "--dtype bfloat16 is of --gpu; the CPU computes it in float32, so pass --dtype float32"),
         ],

@@ -130,6 +130,7 @@ NOTHING_IS_KEPT = (
 
 class TestWarmup:
     def test_options_reach_the_kernels(self, monkeypatch, capsys):
+        from deformconv.ops.aggregate import cpu as aggregate_cpu
         from deformconv.ops.attention import cpu as attention_cpu
         from deformconv.ops.conv import cpu
         from deformconv.ops.roi_pool import cpu as roi_pool_cpu
@@ -143,12 +144,14 @@ class TestWarmup:
         monkeypatch.setattr(cpu, "warmup", compile_all)
         monkeypatch.setattr(roi_pool_cpu, "warmup", lambda dtypes, notify: calls.append(list(dtypes)))
         monkeypatch.setattr(attention_cpu, "warmup", lambda dtypes, notify: calls.append(("attention", list(dtypes))))
+        monkeypatch.setattr(aggregate_cpu, "warmup", lambda dtypes, ranks, notify: calls.append((list(dtypes), list(ranks))))
         main(["warmup"])
         main(["warmup", "--dtype", "all", "--rank", "3", "--rank", "1", "--rois"])
         main(["warmup", "--rank", "2", "--attention"])
+        main(["warmup", "--rank", "3", "--aggregate"])
         assert calls == [
             (["float32"], [1, 2, 3]), (["float32", "float64"], [3, 1]), ["float32", "float64"], (["float32"], [2]),
-            ("attention", ["float32"]),
+            ("attention", ["float32"]), (["float32"], [3]), (["float32"], [3]),
         ]  # fmt: skip
         assert "this and that ...\n" in capsys.readouterr().out
 

@@ -252,8 +252,11 @@ def detect(arms: str | None, output: Path, **options: Any) -> int:
 )
 @click.option("--rois", is_flag=True, help="Also deformable RoI pooling.")
 @click.option("--attention", is_flag=True, help="Also deformable attention.")
+@click.option("--aggregate", is_flag=True, help="Also deformable aggregation, of DCNv3 and DCNv4.")
 @click.option("--gpu", is_flag=True, help="The kernels for the GPUs of this machine, not the CPU's.")
-def warmup(dtype: str | None, ranks: tuple[str, ...], cpu_name: str | None, rois: bool, attention: bool, gpu: bool) -> int:
+def warmup(
+    dtype: str | None, ranks: tuple[str, ...], cpu_name: str | None, rois: bool, attention: bool, aggregate: bool, gpu: bool
+) -> int:
     """Compile the kernels now, not at the first call.
 
     The machine code is kept in a folder (see `deformconv doctor`, or set DEFORMCONV_CACHE_DIR), so this is
@@ -270,14 +273,14 @@ def warmup(dtype: str | None, ranks: tuple[str, ...], cpu_name: str | None, rois
     from deformconv.cli import warmup
 
     if gpu:
-        others = {"--rank": ranks, "--cpu": cpu_name, "--attention": attention}
+        others = {"--rank": ranks, "--cpu": cpu_name, "--attention": attention, "--aggregate": aggregate}
         if given := [name for name, value in others.items() if value]:
             raise click.UsageError(f"{', '.join(given)}: of the CPU's kernels alone, not of --gpu")
         return warmup.run_on_gpus({None: HALF + WHOLE[:1], "all": HALF + WHOLE}.get(dtype, (str(dtype),)), rois)
     if dtype in HALF:
         raise click.UsageError(f"--dtype {dtype} is of --gpu; the CPU computes it in float32, so pass --dtype float32")
     dtypes = WHOLE if dtype == "all" else (dtype or "float32",)
-    return warmup.run(dtypes, [int(rank) for rank in ranks or "123"], cpu_name, rois, attention)
+    return warmup.run(dtypes, [int(rank) for rank in ranks or "123"], cpu_name, rois, attention, aggregate)
 
 
 @deformconv.command()

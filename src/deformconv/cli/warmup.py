@@ -19,10 +19,16 @@ __all__ = ["run", "run_on_gpus"]
 EACH_DTYPE, EACH_RANK = 2, 6  # kernels: one that no rank matters to; three others; and for each what runs it on a team
 EACH_ROIS = 6  # three of RoI pooling; and for each what runs it on a team
 EACH_ATTENTION = 4  # two of attention; and for each what runs it on a team
+EACH_AGGREGATE = 4  # two of aggregation for each rank; and for each what runs it on a team
 
 
 def run(
-    dtypes: Sequence[str], ranks: Sequence[int], cpu_name: str | None = None, rois: bool = False, attention: bool = False
+    dtypes: Sequence[str],
+    ranks: Sequence[int],
+    cpu_name: str | None = None,
+    rois: bool = False,
+    attention: bool = False,
+    aggregate: bool = False,
 ) -> int:
     """Compile for the CPU, say what was done, and return the exit code.
 
@@ -35,6 +41,7 @@ def run(
         os.environ["DEFORMCONV_CPU"] = cpu_name
     os.environ.pop("DEFORMCONV_REQUIRE_CACHE", None)  # an image may set it for all that comes after this
     try:
+        from deformconv.ops.aggregate import cpu as aggregate_cpu
         from deformconv.ops.attention import cpu as attention_cpu
         from deformconv.ops.conv import cpu
         from deformconv.ops.roi_pool import cpu as roi_cpu
@@ -51,7 +58,8 @@ def run(
     folder, before, started = cache.cache_folder(), len(cache.cached_files()), time.perf_counter()
     if folder is None and not before:
         return _nothing_is_kept()
-    kernels = len(dtypes) * (EACH_DTYPE + EACH_RANK * len(ranks) + EACH_ROIS * rois + EACH_ATTENTION * attention)
+    each_rank = EACH_RANK + EACH_AGGREGATE * aggregate
+    kernels = len(dtypes) * (EACH_DTYPE + each_rank * len(ranks) + EACH_ROIS * rois + EACH_ATTENTION * attention)
     with progress(kernels) as is_shown, _counted() as compiled:
         notify = None if is_shown else lambda line: click.echo(f"{line} ...")
         cpu.warmup(dtypes, ranks, notify=notify)
@@ -59,6 +67,8 @@ def run(
             roi_cpu.warmup(dtypes, notify=notify)
         if attention:
             attention_cpu.warmup(dtypes, notify=notify)
+        if aggregate:
+            aggregate_cpu.warmup(dtypes, ranks, notify=notify)
     seconds, files = time.perf_counter() - started, cache.cached_files()
     if not files or (folder is None and compiled):
         return _nothing_is_kept()

@@ -10,7 +10,7 @@ import numpy as np
 
 from deformconv.runtime.memory import aligned
 
-__all__ = ["aligned_empty", "empty_channels", "flat", "flat_channels", "flat_images", "none_of"]
+__all__ = ["aligned_empty", "empty_channels", "flat", "flat_axes", "flat_channels", "flat_images", "none_of"]
 
 
 @cache
@@ -63,6 +63,31 @@ def flat_channels(array: Any) -> tuple[np.ndarray, bool]:
         if moved.flags.c_contiguous:
             return flat(moved), True
     return flat(array), False
+
+
+def flat_axes(array: Any) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """An array (N, C, *P) flat, and how far apart its images, its channels and its positions are, in numbers.
+
+    It is no copy if its channels or its positions lie side by side, with the same distance everywhere, as in a slice of channels
+    of either order.
+    """
+    _, channels, *sizes = array.shape
+    positions = prod(sizes)
+    if array.flags.carray and array.dtype.isnative:  # the usual case, which must be fast
+        return array.reshape(-1), (channels * positions, positions, 1)
+    image, channel, *others = (stride // array.itemsize for stride in array.strides)
+    position, distance, is_even = 1, None, True
+    for size, stride in zip(reversed(sizes), reversed(others), strict=True):
+        if size > 1:
+            position, distance = (stride, stride) if distance is None else (position, distance)
+            is_even, distance = is_even and stride == distance, stride * size
+    channel = channel if channels > 1 else 1
+    found = (image, channel, position)
+    fits = array.flags.aligned and array.dtype.isnative and not any(stride % array.itemsize for stride in array.strides)
+    if array.size == 0 or not fits or not is_even or 1 not in (channel, position) or min(found) < 0:
+        return flat(array), (channels * positions, positions, 1)
+    last = (len(array) - 1) * image + (channels - 1) * channel + (positions - 1) * position
+    return np.asarray(_Memory(array, (last + 1,))), found
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from deformconv.runtime.cache import device
-from deformconv.runtime.simd import VECTOR_BYTES, transpose_block
+from deformconv.runtime.simd import INT, VECTOR_BYTES, Rows, emits, for_channels, for_each, transpose_block
 
-__all__ = ["RUN", "SUMS", "Layout", "block_end", "block_of", "copy_in", "copy_out", "sum_slots", "transpose", "zero"]
+__all__ = [
+    "RUN", "SUMS", "Layout", "block_end", "block_of", "copy_in", "copy_out", "copy_rows", "sum_slots", "transpose", "zero",
+]  # fmt: skip
 
 RUN = 64  # positions that an item of a copy takes
 SUMS = 8192  # sums that an item of `sum_slots` makes
@@ -52,6 +54,23 @@ def transpose(rows, columns, source, start, row, into, into_start, into_row, bia
             into[into_start + c * into_row + r] = source[start + r * row + c] + added
 
 
+@emits
+def copy_rows(builder, scalar, source, into, count, width):
+    """into[r, c] = source[r, c] for r < count and c < width; both are Rows."""
+
+    def row(r, _):
+        here, there = (builder.add(rows.start, builder.mul(r, rows.row)) for rows in (source, into))
+
+        def channels(do, channel, _):
+            do.store(do.load(source.array, builder.add(here, channel)), into.array, builder.add(there, channel))
+            return []
+
+        for_channels(builder, scalar, width, [], channels)
+        return []
+
+    for_each(builder, INT(0), count, 1, [], row)
+
+
 @device
 def block_of(layout, channel):
     """The block that a channel lies in, and the channel's number within it."""
@@ -78,10 +97,8 @@ def copy_in(item, array, last, channels, images, rows, layout, empty):
         end = block_end(start, channels, layout.span, width)
         image = (block * images + n) * layout.pitch * width
         if last:
-            for p in range(first, first + count):
-                source, into = (n * positions + p) * channels, image + p * width - start
-                for c in range(start, end):
-                    rows[into + c] = array[source + c]
+            source = Rows(array, (n * positions + first) * channels + start, channels)
+            copy_rows(source, Rows(rows, image + first * width, width), count, end - start)
         else:
             source = (n * channels + start) * positions + first
             transpose(end - start, count, array, source, positions, rows, image + first * width, width, empty, 0)
@@ -104,10 +121,8 @@ def copy_out(item, rows, layout, sets, array, last, channels, images, empty):
         source = ((block * images + n) * layout.pitch + first) * width
         _add_sets(rows, source, count * width, sets)
         if last:
-            for t in range(count):
-                into = (n * positions + first + t) * channels + start
-                for c in range(end - start):
-                    array[into + c] = rows[source + t * width + c]
+            into = Rows(array, (n * positions + first) * channels + start, channels)
+            copy_rows(Rows(rows, source, width), into, count, end - start)
         else:
             into = (n * channels + start) * positions + first
             transpose(count, end - start, rows, source, width, array, into, positions, empty, 0)

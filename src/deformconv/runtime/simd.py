@@ -29,8 +29,10 @@ __all__ = [
     "emits",
     "emits_result",
     "for_channels",
+    "for_chunks",
     "for_each",
     "for_positions",
+    "for_usual_widths",
     "host_features",
     "lanes_of",
     "named",
@@ -246,6 +248,39 @@ def _channel_loop(
 ) -> list[Any]:
     do = Lanes(builder, scalar, width, lanes)
     return for_each(builder, start, stop, lanes, sums, functools.partial(body, do))
+
+
+def for_chunks(builder: Any, scalar: Any, width: Any, body: Any) -> None:
+    """Emit `body(lanes, vectors, channel)` over `width` channels: a few vectors at a time, one, then ever shorter ones."""
+    whole, channel = lanes_of(scalar), INT(0)
+    sizes = [(whole, 4), (whole, 2), (whole, 1)]
+    lanes = whole // 2
+    while lanes:
+        sizes.append((lanes, 1))
+        lanes //= 2
+    for lanes, vectors in sizes:
+        do = Lanes(builder, scalar, whole, lanes)
+
+        def step(do: Any, vectors: int, channel: Any, _: Any) -> list[Any]:
+            body(do, vectors, channel)
+            return []
+
+        (channel,) = for_each(builder, channel, width, lanes * vectors, [], functools.partial(step, do, vectors))
+
+
+def for_usual_widths(builder: Any, whole: int, width: Any, body: Any) -> None:
+    """Emit `body(vectors)` for widths of one, two and four vectors, without a loop over them, and `body(0)` for all others."""
+    done = builder.append_basic_block("done")
+    for vectors in (1, 2, 4):
+        usual, other = builder.append_basic_block("usual"), builder.append_basic_block("other")
+        builder.cbranch(builder.icmp_signed("==", width, INT(vectors * whole)), usual, other)
+        builder.position_at_end(usual)
+        body(vectors)
+        builder.branch(done)
+        builder.position_at_end(other)
+    body(0)
+    builder.branch(done)
+    builder.position_at_end(done)
 
 
 def for_positions(builder: Any, scalar: Any, count: Any, step: Any) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from llvmlite import ir
+from numba.core import cgutils
 from numba.cpython.unsafe.tuple import tuple_setitem
 
 from deformconv.runtime.cache import device
@@ -30,8 +31,8 @@ from deformconv.runtime.simd import (
 )
 
 __all__ = [
-    "INT32_REACH", "Table", "add_samples", "blend", "blend_samples", "differentiate", "place_at", "place_samples", "pull_back",
-    "pull_back_samples", "table_in", "table_sizes",
+    "INT32_REACH", "Samples", "Table", "add_samples", "blend", "blend_samples", "differentiate", "place_at", "place_samples",
+    "pull_back", "pull_back_samples", "slope", "table_in", "table_sizes",
 ]  # fmt: skip
 
 # `sampling.rule.REACH` for positions that are int32. An axis with its padding and window has less than 2**29 pixels (the
@@ -83,15 +84,17 @@ def place_samples(builder, scalar, size, shifts, inside, count, offset, table):
         pixels = times(pixels, length)
 
     def step(do, t):
-        samples = _Samples(do, inside, size, pixels)
+        samples = Samples(do, inside, size)
         for axis in range(axes):
             value = do.load(offset.array, add(add(offset.start, times(INT(axis), offset.row)), t))
             origin = samples.whole.load(table.rows, add(times(INT(runs + axis), table.tile), t))
             fraction = samples.split(axis, origin, shifts[axis], value)
             do.store(fraction, table.weights, add(times(INT(runs + axis), table.tile), t))
-        for corner, (row, weight) in enumerate(samples.corners()):
+        zeros = samples.whole.spread(builder.trunc(pixels, ir.IntType(32)))
+        for corner, (row, lacks, weight) in enumerate(samples.corners):
             index = add(times(INT(corner), table.tile), t)
-            samples.whole.store(row, table.rows, index)
+            counts = builder.icmp_signed("==", lacks, samples.whole.zero)
+            samples.whole.store(builder.select(counts, row, zeros), table.rows, index)
             do.store(weight, table.weights, index)
 
     for_positions(builder, scalar, count, step)
@@ -109,14 +112,19 @@ def place_at(size, inside, count, position, table):
     place_samples(size, shifts, inside, count, position, table)
 
 
-class _Samples:
-    """Emits the corners of a vector of positions, axis by axis."""
+class Samples:
+    """Emits the corners of a vector of positions, axis by axis.
 
-    def __init__(self, do, inside, size, pixels):
-        self.do, self.size, self.pixels = do, size, pixels
+    `corners` are those so far: each one's row, a number that is 0 if it counts (None: it does), and its weight (None: 1).
+    """
+
+    # Whether a corner counts is a number as wide as a pixel's, since vectors of single bits are put together slowly.
+
+    def __init__(self, do, inside, size):
+        self.do, self.size = do, size
         self.whole = Lanes(do.builder, ir.IntType(32), do.width)
-        self.inside = do.builder.icmp_signed("!=", self._spread(do.builder.zext(inside, INT)), self.whole.zero)
-        self.found = [(self.whole.zero, None, None)]  # corners so far: row, whether it counts, weight
+        self.inside = self._spread(do.builder.sext(inside, INT))  # -1 or 0
+        self.corners = [(self.whole.zero, None, None)]
 
     def _spread(self, number):
         return self.whole.spread(self.do.builder.trunc(number, ir.IntType(32)))
@@ -125,35 +133,38 @@ class _Samples:
         """Split the coordinates along one axis, and return their fractions."""
         do, whole, builder = self.do, self.whole, self.do.builder
         near = builder.fcmp_ordered("<", call_vector(builder, "llvm.fabs", offset), do.constant(INT32_REACH))  # no NaN is
+        far = builder.sext(builder.not_(near), whole.type)
         reached = builder.select(near, offset, do.zero)
         floor = call_vector(builder, "llvm.floor", reached)
         low = builder.add(builder.add(origin, self._spread(shift)), builder.fptosi(floor, whole.type))
         length = self._spread(self.size[axis])
-        # As an unsigned number, a negative one is beyond every size.
-        low_counts = builder.and_(near, builder.icmp_unsigned("<", low, length))
         above = builder.add(low, whole.constant(1))
-        last = builder.and_(self.inside, builder.icmp_signed("==", above, length))
-        high = builder.select(last, low, above)
-        high_counts = builder.and_(near, builder.icmp_unsigned("<", high, length))
-        high_counts = builder.and_(high_counts, builder.or_(low_counts, builder.not_(self.inside)))
-        fraction = builder.select(last, do.zero, builder.fsub(reached, floor))
+        last = builder.and_(self.inside, builder.sext(builder.icmp_signed("==", above, length), whole.type))
+        high = builder.add(above, last)
+        low_lacks = builder.or_(far, self._beyond(low, length))
+        high_lacks = builder.or_(builder.or_(far, self._beyond(high, length)), builder.and_(self.inside, low_lacks))
+        fraction = builder.select(builder.icmp_signed("!=", last, whole.zero), do.zero, builder.fsub(reached, floor))
         fraction = builder.select(builder.fcmp_unordered("uno", offset, offset), offset, fraction)
-        pair = ((low, low_counts, builder.fsub(do.constant(1.0), fraction)), (high, high_counts, fraction))
-        self.found = [
+        pair = ((low, low_lacks, builder.fsub(do.constant(1.0), fraction)), (high, high_lacks, fraction))
+        self.corners = [
             (
                 builder.add(builder.mul(row, length), pixel),
-                counts if whether is None else builder.and_(whether, counts),
+                lacks if other is None else builder.or_(other, lacks),
                 factor if weight is None else builder.fmul(weight, factor),
             )
-            for row, whether, weight in self.found
-            for pixel, counts, factor in pair
+            for row, other, weight in self.corners
+            for pixel, lacks, factor in pair
         ]
         return fraction
 
-    def corners(self):
-        """Each corner's row, that of the zeros where it does not count, and its weight."""
-        zeros = self._spread(self.pixels)
-        return [(self.do.builder.select(counts, row, zeros), weight) for row, counts, weight in self.found]
+    def _beyond(self, pixel, length):
+        """How far pixels are beyond an axis' last one; as an unsigned number, a negative one is beyond every size."""
+        last = self.do.builder.sub(length, self.whole.constant(1))
+        kind = self.whole.type
+        function = cgutils.get_or_insert_function(
+            self.do.builder.module, ir.FunctionType(kind, [kind, kind]), f"llvm.usub.sat.v{self.do.width}i32"
+        )
+        return self.do.builder.call(function, [pixel, last])
 
 
 def _corners(builder, size, table, t, x):
@@ -311,7 +322,7 @@ def _differentiate(
             scale = _mask_or_one(do, mask, add(mask_start, t), masked)
             for along in range(axes):
                 index = add(add(d_offset.start, times(INT(along), d_offset.row)), t)
-                do.store(do.multiply(_slope(do, dots, fractions, along), scale), d_offset.array, index)
+                do.store(do.multiply(slope(do, dots, fractions, along), scale), d_offset.array, index)
 
     for_positions(builder, scalar, count, step)
 
@@ -341,7 +352,7 @@ def differentiate(size, table, count, mask, mask_start, d_offset, d_mask, d_mask
     )  # fmt: skip
 
 
-def _slope(do, dots, fractions, along):
+def slope(do, dots, fractions, along):
     """Merge the corners' dot products in pairs, axis by axis from the last one."""
     builder = do.builder
     for axis in range(len(fractions) - 1, -1, -1):

@@ -5,9 +5,12 @@ from __future__ import annotations
 from numba.cpython.unsafe.tuple import tuple_setitem
 
 from deformconv.runtime.cache import device
+from deformconv.runtime.simd import Rows
 from deformconv.sampling.corners import place_samples
 
-__all__ = ["BEFORE", "DILATION", "INPUT", "KERNEL", "OUTPUT", "STRIDE", "place_tap", "place_tile", "tap_shifts"]
+__all__ = [
+    "BEFORE", "DILATION", "INPUT", "KERNEL", "OUTPUT", "STRIDE", "place_tap", "place_tile", "place_windows", "tap_shifts",
+]  # fmt: skip
 
 # The rows of `geometry`, an int64 array of D columns.
 INPUT, KERNEL, STRIDE, BEFORE, DILATION, OUTPUT = range(6)
@@ -15,21 +18,37 @@ INPUT, KERNEL, STRIDE, BEFORE, DILATION, OUTPUT = range(6)
 
 @device
 def place_tile(size, geometry, first, count, table):
-    """Write the origin of each position's window into the table: position * stride - padding."""
-    axes = len(size)
-    rows, first_run, tile = table.rows, 1 << axes, table.tile
+    """Write the origin of each position's window into the table."""
+    place_windows(size, geometry, first, count, Rows(table.rows, (1 << len(size)) * table.tile, table.tile))
+
+
+@device
+def place_windows(size, geometry, first, count, origins):
+    """Write the origin of each position's window, position * stride - padding, into a row for each axis."""
+    axes, last = len(size), len(size) - 1
     position, rest = size, first
-    for axis in range(axes - 1, -1, -1):
+    for axis in range(last, -1, -1):
         position = tuple_setitem(position, axis, rest % geometry[OUTPUT, axis])
         rest //= geometry[OUTPUT, axis]
-    for t in range(count):
-        carry = 1
-        for axis in range(axes - 1, -1, -1):
-            along = position[axis]
-            rows[(first_run + axis) * tile + t] = along * geometry[STRIDE, axis] - geometry[BEFORE, axis]
-            along += carry
-            carry = 1 if along == geometry[OUTPUT, axis] else 0
-            position = tuple_setitem(position, axis, 0 if carry else along)
+    t = 0
+    while t < count:  # row by row
+        run = min(count - t, geometry[OUTPUT, last] - position[last])
+        for axis in range(axes):
+            start = position[axis] * geometry[STRIDE, axis] - geometry[BEFORE, axis]
+            step = geometry[STRIDE, axis] if axis == last else 0
+            fill(origins.array, origins.start + axis * origins.row + t, run, start, step)
+        t += run
+        position = tuple_setitem(position, last, position[last] + run)
+        for axis in range(last, 0, -1):
+            if position[axis] == geometry[OUTPUT, axis]:
+                position = tuple_setitem(tuple_setitem(position, axis, 0), axis - 1, position[axis - 1] + 1)
+
+
+@device
+def fill(array, first, count, start, step):
+    """Write `count` numbers, `step` apart, into a part of an array."""
+    for number in range(count):
+        array[first + number] = start + number * step
 
 
 @device

@@ -27,7 +27,9 @@ from deformconv.runtime.simd import (
     emits,
     emits_result,
     for_channels,
+    for_chunks,
     for_each,
+    for_usual_widths,
     lanes_of,
     named,
     prefetch,
@@ -207,24 +209,6 @@ def _corner_rows(builder, table, t, rows, start, row, outside):
     return found
 
 
-def _for_chunks(builder, scalar, width, body):
-    """Emit `body(lanes, vectors, channel)` over `width` channels: a few vectors at a time, one, then ever shorter ones."""
-    whole, channel = lanes_of(scalar), INT(0)
-    sizes = [(whole, 4), (whole, 2), (whole, 1)]
-    lanes = whole // 2
-    while lanes:
-        sizes.append((lanes, 1))
-        lanes //= 2
-    for lanes, vectors in sizes:
-        do = Lanes(builder, scalar, whole, lanes)
-
-        def step(do, vectors, channel, _):
-            body(do, vectors, channel)
-            return []
-
-        (channel,) = for_each(builder, channel, width, lanes * vectors, [], partial(step, do, vectors))
-
-
 @emits
 def sum_samples(builder, scalar, value, start, row, table, first, end, output, into, width):
     """output[into + c] = sum over the samples from `first` to `end` and their corners of factor * value[corner, c]."""
@@ -245,7 +229,7 @@ def sum_samples(builder, scalar, value, start, row, table, first, end, output, i
             total = builder.fadd(sums[2 * vector], sums[2 * vector + 1])
             do.store(total, output, builder.add(into, builder.add(channel, INT(vector * do.lanes))))
 
-    _for_chunks(builder, scalar, width, chunk)
+    for_chunks(builder, scalar, width, chunk)
 
 
 @emits
@@ -266,7 +250,7 @@ def scatter_samples(builder, scalar, d_value, start, row, table, first, end, unr
 
         for_each(builder, first, end, 1, [], step)
 
-    _for_chunks(builder, scalar, width, chunk)
+    for_chunks(builder, scalar, width, chunk)
 
 
 @emits
@@ -297,22 +281,7 @@ def multiply_samples(builder, scalar, value, start, row, table, first, end, grad
 
         for_each(builder, first, end, 1, [], step)
 
-    _for_usual_widths(builder, whole, width, samples)
-
-
-def _for_usual_widths(builder, whole, width, body):
-    """Emit `body(vectors)` for widths of one, two and four vectors, without a loop over them, and `body(0)` for all others."""
-    done = builder.append_basic_block("done")
-    for vectors in (1, 2, 4):
-        usual, other = builder.append_basic_block("usual"), builder.append_basic_block("other")
-        builder.cbranch(builder.icmp_signed("==", width, INT(vectors * whole)), usual, other)
-        builder.position_at_end(usual)
-        body(vectors)
-        builder.branch(done)
-        builder.position_at_end(other)
-    body(0)
-    builder.branch(done)
-    builder.position_at_end(done)
+    for_usual_widths(builder, whole, width, samples)
 
 
 @emits
