@@ -20,7 +20,9 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests import signal_stack as signal_stacks
 
-pytest.register_assert_rewrite("tests.tolerances", "tests.ops.conv.suite", "tests.frontends.suite")
+pytest.register_assert_rewrite(
+    "tests.tolerances", "tests.ops.rules", "tests.ops.conv.suite", "tests.ops.aggregate.suite", "tests.frontends.suite"
+)
 
 # The same examples in every run, on machines of any speed; a suite's tests are inherited by several backends.
 settings.register_profile(

@@ -391,6 +391,8 @@ def test_public_names():
         "Gradients",
         "ShapeError",
         "__version__",
+        "deform_aggregate",
+        "deform_aggregate_backward",
         "deform_attention",
         "deform_attention_backward",
         "deform_conv",

@@ -1,9 +1,9 @@
 """Deformable convolution for Python, with no compiler and no CUDA toolkit.
 
-`deform_conv`, `deform_roi_pool` and `deform_attention` take NumPy arrays and PyTorch tensors; `deformconv.torch` and
-`deformconv.gluon` have the layers, `deformconv.vision` what makes a net that you have deformable, `deformconv.convert` what
-takes weights and layers from elsewhere, `deformconv.plots` what shows where a net looks, of which `look` makes a page. These
-rooms, frameworks and compiled kernels are loaded on first use.
+`deform_conv`, `deform_aggregate`, `deform_roi_pool` and `deform_attention` take NumPy arrays and PyTorch tensors;
+`deformconv.torch` and `deformconv.gluon` have the layers, `deformconv.vision` what makes a net that you have deformable,
+`deformconv.convert` what takes weights and layers from elsewhere, `deformconv.plots` what shows where a net looks, of which
+`look` makes a page. These rooms, frameworks and compiled kernels are loaded on first use.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from deformconv.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
     from deformconv.functional import (
+        deform_aggregate,
+        deform_aggregate_backward,
         deform_attention,
         deform_attention_backward,
         deform_conv,
@@ -33,6 +35,8 @@ __all__ = [
     "Gradients",
     "ShapeError",
     "__version__",
+    "deform_aggregate",
+    "deform_aggregate_backward",
     "deform_attention",
     "deform_attention_backward",
     "deform_conv",
@@ -46,6 +50,8 @@ __all__ = [
 ]
 
 _WHERE = {
+    "deform_aggregate": "functional",
+    "deform_aggregate_backward": "functional",
     "deform_attention": "functional",
     "deform_attention_backward": "functional",
     "deform_conv": "functional",

@@ -13,12 +13,13 @@ from deformconv.ops.conv.spec import Gradients
 from deformconv.ops.words import unexpected
 
 if TYPE_CHECKING:  # who imports deformconv for its convolution does not wait for these
+    from deformconv.ops.aggregate.spec import Gradients as AggregateGradients
     from deformconv.ops.attention.spec import Gradients as AttentionGradients
     from deformconv.ops.roi_pool.spec import Gradients as RoiGradients
 
 __all__ = [
-    "deform_attention", "deform_attention_backward", "deform_conv", "deform_conv_backward", "deform_roi_pool",
-    "deform_roi_pool_backward", "explain",
+    "deform_aggregate", "deform_aggregate_backward", "deform_attention", "deform_attention_backward", "deform_conv",
+    "deform_conv_backward", "deform_roi_pool", "deform_roi_pool_backward", "explain",
 ]  # fmt: skip
 
 _HALF_COUNTS_TO = 2**11  # float16's integers
@@ -487,4 +488,137 @@ def deform_attention_backward(
     operands = {"value": value, "locations": locations, "weights": weights}
     parameters = {"spatial_shapes": spatial_shapes}
     found: AttentionGradients = run.backward(DEFORM_ATTENTION, grad_output, operands, parameters, backend, wanted)
+    return found
+
+
+def deform_aggregate(
+    input: Any,
+    offset: Any,
+    mask: Any = None,
+    kernel_size: Any = 3,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    *,
+    offset_groups: int | None = None,
+    boundary: str = "zeros",
+    backend: str | None = None,
+    **unknown: NoReturn,
+) -> Any:
+    """Add up, in each channel, the samples of a window whose taps are moved by `offset` and weighed by `mask`.
+
+    This is deformable convolution without its weight: no channel is mixed with another, and the factors are the mask's. With
+    `kernel_size`'s K taps `k`, for every output position `p`::
+
+        q[k, p]    = p*stride - padding + k*dilation + offset[n, g, k, :, p]
+        y[n, c, p] = sum over k of mask[n, g, k, p] * interp(input[n, c], q[k, p])
+
+    with `g` the offset group of channel `c`. NumPy arrays and PyTorch tensors are taken, all of one floating-point dtype;
+    tensors give a tensor, with its gradient. There are as many spatial axes, 1 to 3, as `input` has axes after its first two.
+
+    Args:
+        input: shape (N, C, *S).
+        offset: shape (N, offset_groups*K*D, *O), in input pixels; group-major, then tap (row-major), then axis, as
+            `deform_conv` takes it.
+        mask: shape (N, offset_groups*K, *O), a factor for every sample; None for factors of 1.
+        kernel_size: the number of taps along each axis, an int or D ints.
+        stride, padding, dilation, offset_groups, boundary: as in `deform_conv`.
+        backend: "cpu", "gpu", "portable" or "reference"; None takes the first that can run the call.
+
+    Returns:
+        The output, shape (N, C, *O), with O as in `deform_conv`.
+
+    Raises:
+        ShapeError: a shape or a parameter's value does not fit.
+        TypeError: an argument is no array, or not of the common floating-point dtype.
+        ValueError: `boundary` or `backend` is unknown, or tensors are on different devices.
+        BackendError: no backend, or not the named one, can run the call.
+
+    Example:
+        >>> import numpy as np, deformconv
+        >>> x = np.arange(16.0).reshape(1, 1, 4, 4)
+        >>> offset = np.zeros((1, 18, 2, 2))             # a 3x3 window over 4x4 pixels
+        >>> mask = np.full((1, 9, 2, 2), 1 / 9)          # the mean of the window
+        >>> print(deformconv.deform_aggregate(x, offset, mask)[0, 0].round(12))
+        [[ 5.  6.]
+         [ 9. 10.]]
+        >>> offset[:, 0::2] = 0.5                        # dy of all 9 taps: half a pixel further down
+        >>> print(deformconv.deform_aggregate(x, offset, mask)[0, 0, 0].round(12))
+        [7. 8.]
+
+    Papers: DCNv3, arXiv 2211.05778, equation 2, with factors whose sum is 1; DCNv4, arXiv 2401.06197, with any factors.
+    """
+    if unknown:
+        raise unexpected(deform_aggregate, unknown)
+    operands = {"input": input, "offset": offset, "mask": mask}
+    if run.any_torch(*operands.values()):
+        from deformconv.torch.aggregate import functional as torch_room
+
+        return torch_room.deform_aggregate(
+            input, offset, mask, kernel_size, stride, padding, dilation,
+            offset_groups=offset_groups, boundary=boundary, backend=backend,
+        )  # fmt: skip
+    from deformconv.ops.aggregate.operator import DEFORM_AGGREGATE
+
+    values = (kernel_size, stride, padding, dilation, offset_groups, boundary)
+    parameters = dict(zip(DEFORM_AGGREGATE.parameter_names, values, strict=True))
+    return run.forward(DEFORM_AGGREGATE, operands, parameters, backend)
+
+
+def deform_aggregate_backward(
+    grad_output: Any,
+    input: Any,
+    offset: Any,
+    mask: Any = None,
+    kernel_size: Any = 3,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    *,
+    offset_groups: int | None = None,
+    boundary: str = "zeros",
+    backend: str | None = None,
+    wanted: Collection[str] | None = None,
+    **unknown: NoReturn,
+) -> AggregateGradients:
+    """Return the gradients of `deform_aggregate`: `grad_output` times the derivative by each array.
+
+    The arguments after `grad_output` are those of `deform_aggregate` and are explained there.
+
+    Args:
+        grad_output: the loss's derivative by the output, shape (N, C, *O), of the arguments' dtype.
+        wanted: the names of the gradients to compute, among "input", "offset" and "mask"; None means all.
+
+    Returns:
+        A named tuple with the fields input, offset and mask, each with the shape of its argument; None where it was not wanted
+        or the argument was not given.
+
+    Raises:
+        ValueError: `wanted` names what is no argument, or one that was not given; else as `deform_aggregate`.
+
+    Example:
+        >>> import numpy as np, deformconv
+        >>> x = np.arange(16.0).reshape(1, 1, 4, 4)      # rises by 4 a row and by 1 a column
+        >>> offset = np.full((1, 2, 4, 4), 0.5)          # one tap, half a pixel down and to the right
+        >>> g = deformconv.deform_aggregate_backward(np.ones((1, 1, 4, 4)), x, offset, kernel_size=1)
+        >>> print(g.offset[0, :, 0, 0], g.mask)
+        [4. 1.] None
+        >>> print(g.input[0, 0, 1, 1])                   # a quarter of each of four samples
+        1.0
+    """
+    if unknown:
+        raise unexpected(deform_aggregate_backward, unknown)
+    operands = {"input": input, "offset": offset, "mask": mask}
+    if run.any_torch(grad_output, *operands.values()):
+        from deformconv.torch.aggregate import functional as torch_room
+
+        return torch_room.deform_aggregate_backward(
+            grad_output, input, offset, mask, kernel_size, stride, padding, dilation,
+            offset_groups=offset_groups, boundary=boundary, backend=backend, wanted=wanted,
+        )  # fmt: skip
+    from deformconv.ops.aggregate.operator import DEFORM_AGGREGATE
+
+    values = (kernel_size, stride, padding, dilation, offset_groups, boundary)
+    parameters = dict(zip(DEFORM_AGGREGATE.parameter_names, values, strict=True))
+    found: AggregateGradients = run.backward(DEFORM_AGGREGATE, grad_output, operands, parameters, backend, wanted)
     return found

@@ -12,10 +12,8 @@ A backend's test file inherits `ConvSuite` (`ForwardSuite`, if it has no gradien
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,29 +21,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.ops.conv.cases import ARGUMENTS, CASES, PROBLEMS, Array, Call, Case, call_of, make, output_size
+from tests.ops.rules import FAR, INFINITE, LAYOUTS, ODD, POSITIONS, SIZES, Rules, by_boundary, strewn
 from tests.tolerances import assert_close
 
 from deformconv.ops.conv import reference
 from deformconv.ops.conv.spec import GRADIENTS, Gradients
 
-by_boundary = pytest.mark.parametrize("boundary", ["zeros", "inside"])
-
 SMALL = Case("small", (4, 5), (2, 3), padding=1, groups=2, offset_groups=2)
-SIZES = {1: (5,), 2: (4, 5), 3: (3, 4, 5)}
-
-LAYOUTS: dict[str, Callable[[Array], Array]] = {
-    "axes in reverse order": lambda a: np.asfortranarray(a),
-    "every other element": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
-    "negative strides": lambda a: a[..., ::-1].copy()[..., ::-1],
-    "channels last": lambda a: np.moveaxis(np.moveaxis(a, 1, -1).copy(), -1, 1) if a.ndim > 1 else a,
-    "read-only": lambda a: _read_only(a.copy()),
-    "expanded": lambda a: np.broadcast_to(a[:1], a.shape),
-}
-
-
-def _read_only(array: Array) -> Array:
-    array.flags.writeable = False
-    return array
 
 
 @cache
@@ -99,31 +81,10 @@ def plain_convolution(call: Call) -> Array:
     return output if call.bias is None else output + call.bias.reshape(-1, *[1] * spec.rank)
 
 
-class ForwardRules:
+class ForwardRules(Rules):
     """The output, and all that must be true of it."""
 
-    backend: Any
-    dtypes: ClassVar[tuple[str, ...]] = ("float64", "float32")  # from the finest, in which identities are tried
-    ranks: ClassVar[tuple[int, ...]] = (1, 2, 3)  # 2 is among them
-    exact: ClassVar[bool] = True  # results that floating point can hold are right to the bit
-    deterministic: ClassVar[bool] = True  # an image gives the same bits in every call, whatever its batch
-
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Try each test with all that the backend takes, as far as its arguments do not say otherwise."""
-        cases, problems = ([case for case in table if len(case.size) in self.ranks] for table in (CASES, PROBLEMS))
-        values = {"dtype": self.dtypes, "rank": self.ranks, "case": cases, "problem": problems}
-        values["lower"] = [rank for rank in self.ranks if rank + 1 in self.ranks]
-        said = [re.findall(r"\w+", str(mark.args[0])) for mark in metafunc.definition.iter_markers("parametrize")]
-        for name in [name for name in values if name in metafunc.fixturenames and name not in chain(*said)]:
-            metafunc.parametrize(name, values[name], ids=lambda value: getattr(value, "name", value))
-
-    def array(self, array: Array) -> Any:
-        """A NumPy array as the backend takes it."""
-        return array
-
-    def numpy(self, array: Any) -> Array:
-        """A result of the backend as a NumPy array."""
-        return array
+    tables: ClassVar[dict[str, list[Any]]] = {"case": CASES, "problem": PROBLEMS}
 
     def output(self, call: Call) -> Array:
         arrays = [None if array is None else self.array(array) for array in call.arrays]
@@ -131,21 +92,6 @@ class ForwardRules:
 
     def make(self, case: Case, **how: Any) -> Call:
         return make(case, self.dtypes[0], **how)
-
-    def assert_close(self, actual: Any, expected: Any, what: str = "result") -> None:
-        assert_close(actual, expected, self.dtypes[0], what)
-
-    def assert_exact(self, actual: Any, expected: Any, dtype: str) -> None:
-        """Equal, where every number on the way is one that floating point holds."""
-        if self.exact:
-            np.testing.assert_array_equal(actual, expected)
-        assert_close(actual, expected, dtype)
-
-    def assert_repeats(self, actual: Any, expected: Any) -> None:
-        """Equal, where the same numbers were computed with another time."""
-        if self.deterministic:
-            np.testing.assert_array_equal(actual, expected)
-        self.assert_close(actual, expected)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_layout_in_memory_does_not_matter(self, layout: str) -> None:
@@ -221,35 +167,8 @@ class ForwardRules:
         for _ in range(3):
             self.assert_repeats(self.output(call), first)
 
-    # What positions mean, in pixels of a 1-D image with the values 1, 10, 100 at 0, 1, 2.
-
     @pytest.mark.parametrize("padding", [0, 2])
-    @pytest.mark.parametrize(
-        ("boundary", "position", "value", "derivative"),
-        [
-            ("zeros", -1.25, 0, 0),
-            ("zeros", -1, 0, 1),  # at -1 and 3 and at every pixel: the piece on the right
-            ("zeros", -0.25, 0.75, 1),
-            ("zeros", 0, 1, 9),
-            ("zeros", 0.5, 5.5, 9),
-            ("zeros", 1, 10, 90),
-            ("zeros", 1.75, 77.5, 90),
-            ("zeros", 2, 100, -100),
-            ("zeros", 2.75, 25, -100),
-            ("zeros", 3, 0, 0),
-            ("zeros", 100, 0, 0),
-            ("zeros", -100, 0, 0),
-            ("inside", -1, 0, 0),
-            ("inside", -0.25, 0, 0),
-            ("inside", 0, 1, 9),
-            ("inside", 0.5, 5.5, 9),
-            ("inside", 1, 10, 90),
-            ("inside", 2, 100, 0),
-            ("inside", 2.75, 100, 0),
-            ("inside", 3, 0, 0),
-            ("inside", 100, 0, 0),
-        ],
-    )
+    @pytest.mark.parametrize(("boundary", "position", "value", "derivative"), POSITIONS)
     def test_position(
         self, boundary: str, position: float, value: float, derivative: float, rank: int, padding: int, dtype: str
     ) -> None:
@@ -260,22 +179,7 @@ class ForwardRules:
     def check_position_derivative(self, call: Call, derivative: float) -> None:
         """Nothing to check without gradients."""
 
-    @pytest.mark.parametrize(
-        ("boundary", "position", "value"),
-        [
-            ("zeros", -1, 0),
-            ("zeros", 0, np.nan),
-            ("zeros", 0.5, np.inf),
-            ("zeros", 1, np.inf),
-            ("zeros", 1.5, np.inf),
-            ("zeros", 2, 3),
-            ("zeros", 3, 0),
-            ("inside", -0.5, 0),
-            ("inside", 0, np.nan),
-            ("inside", 1.5, np.inf),
-            ("inside", 2.5, 3),
-        ],
-    )
+    @pytest.mark.parametrize(("boundary", "position", "value"), INFINITE)
     def test_a_pixel_of_weight_0_is_read(self, boundary: str, position: float, value: float) -> None:
         call = pinned([1.0, np.inf, 3.0], position, self.ranks[0], 0, boundary, self.dtypes[0])
         self.assert_exact(self.output(call).ravel()[0], value, self.dtypes[0])
@@ -300,7 +204,7 @@ class ForwardRules:
             assert_close(self.output(call.but(offset=offset)), expected, dtype)
 
     @by_boundary
-    @pytest.mark.parametrize("far", [np.inf, -np.inf, 1e30, -1e30, 2.0**40, -(2.0**40), 2.0**63, 1e4, -1e4])
+    @pytest.mark.parametrize("far", FAR)
     def test_far_positions_are_outside(self, far: float, dtype: str, boundary: str) -> None:
         call = make(SMALL.but(boundary=boundary), dtype)
         offset, mask = call.offset.copy(), call.mask.copy()
@@ -311,7 +215,7 @@ class ForwardRules:
         assert_close(self.output(call.but(offset=offset)), self.output(call.but(mask=mask)), dtype)
 
     @by_boundary
-    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38, 2.0**31, 2.0**62])
+    @pytest.mark.parametrize("value", ODD)
     def test_nothing_but_odd_offsets(self, value: float, rank: int, boundary: str) -> None:
         call = make(Case("", SIZES[rank], (2,) * rank, boundary=boundary), self.dtypes[-1])
         call = call.but(offset=np.full_like(call.offset, value))
@@ -398,7 +302,7 @@ class GradientRules(ForwardRules):
             assert_close(getattr(gradients, name), getattr(expected, name), dtype, name)
 
     @by_boundary
-    @pytest.mark.parametrize("far", [np.inf, -np.inf, 1e30, -1e30, 2.0**40, -(2.0**40), 2.0**63, 1e4, -1e4])
+    @pytest.mark.parametrize("far", FAR)
     def test_far_positions_have_no_gradient(self, far: float, dtype: str, boundary: str) -> None:
         call = make(SMALL.but(boundary=boundary), dtype)
         offset, without = call.offset.copy(), call.mask.copy()
@@ -410,7 +314,7 @@ class GradientRules(ForwardRules):
             assert_close(getattr(gradients, name), getattr(expected, name), dtype, name)
 
     @by_boundary
-    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38, 2.0**31, 2.0**62])
+    @pytest.mark.parametrize("value", ODD)
     def test_gradients_of_nothing_but_odd_offsets(self, value: float, rank: int, boundary: str) -> None:
         call = make(Case("", SIZES[rank], (2,) * rank, boundary=boundary), self.dtypes[-1])
         gradients = self.gradients(call.but(offset=np.full_like(call.offset, value)))
@@ -498,12 +402,7 @@ def pinned(pixels: list[float], position: float, rank: int, padding: int, bounda
 
 def odd(call: Call) -> Call:
     """The call with odd offsets strewn in."""
-    random = np.random.default_rng(7)
-    offset = call.offset.copy()
-    numbers = [np.nan, np.inf, -np.inf, 1e30, -1e30, -1, 0, 1, 2, 3, 4, 5, -0.0, 1e-30, -1e-30]
-    chosen = random.random(offset.shape) < 0.1
-    offset[chosen] = random.choice(numbers, size=int(chosen.sum()))
-    return call.but(offset=offset)
+    return call.but(offset=strewn(call.offset))
 
 
 @st.composite

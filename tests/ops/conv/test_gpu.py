@@ -16,7 +16,8 @@ from tests import mutations
 from tests.mutations import Mutation
 from tests.ops.conv.cases import ARGUMENTS, Call, Case, call_of, make, output_size
 from tests.ops.conv.gpu_suite import HALF_CASES, GpuSuite, assert_near, half_call, half_results
-from tests.ops.conv.suite import by_boundary, in_float64, odd, reference_backward
+from tests.ops.conv.suite import in_float64, odd, reference_backward
+from tests.ops.rules import by_boundary
 from tests.tolerances import assert_close
 
 from deformconv.ops.conv import gpu, reference

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from tests.ops.conv.cases import Array, Call, Case, make
-from tests.ops.conv.suite import SMALL, ConvSuite, by_boundary, in_float64, named, reference_backward
+from tests.ops.conv.suite import SMALL, ConvSuite, in_float64, named, reference_backward
+from tests.ops.rules import by_boundary
 from tests.tolerances import assert_close
 
 from deformconv.ops.conv import portable, reference

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from tests.ops.conv.cases import CASES, Array, Call, Case, make
-from tests.ops.conv.suite import SMALL, GradientRules, by_boundary, reference_backward
+from tests.ops.conv.suite import SMALL, GradientRules, reference_backward
+from tests.ops.rules import by_boundary
 from tests.tolerances import assert_close
 
 from deformconv.ops.conv import reference
