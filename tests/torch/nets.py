@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,30 +81,29 @@ def attention() -> tuple[Attention, tuple[torch.Tensor, ...], tuple[torch.Tensor
 
 
 class Aggregate(nn.Module):
-    """Two aggregations of what convolutions predict, unlike in every parameter; the second has no mask."""
+    """An aggregation of what a convolution predicts, unlike along every axis."""
 
-    def __init__(self, rank: int, boundary: str) -> None:
+    def __init__(self, rank: int, boundary: str, masked: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.rank, self.boundary = rank, boundary
+        kernel, stride, dilation = ((2, 3, 2)[:rank], (2, 1, 1)[:rank], (1, 1, 2)[-rank:])
+        padding = ((1, 2), (1, 1), (0, 1))[:rank]
+        self.how = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation, "boundary": boundary}
+        self.offsets, self.masks = 2 * rank * math.prod(kernel), 2 * math.prod(kernel) * masked
+        extents = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
         layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
-        self.first = layer(4, 2 * 3**rank * (rank + 1), 3, padding=1, stride=2)
-        self.second = layer(4, 2**rank * rank, 3, padding=1)
-        for predictor in (self.first, self.second):
-            nn.init.normal_(predictor.weight, std=0.3)
+        self.pad = [amount for pair in padding[::-1] for amount in pair]
+        self.predictor = layer(4, self.offsets + self.masks, tuple(extents), stride=stride)
+        nn.init.normal_(self.predictor.weight, std=0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        taps = 2 * 3**self.rank
-        offset, mask = self.first(x).split([taps * self.rank, taps], 1)
-        y = deform_aggregate(x, offset, mask, 3, 2, 1, offset_groups=2, boundary=self.boundary)
-        moves = self.second(y)
-        result: torch.Tensor = deform_aggregate(
-            y, moves, None, 2, padding=((2, 0),) * self.rank, dilation=2, boundary=self.boundary
-        )
+        predicted = self.predictor(nn.functional.pad(x, self.pad))
+        mask = predicted[:, self.offsets :] if self.masks else None
+        result: torch.Tensor = deform_aggregate(x, predicted[:, : self.offsets], mask, **self.how)
         return result
 
 
-def aggregate(rank: int, boundary: str = "zeros") -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def aggregate(rank: int, boundary: str = "zeros", masked: bool = True) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """The net, an input and a larger one."""
     sizes = zip((2, 5), SIZES[rank], strict=True)
-    return Aggregate(rank, boundary).eval(), *(torch.rand(batch, 4, *size) for batch, size in sizes)
+    return Aggregate(rank, boundary, masked).eval(), *(torch.rand(batch, 4, *size) for batch, size in sizes)

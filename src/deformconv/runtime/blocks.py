@@ -37,21 +37,43 @@ class Layout(NamedTuple):
 @device
 def transpose(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
     """into[c, r] = source[r, c] + bias[c], or without a bias if it is empty; element (r, c) at `start + r * row + c`."""
-    lanes, biased = VECTOR_BYTES // source.itemsize, bias.size > 0
-    whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
+    lanes = VECTOR_BYTES // source.itemsize
+    if bias.size > 0:
+        _transpose_and_add(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start)
+        return
+    if min(rows, columns) < lanes:
+        for c in range(columns):
+            for r in range(rows):
+                into[into_start + c * into_row + r] = source[start + r * row + c]
+        return
     # Along the rows that lie further apart: a line that two blocks share is still in the cache when the second one comes.
+    along_source = row > into_row
+    outer, inner = (rows, columns) if along_source else (columns, rows)
+    for i in range(0, outer, lanes):
+        i = min(i, outer - lanes)  # a last block that is not whole begins within the one before
+        for j in range(0, inner, lanes):
+            j = min(j, inner - lanes)
+            r, c = (i, j) if along_source else (j, i)
+            transpose_block(
+                source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start, False
+            )  # fmt: skip
+
+
+@device
+def _transpose_and_add(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
+    lanes = VECTOR_BYTES // source.itemsize
+    whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
     along_source = row > into_row
     outer, inner = (whole_rows, whole_columns) if along_source else (whole_columns, whole_rows)
     for i in range(0, outer, lanes):
         for j in range(0, inner, lanes):
             r, c = (i, j) if along_source else (j, i)
             transpose_block(
-                source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start + c, biased
+                source, start + r * row + c, row, into, into_start + c * into_row + r, into_row, bias, bias_start + c, True
             )  # fmt: skip
     for c in range(columns):
-        added = bias[bias_start + c] if biased else source.dtype.type(0)
         for r in range(whole_rows if c < whole_columns else 0, rows):
-            into[into_start + c * into_row + r] = source[start + r * row + c] + added
+            into[into_start + c * into_row + r] = source[start + r * row + c] + bias[bias_start + c]
 
 
 @emits

@@ -252,13 +252,16 @@ def pull_back(builder, scalar, size, taps, count, table, mask, grad, x, d_x, wid
 
 
 def _for_gradients(builder, scalar, source, width, gradients, sums, step):
-    """Emit `step(lanes, channel, gradient, sums) -> sums`; `gradients` are those of all channels if that is a few vectors."""
-    do = Lanes(builder, scalar, lanes_of(scalar))
+    """Emit `step(lanes, channel, gradient, sums) -> sums`; `gradients` are those of all channels if that is a few vectors.
+
+    Then the first sums are None, and otherwise `sums`.
+    """
+    if not gradients:
+        return for_channels(builder, scalar, width, sums, lambda do, c, sums: step(do, c, do.load(source, c), sums))
+    do, sums = Lanes(builder, scalar, lanes_of(scalar)), [None] * len(sums)
     for vector, gradient in enumerate(gradients):
         sums = step(do, INT(vector * do.width), gradient, sums)
-    if gradients:
-        return sums
-    return for_channels(builder, scalar, width, sums, lambda do, c, sums: step(do, c, do.load(source, c), sums))
+    return sums
 
 
 def _multiply(sample, scalar, x, source, width, gradients):
@@ -266,8 +269,10 @@ def _multiply(sample, scalar, x, source, width, gradients):
     builder, corners, rows = sample.builder, sample.corners, sample.rows()
 
     def step(do, channel, gradient, dots):
+        values = [do.load(x, builder.add(row, channel)) for row in rows]
         return [
-            do.multiply_add(gradient, do.load(x, builder.add(row, channel)), dot) for row, dot in zip(rows, dots, strict=True)
+            do.multiply(gradient, value) if dot is None else do.multiply_add(gradient, value, dot)
+            for value, dot in zip(values, dots, strict=True)
         ]
 
     zeros = [Lanes(builder, scalar, lanes_of(scalar)).zero] * corners
