@@ -32,14 +32,12 @@ class TestGpu(GpuSuite):
     """In float64; what follows has the other dtypes. A sample costs the interpreter some milliseconds."""
 
     dtypes = ("float64",)
-    cases: ClassVar[list[Case]] = [
-        case if case.channels < 100 else case.but(heads=1) for case in CASES if case.queries < 20 and case.points < 10
-    ]
+    cases: ClassVar[list[Case]] = [*CASES[:1], CASES[2].but(heads=1), *CASES[3:6], CASES[8].but(heads=1)]
 
 
 @pytest.mark.parametrize(
     ("case", "half", "mixed"),
-    [(CASES[0], "float16", False), (CASES[3], "bfloat16", True), (SMALL.but(heads=1, channels=19, queries=35), "bfloat16", True)],
+    [(CASES[0], "float16", False), (SMALL.but(heads=1, channels=19, queries=35), "bfloat16", True)],
     ids=str,
 )
 def test_half_precision(case: Case, half: str, mixed: bool) -> None:
@@ -58,7 +56,7 @@ def test_long_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.locations is found.weights is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_from_pytorch(dtype: Any) -> None:
     """With a graph; locations and weights in float32 beside half precision, and so are their gradients."""
     from deformconv.torch import deform_attention

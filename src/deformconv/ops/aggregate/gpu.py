@@ -33,6 +33,7 @@ class _Plan(NamedTuple):
 
     sizes: tuple[int, ...]  # P, pixels, C, GC, G, Z, Y, X, OY, OX
     constants: dict[str, Any]
+    row_span: int  # how many rows surely are of one image
 
 
 def reasons_against(spec: AggregateSpec, library: str, device: str, backward: bool) -> list[str]:
@@ -59,11 +60,8 @@ def _plan(spec: AggregateSpec) -> _Plan:
         sizes=(
             spec.positions, spec.pixels, spec.channels, spec.group_channels, spec.offset_groups, *on_taps.sizes(spec),
         ),
-        constants={
-            **on_taps.constants(spec, _largest(spec)),
-            "ROW_SPAN": on_taps.row_span(spec),
-            "SPAN": gcd(spec.group_channels, 16),
-        },
+        constants={**on_taps.constants(spec, _largest(spec)), "SPAN": gcd(spec.group_channels, 16)},
+        row_span=on_taps.row_span(spec),
     )  # fmt: skip
 
 
@@ -88,7 +86,7 @@ def forward(spec: AggregateSpec, input: Tensor, offset: Tensor, mask: Tensor | N
         x, (offset, mask) = turned.rows(input), _read(offset, mask)
         _kernels().aggregate[-(-number // tile), spec.offset_groups * -(-spec.group_channels // block)](
             x, offset, x if mask is None else mask, rows, number, *plan.sizes, **plan.constants, LAST=_last(offset, mask),
-            BR=tile, BC=block, num_warps=4,
+            ROW_SPAN=min(plan.row_span, tile), BR=tile, BC=block, num_warps=4,
         )  # fmt: skip
     return turned.formed(rows, input)
 
@@ -181,7 +179,8 @@ def _backward_of(spec: AggregateSpec, part: _Part, last: tuple[bool, ...]) -> No
     taps = -(-spec.taps // min(spec.taps, -(-tiles.PROGRAMS // (of_rows * groups))))  # few programs share out taps as well
     _kernels().aggregate_backward[of_rows, -(-spec.taps // taps), groups](
         part.x, part.offset, mask, part.grad, *arrays, rows, *plan.sizes, taps, **plan.constants, LAST=last,
-        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, BR=tile, BC=block, num_warps=4,
+        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, ROW_SPAN=min(plan.row_span, tile), BR=tile, BC=block,
+        num_warps=4,
     )  # fmt: skip
     if keys is not None:
         C = spec.channels
