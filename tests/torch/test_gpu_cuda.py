@@ -22,7 +22,7 @@ from torch import nn
 from torch.library import opcheck
 
 import deformconv
-from deformconv.ops.conv import gpu
+from deformconv.ops import gpu as on_gpu
 from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
 from deformconv.torch.conv.functional import DEFORM_CONV
@@ -220,7 +220,7 @@ class TestAddedUp:
             assert (one.double() - other.double()).abs().max() <= limit * other.double().abs().max()
 
     def test_explain_says_so(self):
-        if torch.cuda.get_device_capability() not in gpu._ADDED_ON:
+        if torch.cuda.get_device_capability() not in on_gpu.ADDED_ON:
             pytest.skip("it was not measured on this card, and is not done there")
         call = gpu_call(FEW)
         assert "added up in another order each time" in deformconv.explain(**call[1], **call[2])

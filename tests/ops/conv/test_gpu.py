@@ -330,27 +330,23 @@ def name_of(dtype: Any) -> str:
 
 
 RULE, LISTS = "deformconv.sampling.triton", "deformconv.sampling.triton_lists"
-KERNELS = "deformconv.ops.conv.gpu_kernels"
+TAPS, KERNELS = "deformconv.ops.taps.gpu_kernels", "deformconv.ops.conv.gpu_kernels"
 # A mistake, the module, and what is replaced in its text by what.
 MUTATIONS = [
-    Mutation("two taps swapped", KERNELS, "+ tap % WINDOW[0][2] * WINDOW[3][2]", "+ (tap ^ 1) % WINDOW[0][2] * WINDOW[3][2]"),
-    Mutation(
-        "no mask", KERNELS, "* P + position, mask=there, other=0.0).to(ACC)", "* P + position, mask=there).to(ACC) * 0 + 1"
-    ),
+    Mutation("two taps swapped", TAPS, "+ tap % WINDOW[0][2] * WINDOW[3][2]", "+ (tap ^ 1) % WINDOW[0][2] * WINDOW[3][2]"),
+    Mutation("no mask", TAPS, "tl.load(mask_ptr + at, mask=there, other=0.0)", "(tl.load(mask_ptr + at, mask=there) * 0 + 1)"),
     Mutation("no rule for NaN", RULE, 'tl.where(offset != offset, float("nan"), 0.0)', "tl.where(offset != offset, 0.0, 0.0)"),
     Mutation("far offsets are converted", RULE, "near = tl.abs(offset) < 1073741824.0", "near = offset == offset"),
-    Mutation(
-        "no `other`", KERNELS, "(inside & counts)[:, None] & is_channel[None, :], other=0.0", "(inside & counts)[:, None]"
-    ),
+    Mutation("no `other`", TAPS, "(inside & counts)[:, None] & is_channel[None, :], other=0.0", "(inside & counts)[:, None]"),
     Mutation("pixels before the map", RULE, "(pixel >= 0) & (pixel < size)", "pixel < size"),
     Mutation("pixels after the map", RULE, "(pixel >= 0) & (pixel < size)", "pixel >= 0"),
     Mutation("the low corner's weight twice", RULE, "weight = fraction", "weight = 1.0 - fraction"),
-    Mutation("another axis's derivative", KERNELS, "(z_weight * x_weight if CORNER & 2", "(z_weight * x_weight if CORNER & 1"),
-    Mutation("one offset group's planes", KERNELS, "(image * G + group) * K + tap) * RANK", "(image * G) * K + tap) * RANK"),
+    Mutation("another axis's derivative", TAPS, "(z_weight * x_weight if CORNER & 2", "(z_weight * x_weight if CORNER & 1"),
+    Mutation("one offset group's planes", TAPS, "position, (group * K + tap) * RANK, P", "position, tap * RANK + group * 0, P"),
     Mutation("low and high corners exchanged", LISTS, "pixel % X + 1 - corner % 2", "pixel % X + corner % 2"),
     Mutation("a list too few", LISTS, "end = tl.load(start_ptr + number + 1", "end = tl.load(start_ptr + number"),
     Mutation("runs are summed again", LISTS, "count = end - first - runs * RUN", "count = end - first"),
-    Mutation("programs overlap", KERNELS, "own_row = block * BR", "own_row = block * (BR - 1)"),
+    Mutation("programs overlap", TAPS, "own_row = block * BR", "own_row = block * (BR - 1)"),
     Mutation(
         "an untrue hint", LISTS, "tl.multiple_of(group * size + own, SPAN)", "tl.multiple_of(group * size + own, 2 * SPAN)"
     ),
@@ -390,7 +386,7 @@ class TestMistakes:
 
     @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
     def test_it_is_noticed(self, mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        mutations.load(mutation, (RULE, LISTS, KERNELS), tmp_path, monkeypatch)
+        mutations.load(mutation, (RULE, LISTS, TAPS, KERNELS), tmp_path, monkeypatch)
         monkeypatch.setattr(gpu, "_kernels", lambda: sys.modules[KERNELS])
         monkeypatch.setattr(lists, "_kernels", lambda: sys.modules[LISTS])
         with pytest.raises((AssertionError, interpreter_error())):

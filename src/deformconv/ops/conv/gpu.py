@@ -15,10 +15,9 @@ from itertools import product as product_of
 from math import gcd, prod
 from typing import Any, Literal, NamedTuple
 
-from deformconv.ops import gpu as on_gpu
 from deformconv.ops.backends import as_given as computes_in
 from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
-from deformconv.ops.taps.reach import reasons_against_int32
+from deformconv.ops.taps import gpu as on_taps
 from deformconv.runtime import product, tiles, turned
 from deformconv.sampling import lists
 
@@ -28,10 +27,7 @@ Tensor = Any
 
 TAKES: Literal["native"] = "native"
 DETERMINISTIC = True
-_LIMIT = 2**31 - 2**12  # of what programs count in 32 bits, with room for the last block
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-_ADDED = 16  # channels of an offset group up to which atomics were measured to be faster, and on which compute capabilities
-_ADDED_ON = ((9, 0),)
 _PIECE = 256 << 20  # bytes of columns at once, or of the columns' gradient: larger products are faster, smaller take less room
 
 
@@ -49,17 +45,12 @@ class _Plan(NamedTuple):
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run a call, as sentences; none if it can."""
-    reasons = on_gpu.reasons_against(spec.dtype, library, device) + reasons_against_int32(spec)
-    of_image = prod(size + 1 for size in spec.input_size)  # lists of samples, from which the input's gradient is collected
-    counted = ("output positions", spec.batch * spec.positions), ("pixels", max(of_image, spec.batch * spec.pixels))
-    reasons += [f"a batch of {number} {what} exceeds its 32-bit numbers" for what, number in counted if number >= _LIMIT]
-    return reasons
+    return on_taps.reasons_against(spec, library, device)
 
 
 def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    adds = "; the input's gradient is added up in another order each time, unless PyTorch is told to be deterministic"
-    adds = adds if _adds(spec, device) else ""
+    adds = on_gpu.words_of_adding(_adds(spec, device))
     if _is_depthwise(spec):
         return ["each channel is a group: one kernel samples and sums" + adds]
     pieces = -(-spec.batch * spec.positions // _rows_of_piece(spec))
@@ -77,22 +68,12 @@ def _kernels() -> Any:
 
 @lru_cache(maxsize=256)
 def _plan(spec: ConvSpec) -> _Plan:
-    import triton.language as tl
-
     own, of_offsets = spec.in_channels // spec.groups, spec.in_channels // spec.offset_groups
     depthwise = _is_depthwise(spec)
-    before = tuple(amount for amount, _ in spec.padding)
     return _Plan(
-        sizes=(*_three(spec.input_size, 1), *_three(spec.output_size, 1)[1:]),
-        constants={
-            "WINDOW": (_three(spec.kernel_size, 1), _three(spec.stride, 1), _three(before, 0), _three(spec.dilation, 1)),
-            "RANK": spec.rank,
-            "MASKED": spec.masked,
-            "INSIDE": spec.boundary == "inside",
-            "ACC": tl.float64 if spec.dtype == "float64" else tl.float32,
-            "INDEX": tl.int32 if _largest(spec) < 2**31 else tl.int64,
-        },
-        row_span=next(span for span in (16, 4, 1) if spec.positions % span == 0),  # few, since each is compiled anew
+        sizes=on_taps.sizes(spec),
+        constants={**on_taps.constants(spec, _largest(spec)), "LAST": (False, False)},
+        row_span=on_taps.row_span(spec),
         span=gcd(of_offsets, 16),
         column_span=gcd(of_offsets, 16) if depthwise else gcd(own, of_offsets, 16),
         group=1 if depthwise else spec.taps * own,
@@ -155,12 +136,7 @@ def _multiplies(spec: ConvSpec, device: str) -> bool:
 
 def _adds(spec: ConvSpec, device: str) -> bool:
     """Whether the input's gradient is added up by atomics."""
-    import torch
-
-    if spec.in_channels // spec.offset_groups > _ADDED or torch.are_deterministic_algorithms_enabled():
-        return False
-    found = on_gpu.card(device)
-    return found is not None and found.capability in _ADDED_ON
+    return on_gpu.adds(spec.in_channels // spec.offset_groups, device)
 
 
 def _rows_of_piece(spec: ConvSpec) -> int:
@@ -218,7 +194,7 @@ def backward(
         offset=offset.contiguous(),
         mask=None if mask is None else mask.contiguous(),
         grad=turned.rows(grad_output),
-        d_x=_room(input, shape_of_rows, adds) if "input" in given else None,
+        d_x=lists.room(input, shape_of_rows, adds) if "input" in given else None,
         d_offset=torch.empty_like(offset, memory_format=torch.contiguous_format) if positions else None,
         d_mask=torch.empty_like(mask, memory_format=torch.contiguous_format) if positions and mask is not None else None,
     )
@@ -233,13 +209,6 @@ def backward(
     found |= {"mask": whole.d_mask} if "mask" in given else {}
     found |= {"input": turned.formed(whole.d_x, input)} if "input" in given else {}
     return Gradients(**found)
-
-
-def _room(input: Tensor, shape: tuple[int, ...], adds: bool) -> Tensor:
-    """Room for the input's gradient: zeros, of float32 beside halves, if it is added up."""
-    import torch
-
-    return input.new_zeros(shape, dtype=torch.promote_types(input.dtype, torch.float32)) if adds else input.new_empty(shape)
 
 
 class _Part(NamedTuple):
@@ -335,11 +304,6 @@ def _channels(spec: ConvSpec) -> tuple[int, int, int, int]:
 
 def _is_depthwise(spec: ConvSpec) -> bool:
     return spec.groups == spec.in_channels == spec.out_channels
-
-
-def _three(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
-    """Numbers along (z, y, x)."""
-    return (fill,) * (3 - len(values)) + tuple(values)
 
 
 def warmup(dtypes: Collection[str], device: str) -> None:
