@@ -184,8 +184,8 @@ def _backward_of(spec: AggregateSpec, part: _Part, last: tuple[bool, ...], adds:
     taps = -(-spec.taps // min(spec.taps, -(-tiles.PROGRAMS // (of_rows * groups))))  # few programs share out taps as well
     _kernels().aggregate_backward[of_rows * groups, -(-spec.taps // taps)](
         part.x, part.offset, mask, part.grad, *arrays, rows, *plan.sizes, taps, **plan.constants, LAST=last,
-        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, SCATTER=scatters, ROW_SPAN=min(plan.row_span, tile), BR=tile, BC=block,
-        num_warps=4,
+        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, SCATTER=scatters, ROW_SPAN=min(plan.row_span, tile),
+        BR=tile, BC=block, num_warps=4,
     )  # fmt: skip
     if keys is not None:
         C = spec.channels
