@@ -260,9 +260,7 @@ MUTATIONS = [
     Mutation("no mask", TAPS, "tl.load(mask_ptr + at, mask=there, other=0.0)", "(tl.load(mask_ptr + at, mask=there) * 0 + 1)"),
     Mutation("no rule for NaN", RULE, 'tl.where(offset != offset, float("nan"), 0.0)', "tl.where(offset != offset, 0.0, 0.0)"),
     Mutation("far offsets are converted", RULE, "near = tl.abs(offset) < 1073741824.0", "near = offset == offset"),
-    Mutation(
-        "no `other`", TAPS, "(inside & counts)[:, None] & is_channel[None, :], other=0.0", "(inside & counts)[:, None]"
-    ),
+    Mutation("no `other`", TAPS, "(inside & counts)[:, None] & is_channel[None, :], other=0.0", "(inside & counts)[:, None]"),
     Mutation("pixels before the map", RULE, "(pixel >= 0) & (pixel < size)", "pixel < size"),
     Mutation("pixels after the map", RULE, "(pixel >= 0) & (pixel < size)", "pixel >= 0"),
     Mutation("the low corner's weight twice", RULE, "weight = fraction", "weight = 1.0 - fraction"),
