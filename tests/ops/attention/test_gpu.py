@@ -34,6 +34,10 @@ class TestGpu(GpuSuite):
     dtypes = ("float64",)
     cases: ClassVar[list[Case]] = [*CASES[:1], CASES[2].but(heads=1), *CASES[3:6], CASES[8].but(heads=1)]
 
+    @pytest.mark.parametrize("names", [("weights",), ()], ids=" and ".join)
+    def test_what_is_not_wanted_is_none(self, names: tuple[str, ...]) -> None:
+        super().test_what_is_not_wanted_is_none(names)
+
 
 @pytest.mark.parametrize(
     ("case", "half", "mixed"),
