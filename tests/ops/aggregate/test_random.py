@@ -58,7 +58,7 @@ def channels_last(array: Any) -> Any:
     return None if array is None else np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_kernels_and_portable_form_agree(seed: int) -> None:
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(seed)
