@@ -73,8 +73,7 @@ def flat_channels(array: Any) -> tuple[np.ndarray, bool]:
 def flat_axes(array: Any) -> tuple[np.ndarray, tuple[int, int, int]]:
     """An array (N, C, *P) flat, and how far apart its images, its channels and its positions are, in numbers.
 
-    It is no copy if its channels or its positions lie side by side, with the same distance everywhere, as in a slice of channels
-    of either order.
+    It is no copy if its channels or its positions lie side by side, and the others at one distance, as in a slice of channels.
     """
     channels, positions = array.shape[1], prod(array.shape[2:])
     if array.dtype.isnative:  # the usual cases, which must be fast

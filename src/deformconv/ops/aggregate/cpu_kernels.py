@@ -10,6 +10,7 @@ masks and results stay where they are: of those that have their channels last, a
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -125,7 +126,7 @@ def memory_in(size, taps, channels, integers, reals):
 def place(builder, scalar, size, shifts, inside, taps, count, offset, row, table):
     """Fill the table with the samples of a tile's positions, for an image whose pixels are `row` numbers apart.
 
-    `shifts` has D numbers for each tap: where it lies in its window. Row (tap, axis) of `offset` has a number for each position.
+    `shifts` has D numbers for each tap: where it lies in its window. A row (tap, axis) of `offset` is a number a position.
     """
     axes, add, times = len(size), builder.add, builder.mul
     corners, run, pixels = 1 << axes, INT(TILE), size[0]
@@ -230,17 +231,18 @@ def pull_back(builder, scalar, size, taps, count, table, mask, grad, x, d_x, wid
     do = Lanes(builder, scalar, whole)
     read, written = (element(builder, rows.array, rows.start) for rows in (x, d_x))
 
-    def positions(vectors):
+    def positions(vectors, both=False):
         def position(t, _):
             source = element(builder, grad.array, add(grad.start, builder.mul(t, grad.row)))
             gradients = [do.load(source, INT(vector * whole)) for vector in range(vectors)]
 
             def tap(k, _):
                 sample = _Sample(builder, table, 1 << len(size), mask, k, t)
-                with builder.if_then(multiplies):
-                    _multiply(sample, scalar, read, source, width, gradients)
-                with builder.if_then(scatters):
-                    _scatter(sample, scalar, written, source, width, gradients)
+                rows = sample.rows()
+                with nullcontext() if both else builder.if_then(multiplies):
+                    _multiply(sample, rows, scalar, read, source, width, gradients)
+                with nullcontext() if both else builder.if_then(scatters):
+                    _scatter(sample, rows, scalar, written, source, width, gradients)
                 return []
 
             for_each(builder, INT(0), taps, 1, [], tap)
@@ -248,7 +250,18 @@ def pull_back(builder, scalar, size, taps, count, table, mask, grad, x, d_x, wid
 
         for_each(builder, INT(0), count, 1, [], position)
 
-    for_usual_widths(builder, whole, width, positions)
+    def passes(vectors):
+        """Both at once is the usual way for usual widths, and does not ask at each tap."""
+        if not vectors:
+            positions(vectors)
+            return
+        with builder.if_else(builder.and_(multiplies, scatters)) as (both, one):
+            with both:
+                positions(vectors, True)
+            with one:
+                positions(vectors)
+
+    for_usual_widths(builder, whole, width, passes)
 
 
 def _for_gradients(builder, scalar, source, width, gradients, sums, step):
@@ -264,9 +277,9 @@ def _for_gradients(builder, scalar, source, width, gradients, sums, step):
     return sums
 
 
-def _multiply(sample, scalar, x, source, width, gradients):
+def _multiply(sample, rows, scalar, x, source, width, gradients):
     """Write a sample's dot products."""
-    builder, corners, rows = sample.builder, sample.corners, sample.rows()
+    builder, corners = sample.builder, sample.corners
 
     def step(do, channel, gradient, dots):
         values = [do.load(x, builder.add(row, channel)) for row in rows]
@@ -284,9 +297,9 @@ def _multiply(sample, scalar, x, source, width, gradients):
     Lanes(builder, scalar, corners).store(together, sample.table.dots, index)
 
 
-def _scatter(sample, scalar, d_x, source, width, gradients):
+def _scatter(sample, rows, scalar, d_x, source, width, gradients):
     """Add what a sample gives to the input's gradient."""
-    builder, rows, weights, scale = sample.builder, sample.rows(), sample.weights(), sample.scale()
+    builder, weights, scale = sample.builder, sample.weights(), sample.scale()
 
     def step(do, channel, gradient, _):
         scaled = do.multiply(do.spread(scale), gradient)
@@ -562,7 +575,9 @@ def backward(counter, limit, thread, plan, order, arrays, reals, integers):
         if item >= sums + others:
             return
         if item < sums:
-            group, start = item // blocks % shape.groups, item % blocks * shape.width
+            # Threads take items in turn. Neighbouring groups share cache lines of offsets, and of gradients that are written.
+            number, start = item // blocks % shape.groups, item % blocks * shape.width
+            group = number % 2 * ((shape.groups + 1) // 2) + number // 2
             add_up(counter, work, item // blocks // shape.groups, group, start, min(shape.width, width - start))
         else:
             for_tiles(item - sums, work, multiply)
