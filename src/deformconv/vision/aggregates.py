@@ -147,9 +147,11 @@ class Aggregate(nn.Module):
 
     def _aggregate(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """The operator where channels are last: (N, H, W, C), (N, *O, G*K*2) and (N, *O, G*K) to (N, *O, C)."""
-        moved = (tensor.permute(0, 3, 1, 2) for tensor in (input, offset, mask))
-        window = self.kernel_size, self.stride, self.pad, self.dilation
-        return deform_aggregate2d(*moved, *window, offset_groups=self.group).permute(0, 2, 3, 1)
+        input, offset, mask = (tensor.permute(0, 3, 1, 2) for tensor in (input, offset, mask))
+        output = deform_aggregate2d(
+            input, offset, mask, self.kernel_size, self.stride, self.pad, self.dilation, offset_groups=self.group
+        )
+        return output.permute(0, 2, 3, 1)
 
     def _mixed(self, output: Tensor, input: Tensor, features: Tensor) -> Tensor:
         """Between the output and the input under the windows' centres: for each group a part that `features` say."""
