@@ -87,11 +87,15 @@ OF_A_FRAMEWORK = {
 }
 # And these, which are written in Triton, as what they import is.
 OF_TRITON = {
+    "deformconv.ops.aggregate.gpu_kernels",
+    "deformconv.ops.attention.gpu_kernels",
     "deformconv.ops.conv.gpu_kernels",
     "deformconv.ops.roi_pool.gpu_kernels",
+    "deformconv.ops.taps.gpu_kernels",
     "deformconv.runtime.triton_product",
     "deformconv.runtime.triton_turned",
     "deformconv.sampling.triton",
+    "deformconv.sampling.triton_levels",
     "deformconv.sampling.triton_lists",
 }
 

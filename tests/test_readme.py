@@ -23,6 +23,7 @@ PAGES = [
     "README.md",
     "docs/checkpoints.md",
     "docs/choosing.md",
+    "docs/family.md",
     "docs/first-steps.md",
     "docs/from-basicsr.md",
     "docs/from-dcnv2.md",

@@ -14,7 +14,19 @@ from sphinx.application import Sphinx
 CONTENTS = {
     "Start": ["first-steps", "choosing", "offsets", "supported", "gallery"],
     "Notebooks": ["notebooks/first_layer", "notebooks/swap_and_fine_tune", "notebooks/where_it_looks"],
-    "Guides": ["pytorch", "gpu", "looking", "detection", "attention", "gluon", "serving", "deploy", "performance", "extending"],
+    "Guides": [
+        "pytorch",
+        "gpu",
+        "looking",
+        "detection",
+        "attention",
+        "family",
+        "gluon",
+        "serving",
+        "deploy",
+        "performance",
+        "extending",
+    ],
     "Coming from": [
         "checkpoints",
         "from-torchvision",

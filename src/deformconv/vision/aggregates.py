@@ -15,6 +15,7 @@ from deformconv.errors import ShapeError
 from deformconv.ops.window import count, positions_along
 from deformconv.torch import modes
 from deformconv.torch.aggregate.functional import deform_aggregate2d
+from deformconv.torch.observed import Observed
 from deformconv.torch.predictor import VectorPredictor
 
 __all__ = ["Aggregate", "Grid"]
@@ -51,7 +52,7 @@ class Grid(NamedTuple):
         return weight * self.scale, moved.flatten()
 
 
-class Aggregate(nn.Module):
+class Aggregate(Observed, nn.Module):
     """A layer that adds up what it samples, weighed by masks, and has no weight for a tap."""
 
     center_feature_scale_proj_weight: nn.Parameter
@@ -151,6 +152,8 @@ class Aggregate(nn.Module):
         output = deform_aggregate2d(
             input, offset, mask, self.kernel_size, self.stride, self.pad, self.dilation, offset_groups=self.group
         )
+        if self._observers:
+            self._show(input, offset, mask, output)
         return output.permute(0, 2, 3, 1)
 
     def _mixed(self, output: Tensor, input: Tensor, features: Tensor) -> Tensor:

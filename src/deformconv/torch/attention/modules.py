@@ -16,6 +16,7 @@ from deformconv.ops.window import count, n_of
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes
 from deformconv.torch.attention.functional import deform_attention
+from deformconv.torch.observed import Observed
 from deformconv.torch.predictor import VectorPredictor, check_dtype, project
 from deformconv.torch.tensors import dtype_name
 
@@ -66,7 +67,7 @@ def _locations(offsets: Tensor, reference_points: Tensor, levels: tuple[tuple[in
     return centre + offsets / scale
 
 
-class DeformAttention(nn.Module):
+class DeformAttention(Observed, nn.Module):
     """Multi-scale deformable attention: each query looks at a few points around its reference point, in every level.
 
     Deformable DETR's MSDeformAttn. The points' offsets and weights are predicted from the query; `deform_attention` computes
@@ -171,6 +172,8 @@ class DeformAttention(nn.Module):
             value = value.masked_fill(padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, self.embed_dim // self.num_heads))
         projected: Tensor = self.output_proj(deform_attention(value, levels, locations, weights))
+        if self._observers:
+            self._show(reference_points, levels, locations, weights)
         return projected
 
     def locations_and_weights(
