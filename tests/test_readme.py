@@ -28,6 +28,7 @@ PAGES = [
     "docs/from-basicsr.md",
     "docs/from-dcnv2.md",
     "docs/from-detectron2.md",
+    "docs/from-internimage.md",
     "docs/from-mmcv.md",
     "docs/from-mxnet.md",
     "docs/from-paddledetection.md",

@@ -32,6 +32,7 @@ CONTENTS = {
         "from-torchvision",
         "from-mmcv",
         "from-transformers",
+        "from-internimage",
         "from-detectron2",
         "from-dcnv2",
         "from-basicsr",

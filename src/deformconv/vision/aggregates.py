@@ -149,8 +149,9 @@ class Aggregate(Observed, nn.Module):
     def _aggregate(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """The operator where channels are last: (N, H, W, C), (N, *O, G*K*2) and (N, *O, G*K) to (N, *O, C)."""
         input, offset, mask = (tensor.permute(0, 3, 1, 2) for tensor in (input, offset, mask))
-        window = self.kernel_size, self.stride, self.pad, self.dilation
-        output = deform_aggregate2d(input, offset, mask, *window, offset_groups=self.group)
+        output = deform_aggregate2d(
+            input, offset, mask, self.kernel_size, self.stride, self.pad, self.dilation, offset_groups=self.group
+        )
         if self._observers:
             self._show(input, offset, mask, output)
         return output.permute(0, 2, 3, 1)

@@ -124,7 +124,7 @@ class DCNv3(Aggregate):
         else:
             norm = nn.Sequential(_ChannelsLast(), nn.LayerNorm(self.channels, eps=1e-6, **placed))
         act = nn.GELU() if act_layer == "GELU" else getattr(nn, act_layer)(inplace=True)
-        self.dw_conv = nn.Sequential(self._depthwise(self.dw_kernel_size, placed), norm, act)
+        self.dw_conv = nn.Sequential(self._depthwise(self.dw_kernel_size or self.kernel_size, placed), norm, act)
         self.offset = _OffsetPredictor(self.channels, self.taps, self.grid, **placed)
         self.mask = _MaskPredictor(self.channels, self.taps, **placed)
         self.input_proj = nn.Linear(self.channels, self.channels, **placed)

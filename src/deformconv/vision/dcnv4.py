@@ -24,7 +24,7 @@ class _OffsetMaskPredictor(VectorPredictor):
         super().__init__(channels, packed(taps), **placed)
         self.taps, self.grid = taps, grid
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor) -> Any:
         (offset, mask), (offset_bias, mask_bias) = unpacked(self.weight, self.taps), unpacked(self.bias, self.taps)
         return project(input, *self.grid.scaled(offset, offset_bias)), project(input, mask, mask_bias)
 
