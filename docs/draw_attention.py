@@ -109,4 +109,4 @@ def main(path: Path, steps: int) -> None:
 
 if __name__ == "__main__":
     default = Path(__file__).parent / "images" / "attention_points.jpg"
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else default, int(sys.argv[2]) if len(sys.argv) > 2 else 1000)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else default, int(sys.argv[2]) if len(sys.argv) > 2 else 350)

@@ -220,6 +220,7 @@ def draw_query_points(
         handles = [style.sample("unit", "reference" if view.box is None else "middle of its box")]
         for level in present:
             handles.append(style.sample("dot", by(view.sizes[level]), style.LEVELS[level % len(style.LEVELS)]))
-        title = "colour: the level that is sampled; size: weight"
-        style.add_legend(axes, handles).set_title(title, prop={"size": style.SMALL})
+        drawn_legend = style.add_legend(axes, handles)
+        drawn_legend.set_title("colour: the level that is sampled; size: weight")
+        drawn_legend.get_title().set_fontsize(style.SMALL)
     return drawn
