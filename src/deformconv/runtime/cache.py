@@ -69,7 +69,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # Not "nnan" or "ninf": a kernel must see NaN and infinity. Not "arcp" or "afn": results would depend on the host.
 FAST_MATH = {"contract", "reassoc", "nsz"}
 
-_OPTIONS = {"roi_pool": "rois", "attention": "attention", "aggregate": "aggregate"}  # of `deformconv warmup`, by the folders of their kernels
+# Options of `deformconv warmup`, by the folders of their kernels.
+_OPTIONS = {"roi_pool": "rois", "attention": "attention", "aggregate": "aggregate"}
 
 _AT_MARGIN = re.compile(r"^(?:from|import)\b[^\n(]*(?:\([^)]*\))?", re.MULTILINE)
 _ELSEWHERE = re.compile(r"(?:^[ \t]+|[:;][ \t]*)(?:from|import)[ \t]")

@@ -125,7 +125,7 @@ def memory_in(size, taps, channels, integers, reals):
 def place(builder, scalar, size, shifts, inside, taps, count, offset, row, table):
     """Fill the table with the samples of a tile's positions, for an image whose pixels are `row` numbers apart.
 
-    `shifts` has D numbers for each tap: where it lies in its window. Row (tap, axis) of `offset` has a number for each position.
+    `shifts` has D numbers for each tap: where it lies in its window. A row (tap, axis) of `offset` is a number a position.
     """
     axes, add, times = len(size), builder.add, builder.mul
     corners, run, pixels = 1 << axes, INT(TILE), size[0]
@@ -562,7 +562,9 @@ def backward(counter, limit, thread, plan, order, arrays, reals, integers):
         if item >= sums + others:
             return
         if item < sums:
-            group, start = item // blocks % shape.groups, item % blocks * shape.width
+            # Threads take items in turn. Neighbouring groups share cache lines of offsets, and of gradients that are written.
+            number, start = item // blocks % shape.groups, item % blocks * shape.width
+            group = number % 2 * ((shape.groups + 1) // 2) + number // 2
             add_up(counter, work, item // blocks // shape.groups, group, start, min(shape.width, width - start))
         else:
             for_tiles(item - sums, work, multiply)
