@@ -89,9 +89,10 @@ def test_what_is_written_of_made_up_times() -> None:
     assert ["tiny", TINY.what, "forward", "2.00", "32.0", "64.0", "16.0", "32.0"] in lines
     assert ["tiny", "forward", "6.00", "3.00", "2.00"] in lines
     assert ["tiny", TINY.what, "1.00", "4.00", "8.00", "0.250", "0.125"] in lines
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in REPORTS["aggregate"].write(
-        rows(made_up.result(2.0), grid_sample=made_up.result(64.0))
-    ).splitlines()]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in REPORTS["aggregate"].write(rows(made_up.result(2.0), grid_sample=made_up.result(64.0))).splitlines()
+    ]
     assert ["tiny", TINY.what, "forward", "2.00", "-", "64.0", "-", "32.0"] in lines
 
 
