@@ -72,9 +72,9 @@ OLDEST_TORCH_TESTS := tests/torch -W default -k "not (test_opcheck or test_compi
 
 # Triton asks for the variable when kernels are defined, so that they are interpreted in a process of their own.
 INTERPRETED_TESTS := tests/test_interpreted.py tests/runtime/test_product.py tests/ops/conv/test_gpu.py \
-	tests/ops/roi_pool/test_gpu.py tests/torch/test_gpu.py
+	tests/ops/roi_pool/test_gpu.py tests/ops/attention/test_gpu.py tests/ops/aggregate/test_gpu.py tests/torch/test_gpu.py
 GPU_TESTS := tests/runtime/test_product.py tests/ops/conv/test_gpu_cuda.py tests/ops/roi_pool/test_gpu_cuda.py \
-	tests/torch/test_gpu_cuda.py tests/plots/test_monitor.py
+	tests/ops/attention/test_gpu_cuda.py tests/ops/aggregate/test_gpu_cuda.py tests/torch/test_gpu_cuda.py tests/plots/test_monitor.py
 
 .PHONY: help demo demo-gluon experiment test test-torch run-torch run-shared run-alone run-interpreter test-gpu test-gluon test-mmdet \
 	test-fast test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean

@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -262,3 +262,28 @@ def _line(where: dict[str, str], location: str) -> str:
         text = where[match[0]]
     file, number = re.findall(r'"([^"]+)":(\d+)', text)[0]
     return Path(file).read_text(encoding="utf-8").splitlines()[int(number) - 1].strip()
+
+
+def too_large(builds: Iterable[Build], most: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What spills, or takes more than a kernel may: registers of a thread, and bytes of shared memory."""
+    wrong = []
+    for build in builds:
+        registers, shared = most[build.launch.name]
+        if not build.launch.card.startswith("sm_"):
+            registers *= 2  # a thread of AMD's has 512
+        elif "*fp64" in build.launch.signature.values():
+            registers = min(255, 2 * registers)
+        if build.stack or build.registers > registers or build.shared > min(shared, SHARED_MEMORY[build.launch.card]):
+            wrong.append(f"{build.launch}: {build.registers} registers, {build.shared} bytes shared, {build.stack} spilled")
+    return wrong
+
+
+def narrow_in(builds: Iterable[Build], small: Collection[str]) -> dict[str, set[str]]:
+    """Where addresses of large tensors are multiplied in 32 bits, but for lines that begin with what is `small`: kernels' names."""
+    found: dict[str, set[str]] = {}
+    for build in builds:
+        assert str(build.launch.constant("INDEX")) == "int64", build.launch
+        for line in build.narrow_products:
+            if not line.startswith(tuple(small)):
+                found.setdefault(line, set()).add(build.launch.name)
+    return found

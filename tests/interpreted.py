@@ -10,6 +10,7 @@
 | cuts a float32 off where it makes a bfloat16 of it | rounds to the nearest |
 | makes -2**31 of a float that is no int32 | AssertionError: GPUs make other numbers of it, of NaN as well |
 | ignores `input_precision` | rounds a float32 product's operands where TF32 is asked for |
+| rounds `fma` twice | rounds it once |
 | takes a grid of any size | AssertionError beyond CUDA's limits |
 
 It knows no registers, shared memory, tensor cores or pipelines all the same: see tests/compiled.py.
@@ -48,6 +49,7 @@ def honest() -> Iterator[None]:
         (builder, "cast_impl", _cast(builder.cast_impl)),
         (builder, "binary_op", _binary(builder.binary_op)),
         (builder, "create_dot", _dot(builder.create_dot)),
+        (builder, "create_fma", _fma(builder.create_fma)),
         # It looks for overflow in each operation on integers, and then says nothing of it: a quarter of the time.
         (interpreter.interpreter_builder, "options", replace(interpreter.interpreter_builder.options, sanitize_overflow=False)),
     ]
@@ -189,6 +191,16 @@ def _dot(dot: Any) -> Any:
         if left.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.TF32:
             left, right = (interpreter.TensorHandle(_tf32(one.data), tl.float32) for one in (left, right))
         return dot(self, left, right, sums, precision, imprecise)
+
+    return call
+
+
+def _fma(fma: Any) -> Any:
+    def call(self: Any, left: Any, right: Any, added: Any) -> Any:
+        if added.dtype.scalar != tl.float32:
+            return fma(self, left, right, added)
+        exact = left.data.astype(np.float64) * right.data.astype(np.float64)  # which float64 has all bits of
+        return interpreter.TensorHandle((exact + added.data).astype(np.float32), tl.float32)
 
     return call
 

@@ -48,6 +48,13 @@ def multiply(x_ptr, y_ptr, PRECISION: tl.constexpr, N: tl.constexpr):
     tl.store(y_ptr + at, tl.dot(x, x, input_precision=PRECISION))
 
 
+@triton.jit
+def lost(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, tl.fma(x, x, -(x * x)))
+
+
 def refused(text):
     return pytest.raises(triton.runtime.errors.InterpreterError, match=text)
 
@@ -118,6 +125,15 @@ def test_tf32_has_its_error():
         multiply[(1,)](x, y, precision, 32)
         errors[precision] = (y - x.double() @ x.double()).abs().max() / y.abs().max()
     assert errors["ieee"] < 1e-6 < 1e-5 < errors["tf32"] < 2e-3
+
+
+def test_a_product_and_a_sum_in_one_are_rounded_once():
+    x = torch.rand(64)
+    for dtype, is_exact in ((torch.float32, True), (torch.float64, False)):
+        y = torch.full((64,), torch.nan, dtype=dtype)
+        lost[(1,)](x.to(dtype), y, 64)
+        rest = x.double() ** 2 - (x * x).double() if is_exact else torch.zeros(64)
+        assert torch.equal(y.double(), rest.double())
 
 
 def test_grids_that_no_gpu_takes():

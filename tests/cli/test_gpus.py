@@ -14,6 +14,8 @@ from deformconv.runtime import toolchain
 torch = pytest.importorskip("torch")
 
 from deformconv import dispatch  # noqa: E402
+from deformconv.ops.aggregate import gpu as aggregate_gpu  # noqa: E402
+from deformconv.ops.attention import gpu as attention_gpu  # noqa: E402
 from deformconv.ops.conv import gpu, portable  # noqa: E402
 from deformconv.ops.roi_pool import gpu as roi_gpu  # noqa: E402
 from deformconv.torch import calls, native  # noqa: E402
@@ -45,7 +47,10 @@ class TestWarmup:
         """What is asked of the kernels."""
         asked = []
         monkeypatch.setattr(gpu, "warmup", lambda dtypes, device: asked.append((device, tuple(dtypes))))
-        monkeypatch.setattr(roi_gpu, "warmup", lambda dtypes, device: asked.append((f"boxes on {device}", tuple(dtypes))))
+        for what, module in (("boxes", roi_gpu), ("attention", attention_gpu), ("an aggregate", aggregate_gpu)):
+            monkeypatch.setattr(
+                module, "warmup", lambda dtypes, device, what=what: asked.append((f"{what} on {device}", tuple(dtypes)))
+            )
         return asked
 
     def test_each_kind_of_card_once(self, cards, compiled, capsys, tmp_path):
@@ -70,10 +75,13 @@ class TestWarmup:
         assert main(["warmup", "--gpu", "--dtype", dtype]) == 0
         assert compiled == [("cuda:0", expected)]
 
-    def test_pooling_of_boxes(self, cards, compiled):
+    @pytest.mark.parametrize(
+        ("option", "what"), [("--rois", "boxes"), ("--attention", "attention"), ("--aggregate", "an aggregate")]
+    )
+    def test_other_operators(self, cards, compiled, option, what):
         cards["cuda:0"] = H100
-        assert main(["warmup", "--gpu", "--rois", "--dtype", "float32"]) == 0
-        assert compiled == [("cuda:0", ("float32",)), ("boxes on cuda:0", ("float32",))]
+        assert main(["warmup", "--gpu", option, "--dtype", "float32"]) == 0
+        assert compiled == [("cuda:0", ("float32",)), (f"{what} on cuda:0", ("float32",))]
 
     def test_what_is_missing_ends_with_1(self, cards, compiled, capsys, monkeypatch):
         cards["cuda:0"] = H100
@@ -96,7 +104,6 @@ class TestWarmup:
         ("arguments", "message"),
         [
             (["--gpu", "--rank", "2", "--cpu", "native"], "--rank, --cpu: of the CPU's kernels alone, not of --gpu"),
-            (["--gpu", "--attention", "--aggregate"], "--attention, --aggregate: of the CPU's kernels alone, not of --gpu"),
             (["--gpu", "--cpu", "native"], "--cpu: of the CPU's kernels alone, not of --gpu"),
             (["--dtype", "bfloat16"], "--dtype bfloat16 is of --gpu; the CPU computes it in float32, so pass --dtype float32"),
         ],

@@ -245,15 +245,15 @@ def test_memory_of_any_order(turn: tuple[int, ...]) -> None:
     torch._dynamo.reset()
 
 
-def test_without_kernels_for_a_gpu_the_portable_form_runs() -> None:
+def test_who_computes_is_said() -> None:
     spec = make(SMALL, "float32").spec
-    text = dispatch.explain(OPERATOR, spec, "torch", "cuda:0")
+    text = dispatch.explain(OPERATOR, spec, "torch", "mps:0")
     assert text.splitlines()[0] == (
-        "value (2, 47, 2, 4), locations (2, 5, 2, 2, 2, 2), weights (2, 5, 2, 2, 2); float32, torch on cuda:0"
+        "value (2, 47, 2, 4), locations (2, 5, 2, 2, 2, 2), weights (2, 5, 2, 2, 2); float32, torch on mps:0"
     )
     assert "forward: portable\n  portable: PyTorch's own operations compute the call at once\n" in text
-    assert "  portable: there are no kernels for GPUs" in text
-    assert "cpu: its kernels run on the CPU and the arrays are on cuda:0" in text
+    assert "cpu: its kernels run on the CPU and the arrays are on mps:0" in text
+    assert "gpu: its kernels run on GPUs of NVIDIA and AMD and the arrays are on mps:0" in text
     text = dispatch.explain(OPERATOR, make(SMALL, "float16").spec, "torch", "cpu")
     assert "; float16 computed in float32, torch on cpu\nforward: cpu\n  cpu: " in text and "\nbackward: cpu\n" in text
 

@@ -14,33 +14,24 @@ from typing import Any
 
 import torch
 
-from deformconv.bench import gpu_clock
+from deformconv.bench import gpu_clock, gpu_operators
 from deformconv.bench.gpu import words_of
+from deformconv.bench.gpu_operators import OnDevice
 from deformconv.bench.gpu_peers import DTYPES, Given, step
 from deformconv.bench.peers import DIRECTIONS
 from deformconv.bench.rois import ROI_CASES, DeformconvRoi, RoiCase, TorchvisionRoi, roi_arrays
 
 __all__ = ["main", "measured"]
 
-INPUTS = 4  # that a library is called with in turn
-
-
-class _OnDevice:
-    """A library on a GPU, where the host's threads compute nothing."""
-
-    def __init__(self) -> None:
-        self.torch = torch
-
-
-class Ours(_OnDevice, DeformconvRoi):
+class Ours(OnDevice, DeformconvRoi):
     name, backend = "deformconv", "gpu"
 
 
-class Portable(_OnDevice, DeformconvRoi):
+class Portable(OnDevice, DeformconvRoi):
     name, backend = "portable", "portable"
 
 
-class Theirs(_OnDevice, TorchvisionRoi):
+class Theirs(OnDevice, TorchvisionRoi):
     name = "torchvision"
 
 
@@ -73,21 +64,8 @@ def measured(library: str, case: RoiCase, dtype: str, direction: str, device: st
     try:
         peer, tensors = PEERS[library](), _given(case, getattr(torch, DTYPES[dtype].name), device)
         operate, names = _operator(peer, case, tensors), (*peer.given, "grad_output")
-        sets = [
-            {name: tensors[name].clone().requires_grad_(name != "grad_output") for name in names}
-            for _ in range(1 if device == "cpu" else INPUTS)
-        ]
-        found, peak = gpu_clock.memory(lambda: step(operate, sets[0], direction), device)
-        again = step(operate, sets[0], direction)
-        result: dict[str, Any] = {} if peak is None else {"peak": peak}
-        result["same bits"] = all(torch.equal(again[name], found[name]) for name in found)
-        if peer.deforms:
-            errors = {
-                name: ((found[name].double() - right).abs().max() / right.abs().max()).item()
-                for name, right in _truth(case, tensors, direction).items()
-            }
-            result |= {"errors": errors, "error": max(errors.values())}
-        return result | gpu_clock.times(lambda number: step(operate, sets[number], direction), len(sets), device, seconds)
+        right = (lambda: _truth(case, tensors, direction)) if peer.deforms else None
+        return gpu_operators.measured(operate, names, tensors, direction, device, seconds, right)
     except Exception as error:  # what a library cannot do is a result of the comparison
         return {"reason": f"failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"}
 

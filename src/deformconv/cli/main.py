@@ -273,10 +273,11 @@ def warmup(
     from deformconv.cli import warmup
 
     if gpu:
-        others = {"--rank": ranks, "--cpu": cpu_name, "--attention": attention, "--aggregate": aggregate}
+        others = {"--rank": ranks, "--cpu": cpu_name}
         if given := [name for name, value in others.items() if value]:
             raise click.UsageError(f"{', '.join(given)}: of the CPU's kernels alone, not of --gpu")
-        return warmup.run_on_gpus({None: HALF + WHOLE[:1], "all": HALF + WHOLE}.get(dtype, (str(dtype),)), rois)
+        dtypes = {None: HALF + WHOLE[:1], "all": HALF + WHOLE}.get(dtype, (str(dtype),))
+        return warmup.run_on_gpus(dtypes, rois, attention, aggregate)
     if dtype in HALF:
         raise click.UsageError(f"--dtype {dtype} is of --gpu; the CPU computes it in float32, so pass --dtype float32")
     dtypes = WHOLE if dtype == "all" else (dtype or "float32",)

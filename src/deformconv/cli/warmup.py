@@ -79,11 +79,13 @@ def run(
     return 0
 
 
-def run_on_gpus(dtypes: Sequence[str], rois: bool = False) -> int:
+def run_on_gpus(dtypes: Sequence[str], rois: bool = False, attention: bool = False, aggregate: bool = False) -> int:
     """Compile for each kind of GPU that is there, say what was done, and return the exit code."""
     if find_spec("torch") is None:
         raise click.ClickException("there is no GPU to compile for, since PyTorch, which finds them, is not installed")
     from deformconv.ops import gpu as on_gpu
+    from deformconv.ops.aggregate import gpu as aggregate_gpu
+    from deformconv.ops.attention import gpu as attention_gpu
     from deformconv.ops.conv import gpu
     from deformconv.ops.roi_pool import gpu as roi_gpu
     from deformconv.runtime import toolchain
@@ -100,8 +102,9 @@ def run_on_gpus(dtypes: Sequence[str], rois: bool = False) -> int:
             continue
         click.echo(f"{device}, {card}: {', '.join(dtypes)} ...")
         gpu.warmup(dtypes, device)
-        if rois:
-            roi_gpu.warmup(dtypes, device)
+        for also, module in ((rois, roi_gpu), (attention, attention_gpu), (aggregate, aggregate_gpu)):
+            if also:
+                module.warmup(dtypes, device)
         done.add(card.architecture)
     if not done:
         return 1

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from deformconv.sampling.triton import corner_of
+from deformconv.sampling.triton_levels import level_of
 
-__all__ = ["arrange", "channels_of", "collect", "column_of", "store_entries", "sum_runs"]
+__all__ = ["arrange", "channels_of", "collect", "collect_levels", "column_of", "store_entries", "sum_runs"]
 
 
 @triton.jit
@@ -103,34 +104,27 @@ def sum_runs(
     tl.store(run_ptr + (run * CORNERS + corner) * GC + (channel - group * GC), sums, mask=is_channel)
 
 
-@triton.jit(do_not_specialize=["places", "samples", "pixels", "Z", "Y", "X"])
-def collect(
-    d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, d_x_ptr, places, samples, pixels, C, CG, GC, G, GROUP, Z, Y, X,
-    RANK: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    RUN: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """The input's gradient at BP pixels, in BC channels of one group: samples' shares, always in the same order.
+@triton.jit
+def _corners(RANK: tl.constexpr, BE: tl.constexpr):
+    """Of BE samples that are read at a time which corner a pixel is of them, and the how manieth of that corner they are."""
+    entry = tl.arange(0, BE)
+    return (entry % 2**RANK)[None, :], (entry // 2**RANK)[None, :]
 
-    `row` and `share` are of the samples of all lists one after the other, and `start` is where each list begins there. A pixel
-    is a corner of the samples of 2**RANK lists, of all of which BE samples are summed at a time. Of a list that has whole runs
-    of RUN samples these are summed already, by `sum_runs`.
+
+@triton.jit
+def _sums(
+    d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, number, is_place, group, channel, is_channel, samples, CG, GC, GROUP,
+    RANK: tl.constexpr, COLUMN_SPAN: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, RUN: tl.constexpr,
+    BP: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The sums of BP pixels in BC channels of a group, of the samples of 2**RANK lists, of all of which BE are read at a time.
+
+    `number` (BP, BE) is the list of each, `row` and `share` are of the samples of all lists one after the other, and `start` is
+    where each list begins there. Of a list that has whole runs of RUN samples these are summed already, by `sum_runs`.
     """
-    place_of = tl.program_id(0) * BP + tl.arange(0, BP)
-    group = tl.program_id(1)
-    channel, is_channel = channels_of(group, tl.program_id(2) * BC, GC, BC, SPAN)
-    column = column_of(channel, CG, GROUP, COLUMN_SPAN)
-    image = (place_of // pixels).to(INDEX)
-    pixel = (place_of % pixels)[:, None]
     CORNERS: tl.constexpr = 2**RANK
-    corner = (tl.arange(0, BE) % CORNERS)[None, :]
-    step = (tl.arange(0, BE) // CORNERS)[None, :]
-    lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
-    number = ((image * G + group) * lists)[:, None] + pixel % X + 1 - corner % 2
-    if RANK >= 2:
-        number += (pixel // X % Y + 1 - corner // 2 % 2) * (X + 1)
-    if RANK == 3:
-        number += (pixel // X // Y + 1 - corner // 4) * ((X + 1) * (Y + 1))
-    is_place = (place_of < places)[:, None]
+    corner, step = _corners(RANK, BE)
+    column = column_of(channel, CG, GROUP, COLUMN_SPAN)
     first = tl.load(start_ptr + number, mask=is_place, other=0)
     end = tl.load(start_ptr + number + 1, mask=is_place, other=0)
     first_run = tl.cdiv(first, RUN)
@@ -151,5 +145,63 @@ def collect(
         stored = (turn + step < runs)[:, :, None] & is_channel[None, None, :]
         run = tl.load(run_ptr + at[:, :, None] * GC + (channel - group * GC)[None, None, :], mask=stored, other=0.0)
         sums += tl.sum(run, axis=1)
+    return sums
+
+
+@triton.jit(do_not_specialize=["places", "samples", "pixels", "Z", "Y", "X"])
+def collect(
+    d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, d_x_ptr, places, samples, pixels, C, CG, GC, G, GROUP, Z, Y, X,
+    RANK: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    RUN: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The input's gradient at BP pixels, in BC channels of one group: samples' shares, always in the same order."""
+    place_of = tl.program_id(0) * BP + tl.arange(0, BP)
+    group = tl.program_id(1)
+    channel, is_channel = channels_of(group, tl.program_id(2) * BC, GC, BC, SPAN)
+    image = (place_of // pixels).to(INDEX)
+    pixel = (place_of % pixels)[:, None]
+    corner, _step = _corners(RANK, BE)
+    lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
+    number = ((image * G + group) * lists)[:, None] + pixel % X + 1 - corner % 2
+    if RANK >= 2:
+        number += (pixel // X % Y + 1 - corner // 2 % 2) * (X + 1)
+    if RANK == 3:
+        number += (pixel // X // Y + 1 - corner // 4) * ((X + 1) * (Y + 1))
+    is_place = (place_of < places)[:, None]
+    sums = _sums(
+        d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, number, is_place, group, channel, is_channel, samples, CG, GC, GROUP,
+        RANK, COLUMN_SPAN, ACC, INDEX, RUN, BP, BE, BC,
+    )  # fmt: skip
     to = ((image * pixels)[:, None] + pixel) * C + channel[None, :]
+    tl.store(d_x_ptr + to, sums.to(d_x_ptr.dtype.element_ty), mask=is_place & is_channel[None, :])
+
+
+@triton.jit(do_not_specialize=["places", "samples", "tokens", "lists", "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7"])
+def collect_levels(
+    d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, d_x_ptr, places, samples, tokens, C, CG, GC, G, GROUP,
+    lists, s0, s1, s2, s3, s4, s5, s6, s7,
+    SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    RUN: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The same of an input of several maps, one after the other in each image, whose sizes are packed in `s0` to `s7`.
+
+    A group of an image has `lists` lists, those of its first map first.
+    """
+    place_of = tl.program_id(0) * BP + tl.arange(0, BP)
+    group = tl.program_id(1)
+    channel, is_channel = channels_of(group, tl.program_id(2) * BC, GC, BC, SPAN)
+    image = (place_of // tokens).to(INDEX)
+    token = place_of % tokens
+    X, first_token, first_list = level_of(token, (s0, s1, s2, s3, s4, s5, s6, s7))
+    y = (token - first_token) // X
+    x = token - first_token - y * X
+    corner, _step = _corners(2, BE)
+    number = ((image * G + group) * lists + first_list + (y + 1) * (X + 1) + x + 1)[:, None]
+    number = number - corner // 2 * (X + 1)[:, None] - corner % 2
+    is_place = (place_of < places)[:, None]
+    sums = _sums(
+        d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, number, is_place, group, channel, is_channel, samples, CG, GC, GROUP,
+        2, COLUMN_SPAN, ACC, INDEX, RUN, BP, BE, BC,
+    )  # fmt: skip
+    to = tl.multiple_of((image * tokens + token) * C, SPAN)[:, None] + channel[None, :]
     tl.store(d_x_ptr + to, sums.to(d_x_ptr.dtype.element_ty), mask=is_place & is_channel[None, :])

@@ -16,7 +16,7 @@ from deformconv.ops.roi_pool import gpu
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from tests.compiled import SHARED_MEMORY, Build, Launch, built, launches_for  # noqa: E402
+from tests.compiled import Build, Launch, built, launches_for, narrow_in, too_large  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -71,13 +71,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Build]]:
 
 
 def test_nothing_spills_and_programs_are_small(builds: list[Build]) -> None:
-    wrong = []
-    for build in builds:
-        registers, shared = MOST[build.launch.name]
-        registers *= 1 if build.launch.card.startswith("sm_") else 2  # a thread of AMD's has 512
-        registers *= 1 if build.launch.signature["x_ptr"] != "*fp64" or registers == 255 else 2
-        if build.stack or build.registers > registers or build.shared > min(shared, SHARED_MEMORY[build.launch.card]):
-            wrong.append(f"{build.launch}: {build.registers} registers, {build.shared} bytes shared, {build.stack} spilled")
+    wrong = too_large(builds, MOST)
     assert not wrong, "\n".join(wrong)
     assert [build.launch.name for build in builds] == ["pool", "pool_backward"] * len(CALLS)
 
@@ -94,14 +88,7 @@ def test_no_sum_is_made_by_atomics(builds: list[Build]) -> None:
 
 
 def test_addresses_of_large_tensors_are_multiplied_in_64_bits(builds: list[Build]) -> None:
-    found = defaultdict(set)
-    for build in builds:
-        if build.launch.card == "sm_75":
-            assert str(build.launch.constant("INDEX")) == "int64"
-            for line in build.narrow_products:
-                if not line.startswith(tuple(SMALL_PRODUCTS)):
-                    found[line].add(build.launch.name)
-    assert not found, "\n".join(f"{line}: {', '.join(names)}" for line, names in found.items())
+    assert not narrow_in([build for build in builds if build.launch.card == "sm_75"], SMALL_PRODUCTS)
 
 
 def test_20_sizes_and_scales_are_compiled_at_most_3_times() -> None:

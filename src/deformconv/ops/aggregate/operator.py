@@ -10,10 +10,11 @@ from deformconv.ops.operator import Argument, Line, Operand, Operator, Parameter
 from deformconv.ops.window import flat, integers, pairs, window_of
 
 if TYPE_CHECKING:  # each of them is a backend
-    from deformconv.ops.aggregate import cpu, portable, reference
+    from deformconv.ops.aggregate import cpu, gpu, portable, reference
     from deformconv.ops.operator import Backend
 
     _cpu: Backend = cpu
+    _gpu: Backend = gpu
     _portable: Backend = portable
     _reference: Backend = reference
 
@@ -78,7 +79,7 @@ DEFORM_AGGREGATE = Operator(
         Parameter("offset_groups", "int?"),
         Parameter("boundary", "str"),
     ),
-    backends=(Line("cpu"), Line("portable"), Line("reference", by_name_only=True)),
+    backends=(Line("cpu"), Line("gpu"), Line("portable"), Line("reference", by_name_only=True)),
     gradients=Gradients,
     check=_check,
     check_grad_output=check_grad_output,

@@ -10,10 +10,11 @@ from deformconv.ops.attention.spec import AttentionSpec, Gradients, attention_sp
 from deformconv.ops.operator import Argument, Line, Operand, Operator, Parameter
 
 if TYPE_CHECKING:  # each of them is a backend
-    from deformconv.ops.attention import cpu, portable, reference
+    from deformconv.ops.attention import cpu, gpu, portable, reference
     from deformconv.ops.operator import Backend
 
     _cpu: Backend = cpu
+    _gpu: Backend = gpu
     _portable: Backend = portable
     _reference: Backend = reference
 
@@ -45,7 +46,7 @@ DEFORM_ATTENTION = Operator(
         Argument("weights", precise=True, leaves_out=True),
     ),
     parameters=(Parameter("spatial_shapes", "int[]"),),
-    backends=(Line("cpu"), Line("portable"), Line("reference", by_name_only=True)),
+    backends=(Line("cpu"), Line("gpu"), Line("portable"), Line("reference", by_name_only=True)),
     gradients=Gradients,
     check=_check,
     pack=lambda spec: (tuple(chain(*spec.levels)),),

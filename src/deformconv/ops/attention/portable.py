@@ -33,8 +33,7 @@ def reasons_against(spec: AttentionSpec, library: str, device: str, backward: bo
 
 def how(spec: AttentionSpec, library: str, device: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    sentences = ["PyTorch's own operations compute the call at once"] if library == "torch" else []
-    return sentences + ["there are no kernels for GPUs"] * (device != "cpu")
+    return ["PyTorch's own operations compute the call at once"] if library == "torch" else []
 
 
 def forward(spec: AttentionSpec, value: Array, locations: Array, weights: Array) -> Array:

@@ -9,7 +9,10 @@ how many rows surely are of one image, and how many channels lie one after the o
 are loaded and stored together; no block is smaller than they are. Numbers of elements are of INDEX, int64 where an array is so
 large. Interpolation and sums are of ACC, float32 for half precision.
 
-Loops store nothing that a later turn loads, and no sum is made by atomics: results are the same bit for bit each time.
+Programs that go through the same rows are neighbours in the grid, since what they write lies side by side.
+
+Loops store nothing that a later turn loads. No sum is made by atomics, and results are the same bit for bit each time, but for
+the input's gradient where SCATTER asks for it.
 """
 
 from __future__ import annotations
@@ -17,84 +20,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deformconv.sampling.triton import corner_of, offsets_of, place
+from deformconv.ops.taps.gpu_kernels import mask_of, place_tap, pulled_back, rows_of, sampled, store_positions
+from deformconv.sampling.triton import corner_of
 from deformconv.sampling.triton_lists import channels_of, column_of, store_entries
 
 __all__ = ["convolve_depthwise", "sample", "sample_backward"]
 
 
-@triton.jit
-def _rows(first, rows, P, BR: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr):
-    """BR rows of one program: their numbers from `first` on, which of them there are, their images and positions there."""
-    own_row = tl.program_id(0) * BR + tl.arange(0, BR)
-    there = tl.max_constancy(own_row < rows, ROW_SPAN)
-    image = tl.max_constancy((first + own_row) // P, ROW_SPAN)
-    position = tl.max_contiguous(tl.multiple_of(first + own_row - image * P, ROW_SPAN), ROW_SPAN)
-    return own_row.to(INDEX), there, image.to(INDEX), position
-
-
-@triton.jit
-def _place_tap(
-    offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX,
-    WINDOW: tl.constexpr, RANK: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Where one tap samples at each position, as `sampling.triton.place` says it."""
-    K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    x_base = position % OX * WINDOW[1][2] - WINDOW[2][2] + tap % WINDOW[0][2] * WINDOW[3][2]
-    y_base = position // OX % OY * WINDOW[1][1] - WINDOW[2][1] + tap // WINDOW[0][2] % WINDOW[0][1] * WINDOW[3][1]
-    z_base = position // OX // OY * WINDOW[1][0] - WINDOW[2][0] + tap // (WINDOW[0][2] * WINDOW[0][1]) * WINDOW[3][0]
-    plane = tl.cast(P, image.dtype)
-    first = offset_ptr + ((image * G + group) * K + tap) * RANK * plane + position
-    z_offset, y_offset, x_offset = offsets_of(first, plane, there, RANK, ACC)
-    return place(z_base, y_base, x_base, z_offset, y_offset, x_offset, there, Z, Y, X, RANK, INSIDE)
-
-
-@triton.jit
-def _mask_of(mask_ptr, image, position, there, group, tap, P, G, K: tl.constexpr, ACC: tl.constexpr):
-    return tl.load(mask_ptr + ((image * G + group) * K + tap) * P + position, mask=there, other=0.0).to(ACC)
-
-
-@triton.jit
-def _sampled(
-    x_ptr, offset_ptr, mask_ptr, image, position, there, channel, is_channel, group, tap, P, pixels, C, G, Z, Y, X, OY, OX,
-    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
-    SPAN: tl.constexpr,
-):  # fmt: skip
-    """One tap's samples (positions, channels), times their masks; each image has its channels last."""
-    z_low, y_low, x_low, z_fraction, y_fraction, x_fraction, _z, _y, _x, counts, poison = _place_tap(
-        offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
-    )
-    found = tl.zeros((counts.shape[0], channel.shape[0]), ACC) + poison[:, None]
-    for CORNER in tl.static_range(2**RANK):
-        pixel, inside, z, y, x = corner_of(
-            z_low, y_low, x_low, z_fraction, y_fraction, x_fraction, Z, Y, X, CORNER, RANK, INSIDE
-        )
-        at = tl.multiple_of((image * pixels + pixel) * C, SPAN)[:, None] + channel[None, :]
-        value = tl.load(x_ptr + at, mask=(inside & counts)[:, None] & is_channel[None, :], other=0.0)
-        found += (z * y * x)[:, None] * value.to(ACC)
-    if MASKED:
-        K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-        found = found * _mask_of(mask_ptr, image, position, there, group, tap, P, G, K, ACC)[:, None]
-    return found
-
-
 @triton.jit(do_not_specialize=["first", "rows", "P", "pixels", "Z", "Y", "X", "OY", "OX", "taps"])
 def sample(
     x_ptr, offset_ptr, mask_ptr, columns_ptr, first, rows, P, pixels, C, CG, GC, G, GROUP, TAP, Z, Y, X, OY, OX, taps,
-    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr,
+    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, LAST: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Columns of the rows from `first` on: BR rows, BC channels of one offset group, and `taps` taps a program."""
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    own_row, there, image, position = _rows(first, rows, P, BR, INDEX, ROW_SPAN)
     blocks = tl.cdiv(GC, BC)
-    group = tl.program_id(1) // blocks
-    channel, is_channel = channels_of(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
-    for tap in range(tl.program_id(2) * taps, tl.minimum(tl.program_id(2) * taps + taps, K)):
-        found = _sampled(
+    part = tl.program_id(0) % (G * blocks)
+    group = part // blocks
+    own_row, there, image, position = rows_of(tl.program_id(0) // (G * blocks), first, rows, P, BR, INDEX, ROW_SPAN)
+    channel, is_channel = channels_of(group, part % blocks * BC, GC, BC, SPAN)
+    for tap in range(tl.program_id(1) * taps, tl.minimum(tl.program_id(1) * taps + taps, K)):
+        found = sampled(
             x_ptr, offset_ptr, mask_ptr, image, position, there, channel, is_channel, group, tap, P, pixels, C, G,
-            Z, Y, X, OY, OX, WINDOW, RANK, MASKED, INSIDE, ACC, SPAN,
+            Z, Y, X, OY, OX, WINDOW, RANK, MASKED, INSIDE, LAST, ACC, SPAN,
         )  # fmt: skip
         row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, COLUMN_SPAN)
         at = row_of_tap[:, None] + column_of(channel, CG, GROUP, COLUMN_SPAN)[None, :]
@@ -105,19 +55,21 @@ def sample(
 def convolve_depthwise(
     x_ptr, offset_ptr, mask_ptr, weight_ptr, bias_ptr, output_ptr, rows, P, pixels, C, GC, G, Z, Y, X, OY, OX,
     WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, INSIDE: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    LAST: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The output of BR rows and BC channels where each channel is a group of its own; the weight is (K, C)."""
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    own_row, there, image, position = _rows(0, rows, P, BR, INDEX, ROW_SPAN)
     blocks = tl.cdiv(GC, BC)
-    group = tl.program_id(1) // blocks
-    channel, is_channel = channels_of(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
+    part = tl.program_id(0) % (G * blocks)
+    group = part // blocks
+    own_row, there, image, position = rows_of(tl.program_id(0) // (G * blocks), 0, rows, P, BR, INDEX, ROW_SPAN)
+    channel, is_channel = channels_of(group, part % blocks * BC, GC, BC, SPAN)
     sums = tl.zeros((BR, BC), ACC)
     for tap in range(0, K):
-        found = _sampled(
+        found = sampled(
             x_ptr, offset_ptr, mask_ptr, image, position, there, channel, is_channel, group, tap, P, pixels, C, G,
-            Z, Y, X, OY, OX, WINDOW, RANK, MASKED, INSIDE, ACC, SPAN,
+            Z, Y, X, OY, OX, WINDOW, RANK, MASKED, INSIDE, LAST, ACC, SPAN,
         )  # fmt: skip
         sums += found * tl.load(weight_ptr + tap * C + channel, mask=is_channel, other=0.0).to(ACC)[None, :]
     if BIASED:
@@ -128,43 +80,43 @@ def convolve_depthwise(
 
 @triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX"])
 def sample_backward(
-    x_ptr, offset_ptr, mask_ptr, d_columns_ptr, columns_ptr, d_offset_ptr, d_mask_ptr, key_ptr, share_ptr,
+    x_ptr, offset_ptr, mask_ptr, d_columns_ptr, columns_ptr, d_offset_ptr, d_mask_ptr, key_ptr, share_ptr, d_x_ptr,
     rows, P, pixels, C, CG, GC, G, GROUP, TAP, Z, Y, X, OY, OX,
-    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constexpr,
-    COLUMNS: tl.constexpr, POSITIONS: tl.constexpr, ENTRIES: tl.constexpr,
+    WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, LAST: tl.constexpr,
+    ACC: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr, ENTRIES: tl.constexpr, SCATTER: tl.constexpr,
     INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """All that is read at one tap's samples of BR rows and one offset group.
 
     COLUMNS: the columns again. POSITIONS: the gradients of offsets and masks, from that of the columns. ENTRIES: which samples
-    the gradient of the input is to be collected from.
+    the gradient of the input is to be collected from. SCATTER: that gradient itself, added to an array of ACC's numbers.
     """
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    own_row, there, image, position = _rows(0, rows, P, BR, INDEX, ROW_SPAN)
+    own_row, there, image, position = rows_of(tl.program_id(0) // G, 0, rows, P, BR, INDEX, ROW_SPAN)
     tap = tl.program_id(1)
-    group = tl.program_id(2)
-    z_low, y_low, x_low, z, y, x, z_slope, y_slope, x_slope, counts, poison = _place_tap(
-        offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, ACC
+    group = tl.program_id(0) % G
+    z_low, y_low, x_low, z, y, x, z_slope, y_slope, x_slope, counts, poison = place_tap(
+        offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, LAST, ACC
     )
     mask = tl.full((BR,), 1.0, ACC)
     if MASKED:
-        mask = _mask_of(mask_ptr, image, position, there, group, tap, P, G, K, ACC)
-    entry = ((image * G + group) * K + tap) * P + position
+        mask = mask_of(mask_ptr, image, position, there, group, tap, P, G, K, LAST, ACC)
     if ENTRIES:
+        entry = ((image * G + group) * K + tap) * P + position
         lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
         store_entries(
             key_ptr, share_ptr, entry, tl.cast(rows, INDEX) * G * K, there, (image * G + group) * lists,
             z_low, y_low, x_low, z, y, x, mask, counts, Z, Y, X, (rows // P) * G * lists, RANK, INSIDE,
         )  # fmt: skip
-    if COLUMNS or POSITIONS:
+    if COLUMNS or POSITIONS or SCATTER:
         value, d_z, d_y, d_x = tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC)
         for start in range(0, GC, BC):
             channel, is_channel = channels_of(group, start, GC, BC, SPAN)
             row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, COLUMN_SPAN)
             at = row_of_tap[:, None] + column_of(channel, CG, GROUP, COLUMN_SPAN)[None, :]
             stored = there[:, None] & is_channel[None, :]
-            if POSITIONS:
+            if POSITIONS or SCATTER:
                 d_column = tl.load(d_columns_ptr + at, mask=stored, other=0.0).to(ACC)
             column = tl.zeros((BR, BC), ACC)
             for CORNER in tl.static_range(2**RANK):
@@ -172,26 +124,24 @@ def sample_backward(
                     z_low, y_low, x_low, z, y, x, Z, Y, X, CORNER, RANK, INSIDE
                 )
                 of = tl.multiple_of((image * pixels + pixel) * C, SPAN)[:, None] + channel[None, :]
-                corner = tl.load(x_ptr + of, mask=(inside & counts)[:, None] & is_channel[None, :], other=0.0).to(ACC)
+                read = (inside & counts)[:, None] & is_channel[None, :]
+                if SCATTER:
+                    share = (z_weight * y_weight * x_weight * mask)[:, None] * d_column
+                    tl.atomic_add(d_x_ptr + of, share, mask=read, sem="relaxed")
+                if COLUMNS or POSITIONS:
+                    corner = tl.load(x_ptr + of, mask=read, other=0.0).to(ACC)
                 if COLUMNS:
                     column += (z_weight * y_weight * x_weight)[:, None] * corner
                 if POSITIONS:
                     found = tl.sum(d_column * corner, axis=1)
-                    value += z_weight * y_weight * x_weight * found
-                    d_x += (z_weight * y_weight if CORNER & 1 else -z_weight * y_weight) * found
-                    d_y += (z_weight * x_weight if CORNER & 2 else -z_weight * x_weight) * found
-                    d_z += (y_weight * x_weight if CORNER & 4 else -y_weight * x_weight) * found
+                    value, d_z, d_y, d_x = pulled_back(
+                        value, d_z, d_y, d_x, found, z_weight, y_weight, x_weight, CORNER
+                    )  # fmt: skip
             if COLUMNS:
                 column = (column + poison[:, None]) * mask[:, None]
                 tl.store(columns_ptr + at, column.to(columns_ptr.dtype.element_ty), mask=stored)
         if POSITIONS:
-            plane = tl.cast(P, INDEX)
-            first = d_offset_ptr + ((image * G + group) * K + tap) * RANK * plane + position
-            dtype = d_offset_ptr.dtype.element_ty
-            tl.store(first + (RANK - 1) * plane, ((d_x * x_slope + poison) * mask).to(dtype), mask=there)
-            if RANK >= 2:
-                tl.store(first + (RANK - 2) * plane, ((d_y * y_slope + poison) * mask).to(dtype), mask=there)
-            if RANK == 3:
-                tl.store(first, ((d_z * z_slope + poison) * mask).to(dtype), mask=there)
-            if MASKED:
-                tl.store(d_mask_ptr + entry, (value + poison).to(d_mask_ptr.dtype.element_ty), mask=there)
+            store_positions(
+                d_offset_ptr, d_mask_ptr, image, position, there, group, tap, P, G, value, d_z * z_slope, d_y * y_slope,
+                d_x * x_slope, mask, poison, K, RANK, MASKED, LAST,
+            )  # fmt: skip
