@@ -279,7 +279,7 @@ def too_large(builds: Iterable[Build], most: Mapping[str, tuple[int, int]]) -> l
 
 
 def narrow_in(builds: Iterable[Build], small: Collection[str]) -> dict[str, set[str]]:
-    """Where addresses of large tensors are multiplied in 32 bits, but for lines that begin with what is `small`: kernels' names."""
+    """Lines where addresses are multiplied in 32 bits, but for those that begin as `small` has it, and in which kernels."""
     found: dict[str, set[str]] = {}
     for build in builds:
         assert str(build.launch.constant("INDEX")) == "int64", build.launch

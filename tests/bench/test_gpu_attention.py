@@ -13,7 +13,7 @@ from deformconv.bench import aggregate, attention, gpu_attention  # noqa: E402
 
 
 def test_a_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where there is no GPU ours has a reason in the place of a time, and the others have times; what takes too long is left."""
+    """Where there is no GPU ours has a reason in the place of a time, and the others have times; a budget ends it."""
     monkeypatch.setattr(gpu_attention, "CASES", (attention.TINY, aggregate.TINY._replace(batch=3)))
     file = tmp_path / "attention.json"
     assert gpu_attention.main(["--device", "cpu", "--dtypes", "fp32,bf16", "--json", str(file)]) == 0

@@ -23,6 +23,7 @@ from deformconv.bench.rois import ROI_CASES, DeformconvRoi, RoiCase, Torchvision
 
 __all__ = ["main", "measured"]
 
+
 class Ours(OnDevice, DeformconvRoi):
     name, backend = "deformconv", "gpu"
 

@@ -169,8 +169,8 @@ def collect(
         number += (pixel // X // Y + 1 - corner // 4) * ((X + 1) * (Y + 1))
     is_place = (place_of < places)[:, None]
     sums = _sums(
-        d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, number, is_place, group, channel, is_channel, samples, CG, GC, GROUP,
-        RANK, COLUMN_SPAN, ACC, INDEX, RUN, BP, BE, BC,
+        d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, number, is_place, group, channel, is_channel, samples, CG, GC,
+        GROUP, RANK, COLUMN_SPAN, ACC, INDEX, RUN, BP, BE, BC,
     )  # fmt: skip
     to = ((image * pixels)[:, None] + pixel) * C + channel[None, :]
     tl.store(d_x_ptr + to, sums.to(d_x_ptr.dtype.element_ty), mask=is_place & is_channel[None, :])
@@ -200,8 +200,8 @@ def collect_levels(
     number = number - corner // 2 * (X + 1)[:, None] - corner % 2
     is_place = (place_of < places)[:, None]
     sums = _sums(
-        d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, number, is_place, group, channel, is_channel, samples, CG, GC, GROUP,
-        2, COLUMN_SPAN, ACC, INDEX, RUN, BP, BE, BC,
+        d_rows_ptr, row_ptr, start_ptr, share_ptr, run_ptr, number, is_place, group, channel, is_channel, samples, CG, GC,
+        GROUP, 2, COLUMN_SPAN, ACC, INDEX, RUN, BP, BE, BC,
     )  # fmt: skip
     to = tl.multiple_of((image * tokens + token) * C, SPAN)[:, None] + channel[None, :]
     tl.store(d_x_ptr + to, sums.to(d_x_ptr.dtype.element_ty), mask=is_place & is_channel[None, :])

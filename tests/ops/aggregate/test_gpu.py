@@ -46,6 +46,15 @@ class TestGpu(GpuSuite):
         "tail": [TAILS[1], TAILS[2].but(size=(3, 4), kernel=(2, 2))],
     }
 
+    @pytest.mark.parametrize("wanted", [("offset",), ("input", "mask"), ()], ids=" and ".join)
+    def test_only_what_is_wanted_is_computed(self, wanted: tuple[str, ...]) -> None:
+        super().test_only_what_is_wanted_is_computed(wanted)
+
+    @pytest.mark.parametrize("last", [("offset",), ("input", "mask")], ids=" and ".join)
+    def test_channels_last(self, last: tuple[str, ...]) -> None:
+        super().test_channels_last(last)
+
+    test_arguments_are_left_alone = None  # type: ignore[assignment]
     test_positions = test_rank_embeds_in_the_next = test_integer_offsets_shift_the_image = None  # type: ignore[assignment]
     test_a_pixel_of_weight_0_is_read = test_nothing_but_odd_offsets = test_output_is_linear = None  # type: ignore[assignment]
     test_gradients_of_nothing_but_odd_offsets = test_far_positions_are_outside = None  # type: ignore[assignment]

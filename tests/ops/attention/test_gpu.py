@@ -34,6 +34,10 @@ class TestGpu(GpuSuite):
     dtypes = ("float64",)
     cases: ClassVar[list[Case]] = [*CASES[:1], CASES[2].but(heads=1), *CASES[3:6], CASES[8].but(heads=1)]
 
+    @pytest.mark.parametrize("names", [("weights",), ()], ids=" and ".join)
+    def test_what_is_not_wanted_is_none(self, names: tuple[str, ...]) -> None:
+        super().test_what_is_not_wanted_is_none(names)
+
 
 @pytest.mark.parametrize(
     ("case", "half", "mixed"),
@@ -152,7 +156,7 @@ MUTATIONS = [
     Mutation("corners at integers", KERNELS, "position = safe - 0.5", "position = safe"),
     Mutation("what is rounded is lost", KERNELS, "fraction = position - low + rest", "fraction = position - low"),
     Mutation("an infinite weight is first", KERNELS, "(y_weight * x_weight)[:, None], value, found)",
-             "(y_weight * x_weight)[:, None] * tl.load(weight_ptr + at, mask=there, other=0.0).to(ACC)[:, None], value, found)"),
+             "(y_weight * x_weight * tl.load(weight_ptr + at, mask=there, other=0.0).to(ACC))[:, None], value, found)"),
     Mutation("no weight", KERNELS, "(d_x * weight * width + poison)", "(d_x * width + poison)"),
     Mutation("the other size", KERNELS, "(d_y * weight * height + poison)", "(d_y * weight * width + poison)"),
     Mutation("NaN is nothing", KERNELS, "tl.store(d_weight_ptr + at, (found + poison)", "tl.store(d_weight_ptr + at, (found)"),

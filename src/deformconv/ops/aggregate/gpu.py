@@ -85,10 +85,10 @@ def forward(spec: AggregateSpec, input: Tensor, offset: Tensor, mask: Tensor | N
     if rows.numel():
         plan, number = _plan(spec), spec.batch * spec.positions
         tile, block = tiles.tile(spec.group_channels)
-        x, (offset, mask) = turned.rows(input), _read(offset, mask)
+        x, last, (offset, mask) = turned.rows(input), _last(offset, mask), _read(offset, mask)
         _kernels().aggregate[-(-number // tile) * spec.offset_groups * -(-spec.group_channels // block),](
-            x, offset, x if mask is None else mask, rows, number, *plan.sizes, **plan.constants, LAST=_last(offset, mask),
-            ROW_SPAN=min(plan.row_span, tile), BR=tile, BC=block, num_warps=4,
+            x, offset, x if mask is None else mask, rows, number, *plan.sizes, **plan.constants, LAST=last,
+            ROW_SPAN=_row_span(plan, last, tile), BR=tile, BC=block, num_warps=4,
         )  # fmt: skip
     return turned.formed(rows, input)
 
@@ -103,6 +103,11 @@ def _last(*tensors: Tensor | None) -> tuple[bool, ...]:
     import torch
 
     return tuple(tensor is not None and _form(tensor) is not torch.contiguous_format for tensor in tensors)
+
+
+def _row_span(plan: _Plan, last: tuple[bool, ...], tile: int) -> int:
+    """How many of a block's rows surely are of one image; where channels lie last nothing is gained by knowing it."""
+    return 1 if last[0] else min(plan.row_span, tile)
 
 
 def _form(tensor: Tensor) -> Any:
@@ -184,8 +189,8 @@ def _backward_of(spec: AggregateSpec, part: _Part, last: tuple[bool, ...], adds:
     taps = -(-spec.taps // min(spec.taps, -(-tiles.PROGRAMS // (of_rows * groups))))  # few programs share out taps as well
     _kernels().aggregate_backward[of_rows * groups, -(-spec.taps // taps)](
         part.x, part.offset, mask, part.grad, *arrays, rows, *plan.sizes, taps, **plan.constants, LAST=last,
-        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, SCATTER=scatters, ROW_SPAN=min(plan.row_span, tile), BR=tile, BC=block,
-        num_warps=4,
+        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, SCATTER=scatters,
+        ROW_SPAN=_row_span(plan, last, tile), BR=tile, BC=block, num_warps=4,
     )  # fmt: skip
     if keys is not None:
         C = spec.channels

@@ -3,9 +3,9 @@
 One kernel samples and sums. The gradient of the value is collected, pixel by pixel, from samples that were sorted: nothing is
 added by atomics, and results are the same bit for bit each time. No step waits for the GPU.
 
-To sort takes some 60 bytes for each sample, of which an encoder's query has 128 (8 heads, 4 levels, 4 points): so it is done for
-as many images at a time, or heads of one, as have four million. Each of these has pixels of its own, so that nothing is added
-up from part to part, as it would be for parts of the queries.
+To sort takes some 60 bytes for each sample, of which an encoder's query has 128 (8 heads, 4 levels, 4 points): so it is done
+for as many images at a time, or heads of one, as have four million. Each of these has pixels of its own, so that nothing is
+added up from part to part, as it would be for parts of the queries.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ def backward(
     found = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in given.items() if name in wanted}
     if prod(spec.weights_shape) == 0:
         return Gradients(**{name: tensor.zero_() for name, tensor in found.items()})
-    d_locations, d_weights = found.get("locations"), found.get("weights")
-    if not (d_locations is None and d_weights is None):  # one kernel writes both
-        d_locations = torch.empty(spec.locations_shape, dtype=locations.dtype, device=value.device) if d_locations is None else d_locations
-        d_weights = torch.empty(spec.weights_shape, dtype=weights.dtype, device=value.device) if d_weights is None else d_weights
     if found:
         grad = grad_output.contiguous().reshape(spec.batch, spec.queries, spec.heads, spec.channels)
-        read = (tensor.contiguous() for tensor in given.values())
-        whole = _Part(*read, grad, found.get("value"), d_locations, d_weights)
+        value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
+        d_locations, d_weights = found.get("locations"), found.get("weights")
+        if not (d_locations is None and d_weights is None):  # one kernel writes both
+            d_locations = torch.empty_like(locations) if d_locations is None else d_locations
+            d_weights = torch.empty_like(weights) if d_weights is None else d_weights
+        whole = _Part(value, locations, weights, grad, found.get("value"), d_locations, d_weights)
         for images, heads in _parts(spec):
             _backward_of(spec, _Part(*(None if tensor is None else tensor[images, :, heads] for tensor in whole)))
     return Gradients(**found)

@@ -23,6 +23,8 @@ from deformconv.sampling.triton_lists import channels_of, store_entries
 
 __all__ = ["attend", "attend_backward"]
 
+_SIZES = ("s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7")
+
 
 @triton.jit
 def _axis(coordinate, size):
@@ -64,7 +66,7 @@ def _corner(
     return value.to(ACC), y_weight, x_weight
 
 
-@triton.jit(do_not_specialize=["rows", "Q", "tokens", "levels", "points", "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7"])
+@triton.jit(do_not_specialize=["rows", "Q", "tokens", "levels", "points", *_SIZES])
 def attend(
     value_ptr, location_ptr, weight_ptr, output_ptr, rows, Q, tokens, H, D, levels, points, s0, s1, s2, s3, s4, s5, s6, s7,
     ACC: tl.constexpr, INDEX: tl.constexpr, SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -95,8 +97,7 @@ def attend(
     tl.store(output_ptr + to, sums.to(output_ptr.dtype.element_ty), mask=there[:, None] & is_channel[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "Q", "tokens", "heads", "levels", "points", "lists",
-                               "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7"])
+@triton.jit(do_not_specialize=["rows", "Q", "tokens", "heads", "levels", "points", "lists", *_SIZES])
 def attend_backward(
     value_ptr, location_ptr, weight_ptr, grad_ptr, d_location_ptr, d_weight_ptr, key_ptr, share_ptr,
     rows, Q, tokens, heads, H, D, levels, points, lists, s0, s1, s2, s3, s4, s5, s6, s7,

@@ -15,6 +15,7 @@ from itertools import product as product_of
 from math import gcd, prod
 from typing import Any, Literal, NamedTuple
 
+from deformconv.ops import gpu as on_gpu
 from deformconv.ops.backends import as_given as computes_in
 from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
 from deformconv.ops.taps import gpu as on_taps

@@ -3,8 +3,8 @@
 Rows are the positions of all images, one after the other: row r is position r % P of image r // P. The input has its channels
 last, (N, pixels, C). Offsets and masks are read where they lie, (N, channels, P), or (N, P, channels) where LAST, which is of
 offsets and of masks, says so. Geometry is the constant WINDOW: kernel size, stride, padding before and dilation, each along
-(z, y, x). ROW_SPAN is how many rows surely are of one image, SPAN how many channels lie one after the other, at a multiple of so
-many numbers, so that they are loaded together. Interpolation is of ACC, float32 for half precision.
+(z, y, x). ROW_SPAN is how many rows surely are of one image, SPAN how many channels lie one after the other, at a multiple of
+so many numbers, so that they are loaded together. Interpolation is of ACC, float32 for half precision.
 """
 
 from __future__ import annotations
