@@ -35,11 +35,12 @@ def test_results_are_those_of_array_operations(direction: str):
 
 
 @pytest.mark.slow
-def test_measured(monkeypatch: pytest.MonkeyPatch):
+def test_measured():
     pytest.importorskip("torchvision")
-    monkeypatch.setattr(reports, "ROI_CASES", (TINY,))
+    pooling = next(other for other in reports.OTHERS if other.word == "rois")._replace(cases=(TINY,))
     progress = made_up.Counting()
-    rows = REPORTS["rois"].measure(Plan([], ["deformconv", "torchvision"], DIRECTIONS, 2, Pace(1, 1e-3)), progress)
+    plan = Plan([], ["deformconv", "torchvision"], DIRECTIONS, 2, Pace(1, 1e-3))
+    rows = reports.operator(pooling, plan, progress)
     assert len(progress.steps) == progress.expected == 4
     assert [list(row["results"]) for row in rows] == [["deformconv", "torchvision"]] * 2 + [["1", "2"]] * 2
     assert all(result["milliseconds"] > 0 for row in rows for result in row["results"].values())

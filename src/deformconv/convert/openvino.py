@@ -197,7 +197,7 @@ def _aggregate(node: Any) -> list[Any]:
     pixels = _reshaped(input, images, channels, *[1] * (2 - rank), *sizes)
     moves = _reshaped(offset, images, taps, rank, *places)
     factors = [] if mask is None else [_reshaped(mask, images, 1, taps, *places)]
-    grid = []
+    grid: list[Any] = []
     for axis in range(rank):
         base, move = _base(axis, kernel_size, window, places[axis]), opset.gather(moves, constant(axis), constant(2))
         size = opset.convert(sizes[axis], "f32")
