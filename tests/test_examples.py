@@ -34,6 +34,7 @@ def number_after(text: str, output: str) -> float:
 def test_all_are_tested():
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix} == {
         "classic.py",
+        "internimage.py",
         "numpy_gradient.py",
         "swap_and_train.py",
     }
@@ -53,6 +54,15 @@ def test_swap_and_train():
     assert "same outputs after the swap: True" in output
     assert number_after("steps more, deformable:", output) < 0.3
     assert 0.05 < number_after("offsets learned: up to", output) <= 3
+
+
+@pytest.mark.slow
+def test_internimage():
+    output = output_of("internimage.py")
+    for name, millions in (("internimage_t", 29.2), ("flash_internimage_t", 29.1)):
+        assert number_after(f"\n{name}:", "\n" + output) == millions
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+), a step later ([\d.]+)", output) for loss in loss]
+    assert len(losses) == 4 and losses[1] < losses[0] and losses[3] < losses[2]
 
 
 @pytest.mark.slow

@@ -40,11 +40,11 @@ DEPTH = {
     "torch": 8,
     "gluon": 8,
     "convert": 9,
-    "vision": 9,
     "bench": 9,
-    "plots": 10,
-    "studies": 11,
-    "cli": 12,
+    "vision": 10,
+    "plots": 11,
+    "studies": 12,
+    "cli": 13,
 }
 # The root's functions hand tensors on to the torch room, when they are given some.
 # So does `look`, whose type the root names for type checkers.
@@ -77,6 +77,7 @@ OF_A_FRAMEWORK = {
     "deformconv.convert.detectors.numbers",
     "deformconv.convert.detectors.origin",
     "deformconv.convert.detectors.parts",
+    "deformconv.convert.internimage",
     "deformconv.convert.kornia",
     "deformconv.convert.mmcv_kernels",
     "deformconv.convert.names",

@@ -379,12 +379,39 @@ class TestOnTheCpu:
         assert capsys.readouterr().out == "\n" + gpu_figures.page(made_up()) + "\n"
         assert "deformops" in chart.read_text() or chart.stat().st_size > 5000
 
+    def test_a_later_run_of_some_takes_the_place_of_theirs(self, tmp_path, capsys):
+        """And what stays of another commit says so."""
+        later = made_up()
+        later["gpu"] |= {"commit": "89abcde", "date": "2026-11-02", "budget": 60.0}
+        later["gpu"]["rows"] = [row(GPU_CASES[0], "fp32", FORWARD, deformconv=0.5, torchvision=3.0)]
+        files = [tmp_path / name for name in ("earlier.json", "later.json", "both.json")]
+        for file, found in zip(files, (made_up(), later), strict=False):
+            file.write_text(json.dumps(found))
+        gpu.main(["--from", str(files[0]), "--join", str(files[1]), "--json", str(files[2]), "--markdown"])
+        both = json.loads(files[2].read_text())
+        assert (both["gpu"]["commit"], both["gpu"]["budget"]) == ("89abcde", 600.0)
+        assert len(both["gpu"]["rows"]) == len(made_up()["gpu"]["rows"])
+        (found,) = [one for one in both["gpu"]["rows"] if gpu._key(one) == (GPU_CASES[0].name, "fp32", FORWARD)]
+        times = {name: (one["milliseconds"], one.get("commit")) for name, one in found["results"].items()}
+        assert times["deformconv"] == (0.5, None)
+        assert times["torchvision"] == (3.0, None)
+        assert times["dense"] == (0.75, "1234567")
+        note = "Measured at commit 1234567, on such a card with the same versions: deformconv in 63 of 64 results, plain,"
+        assert note in capsys.readouterr().out
+
+    def test_runs_on_two_cards_are_not_joined(self):
+        other = made_up() | {"machine": CARD | {"device": "Another"}}
+        with pytest.raises(ValueError, match="not of one kind of card"):
+            gpu.joined(made_up(), other)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["--cases", "c256-56,no"], "expected one or more of c256-56,c256-100,"),
             (["--from", "nowhere.json"], "--from nowhere.json: there is no such file"),
             (["--device", "cpu", "--profile"], "--profile counts the kernels of a GPU, and --device cpu has none"),
+            (["--from", __file__, "--join", "nowhere.json"], "--join nowhere.json: there is no such file"),
+            (["--join", __file__], "--join is for a file that --from names"),
             ([], "PyTorch finds no GPU here; --device cpu makes a smoke run"),
         ],
     )

@@ -17,7 +17,7 @@ openvino = pytest.importorskip("openvino")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from tests import old_openvino, signal_stack  # noqa: E402
 from tests.tolerances import assert_close  # noqa: E402
-from tests.torch.nets import any_size, attention, four_layers  # noqa: E402
+from tests.torch.nets import aggregate, any_size, attention, four_layers  # noqa: E402
 from torch import nn  # noqa: E402
 
 from deformconv.convert import openvino as rules  # noqa: E402
@@ -38,7 +38,7 @@ READS_LESS = VERSION < (2025, 1)
 UNREAD = "Converting input model|Model wasn't fully converted"
 # It says of an exported program that a rule refuses only that an argument is None: what the rule said is lost.
 HIDES_REASONS = VERSION < (2024, 5)
-HIDDEN = "Requested None inlined input for op deformconv.deform_conv.default"
+HIDDEN = "Requested None inlined input for op deformconv.deform_"
 
 
 def by_tracing(net, x, _):
@@ -139,6 +139,24 @@ def test_attention_in_half_precision(exported):
     assert found.dtype == expected.dtype and np.abs(found - expected).max() < 8e-3 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("road", [by_tracing, by_export])
+@pytest.mark.parametrize(("rank", "boundary", "masked"), [(1, "zeros", True), (2, "zeros", True), (2, "inside", False)])
+def test_aggregation(rank, boundary, masked, road, tmp_path):
+    net, x, larger = aggregate(rank, boundary, masked)
+    openvino.save_model(road(net, x, None), tmp_path / "net.xml", compress_to_fp16=False)
+    model = openvino.Core().read_model(tmp_path / "net.xml")  # with no rules
+    assert sum(node.get_type_name() == "GridSample" for node in model.get_ops()) == 1
+    for image in (x, larger):
+        assert_close(run(model, image), net(image).detach(), "float32")
+
+
+def test_aggregation_in_half_precision():
+    net, x, larger = aggregate(2)
+    found = run(by_tracing(net.half(), x.half(), None), larger.half())
+    expected = net(larger.half()).detach().numpy()
+    assert found.dtype == expected.dtype and np.abs(found - expected).max() < 8e-3 * np.abs(expected).max()
+
+
 class Function(nn.Module):
     def __init__(self, **how):
         super().__init__()
@@ -204,8 +222,9 @@ def test_offsets_far_outside_and_at_the_edge():
             'boundary="inside" cannot be converted: OpenVINO\'s',
         ),
         (DeformConv3d(4, 3, 3), torch.rand(1, 4, 5, 5, 5), "A deformable convolution over 3 axes cannot be converted"),
+        (*aggregate(3)[:2], "An aggregation over 3 axes cannot be converted: OpenVINO's GridSample has 2"),
     ],
-    ids=["inside", "3-D"],
+    ids=["inside", "3-D", "3-D aggregation"],
 )
 @pytest.mark.parametrize("exported", [False, True])
 def test_what_openvino_cannot_do_is_refused(layer, x, text, exported):

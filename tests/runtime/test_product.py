@@ -13,6 +13,7 @@ from deformconv.runtime import product  # noqa: E402
 
 # M, G, K, N: whole blocks, and rests of rows and of columns.
 SHAPES = [(64, 1, 64, 64), (67, 1, 96, 70), (5, 3, 64, 65), (130, 2, 32, 128)]
+LAYER = (6272, 1, 576, 64)  # of 64 channels on two maps of 56 x 56
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -88,12 +89,18 @@ class TestWhereItPays:
         monkeypatch.setattr(product, "_is_fast", lambda device: device == "cuda:0")
 
     def test_float32_of_blocks(self) -> None:
-        assert product.pays("float32", "cuda:0", across=64, depth=576)
-        assert not product.pays("float32", "cuda:1", across=64, depth=576)
-        assert not product.pays("float32", "cuda:0", across=64, depth=27)
-        assert not product.pays("float32", "cuda:0", across=3, depth=576)
+        assert product.pays("float32", "cuda:0", LAYER)
+        assert not product.pays("float32", "cuda:1", LAYER)
+        assert not product.pays("float32", "cuda:0", (6272, 1, 27, 64))
+        assert not product.pays("float32", "cuda:0", (6272, 1, 576, 3))
         for dtype in ("bfloat16", "float16", "float64"):
-            assert not product.pays(dtype, "cuda:0", across=64, depth=576)
+            assert not product.pays(dtype, "cuda:0", LAYER)
+
+    def test_long_sums_of_few_tiles_are_pytorchs(self) -> None:
+        """Which divides them; with more rows, groups or columns there are enough for all of a card."""
+        assert not product.pays("float32", "cuda:0", (392, 1, 4608, 512))
+        for more in ((6272, 1, 4608, 512), (392, 32, 4608, 64), (392, 1, 4608, 4608), (392, 1, 512, 512)):
+            assert product.pays("float32", "cuda:0", more)
 
     def test_not_where_tf32_is_allowed(self) -> None:
         """It is asked at each call, by the newer setting too, after which PyTorch does not let the older one be read."""
@@ -102,11 +109,11 @@ class TestWhereItPays:
         try:
             for allowed in (True, False):
                 matmul.allow_tf32 = allowed
-                assert product.pays("float32", "cuda:0", across=64, depth=576) is not allowed
+                assert product.pays("float32", "cuda:0", LAYER) is not allowed
             if hasattr(matmul, "fp32_precision"):
                 setting = matmul.fp32_precision
                 matmul.fp32_precision = "tf32"
-                assert not product.pays("float32", "cuda:0", across=64, depth=576)
+                assert not product.pays("float32", "cuda:0", LAYER)
                 matmul.fp32_precision = setting
         finally:
             matmul.allow_tf32 = before

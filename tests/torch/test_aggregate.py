@@ -1,7 +1,8 @@
-"""Deformable aggregation on PyTorch tensors: every derivative, every way that PyTorch calls an operator, and the error texts."""
+"""Deformable aggregation on PyTorch tensors: every derivative, every way that PyTorch calls it, and the error texts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -23,7 +24,6 @@ from deformconv.ops.aggregate import cpu
 from deformconv.ops.aggregate.operator import DEFORM_AGGREGATE as OPERATOR
 from deformconv.torch import deform_aggregate1d, deform_aggregate2d, deform_aggregate3d
 from deformconv.torch.aggregate import DEFORM_AGGREGATE
-from deformconv.torch.aggregate.functional import deform_aggregate
 
 SMALL = Case("torch", (4, 5), (3, 2), padding=1, offset_groups=2)
 BY_RANK = {1: SMALL.but(size=(6,), kernel=(3,)), 2: SMALL, 3: SMALL.but(size=(3, 2, 3), kernel=(2, 1, 2), batch=1)}
@@ -77,7 +77,8 @@ def test_output_and_gradients(case: Case, backend: str) -> None:
 @by_rank
 @pytest.mark.parametrize("masked", [True, False])
 def test_derivatives_of_first_and_second_order(rank: int, masked: bool) -> None:
-    case = BY_RANK[rank].but(batch=1, channels=2, size=(2, 2, 1)[:rank], kernel=(2, 1, 1)[:rank], masked=masked)
+    size = {1: (3,), 2: (2, 2), 3: (2, 1, 2)}[rank]
+    case = BY_RANK[rank].but(batch=1, channels=2, size=size, kernel=(2, 1, 1)[:rank], padding=0, masked=masked)
     operands = given(case, requires_grad=True, away_from_kinks=True)
 
     def run(*some: Any) -> Any:
@@ -188,13 +189,12 @@ def test_vmap_is_one_call(flags: tuple[bool, ...], monkeypatch: pytest.MonkeyPat
     each = torch.func.grad(loss, (0, 1, 2))
     outputs, expected = [aggregate(*some) for some in one_by_one], [each(*some) for some in one_by_one]
     calls: list[str] = []
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **keywords: calls.append(name) or function(*arguments, **keywords)
+
     for name in ("forward", "backward"):
-
-        def counted(*arguments: Any, name: str = name, function: Any = getattr(cpu, name), **keywords: Any) -> Any:
-            calls.append(name)
-            return function(*arguments, **keywords)
-
-        monkeypatch.setattr(cpu, name, counted)
+        monkeypatch.setattr(cpu, name, counting(name, getattr(cpu, name)))
     assert torch.equal(torch.func.vmap(aggregate, in_dims=dims)(*operands), torch.stack(outputs))
     assert calls == ["forward"]
     for number, gradient in enumerate(torch.func.vmap(each, in_dims=dims)(*operands)):
@@ -315,20 +315,19 @@ def test_meta_and_fake_tensors() -> None:
 
 
 def test_operations_are_counted_as_a_depthwise_convolutions() -> None:
-    x, weight = torch.rand(2, 4, 6, 6, requires_grad=True), torch.rand(4, 1, 3, 3, requires_grad=True)
-    offset, mask, totals = torch.zeros(2, 36, 6, 6), torch.rand(2, 18, 6, 6, requires_grad=True), []
-    calls = (
-        lambda: deform_aggregate2d(x, offset, mask, padding=1),
-        lambda: torch.conv2d(x, weight, padding=1, groups=4),
-    )
-    for call in calls:
+    """In forward; gradients of the input, and of offset and mask together, are as many each."""
+    x, weight = torch.rand(2, 4, 6, 6, requires_grad=True), torch.rand(4, 1, 3, 3)
+    offset, mask = torch.zeros(2, 36, 6, 6), torch.rand(2, 18, 6, 6, requires_grad=True)
+
+    def counted(run: Callable[[], Any]) -> int:
         with FlopCounterMode(display=False) as counter:
-            call().sum().backward()
-        totals.append(counter.get_total_flops())
-    assert totals[0] == totals[1] > 0
-    with FlopCounterMode(display=False) as counter:
-        calls[0]().sum().backward(inputs=[x])
-    assert 3 * counter.get_total_flops() == 2 * totals[0]
+            run()
+        return counter.get_total_flops()
+
+    once = counted(lambda: torch.conv2d(x, weight, padding=1, groups=4))
+    assert once == counted(lambda: deform_aggregate2d(x, offset, mask, padding=1)) > 0
+    assert 3 * once == counted(lambda: deform_aggregate2d(x, offset, mask, padding=1).sum().backward())
+    assert 2 * once == counted(lambda: deform_aggregate2d(x, offset, mask.detach(), padding=1).sum().backward())
 
 
 def test_explain() -> None:
@@ -337,3 +336,100 @@ def test_explain() -> None:
     assert "\nforward: cpu\n" in text and "\nbackward: cpu\n" in text
     text = dispatch.explain(OPERATOR, make(SMALL, "float32").spec, "torch", "meta")
     assert "forward: portable" in text and "cpu: its kernels run on the CPU and the arrays are on meta" in text
+
+
+def spoiled(**changes: Any) -> Any:
+    """A call of the plainest kind, two groups of 3x3 taps over 6x5 pixels, with something wrong."""
+    x, offset, mask = torch.rand(2, 4, 6, 5), torch.rand(2, 36, 6, 5), torch.rand(2, 18, 6, 5)
+    call = {"input": x, "offset": offset, "mask": mask, "padding": 1}
+    return deform_aggregate2d(
+        **call | {name: change(call[name]) if callable(change) else change for name, change in changes.items()}
+    )
+
+
+LAST_AXIS = {name: lambda tensor: tensor.movedim(1, -1) for name in ARGUMENTS}
+TEXTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        LAST_AXIS,
+        deformconv.ShapeError,
+        "`offset` has 6 channels; .*`offset` and `input` look channels-last: move their last axis",
+    ),
+    ({"offset": LAST_AXIS["offset"]}, deformconv.ShapeError, "`offset` has 6 channels; .* `offset` looks channels-last"),
+    ({"input": LAST_AXIS["input"]}, deformconv.ShapeError, "expected the output's, 5x4: .* `input` looks channels-last"),
+    ({"mask": LAST_AXIS["mask"]}, deformconv.ShapeError, "`mask` has 6 channels; .* `mask` looks channels-last"),
+    ({"padding": 0}, deformconv.ShapeError, "6x5 is the input's size, which stride 1x1 and padding .* do not keep: predict"),
+    ({"stride": 2}, deformconv.ShapeError, r"`offset` has spatial size 6x5; expected the output's, 3x3: along height .* = 3\."),
+    ({"offset_groups": 3}, deformconv.ShapeError, "`offset_groups` is 3; expected a divisor of C = 4"),
+    ({"offset_groups": 4}, deformconv.ShapeError, "so offset_groups=4 takes 72. 36 channels fit offset_groups=2"),
+    ({"input": lambda x: x[:, :3]}, deformconv.ShapeError, "these are 2 offset groups; expected a divisor of C = 3"),
+    ({"input": lambda x: x[:, :0]}, deformconv.ShapeError, "no channels; expected at least 1"),
+    ({"offset": torch.rand(2, 54, 6, 5), "mask": None}, deformconv.ShapeError, "54 = 36 offsets . 18 masks: .* as `mask`"),
+    ({"kernel_size": 5, "padding": 2}, deformconv.ShapeError, "a 5x5 kernel takes 2 axes x 25 taps = 50 per"),
+    ({"kernel_size": (3, 3, 3)}, deformconv.ShapeError, "`kernel_size` has 3 entries"),
+    ({"kernel_size": 0}, deformconv.ShapeError, "`kernel_size` is 0; expected at least 1"),
+    ({"kernel_size": 9, "padding": 0}, deformconv.ShapeError, "`kernel_size` is 9x9; along height it spans"),
+    ({"kernel_size": 3.0}, TypeError, "`kernel_size` is 3.0, .*; expected integers"),
+    ({"kernel_size": None}, TypeError, "`kernel_size` is None, .*; expected integers"),
+    ({"padding": (1, 1, 1, 1)}, deformconv.ShapeError, "`padding` has 4 entries, .* write pairs"),
+    ({"padding": "same", "stride": 2}, deformconv.ShapeError, "`padding` is 'same' with stride 2x2; expected stride 1x1"),
+    ({"mask": lambda mask: mask[:, :9]}, deformconv.ShapeError, "`mask` has 9 channels; .* `mask` and `offset` disagree"),
+    ({"mask": lambda mask: mask[:1]}, deformconv.ShapeError, "`mask` has a batch of 1; expected the batch of `input`, 2"),
+    ({"mask": lambda mask: mask[:, :, 1:]}, deformconv.ShapeError, "`mask` has spatial size 5x5; expected the output's, 6x5"),
+    ({"offset": lambda o: o.unflatten(1, (2, 18))}, deformconv.ShapeError, "`offset` has 5 axes.*; a 2-D call takes 4"),
+    ({"input": lambda x: x[0]}, deformconv.ShapeError, "one image; expected a batch axis in both, or in neither"),
+    ({"input": lambda x: x[0, 0]}, deformconv.ShapeError, "`input` has 2 axes.*; deform_aggregate2d takes 4"),
+    ({"input": lambda x: x.long()}, TypeError, "`input` is int64; expected floating point"),
+    ({"offset": lambda o: o.double()}, TypeError, "`offset` is float64 and `input` is float32; expected one dtype"),
+    ({"offset": lambda o: o.half()}, TypeError, "`offset` is float16 and `input` is float32; expected one dtype"),
+    ({"offset": None}, TypeError, "`offset` is None; expected a PyTorch tensor"),
+    ({"offset": lambda o: o.numpy()}, TypeError, "`offset` is a numpy.ndarray; .* Pass `torch.from_numpy"),
+    ({"mask": 3}, TypeError, "`mask` is a int; expected a PyTorch tensor, as `input` and `offset` are"),
+    ({"mask": lambda mask: mask.to("meta")}, ValueError, "`mask` is on meta and `input` is on cpu"),
+    ({"input": lambda x: x.to_sparse()}, TypeError, "`input` has the layout torch.sparse_coo; expected a dense tensor"),
+    ({"boundary": "border"}, ValueError, "`boundary` is 'border'; expected 'zeros' or 'inside'"),
+    ({"backend": "cuda"}, ValueError, "`backend` is 'cuda'; expected \"cpu\""),
+    (
+        {"weight": torch.rand(4, 1, 3, 3)},
+        TypeError,
+        "argument 'weight'; nothing is multiplied by a weight here: deform_conv does",
+    ),
+    ({"groups": 2}, TypeError, "unexpected keyword argument 'groups'; here: offset_groups"),
+    ({"group": 2}, TypeError, "unexpected keyword argument 'group'; here: offset_groups"),
+    ({"pad": 1}, TypeError, "unexpected keyword argument 'pad'; here: padding"),
+    ({"offset_scale": 2.0}, TypeError, "argument 'offset_scale'; fold it into `offset`, as deformconv.vision.DCNv3 does"),
+    ({"remove_center": True}, TypeError, "argument 'remove_center'; pass `mask` with 0 at the centre"),
+    ({"im2col_step": 256}, TypeError, "argument 'im2col_step'; leave it out, a batch may have any size"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "text"), TEXTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_texts(changes: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        spoiled(**changes)
+
+
+def test_texts_of_other_functions() -> None:
+    x, offset, mask = given(dtype="float32")
+    with pytest.raises(
+        deformconv.ShapeError, match=r"deform_aggregate1d takes 3: .* 4 axes are 2-D data, for deform_aggregate2d"
+    ):
+        deform_aggregate1d(x, offset, mask)
+    for function in (deform_aggregate1d, deform_aggregate3d):
+        with pytest.raises(
+            TypeError, match=rf"{function.__name__}\(\) got an unexpected keyword argument 'pads'; here: padding"
+        ):
+            function(x, offset, mask, pads=1)
+    how = window(SMALL)
+    with pytest.raises(
+        deformconv.ShapeError, match=r"`grad_output` has shape \(2, 4, 4, 5\); expected the output's, \(2, 4, 4, 6"
+    ):
+        deformconv.deform_aggregate_backward(x, x, offset, mask, **how)
+    grad_output = aggregate(x, offset, mask)
+    with pytest.raises(TypeError, match="`grad_output` is float64; expected the dtype of `input`, float32"):
+        deformconv.deform_aggregate_backward(grad_output.double(), x, offset, mask, **how)
+    with pytest.raises(ValueError, match="`wanted` names 'weight'; expected some of input, offset, mask"):
+        deformconv.deform_aggregate_backward(grad_output, x, offset, mask, **how, wanted="weight")
+    with pytest.raises(ValueError, match="`wanted` names 'mask', but no `mask` was passed"):
+        deformconv.deform_aggregate_backward(grad_output, x, offset, None, **how, wanted="mask")
+    with pytest.raises(TypeError, match=r"`input` is a numpy.ndarray; expected a PyTorch tensor, .* Pass `torch.from_numpy"):
+        deformconv.deform_aggregate(x.numpy(), offset, **how)

@@ -22,6 +22,7 @@ from torch import nn
 from torch.library import opcheck
 
 import deformconv
+from deformconv.ops import gpu as on_gpu
 from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
 from deformconv.torch.conv.functional import DEFORM_CONV
@@ -37,6 +38,7 @@ pytestmark = [
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 LAYER = Case("layer", (28, 30), (3, 3), padding=1, in_channels=64, out_channels=96)
+FEW = LAYER.but(offset_groups=8)  # of 8 channels each, whose gradients are added up by atomics
 HALF = [torch.float16, torch.bfloat16]
 halves = pytest.mark.parametrize("half", HALF, ids=str)
 COARSE = ("input", "weight", "bias")
@@ -164,10 +166,16 @@ class TestSingle:
 
 
 class TestSameBits:
-    """The same bits every time: no sum depends on which program comes first."""
+    """The same bits every time: no sum depends on which program comes first, where PyTorch is told to be deterministic."""
+
+    @pytest.fixture(autouse=True)
+    def deterministic(self):
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(False)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("case", [LAYER, LAYER.but(in_channels=64, offset_groups=8), LAYER.but(in_channels=96, groups=96)],
+    @pytest.mark.parametrize("case", [LAYER, FEW, LAYER.but(in_channels=96, groups=96)],
                              ids=["dense", "8 offset groups", "depthwise"])  # fmt: skip
     def test_while_another_stream_is_busy(self, case, dtype):
         call = gpu_call(case, dtype)
@@ -189,14 +197,33 @@ class TestSameBits:
         assert same(results(*call), first)
 
     def test_when_they_are_asked_for(self):
-        call = gpu_call()
+        call = gpu_call(FEW)
+        first = results(*call)
+        assert same(results(*call), first)
+        assert "added up" not in deformconv.explain(**call[1], **call[2])
+
+
+class TestAddedUp:
+    """Without being told so, where offset groups have few channels: the input's gradient is summed in no certain order."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_it_is_what_it_is_in_order(self, dtype):
+        call = gpu_call(FEW, dtype)
+        added = results(*call)
         torch.use_deterministic_algorithms(True)
         try:
-            first = results(*call)
-            assert same(results(*call), first)
-            assert "backward: gpu" in deformconv.explain(**call[1], **call[2])
+            ordered = results(*call)
         finally:
             torch.use_deterministic_algorithms(False)
+        for one, other in zip(added, ordered, strict=True):
+            limit = 1e-2 if one.dtype == torch.bfloat16 else 1e-6
+            assert (one.double() - other.double()).abs().max() <= limit * other.double().abs().max()
+
+    def test_explain_says_so(self):
+        if torch.cuda.get_device_capability() not in on_gpu.ADDED_ON:
+            pytest.skip("it was not measured on this card, and is not done there")
+        call = gpu_call(FEW)
+        assert "added up in another order each time" in deformconv.explain(**call[1], **call[2])
 
 
 class TestGraphs:
@@ -393,7 +420,12 @@ class TestCompilers:
         operands = [t.detach().cuda().requires_grad_() for t in operands]
         opcheck(DEFORM_CONV.forward_op, (*operands, *parameters))
         del operands[3]
-        opcheck(DEFORM_CONV.backward_op, (grad_output.cuda(), *operands, *parameters, [True] * 5))
+        try:
+            opcheck(DEFORM_CONV.backward_op, (grad_output.cuda(), *operands, *parameters, [True] * 5))
+        except Exception as error:
+            if "isIntList() INTERNAL ASSERT FAILED" not in str(error):
+                raise
+            pytest.xfail("PyTorch 2.11 fails within itself here, and asks to report it; 2.14 does not")
 
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compile(self, backend):

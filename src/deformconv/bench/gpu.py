@@ -37,7 +37,7 @@ from deformconv.bench.gpu_peers import (
 )  # fmt: skip
 from deformconv.bench.peers import DIRECTIONS
 
-__all__ = ["Lost", "Plan", "Run", "jobs", "main", "measure", "profile", "said", "words_of"]
+__all__ = ["Lost", "Plan", "Run", "jobs", "joined", "main", "measure", "profile", "said", "words_of"]
 
 CASES = {case.name: case for case in (*GPU_CASES, TINY)}
 NAMES = tuple(case.name for case in GPU_CASES)
@@ -231,6 +231,28 @@ def profile(run: Run, file: Path | None = None) -> dict[str, Any]:
     return run.found
 
 
+def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Both runs' results, the later ones where both have some; what is left of another commit's says which that was.
+
+    Raises ValueError for runs on other cards or with other versions, whose times cannot stand side by side.
+    """
+    if earlier["machine"] != later["machine"]:
+        raise ValueError("The two runs are not of one kind of card with the same versions; their times cannot be compared.")
+    old, new = earlier["gpu"], later["gpu"]
+    known = {} if old["commit"] == new["commit"] else {"commit": old["commit"]}
+    rows = {_key(row): {**row, "results": {name: known | one for name, one in row["results"].items()}} for row in old["rows"]}
+    for row in new["rows"]:
+        rows.setdefault(_key(row), {**row, "results": {}})["results"].update(row["results"])
+    for row in rows.values():  # in the order of the tables
+        row["results"] = {name: row["results"][name] for name in GPU_PEERS if name in row["results"]}
+    counts = {"budget": old["budget"] + new["budget"], "left out": old["left out"]}
+    return {**earlier, **later, "gpu": {**old, **new, **counts, "rows": list(rows.values())}}
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["layer"]["name"], row["dtype"], row["direction"]
+
+
 def _kernels(plan: Plan, case: Case, dtype: str, direction: str) -> list[dict[str, Any]]:
     allow_tf32(DTYPES[dtype].tf32)
     peer = GPU_PEERS["deformconv"](1)
@@ -279,13 +301,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a smoke run, for no figure")
     parser.add_argument("--json", type=Path, help="write what was measured to this file, after every result")
     parser.add_argument("--from", dest="source", type=Path, help="read such a file in the place of measuring")
+    said = "with --from: a later file, whose results take the place of that one's; --json names the file of both"
+    parser.add_argument("--join", type=Path, metavar="FILE", help=said)
     parser.add_argument("--chart", type=Path, help="draw the times relative to ours into this file (.png, .svg, .pdf)")
     parser.add_argument("--markdown", action="store_true", help="print every table at the end")
     options = parser.parse_args(arguments)
     if options.chart is not None and importlib.util.find_spec("matplotlib") is None:
         parser.error("--chart needs matplotlib, not installed here; --from FILE --chart draws elsewhere what --json wrote")
-    if options.source is not None and not options.source.is_file():
-        parser.error(f"--from {options.source}: there is no such file")
+    for name, file in (("--from", options.source), ("--join", options.join)):
+        if file is not None and not file.is_file():
+            parser.error(f"{name} {file}: there is no such file")
+    if options.join is not None and options.source is None:
+        parser.error("--join is for a file that --from names")
     if options.source is None and options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here; --device cpu makes a smoke run, whose times are no figures")
     if options.profile and options.device == "cpu":
@@ -313,6 +340,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if options.source is not None:
         found = document.read(options.source.read_text(encoding="utf-8"))
+        if options.join is not None:
+            found = joined(found, document.read(options.join.read_text(encoding="utf-8")))
+            _write(options.json, found)
     else:
         run = Run(_plan(options), _commit(options.commit), tell, began)
         found = (profile if options.profile else measure)(run, options.json)

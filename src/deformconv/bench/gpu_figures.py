@@ -257,9 +257,31 @@ def notes(found: Document) -> list[str]:
         said.append(LAYOUTS)
     if any("deformops" in row["results"] and "reason" not in row["results"]["deformops"] for row in part["rows"]):
         said.append(PINNED)
+    older: dict[str, dict[str, list[str]]] = {}
+    for row in part["rows"]:
+        for name, result in row["results"].items():
+            if "milliseconds" in result and "commit" in result:
+                where = f"{case_of(row['layer']).name} {row['dtype']} {row['direction']}"
+                older.setdefault(result["commit"], {}).setdefault(LIBRARIES[name], []).append(where)
+    for commit, names in older.items():
+        said.append(
+            f"Measured at commit {commit}, on such a card with the same versions: " + _of_all(part["rows"], names) + "."
+        )
     if part.get("left out"):
         said.append(f"{part['left out']} of the measurements were left out, since their time of {part['budget']:g} s was over.")
     return said
+
+
+def _of_all(rows: Sequence[Row], names: Mapping[str, list[str]]) -> str:
+    """Libraries, each with the number of its results that are meant, if these are not all of them."""
+    timed = {LIBRARIES[name]: 0 for name in LIBRARIES}
+    for row in rows:
+        for name, result in row["results"].items():
+            timed[LIBRARIES[name]] += "milliseconds" in result
+    return ", ".join(
+        title if len(where) == timed[title] else f"{title} in {len(where)} of {timed[title]} results"
+        for title, where in names.items()
+    )
 
 
 def kernel_table(found: Sequence[Mapping[str, Any]]) -> str:

@@ -57,7 +57,10 @@ def openvino_extensions() -> list[Any]:
         *(
             pytorch.ConversionExtension(name, rule)
             for operator, rule in (("conv", _from_torch), ("attention", _attention), ("aggregate", _aggregate))
-            for name in (f"deformconv::deform_{operator}", f"deformconv.deform_{operator}.default")  # torch.jit's, torch.export's
+            for name in (
+                f"deformconv::deform_{operator}",
+                f"deformconv.deform_{operator}.default",
+            )  # torch.jit's, torch.export's
         ),
     ]
 
@@ -189,10 +192,7 @@ def _aggregate(node: Any) -> list[Any]:
         raise BackendError("An aggregation over 3 axes cannot be converted: OpenVINO's GridSample has 2.")
     input, offset, mask = (None if tensor is None else opset.convert(tensor, "f32") for tensor in (given, offset, mask))
     sizes, places = ([_size(tensor, axis) for axis in range(2, 2 + rank)] for tensor in (input, offset))
-    if groups is None:
-        groups = opset.divide(_size(offset, 1), constant([rank * taps]))
-    else:
-        groups = constant([groups])
+    groups = opset.divide(_size(offset, 1), constant([rank * taps])) if groups is None else constant([groups])
     images, channels = opset.multiply(_size(input, 0), groups), opset.divide(_size(input, 1), groups)
     pixels = _reshaped(input, images, channels, *[1] * (2 - rank), *sizes)
     moves = _reshaped(offset, images, taps, rank, *places)

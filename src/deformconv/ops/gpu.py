@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from deformconv.runtime import toolchain
 
-__all__ = ["DTYPES", "OLDEST", "Card", "card", "cards", "reasons_against"]
+__all__ = ["ADDED", "ADDED_ON", "DTYPES", "OLDEST", "Card", "adds", "card", "cards", "reasons_against", "words_of_adding"]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 OLDEST = (7, 5)  # the compute capability of NVIDIA's Turing
+ADDED = 16  # channels of an offset group up to which atomics were measured to be faster than sorting, and on which capabilities
+ADDED_ON = ((9, 0),)
 
 
 class Card(NamedTuple):
@@ -51,6 +53,24 @@ def _reasons_of_card(device: str) -> list[str]:
         return []
     oldest, own = (".".join(map(str, capability)) for capability in (OLDEST, found.capability))
     return [f"its kernels need a GPU of compute capability {oldest} or newer, and {device}, {found.name}, has {own}"]
+
+
+def adds(channels: int, device: str) -> bool:
+    """Whether an input's gradient is added up by atomics, where an offset group has so many channels.
+
+    The fewer there are, the more samples there are to sort for as many numbers. PyTorch's setting is read at each call.
+    """
+    import torch
+
+    if channels > ADDED or torch.are_deterministic_algorithms_enabled():
+        return False
+    found = card(device)
+    return found is not None and found.capability in ADDED_ON
+
+
+def words_of_adding(added: bool) -> str:
+    """What is to be said where `adds` is true, as the end of a sentence."""
+    return "; the input's gradient is added up in another order each time, unless PyTorch is told to be deterministic" * added
 
 
 @cache

@@ -58,11 +58,11 @@ def integers(name: str, value: Any, D: int, least: int) -> tuple[int, ...]:
     return entries
 
 
-def count(name: str, value: Any) -> int:
-    """An integer of at least 1."""
+def count(name: str, value: Any, least: int = 1) -> int:
+    """An integer of at least 1, or of another number."""
     number = _integer(name, value, value)
-    if number < 1:
-        raise ShapeError(f"`{name}` is {number}; expected at least 1.")
+    if number < least:
+        raise ShapeError(f"`{name}` is {number}; expected at least {least}.")
     return number
 
 

@@ -3,7 +3,8 @@
 `record` catches what a model's layers predict in a forward pass, and finds where their cells lie in the picture. There are five
 views of it, each with a function that returns numbers and one that draws: `unit_points` (where a unit samples, through up to
 three layers), `receptive_field`, `sampling_locations`, `saliency_region` (arXiv 1811.11168, section 2.1), `offset_field` with
-`offset_statistics`. `OffsetMonitor` watches offsets in training. `deformconv.look` makes a page of all that.
+`offset_statistics`. Of deformable attention `query_points` has where a query samples. `OffsetMonitor` watches offsets in
+training. `deformconv.look` makes a page of all that.
 
 Positions are in the image's pixels, whose middles are whole numbers, y before x. PyTorch is loaded by what needs it; drawing
 functions take axes of matplotlib, which the extra `plots` brings.
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from deformconv.plots.animation import animate_unit_points
     from deformconv.plots.draw import draw_sampling_points
     from deformconv.plots.draw_fields import draw_offset_field, draw_receptive_field, draw_saliency_region
-    from deformconv.plots.draw_points import draw_sampling_locations, draw_unit_points
+    from deformconv.plots.draw_points import draw_query_points, draw_sampling_locations, draw_unit_points
     from deformconv.plots.draw_statistics import draw_offset_statistics
     from deformconv.plots.fields import OffsetField, OffsetStatistics, offset_field, offset_statistics
     from deformconv.plots.geometry import Geometry
@@ -28,19 +29,22 @@ if TYPE_CHECKING:
     from deformconv.plots.locations import SamplingLocations, sampling_locations
     from deformconv.plots.looking import Look
     from deformconv.plots.monitor import OffsetMonitor
+    from deformconv.plots.query import QueryPoints, query_points
     from deformconv.plots.receptive import ReceptiveField, receptive_field
     from deformconv.plots.recording import record
     from deformconv.plots.saliency import SaliencyRegion, saliency_region
     from deformconv.plots.stack import UnitPoints, unit_points
-    from deformconv.plots.trace import Call, Trace
+    from deformconv.plots.trace import AttentionCall, Call, Trace
 
 __all__ = [
+    "AttentionCall",
     "Call",
     "Geometry",
     "Look",
     "OffsetField",
     "OffsetMonitor",
     "OffsetStatistics",
+    "QueryPoints",
     "ReceptiveField",
     "SaliencyRegion",
     "SamplingLocations",
@@ -49,6 +53,7 @@ __all__ = [
     "animate_unit_points",
     "draw_offset_field",
     "draw_offset_statistics",
+    "draw_query_points",
     "draw_receptive_field",
     "draw_saliency_region",
     "draw_sampling_locations",
@@ -58,6 +63,7 @@ __all__ = [
     "offset_field",
     "offset_statistics",
     "picture",
+    "query_points",
     "receptive_field",
     "record",
     "regular_points",
@@ -68,12 +74,14 @@ __all__ = [
 ]
 
 _WHERE = {
+    "AttentionCall": "trace",
     "Call": "trace",
     "Geometry": "geometry",
     "Look": "looking",
     "OffsetField": "fields",
     "OffsetMonitor": "monitor",
     "OffsetStatistics": "fields",
+    "QueryPoints": "query",
     "ReceptiveField": "receptive",
     "SaliencyRegion": "saliency",
     "SamplingLocations": "locations",
@@ -82,6 +90,7 @@ _WHERE = {
     "animate_unit_points": "animation",
     "draw_offset_field": "draw_fields",
     "draw_offset_statistics": "draw_statistics",
+    "draw_query_points": "draw_points",
     "draw_receptive_field": "draw_fields",
     "draw_saliency_region": "draw_fields",
     "draw_sampling_locations": "draw_points",
@@ -91,6 +100,7 @@ _WHERE = {
     "offset_field": "fields",
     "offset_statistics": "fields",
     "picture": "images",
+    "query_points": "query",
     "receptive_field": "receptive",
     "record": "recording",
     "saliency_region": "saliency",

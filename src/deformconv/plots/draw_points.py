@@ -1,4 +1,4 @@
-"""Drawn over a picture: the points that a unit samples, and the samples whose moves change it."""
+"""Drawn over a picture: the points that a unit or a query samples, and the samples whose moves change a unit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deformconv.ops.window import by
 from deformconv.plots import style
 
 if TYPE_CHECKING:
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.collections import PathCollection
 
     from deformconv.plots.locations import SamplingLocations
+    from deformconv.plots.query import QueryPoints
     from deformconv.plots.stack import UnitPoints
 
-__all__ = ["draw_sampling_locations", "draw_unit_points"]
+__all__ = ["draw_query_points", "draw_sampling_locations", "draw_unit_points"]
 
 WITH_LINES = 36  # points: of more, lines to the unit would hide the picture
 
@@ -43,10 +45,10 @@ def draw_unit_points(
         regular: whether to draw the plain convolution's points, as small plus signs.
         legend: whether to say below the picture what the marks mean.
         bar: whether to draw a colour bar of the weights, where they differ.
-        size: area of a point of weight 1, or through several layers of the heaviest, in square typographic points; None
-            chooses by the number of points.
+        size: area of a point of weight 1, or of the heaviest, through several layers and where all weights are below 1/2, as
+            those of a softmax are, in square typographic points; None chooses by the number of points.
         top: the weight at the end of the colours; None: through one layer 2, or 1 where all weights are below; through
-            several the largest.
+            several, and where all are below 1/2, the largest.
 
     Returns:
         The drawn points.
@@ -79,11 +81,12 @@ def draw_unit_points(
         style.mark(axes, "regular", view.regular, (5.0 if single else 3.5) + 1.5 * (zoom is not None))
     order = np.argsort(weights, kind="stable")  # the heaviest on top
     heaviest = most if top is None else top
-    areas = area * np.clip(np.abs(weights[order]) / (1.0 if single and not alike else heaviest), 0.12, None)
+    absolute = single and not alike and most >= 0.5
+    areas = area * np.clip(np.abs(weights[order]) / (1.0 if absolute else heaviest), 0.12, None)
     if alike and not single:
         areas = areas / 2  # where one is as large as the heaviest of others
     if top is None:
-        top = (2.0 if most > 1 else 1.0) if single else most
+        top = (2.0 if most > 1 else 1.0) if single and most >= 0.5 else most
     looks: dict[str, Any] = {"color": style.ORANGE} if alike else {
         "c": weights[order], "cmap": style.AMOUNT, "vmin": min(0.0, weights.min()), "vmax": top,
     }  # fmt: skip
@@ -162,4 +165,61 @@ def draw_sampling_locations(
         ])  # fmt: skip
     if bar:
         style.add_bar(axes, drawn, "response to a move [share of strongest]")
+    return drawn
+
+
+def draw_query_points(
+    axes: Axes,
+    image: Any,
+    view: QueryPoints,
+    *,
+    zoom: style.Zoom = None,
+    legend: bool = True,
+    size: float | None = None,
+) -> list[PathCollection]:
+    """Draw the points that a query of deformable attention samples: in colours by level, in sizes by weight.
+
+    Args:
+        axes, image, zoom, legend: as `draw_unit_points`'s.
+        view: what `query_points` returns.
+        size: area of the heaviest point, in square typographic points; None chooses by the number of points.
+
+    Returns:
+        The drawn points of each level that has some.
+
+    Raises:
+        ShapeError: the picture's shape is none of a picture.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from deformconv.plots import draw_query_points, query_points, record
+        >>> from deformconv.torch import DeformAttention
+        >>> layer, image = DeformAttention(32, num_levels=2), torch.rand(3, 64, 96)
+        >>> with record(layer) as trace:
+        ...     _ = layer(torch.rand(1, 50, 32), torch.rand(1, 50, 1, 2), torch.rand(1, 120, 32), [(8, 12), (4, 6)])
+        >>> view = query_points(trace, "", query=7, size=(64, 96))
+        >>> [len(drawn.get_offsets()) for drawn in draw_query_points(Figure().add_subplot(), image, view)]
+        [32, 32]
+    """
+    shape = style.show(axes, image)
+    share = np.abs(view.weights) / (float(np.abs(view.weights).max(initial=0)) or 1.0)
+    most = 2 * _area(len(view.points), zoom) if size is None else size
+    present = sorted(set(view.levels.tolist()))
+    drawn: list[PathCollection] = []
+    for level in reversed(present):  # the finest on top
+        here = np.flatnonzero(view.levels == level)
+        here = here[np.argsort(share[here], kind="stable")]
+        colour = style.LEVELS[level % len(style.LEVELS)]
+        drawn.insert(0, style.dots(axes, view.points[here], most * np.clip(share[here], 0.12, None), color=colour))
+    if view.box is not None:
+        style.box(axes, view.box)
+    style.mark(axes, "unit", view.at)
+    style.limits(axes, shape, view.points, view.at, zoom)
+    if legend:
+        handles = [style.sample("unit", "reference" if view.box is None else "middle of its box")]
+        for level in present:
+            handles.append(style.sample("dot", by(view.sizes[level]), style.LEVELS[level % len(style.LEVELS)]))
+        title = "colour: the level that is sampled; size: weight"
+        style.add_legend(axes, handles).set_title(title, prop={"size": style.SMALL})
     return drawn

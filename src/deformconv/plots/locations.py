@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from deformconv.plots.gradients import Sums, check_channels, check_finite, differentiable, gradients, sums_of, unit_response
-from deformconv.plots.observe import Event
+from deformconv.plots.observe import AggregateWindow, Event
 from deformconv.plots.points import sampling_points
 from deformconv.plots.rerun import Probe
 from deformconv.plots.stack import check_trace
@@ -204,9 +204,11 @@ def _sampled(seen: _Seen, offset: Tensor) -> Tensor:
     """What a layer computes with these offsets (1, groups*K*D, *O), in single or double precision."""
     layer = seen.layer
     rank = len(layer.kernel_size)
-    input = seen.input if seen.input.ndim == rank + 2 else seen.input[None]
-    padded = layer._padded(_accurate(input))
+    input = _accurate(seen.input if seen.input.ndim == rank + 2 else seen.input[None])
     mask = None if seen.mask is None else _accurate(seen.mask)
+    if isinstance(layer, AggregateWindow):
+        return layer.sampled(input, offset, mask)
+    padded = layer._padded(input)
     result: Tensor = type(layer)._operator(
         padded, offset, _accurate(layer.weight.detach()), None, layer.stride, layer._operator_padding, layer.dilation, mask,
         groups=layer.groups, offset_groups=layer.offset_groups, boundary=layer.boundary,

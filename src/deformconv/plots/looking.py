@@ -61,11 +61,21 @@ class Look:
         self._title, self._fields, self._progress = title, fields, progress
         self._page: str | None = None
 
+    @property
+    def is_attention(self) -> bool:
+        """Whether `layer` is deformable attention, of which there are pictures and no page."""
+        return self.layer in self.trace.attention_layers
+
     def html(self) -> str:
         """The page: one file without anything from elsewhere, at most 3 MB."""
         if self._page is None:
             from deformconv.plots.page import build, page
 
+            if self.is_attention:
+                raise ValueError(
+                    f"layer {self.layer!r} is deformable attention, and a page shows the windows of deformable layers; "
+                    "expected a picture, as .save('look.png') writes it, or the numbers: deformconv.plots.query_points."
+                )
             self.trace[self.layer]  # it says what is wrong with one that is not deformable, before minutes of computing
             try:
                 fields = _receptive_fields(self.trace, self._fields, self._progress)
@@ -79,7 +89,8 @@ class Look:
         """Draw what is to be seen at `layer` and `at`.
 
         Args:
-            view: "points", "erf" (effective receptive field), "locations", "saliency", "flow", or "all" in one picture.
+            view: "points", "erf" (effective receptive field), "locations", "saliency", "flow", or "all" in one picture; of
+                deformable attention "points", which "all" is as well.
             layers: through how many deformable layers the points go, 1 to 3, and of which of them the locations are, where 1
                 is `layer`; as many as there are by default.
 
@@ -132,7 +143,11 @@ class Look:
         animate_unit_points(views, self.image, path)
 
     def _repr_html_(self) -> str:
-        """The page in a frame, for notebooks: several do not disturb one another."""
+        """The page in a frame, for notebooks: several do not disturb one another. Of attention a picture."""
+        if self.is_attention:
+            from deformconv.plots.style import embedded
+
+            return embedded(self.draw())
         text = html.escape(self.html(), quote=True)
         style = "width:100%;height:820px;border:0"
         return f'<iframe title="{html.escape(self._title)}" style="{style}" sandbox="allow-scripts" srcdoc="{text}"></iframe>'
@@ -159,12 +174,12 @@ def look(
     cells lie in the picture is found from the model.
 
     Args:
-        model: a module with deformable layers over two axes: this library's, torchvision's, kornia's or mmcv's. It is called
+        model: a module with deformable layers over two axes, or deformable attention, as `record` takes them. It is called
             with one (1, C, H, W) tensor; one of torchvision's detectors with a list of one (C, H, W).
         image: the picture: (H, W), (H, W, 3) or (3, H, W), an array, a tensor, a PIL image or a file's path. A (1, C, H, W)
             tensor goes into the model as it is; all else is brought to the channels of the model's first convolution and to
             values from 0 to 1.
-        layer: the name of the layer to show first. Default: the last deformable one.
+        layer: the name of the layer to show first. Default: the last deformable one that is no attention, if there is one.
         at: the position to show first, (y, x) in the picture's pixels. Default: the middle.
         preprocess: from the (1, C, H, W) tensor to what the model gets, of the same height and width: a normalisation.
         fields: how many receptive fields of each layer are computed for the page, at most; each takes four backward passes.
@@ -212,16 +227,26 @@ def look(
     tensor = given if preprocess is None else _preprocessed(preprocess, given)
     with undisturbed(model), record(model) as trace, no_grad():
         _call(model, tensor)
-    chosen = trace.layers[-1] if layer is None else layer
+    chosen = [*trace.attention_layers, *trace.layers][-1] if layer is None else layer
     flat = [call.layer for call in trace if call.D != 2]
     if flat:
         raise ValueError(
             f"layer {flat[0]!r} of `model` has {trace[flat[0]].D} spatial axes; expected 2: a page shows pictures."
         )
-    trace.unit(chosen, at)  # it says what is wrong with the two
+    _check_place(trace, chosen, at)
     position = tuple((size - 1) / 2 for size in trace.size) if at is None else tuple(map(float, at))
     name = type(model).__name__ if title is None else title
     return Look(trace, _shown(image, given), chosen, position, title=name, fields=fields, progress=progress)
+
+
+def _check_place(trace: Trace, layer: str, at: tuple[float, float] | None) -> None:
+    """Say what is wrong with a layer and a position."""
+    if layer in trace.attention_layers:
+        from deformconv.plots.query import query_points
+
+        query_points(trace, layer, at)
+    else:
+        trace.unit(layer, at)
 
 
 def _preprocessed(preprocess: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:

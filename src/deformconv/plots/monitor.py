@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deformconv.ops.window import count
+from deformconv.plots.attending import attention_layers
 from deformconv.plots.observe import Event, Observation, check_plain, deformable_layers, observe
 from deformconv.plots.samples import HISTORY, Lattices, LayerStep, Taken, explosion, of_layers, take
 from deformconv.torch import modes, surgery
@@ -255,7 +256,13 @@ def _check(model: Any, steps: Any, first: Any) -> None:
     surgery.check_model(model)
     check_plain(model)
     if not deformable_layers(model):
-        raise ValueError("`model` has no deformable layers to watch.")
+        text = "`model` has no deformable layers to watch."
+        if attention_layers(model):
+            text += (
+                " It has deformable attention, whose locations are no offsets of a window: deformconv.plots.record has them "
+                "and their weights."
+            )
+        raise ValueError(text)
     if not isinstance(steps, torch.optim.Optimizer) and steps not in ("forward", "manual"):
         raise ValueError(f"`steps` is {steps!r}; expected 'forward', 'manual' or the optimizer.")
     if isinstance(first, bool) or not isinstance(first, int):

@@ -21,9 +21,15 @@ from torch import Tensor, nn
 from deformconv.convert.kornia import KorniaDeformConv2d
 from deformconv.convert.layers import as_ours, predictor_of
 from deformconv.torch import modes, surgery
+from deformconv.torch.aggregate.functional import deform_aggregate2d
 from deformconv.torch.conv.modules import _DeformConvNd
+from deformconv.torch.observed import Observed
+from deformconv.vision.aggregates import Aggregate
 
-__all__ = ["check_plain", "Event", "Observation", "deformable_layers", "kind_of", "observe", "seen_from_here", "unseen"]
+__all__ = [
+    "AggregateWindow", "Event", "Kept", "Observation", "check_plain", "deformable_layers", "kind_of", "look_at", "observe",
+    "seen_from_here", "unseen",
+]  # fmt: skip
 
 _numbers = count()
 
@@ -47,11 +53,36 @@ def unseen() -> Iterator[None]:
         _depth.number -= 1
 
 
+class AggregateWindow(NamedTuple):
+    """The window of DCNv3 or DCNv4, which have no weight, in the words of a deformable convolution."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, layer: Aggregate) -> AggregateWindow:
+        kernel_size, stride, dilation, pad = layer.kernel_size, layer.stride, layer.dilation, layer.pad
+        return cls((kernel_size,) * 2, (stride,) * 2, (dilation,) * 2, ((pad, pad),) * 2)
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self.padding
+
+    def sampled(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+        """What the window adds up of an input (N, C, H, W) with these offsets and masks."""
+        window = self.kernel_size, self.stride, self.padding, self.dilation
+        return deform_aggregate2d(input, offset, mask, *window)
+
+
 class Event(NamedTuple):
     """One call of a deformable layer.
 
-    `layer` is this library's layer, or one that shares the parameters of another library's. `offset` and `mask` are the tensors
-    that were used, with a batch axis, in the graph if there is one; `input` and `output` are as the layer got and gave them.
+    `layer` is this library's layer, or one that shares the parameters of another library's; of DCNv3 and DCNv4 an
+    AggregateWindow. `offset` and `mask` are the tensors that were used, with a batch axis, in the graph if there is one;
+    `input` and `output` are as the layer got and gave them, or the operator within DCNv3 and DCNv4, channels first.
     """
 
     name: str
@@ -88,7 +119,7 @@ def seen_from_here() -> Callable[[], bool]:
 
 def kind_of(module: nn.Module) -> str | None:
     """Whose deformable layer a module is: "deformconv", "torchvision", "kornia" or "mmcv"; None if it is none."""
-    if isinstance(module, _DeformConvNd):
+    if isinstance(module, (_DeformConvNd, Aggregate)):
         return "deformconv"
     if as_ours(module) is None:
         return None
@@ -135,14 +166,14 @@ def observe(model: nn.Module, watch: Callable[[Event], None]) -> Observation:
             watch(event)
 
     for name, module in deformable_layers(model).items():
-        if isinstance(module, _DeformConvNd):
+        if isinstance(module, (_DeformConvNd, Aggregate)):
             ends.append(_observe_ours(name, module, seen))
         else:
             ends += _observe_theirs(name, module, seen)
     return handle
 
 
-class _Observers(dict[int, Callable[[Tensor, Tensor, Tensor | None, Tensor], None]]):
+class _Observers(dict[int, Callable[..., None]]):
     """Who looks at one layer. A copy of the layer, or one that is loaded from a file, is looked at by nobody."""
 
     def __deepcopy__(self, memory: Any) -> _Observers:
@@ -152,12 +183,13 @@ class _Observers(dict[int, Callable[[Tensor, Tensor, Tensor | None, Tensor], Non
         return dict, ()
 
 
-def _observe_ours(name: str, layer: _DeformConvNd, watch: Callable[[Event], None]) -> Callable[[], None]:
+def look_at(layer: Observed, show: Callable[..., None]) -> Callable[[], None]:
+    """Call `show` with what a layer of this library shows of each call, until what is returned is called."""
     observers = layer._observers
     if observers is None:
         observers = layer._observers = _Observers()
     number = next(_numbers)
-    observers[number] = lambda input, offset, mask, output: watch(Event(name, layer, input, offset, mask, output))
+    observers[number] = show
 
     def end() -> None:
         observers.pop(number, None)
@@ -167,12 +199,17 @@ def _observe_ours(name: str, layer: _DeformConvNd, watch: Callable[[Event], None
     return end
 
 
+def _observe_ours(name: str, layer: _DeformConvNd | Aggregate, watch: Callable[[Event], None]) -> Callable[[], None]:
+    shown = AggregateWindow.of(layer) if isinstance(layer, Aggregate) else layer
+    return look_at(layer, lambda input, offset, mask, output: watch(Event(name, shown, input, offset, mask, output)))
+
+
 def _observe_theirs(name: str, theirs: Any, watch: Callable[[Event], None]) -> list[Callable[[], None]]:
     """Hooks on another library's layer; a replica has the same hooks, so what they keep is kept by thread."""
     layer: Any = as_ours(theirs)
     inner = getattr(theirs, "deform_conv", None)  # of what `to_torchvision` makes
     part = predictor_of(theirs) if inner is None else inner
-    kept = _Kept()
+    kept = Kept()
 
     def inside(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if inner is not None:
@@ -198,8 +235,8 @@ def _observe_theirs(name: str, theirs: Any, watch: Callable[[Event], None]) -> l
     return [handle.remove for handle in handles]
 
 
-class _Kept(threading.local):
-    """Offsets and masks between a layer's part that knows them and the layer's end, in one thread."""
+class Kept(threading.local):
+    """What a part of a layer knows, offsets and masks, until another part runs, in one thread."""
 
     pair: tuple[Any, Any] | None = None
 
@@ -214,7 +251,7 @@ def _passed(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return given.get("offset"), given.get("mask")
 
 
-def _predicted(kept: _Kept, layer: Any, input: Tensor, raw: Tensor) -> Tensor | None:
+def _predicted(kept: Kept, layer: Any, input: Tensor, raw: Tensor) -> Tensor | None:
     """Keep the offsets and masks that another library's layer makes of its predictor's output.
 
     With gradients the layer goes on with an output put together from them, so that they have gradients: kornia's bounds are

@@ -12,10 +12,11 @@ from deformconv.errors import ShapeError
 from deformconv.ops.window import by, n_of
 from deformconv.plots import style
 from deformconv.plots.draw_fields import draw_offset_field, draw_receptive_field, draw_saliency_region
-from deformconv.plots.draw_points import draw_sampling_locations, draw_unit_points
+from deformconv.plots.draw_points import draw_query_points, draw_sampling_locations, draw_unit_points
 from deformconv.plots.fields import offset_field
 from deformconv.plots.images import picture
 from deformconv.plots.locations import sampling_locations
+from deformconv.plots.query import query_points
 from deformconv.plots.receptive import receptive_field
 from deformconv.plots.saliency import saliency_region
 from deformconv.plots.stack import call_and_before, unit_points
@@ -119,7 +120,8 @@ def draw_view(
     through how many deformable layers points go, and at which depth the layer is whose locations are drawn; by default as many
     as `stack_depth` says. `progress` is `saliency_region`'s.
     """
-    if view == "all":
+    attends = layer in trace.attention_layers
+    if view == "all" and not attends:
         return draw_look(trace, image, layer, at)
     values = picture(image)
     draw, title, place, spots = _view(trace, layer, at, view, layers, progress)
@@ -131,7 +133,7 @@ def draw_view(
     if zoom is None:
         draw(panels[0], values)
     else:
-        draw(panels[0], values, legend=False, **({} if view == "saliency" else {"bar": False}))
+        draw(panels[0], values, legend=False, **({} if view == "saliency" or attends else {"bar": False}))
         _draw_zoomed(panels[0], place, zoom)
         draw(panels[1], values, zoom=zoom)
     figure.suptitle(title, fontsize=12)
@@ -143,6 +145,8 @@ def _view(
 ) -> tuple[Callable[..., Any], str, Any, Any]:
     """What draws a view over a picture, a title, the unit's position, and those that are to be seen."""
     name = f"layer {layer}" if layer else "the model"
+    if layer in trace.attention_layers:
+        return _attention_view(trace, layer, at, view, layers, name)
     unit = f"{name}'s unit at y = {at[0]:.4g}, x = {at[1]:.4g}"
     if view == "points":
         depth = stack_depth(trace, layer, 0) if layers is None else layers
@@ -165,6 +169,23 @@ def _view(
         return partial(_drawn, draw_saliency_region, region), title, region.at, np.argwhere(region.region)
     offsets = offset_field(trace, layer)
     return partial(_drawn, draw_offset_field, offsets), f"Mean offsets of the windows of {name}", at, ()
+
+
+def _attention_view(
+    trace: Trace, layer: str, at: Sequence[float], view: str, layers: int | None, name: str
+) -> tuple[Callable[..., Any], str, Any, Any]:
+    """The same of deformable attention, which has one view."""
+    if view not in ("all", "points") or layers is not None:
+        given = f"`view` is {view!r}" if view not in ("all", "points") else f"`layers` is {layers!r}"
+        raise ValueError(
+            f"{given}, and layer {layer!r} is deformable attention; expected the view 'points', of this layer alone: its "
+            "samples belong to queries, and not to the units of a map."
+        )
+    points = query_points(trace, layer, at)
+    title = (
+        f"What {name}'s query at y = {points.at[0]:.4g}, x = {points.at[1]:.4g} samples in {n_of(len(points.sizes), 'level')}"
+    )
+    return partial(_drawn, draw_query_points, points), title, points.at, points.points
 
 
 def _drawn(draw: Callable[..., Any], view: Any, axes: Axes, image: Any, **more: Any) -> Any:

@@ -8,19 +8,22 @@ from typing import Any
 
 from torch import nn
 
+from deformconv.plots.attending import attention_layers, observe_attention
 from deformconv.plots.observe import check_plain, deformable_layers, kind_of, observe, seen_from_here
-from deformconv.plots.trace import Call, Trace
+from deformconv.plots.trace import AttentionCall, Call, Trace
 from deformconv.torch import surgery
 
-__all__ = ["Call", "Trace", "record"]
+__all__ = ["AttentionCall", "Call", "Trace", "record"]
 
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Trace]:
     """Record what every deformable layer of a model does, in the forward passes within a `with` block.
 
-    Outputs and gradients stay what they are, bit for bit. Layers are this library's, torchvision's, kornia's and mmcv's; of
-    each call the offsets and masks are copied. Without gradients a layer predicts in the same kernel in which it convolves, so
+    Outputs and gradients stay what they are, bit for bit. Layers are this library's, DCNv3 and DCNv4 too, torchvision's,
+    kornia's and mmcv's; of each call the offsets and masks are copied. Of deformable attention, which this library's
+    `DeformAttention` is and layers of those of transformers' models that have a module `MultiScaleDeformableAttention`,
+    locations and weights are. Without gradients a deformable convolution predicts in the same kernel in which it convolves, so
     that its offsets are computed once more for the recording.
 
     Args:
@@ -49,13 +52,16 @@ def record(model: nn.Module) -> Iterator[Trace]:
     surgery.check_model(model)
     check_plain(model)
     layers = deformable_layers(model)
-    if not layers:
+    attention = attention_layers(model)
+    if not layers and not attention:
         raise ValueError(
             f"`model`, a {type(model).__name__}, has no deformable layer; expected one of deformconv.torch (DeformConv2d), "
-            "torchvision.ops.DeformConv2d, kornia's DeformableConv2d or mmcv's. Calls of functions, as "
-            "torchvision.ops.deform_conv2d, are not recorded; deformconv.vision.make_deformable puts layers into a model."
+            "torchvision.ops.DeformConv2d, kornia's DeformableConv2d or mmcv's, DCNv3 or DCNv4 of deformconv.vision, or "
+            "deformable attention, DeformAttention or a module MultiScaleDeformableAttention of transformers. Calls of "
+            "functions, as torchvision.ops.deform_conv2d, are not recorded; deformconv.vision.make_deformable puts layers into "
+            "a model."
         )
-    trace = Trace(model, {name: str(kind_of(layer)) for name, layer in layers.items()})
+    trace = Trace(model, {name: str(kind_of(layer)) for name, layer in layers.items()} | attention)
     seen = seen_from_here()
 
     def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -65,4 +71,5 @@ def record(model: nn.Module) -> Iterator[Trace]:
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
         stack.enter_context(observe(model, trace.add))
+        stack.enter_context(observe_attention(model, trace.add_attention))
         yield trace

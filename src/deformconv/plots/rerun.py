@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deformconv.errors import ShapeError
 from deformconv.plots.inputs import Inputs
 from deformconv.plots.observe import Event, observe, unseen
+from deformconv.vision.aggregates import Aggregate
 
 __all__ = ["Probe", "leads_to", "rerun", "undisturbed"]
 
@@ -121,6 +122,8 @@ class Probe:
     def features(self, image: Tensor, watch: Callable[[Event], None] | None = None) -> Tensor:
         """The layer's output for an image, or a batch of them, in evaluation mode; the forward pass ends there.
 
+        Of DCNv3 and DCNv4 it is what their samples add up to, before the last projection.
+
         Args:
             image: (N, C, *S), of the recorded image's size. If it requires a gradient, the output has a graph.
             watch: gets the Event of every deformable layer that runs on the way.
@@ -142,14 +145,17 @@ class Probe:
             if watch is not None:
                 stack.enter_context(observe(self._model, watch))
 
-            def reached(module: nn.Module, args: Any, output: Any) -> None:
+            def reached(output: Any) -> None:
                 nonlocal calls
                 calls += 1
                 if calls == self.index + 1:
                     found.append(output)
                     raise stop
 
-            stack.callback(self._module.register_forward_hook(reached).remove)
+            if isinstance(self._module, Aggregate):  # which returns a map whose channels are last, or pixels in a row
+                stack.enter_context(observe(self._module, lambda event: reached(event.output)))
+            else:
+                stack.callback(self._module.register_forward_hook(lambda _, __, output: reached(output)).remove)
 
         rerun(self._model, self._inputs, image, self._which, until)
         return self._checked(found, calls, image)

@@ -33,6 +33,12 @@ def _deform_conv(operation: Operation, place: Place, shape: tuple[int, ...], num
     return windowed(place, shape, kernel, given["stride"], given["padding"][::2], given["dilation"])
 
 
+@RULES.of("deformconv::deform_aggregate")
+def _deform_aggregate(operation: Operation, place: Place, shape: tuple[int, ...], number: int) -> Place | None:
+    given = operation.given
+    return windowed(place, shape, given["kernel_size"], given["stride"], given["padding"][::2], given["dilation"])
+
+
 @RULES.of("torchvision::deform_conv2d")
 def _torchvision(operation: Operation, place: Place, shape: tuple[int, ...], number: int) -> Place | None:
     given = operation.given

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -22,9 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 __all__ = [
-    "AMOUNT", "BLUE", "GREEN", "HEAT", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "VERMILLION", "YELLOW", "Zoom",
-    "add_bar", "add_legend", "dots", "frame", "grey", "halo", "limits", "line", "mark", "new_figure", "of_the_picture",
-    "positions", "rays", "sample", "save", "show", "window",
+    "AMOUNT", "BLUE", "GREEN", "HEAT", "LEVELS", "ORANGE", "POINTS_HEAT", "PURPLE", "SKY", "SMALL", "VERMILLION", "YELLOW",
+    "Zoom", "add_bar", "add_legend", "box", "dots", "embedded", "frame", "grey", "halo", "limits", "line", "mark", "new_figure",
+    "of_the_picture", "positions", "rays", "sample", "save", "show", "window",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float64]
@@ -33,6 +36,7 @@ Zoom = float | tuple[float, float] | None  # image pixels around a unit: to each
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+LEVELS = ORANGE, SKY, PURPLE, GREEN, VERMILLION, BLUE  # of a pyramid, the finest first
 # Maps that are perceptually even, also to the colour-blind: of weights, of amounts over a picture, and of amounts in points,
 # which begin with a blue because black points would be lost on what is dark.
 AMOUNT, HEAT, POINTS_HEAT = "viridis", "magma", "plasma"
@@ -114,6 +118,13 @@ def dots(axes: Axes, points: Any, areas: Any, **looks: Any) -> PathCollection:
     return axes.scatter(points[:, 1], points[:, 0], s=areas, **{**ours, **looks})
 
 
+def box(axes: Axes, edges: Sequence[float], color: str = YELLOW) -> None:
+    """Draw a box (top, left, bottom, right), dashed."""
+    top, left, bottom, right = edges
+    looks: dict[str, Any] = {"color": color, "linewidth": 1.2, "linestyle": (0, (4, 2)), "path_effects": halo(2.6, 0.7)}
+    axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], zorder=4, **looks)
+
+
 def mark(axes: Axes, kind: str, points: Any, size: float | None = None) -> PathCollection:
     """Draw marks of a kind, "unit" (a cross) or "regular" (small plus signs), at points (M, 2), y before x."""
     points = np.asarray(points, np.float64).reshape(-1, 2)
@@ -184,6 +195,14 @@ def save(figure: Figure, path: str | PathLike[str], **more: Any) -> None:
     reproducible: dict[str, Any] = {"metadata": {"Date": None}} if str(path).lower().endswith(".svg") else {}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "deformconv"}):
         figure.savefig(path, **{**reproducible, **more})
+
+
+def embedded(figure: Figure) -> str:
+    """A figure as HTML."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(figure.get_suptitle(), quote=True)}" src="data:image/png;base64,{data}">'
 
 
 def positions(name: str, points: Any) -> Array:

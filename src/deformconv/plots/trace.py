@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -13,62 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from deformconv.ops.window import n_of
+from deformconv.plots.attending import AttentionEvent
+from deformconv.plots.calls import AttentionCall, Call, attention_table, chosen, table
 from deformconv.plots.geometry import Geometry, Survey, of_input, of_output, survey, through_window
 from deformconv.plots.inputs import Inputs
 from deformconv.plots.observe import Event
 
-__all__ = ["Call", "Trace"]
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One recorded call of a deformable layer. Axes go depth, height, width.
-
-    Attributes:
-        layer: the layer's name in the model, "" if it is the model.
-        index: which of the layer's calls within one forward pass of the model, from 0; counted in each thread by itself.
-        forward: which forward pass of the model within the `with` block, from 0.
-        kind: whose layer it is: "deformconv", "torchvision", "kornia" or "mmcv".
-        input_size, output_size: of the maps, in cells.
-        kernel_size, stride, dilation: one number for each axis.
-        padding: (before, after) for each axis, in input pixels.
-        offset_groups: how many groups of channels have offsets of their own.
-        offset: (N, offset_groups*K*D, *O), input pixels of the layer, a copy without a graph.
-        mask: (N, offset_groups*K, *O), or None for v1.
-        padding_mode: what the input is padded with: "zeros", "reflect", "replicate" or "circular".
-    """
-
-    layer: str
-    index: int
-    forward: int
-    kind: str
-    input_size: tuple[int, ...]
-    output_size: tuple[int, ...]
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    offset_groups: int
-    offset: Tensor = field(repr=False)
-    mask: Tensor | None = field(repr=False)
-    padding_mode: str = "zeros"
-
-    @property
-    def D(self) -> int:
-        """The number of spatial axes."""
-        return len(self.kernel_size)
-
-    @property
-    def K(self) -> int:
-        """The number of taps of the kernel."""
-        return prod(self.kernel_size)
+__all__ = ["AttentionCall", "Call", "Trace"]
 
 
 class Trace:
     """What `record` has recorded. `trace[name]` is a layer's last call, `trace[name, index]` the last with that index.
 
+    Of layers of deformable attention `trace.attention(name)` and `trace.attention(name, index)` are that.
+
     Attributes:
         calls: every Call, in order.
+        attentions: every AttentionCall, in order.
         model: the model.
 
     Example:
@@ -87,7 +47,7 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module, kinds: dict[str, str]) -> None:
-        self.model, self.calls, self._kinds = model, list[Call](), kinds
+        self.model, self.calls, self.attentions, self._kinds = model, list[Call](), list[AttentionCall](), kinds
         self._inputs: Inputs | None = None
         self._survey: Survey | None = None
         self._lock = threading.Lock()
@@ -102,38 +62,46 @@ class Trace:
 
     def __getitem__(self, key: str | tuple[str, int]) -> Call:
         name, index = key if isinstance(key, tuple) else (key, None)
+        if name in self.attention_layers:
+            raise self._attends(name)
         found = [call for call in self.calls if call.layer == name]
         if not found:
             raise self._unknown(name)
-        chosen = [call for call in found if index in (None, call.index)]
-        if not chosen:
-            times = n_of(max(call.index for call in found) + 1, "time")
-            raise ValueError(f"layer {name!r} was called {times} in a forward pass; there is no call {index} (from 0).")
-        return chosen[-1]
+        return chosen(found, name, index)
+
+    def attention(self, layer: str, index: int | None = None) -> AttentionCall:
+        """A layer of attention's last call, or the last with that index."""
+        found = [call for call in self.attentions if call.layer == layer]
+        if not found:
+            names = ", ".join(map(repr, self.attention_layers)) or "none"
+            hint = " It has offsets: trace[name] is its call." if layer in self.layers else ""
+            raise ValueError(
+                f"no attention {layer!r} was recorded; the layers of attention that were called are {names}.{hint}"
+            )
+        return chosen(found, layer, index)
 
     def __repr__(self) -> str:
-        if not self.calls:
+        if not self.calls and not self.attentions:
             return "Trace: nothing was recorded yet"
-        rows: list[tuple[str, ...]] = [("layer", "call", "input", "output", "kernel", "groups", "largest offset", "mean mask")]
-        for call in {(call.layer, call.index): call for call in self.calls}.values():
-            by = ["x".join(map(str, sizes)) for sizes in (call.input_size, call.output_size, call.kernel_size)]
-            largest = float(call.offset.abs().max()) if call.offset.numel() else 0.0
-            mean = "-" if call.mask is None else f"{float(call.mask.float().mean()):.3f}"
-            rows.append((call.layer or "(model)", str(call.index), *by, str(call.offset_groups), f"{largest:.3g} px", mean))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        passes = 1 + max(call.forward for call in self.calls)
-        return "\n".join([f"Trace of {passes} forward pass{'es' * (passes > 1)}, {n_of(len(self), 'call')}", *lines])
+        forwards = [call.forward for call in self.calls] + [call.forward for call in self.attentions]
+        passes = 1 + max(forwards)
+        lines = [f"Trace of {passes} forward pass{'es' * (passes > 1)}, {n_of(len(forwards), 'call')}"]
+        return "\n".join([*lines, *table(self.calls), *attention_table(self.attentions)])
 
     @property
     def layers(self) -> list[str]:
-        """The names of the layers that were called, in order of their first call."""
+        """The names of the layers that were called, in order of their first call; those of attention are not among them."""
         return list(dict.fromkeys(call.layer for call in self.calls))
+
+    @property
+    def attention_layers(self) -> list[str]:
+        """The names of the layers of attention that were called, in order of their first call."""
+        return list(dict.fromkeys(call.layer for call in self.attentions))
 
     @property
     def inputs(self) -> Inputs:
         """What the model was called with the last time."""
-        rank = self._first().D
+        rank = self._rank()
         if self._inputs is None:
             raise ValueError(
                 "the model itself was not called while it was recorded, only layers of it; expected model(x) within "
@@ -162,6 +130,8 @@ class Trace:
 
     def output_geometry(self, layer: str, index: int = 0) -> Geometry:
         """Where the units of a layer's output lie in the image; any module that gives one tensor (N, C, *O) is a layer here."""
+        if layer in self.attention_layers:
+            raise self._attends(layer)
         if layer in self.layers:
             return through_window(self.geometry(layer, index), self[layer, index])
         return of_output(self, self._surveyed(), layer, index)
@@ -171,7 +141,7 @@ class Trace:
         if layer in self.layers:
             return self[layer, index].output_size
         self.output_geometry(layer, index)
-        return self._surveyed().outputs[layer, index][1][-self._first().D :]
+        return self._surveyed().outputs[layer, index][1][-self._rank() :]
 
     def unit(
         self, layer: str, at: Sequence[float] | None = None, unit: Sequence[int] | None = None, index: int = 0
@@ -216,21 +186,29 @@ class Trace:
         self.geometry(layer, index)
         return list(self._surveyed().before[layer, index])
 
-    def _first(self) -> Call:
-        if not self.calls:
+    def _rank(self) -> int:
+        """The number of the picture's spatial axes."""
+        if not self.calls and not self.attentions:
             raise ValueError(
                 "nothing was recorded: call the model, model(x), within `with deformconv.plots.record(model) as trace:`."
             )
-        return self.calls[0]
+        return self.calls[0].D if self.calls else 2  # attention's levels are maps
+
+    def _attends(self, name: str) -> ValueError:
+        return ValueError(
+            f"layer {name!r} is deformable attention: it samples for queries, at locations that no window has, so that it has "
+            f"no units and no offsets to show. Expected query_points(trace, {name!r}), which has its points, or "
+            f"trace.attention({name!r}), its locations and weights."
+        )
 
     def _unknown(self, name: str) -> ValueError:
-        self._first()
-        names = ", ".join(map(repr, self.layers))
+        self._rank()
+        names = ", ".join(map(repr, self.layers)) or "none, but for attention"
         return ValueError(f"no deformable layer {name!r} was recorded; the layers that were called are {names}.")
 
     def _surveyed(self) -> Survey:
         if self._survey is None:
-            self._survey = survey(self.model, self.inputs, self._first().D)
+            self._survey = survey(self.model, self.inputs, self._rank())
         return self._survey
 
     def begin(self, args: Any, kwargs: Any) -> None:
@@ -243,13 +221,10 @@ class Trace:
     def add(self, event: Event) -> None:
         """Take note of a call. `record` calls it."""
         layer, rank = event.layer, len(event.layer.kernel_size)
-        with torch.inference_mode(False), torch.no_grad():
-            offset, mask = (None if t is None else t.detach().clone() for t in (event.offset, event.mask))
+        offset, mask = _copied(event.offset), _copied(event.mask)
         assert offset is not None
         with self._lock:
-            forward = getattr(self._current, "number", max(self._passes - 1, 0))
-            counts = vars(self._current).setdefault("counts", {})  # this thread's
-            index = counts[forward, event.name] = counts.get((forward, event.name), -1) + 1
+            index, forward = self._place(event.name)
             self.calls.append(
                 Call(
                     event.name, index, forward, self._kinds[event.name],
@@ -258,6 +233,26 @@ class Trace:
                     offset.shape[1] // (prod(layer.kernel_size) * rank), offset, mask, layer.padding_mode,
                 )
             )  # fmt: skip
+
+    def add_attention(self, event: AttentionEvent) -> None:
+        """Take note of a call of attention. `record` calls it."""
+        copies = [_copied(tensor) for tensor in (event.locations, event.weights, event.reference)]
+        with self._lock:
+            index, forward = self._place(event.name)
+            kind, levels = self._kinds[event.name], event.levels
+            self.attentions.append(AttentionCall(event.name, index, forward, kind, levels, *copies))  # type: ignore[arg-type]
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """Which of a layer's calls this is within the forward pass, counted in this thread, and which pass it is."""
+        forward = getattr(self._current, "number", max(self._passes - 1, 0))
+        counts = vars(self._current).setdefault("counts", {})
+        index = counts[forward, name] = counts.get((forward, name), -1) + 1
+        return index, forward
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    with torch.inference_mode(False), torch.no_grad():
+        return None if tensor is None else tensor.detach().clone()
 
 
 def _by(sizes: Sequence[int]) -> str:

@@ -56,10 +56,15 @@ def flat_images(array: Any) -> tuple[np.ndarray, int]:
     return np.asarray(_Memory(array, (step * (len(array) - 1) + image,))), step
 
 
+# The axes of an array with its channels second and with its channels last, by their number: np.moveaxis takes microseconds.
+_LAST = [(0, *range(2, axes), 1) for axes in range(8)]
+_SECOND = [(0, axes - 1, *range(1, axes - 1)) for axes in range(8)]
+
+
 def flat_channels(array: Any) -> tuple[np.ndarray, bool]:
     """An array (N, C, ...) flat, and whether its channels come last in memory; no copy if they do, or come second."""
     if not array.flags.c_contiguous and array.ndim > 2:
-        moved = np.moveaxis(array, 1, -1)
+        moved = array.transpose(_LAST[array.ndim])
         if moved.flags.c_contiguous:
             return flat(moved), True
     return flat(array), False
@@ -71,23 +76,35 @@ def flat_axes(array: Any) -> tuple[np.ndarray, tuple[int, int, int]]:
     It is no copy if its channels or its positions lie side by side, with the same distance everywhere, as in a slice of channels
     of either order.
     """
-    _, channels, *sizes = array.shape
-    positions = prod(sizes)
-    if array.flags.carray and array.dtype.isnative:  # the usual case, which must be fast
-        return array.reshape(-1), (channels * positions, positions, 1)
-    image, channel, *others = (stride // array.itemsize for stride in array.strides)
-    position, distance, is_even = 1, None, True
-    for size, stride in zip(reversed(sizes), reversed(others), strict=True):
-        if size > 1:
-            position, distance = (stride, stride) if distance is None else (position, distance)
-            is_even, distance = is_even and stride == distance, stride * size
-    channel = channel if channels > 1 else 1
-    found = (image, channel, position)
-    fits = array.flags.aligned and array.dtype.isnative and not any(stride % array.itemsize for stride in array.strides)
-    if array.size == 0 or not fits or not is_even or 1 not in (channel, position) or min(found) < 0:
+    channels, positions = array.shape[1], prod(array.shape[2:])
+    if array.dtype.isnative:  # the usual cases, which must be fast
+        if array.flags.carray:
+            return array.reshape(-1), (channels * positions, positions, 1)
+        moved = array.transpose(_LAST[array.ndim])
+        if moved.flags.carray:
+            return moved.reshape(-1), (channels * positions, 1, channels)
+    found = _even_distances(array)
+    if found is None:
         return flat(array), (channels * positions, positions, 1)
-    last = (len(array) - 1) * image + (channels - 1) * channel + (positions - 1) * position
-    return np.asarray(_Memory(array, (last + 1,))), found
+    size = 1 + sum((count - 1) * distance for count, distance in zip((len(array), channels, positions), found, strict=True))
+    return np.asarray(_Memory(array, (size,))), found
+
+
+def _even_distances(array: np.ndarray) -> tuple[int, int, int] | None:
+    """How far apart the images, the channels and the positions of an array are; None if kernels cannot read it so."""
+    strides, item = array.strides, array.itemsize
+    if array.size == 0 or not (array.flags.aligned and array.dtype.isnative) or any(stride % item for stride in strides):
+        return None
+    image, channel, *others = (stride // item for stride in strides)
+    position, expected = 1, None
+    for size, distance in zip(reversed(array.shape[2:]), reversed(others), strict=True):
+        if size > 1:
+            position = distance if expected is None else position
+            if distance != (distance if expected is None else expected):
+                return None
+            expected = distance * size
+    channel = channel if array.shape[1] > 1 else 1
+    return (image, channel, position) if 1 in (channel, position) and min(image, channel, position) >= 0 else None
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -98,5 +115,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 def empty_channels(shape: tuple[int, ...], dtype: str, last: bool) -> tuple[np.ndarray, np.ndarray]:
     """An uninitialised array (N, C, ...), with its channels last in memory if so wished, and the same flat."""
-    array = aligned_empty((shape[0], *shape[2:], shape[1]) if last else shape, dtype)
-    return np.moveaxis(array, -1, 1) if last else array, array.reshape(-1)
+    numbers = aligned_empty((prod(shape),), dtype)
+    if not last:
+        return numbers.reshape(shape), numbers
+    return numbers.reshape((shape[0], *shape[2:], shape[1])).transpose(_SECOND[len(shape)]), numbers

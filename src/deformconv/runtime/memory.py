@@ -22,7 +22,7 @@ _kept: list[np.ndarray] = []
 def aligned(size: int) -> np.ndarray:
     """At least `size` bytes of fresh memory, aligned."""
     raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    start = -raw.__array_interface__["data"][0] % ALIGNMENT
     return raw[start : start + size]
 
 

@@ -30,16 +30,16 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def formed(rows: Tensor, like: Tensor) -> Tensor:
-    """The tensor with its last axis as the second; in memory it stays last if that of `like` is."""
+    """The tensor with its last axis as the second, in the dtype of `like`; in memory it stays last if that of `like` is."""
     import torch
     from torch._prims_common import suggest_memory_format
 
     if suggest_memory_format(like) is not torch.contiguous_format:
-        return rows.movedim(-1, 1)
+        return rows.to(like.dtype).movedim(-1, 1)
     N, *others, A = rows.shape
     if not rows.is_contiguous() or min(rows.shape) == 0 or 1 in (A, prod(others)):
-        return rows.movedim(-1, 1).contiguous()
-    planes = rows.new_empty(N, A, *others)
+        return rows.to(like.dtype).movedim(-1, 1).contiguous()
+    planes = rows.new_empty(N, A, *others, dtype=like.dtype)
     _transpose(rows, planes, N, prod(others), A)
     return planes
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from deformconv.runtime import tiles, toolchain
 
-__all__ = ["LEVELS", "LevelLists", "Lists", "Rows", "collect", "entries", "packed"]
+__all__ = ["LEVELS", "LevelLists", "Lists", "Rows", "collect", "entries", "packed", "room"]
 
 Tensor = Any
 
@@ -95,6 +95,13 @@ def _kernels() -> Any:
 def packed(levels: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     """Maps' sizes as `triton_levels` has them."""
     return tuple((height << 32) + width for height, width in [*levels, *((1, 1),) * (LEVELS - len(levels))])
+
+
+def room(input: Tensor, shape: tuple[int, ...], adds: bool) -> Tensor:
+    """Room for the input's gradient, channels last: zeros, of float32 beside halves, if it is added up and not collected."""
+    import torch
+
+    return input.new_zeros(shape, dtype=torch.promote_types(input.dtype, torch.float32)) if adds else input.new_empty(shape)
 
 
 def entries(lists: Lists | LevelLists, samples: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ from deformconv.dispatch import Deterministic
 from deformconv.torch.tensors import PLAIN
 
 __all__ = [
-    "Door", "active", "any_autocast", "autocast", "compiling", "deterministic", "door", "exported_opset", "exporting", "exporting_program",
-    "forward_mode", "is_special", "map_level",
-    "mapped", "on_device_of", "refuse_script", "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
+    "Door", "active", "any_autocast", "autocast", "compiling", "deterministic", "door", "exported_opset", "exporting",
+    "exporting_program", "forward_mode", "is_special", "map_level", "mapped", "on_device_of",
+    "refuse_script", "traced", "transformed", "untraced", "with_derivatives", "without_autocast",
 ]  # fmt: skip
 
 # "memory": a backend reads the tensors' memory. "registered": PyTorch's dispatcher is called, and a compiler, tracer, mode or

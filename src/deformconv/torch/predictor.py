@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from deformconv.torch import modes
-from deformconv.torch.tensors import dtype_name
+from deformconv.torch.tensors import HALF, dtype_name
 
-__all__ = ["VectorPredictor", "Predictor", "check_dtype"]
+__all__ = ["Predictor", "VectorPredictor", "check_dtype", "project"]
 
 
 class Predictor(nn.Module):
@@ -39,6 +40,18 @@ class VectorPredictor(Predictor):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def project(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear in float32 or float64. For tracers that record calls of functions it is one, as `conv.modules` has it."""
+    if has_torch_function((input, weight)):
+        result: Tensor = handle_torch_function(project, (input, weight), input, weight, bias)
+        return result
+    if weight.dtype in HALF or input.dtype in HALF or modes.autocast(input.device.type):
+        whole = (tensor.float() if tensor.dtype in HALF else tensor for tensor in (input, weight, bias))
+        with modes.without_autocast(input.device.type):
+            return F.linear(*whole)
+    return F.linear(input, weight, bias)
 
 
 def check_dtype(layer: nn.Module, name: str, input: Any) -> None:

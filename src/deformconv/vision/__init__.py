@@ -1,4 +1,4 @@
-"""Deformable parts for models of computer vision in PyTorch: surgery on the net that you have, and what a detector needs."""
+"""Deformable parts for models of computer vision in PyTorch: surgery on a net, a detector's parts, InternImage's layers."""
 
 import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
@@ -6,9 +6,11 @@ import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is
 from typing import Any
 
 from deformconv.installation import import_for
+from deformconv.vision.dcnv3 import DCNv3
+from deformconv.vision.dcnv4 import DCNv4
 from deformconv.vision.surgery import Replaced, make_deformable
 
-__all__ = ["FeatureMimicking", "MultiScaleDeformRoIPool", "Replaced", "make_deformable"]
+__all__ = ["DCNv3", "DCNv4", "FeatureMimicking", "MultiScaleDeformRoIPool", "Replaced", "make_deformable"]
 
 _NEED_TORCHVISION = {"FeatureMimicking": "mimicking", "MultiScaleDeformRoIPool": "detection"}
 

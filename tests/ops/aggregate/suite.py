@@ -24,7 +24,7 @@ from tests.tolerances import assert_close
 from deformconv.ops.aggregate import reference
 from deformconv.ops.aggregate.spec import GRADIENTS, Gradients
 
-SMALL = Case("small", (4, 5), (2, 3), padding=1, channels=6, offset_groups=3)
+SMALL = Case("small", (3, 4), (2, 3), padding=1, channels=6, offset_groups=3)
 FIRST, LAST = [0, 1], [4, 5]  # the channels of its first and its last offset group
 
 
@@ -263,11 +263,11 @@ class GradientRules(ForwardRules):
         call = make(SMALL.but(padding=0), dtype)
         offset, mask = np.full_like(call.offset, 0.25), call.mask.copy()
         offset[..., -1, :] = offset[..., :, -1] = -0.25
-        mask[1, 6 + 2, 1, 0] = np.nan  # offset group 1, tap 2, which is (0, 2) of 2x3: corners 1-2 and 2-3
+        mask[1, 6 + 2, 0, 0] = np.nan  # offset group 1, tap 2, which is (0, 2) of 2x3: corners 0-1 and 2-3
         call = call.but(offset=offset)
         expected = self.gradients(call)
-        expected.offset[1, [12 + 4, 12 + 5], 1, 0] = np.nan
-        expected.input[1, 2:4, 1:3, 2:4] = np.nan
+        expected.offset[1, [12 + 4, 12 + 5], 0, 0] = np.nan
+        expected.input[1, 2:4, 0:2, 2:4] = np.nan
         self.assert_gradients(call.but(mask=mask), expected, dtype)
 
     @by_boundary
@@ -296,7 +296,7 @@ class ForwardSuite(ForwardRules):
         assert output.dtype == dtype
         assert_close(output, expected_output(case, dtype), dtype)
 
-    @settings(max_examples=25)
+    @settings(max_examples=20)
     @given(st.data())
     def test_output_of_any_configuration(self, data: st.DataObject) -> None:
         call = self.make(data.draw(configurations(self.ranks)))
@@ -314,7 +314,7 @@ class AggregateSuite(GradientRules, ForwardSuite):
     def test_gradients_are_the_reference_s(self, case: Case, dtype: str) -> None:
         self.assert_gradients(make(case, dtype), expected_gradients(case, dtype), dtype)
 
-    @settings(max_examples=25)
+    @settings(max_examples=20)
     @given(st.data())
     def test_gradients_of_any_configuration(self, data: st.DataObject) -> None:
         call = self.make(data.draw(configurations(self.ranks)))

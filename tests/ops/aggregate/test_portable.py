@@ -109,7 +109,7 @@ class TestOnTorch(AggregateSuite):
         assert [g.shape for g in gradients] == [leaf.shape for leaf in leaves]
 
 
-@pytest.mark.parametrize("chunk", [1, 300])
+@pytest.mark.parametrize("chunk", [1, 100])
 @pytest.mark.parametrize("case", [case for case in CASES if case.name.endswith("at once")], ids=lambda case: case.name)
 def test_parts_make_the_whole(case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts as small as a row of one image, and some images."""

@@ -64,6 +64,8 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"offset_groups": 3}, ShapeError, ["`offset_groups` is 3; expected a divisor of C = 4."]),
     ({"offset": (2, 9, 8, 9), "mask": (2, 18, 8, 9)}, ShapeError, ["`mask` has 18 channels: the two are exchanged."]),
     ({"offset": (2, 8, 9, 18)}, ShapeError, ["`offset` looks channels-last", "`numpy.moveaxis(offset, -1, 1)`"]),
+    ({"input": (2, 8, 9, 4), "offset": (2, 8, 9, 18)}, ShapeError, [
+        "`offset` has 8 channels;", "`offset` and `input` look channels-last: move their last axis to place 1,"]),
     ({"offset": (18, 8, 9)}, ShapeError, [
         "`offset` has 3 axes, shape (18, 8, 9); a 2-D call takes 4: (N, offset_groups*K*D, height, width).",
         "For one image without a batch axis pass `offset[None]`."]),

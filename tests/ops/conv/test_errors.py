@@ -58,6 +58,8 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"offset": (2, 36, 9, 18), "offset_groups": 1}, ShapeError, ["36 channels fit offset_groups=2."]),
     ({"offset": (2, 8, 9, 18)}, ShapeError, [
         "`offset` has 8 channels;", "`offset` looks channels-last", "`numpy.moveaxis(offset, -1, 1)`"]),
+    ({"input": (2, 8, 9, 8), "offset": (2, 8, 9, 18), "weight": (6, 8, 3, 3)}, ShapeError, [
+        "`offset` has 8 channels;", "`offset` and `input` look channels-last: move their last axis to place 1,"]),
     ({"offset": (18, 8, 9)}, ShapeError, [
         "`offset` has 3 axes, shape (18, 8, 9); a 2-D call takes 4: (N, offset_groups*K*D, height, width).",
         "For one image without a batch axis pass `offset[None]`."]),

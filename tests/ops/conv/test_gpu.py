@@ -20,8 +20,10 @@ from tests.ops.conv.suite import in_float64, odd, reference_backward
 from tests.ops.rules import by_boundary
 from tests.tolerances import assert_close
 
+from deformconv.ops import gpu as on_gpu
 from deformconv.ops.conv import gpu, reference
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Operand, conv_spec
+from deformconv.ops.gpu import Card
 from deformconv.runtime import product
 from deformconv.sampling import lists
 
@@ -77,6 +79,81 @@ def test_half_precision(case: Case, half: str, mixed: bool) -> None:
         assert_near(name, result, expected, half)
 
 
+class TestAddedUp:
+    """The input's gradient by atomics, which a card is to be there for, as none is here."""
+
+    @pytest.fixture(autouse=True)
+    def added(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_lists(*of: Any) -> None:
+            raise AssertionError("samples are not sorted")
+
+        monkeypatch.setattr(gpu, "_adds", lambda spec, device: True)
+        monkeypatch.setattr(lists, "entries", no_lists)
+
+    @pytest.mark.parametrize("boundary", ["zeros", "inside"])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case("line", (9,), (3,), padding=1, in_channels=5, out_channels=4, masked=False),
+            Case("groups", (5, 6), (3, 2), stride=(2, 1), padding=1, in_channels=12, out_channels=6, groups=2, offset_groups=3),
+            Case("depthwise", (4, 5), (3, 3), padding=1, in_channels=6, out_channels=6, groups=6, offset_groups=2),
+            Case("volume", (2, 3, 3), (2, 2, 2), padding=1, batch=1, in_channels=4, out_channels=2, offset_groups=2),
+        ],
+        ids=lambda case: case.name,
+    )
+    def test_gradients(self, case: Case, boundary: str) -> None:
+        call = make(case.but(boundary=boundary), "float64")
+        expected = in_float64(call, reference_backward)
+        arrays = (call.grad_output, call.input, call.offset, call.weight, call.mask)
+        tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
+        for wanted in (("input", "offset", "weight"), ("input",), ("input", "weight")):
+            found = gpu.backward(call.spec, *tensors, wanted=wanted)
+            for name in wanted:
+                assert_close(getattr(found, name).numpy(), getattr(expected, name), "float64")
+
+    @pytest.mark.parametrize("half", ["float16", "bfloat16"])
+    def test_halves_are_added_in_float32(self, half: str) -> None:
+        case = Case("", (4, 5), (3, 3), padding=1, in_channels=8, out_channels=4, offset_groups=2)
+        for name, result, expected in half_results(half_call(case, half, True)):
+            assert_near(name, result, expected, half)
+
+    def test_a_position_that_is_no_number(self) -> None:
+        """It gives nothing to the input's gradient, whose other numbers are what they would be without it."""
+        call = make(Case("", (4, 5), (3, 3), padding=1, in_channels=2, out_channels=3), "float64")
+        offset = call.offset.copy()
+        offset[0, 3, 1, 2], offset[1, 5, 0, 0] = np.nan, np.inf
+        call = call.but(offset=offset)
+        t = {name: torch.from_numpy(getattr(call, name)) for name in ("grad_output", "input", "offset", "weight", "mask")}
+        found = gpu.backward(call.spec, *t.values(), wanted=["input"]).input
+        assert_close(found.numpy(), in_float64(call, reference_backward).input, "float64")
+
+
+class TestWhereItIsAddedUp:
+    @pytest.fixture(autouse=True)
+    def card(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cards = {"cuda:0": Card("H100", "sm_90", (9, 0), 80 << 30), "cuda:1": Card("A100", "sm_80", (8, 0), 80 << 30)}
+        monkeypatch.setattr(on_gpu, "card", cards.get)
+
+    def test_few_channels_of_an_offset_group(self) -> None:
+        few, many = (make(Case("", (3, 4), (1, 1), in_channels=64, offset_groups=groups), "float32").spec for groups in (8, 1))
+        assert gpu._adds(few, "cuda:0")
+        assert "added up in another order each time" in " ".join(gpu.how(few, "torch", "cuda:0"))
+        assert not gpu._adds(many, "cuda:0")
+        assert "order" not in " ".join(gpu.how(many, "torch", "cuda:0"))
+        assert not gpu._adds(few, "cuda:1")  # where it was not measured
+        assert not gpu._adds(few, "cpu")
+
+    def test_not_where_pytorch_is_deterministic(self) -> None:
+        spec = make(Case("", (3, 4), (1, 1), in_channels=64, offset_groups=8), "float32").spec
+        for warn_only in (False, True):
+            torch.use_deterministic_algorithms(True, warn_only=warn_only)
+            try:
+                assert not gpu._adds(spec, "cuda:0")
+            finally:
+                torch.use_deterministic_algorithms(False)
+        assert gpu._adds(spec, "cuda:0")
+
+
 class TestLongLists:
     """Of many samples near one pixel, which are summed in runs."""
 
@@ -114,7 +191,7 @@ def test_products_of_ours(groups: int, biased: bool, monkeypatch: pytest.MonkeyP
         made.append(left.shape)
         multiply(left, *others)
 
-    monkeypatch.setattr(product, "pays", lambda dtype, device, across, depth: dtype == "float32")
+    monkeypatch.setattr(product, "pays", lambda dtype, device, shape: dtype == "float32")
     monkeypatch.setattr(product, "multiply", counted)
     case = Case("", (3, 4), (2, 2), padding=1, batch=1, in_channels=64, out_channels=32 * groups, groups=groups, biased=biased)
     call = make(case, "float32")
@@ -269,7 +346,7 @@ MUTATIONS = [
     Mutation("low and high corners exchanged", LISTS, "pixel % X + 1 - corner % 2", "pixel % X + corner % 2"),
     Mutation("a list too few", LISTS, "end = tl.load(start_ptr + number + 1", "end = tl.load(start_ptr + number"),
     Mutation("runs are summed again", LISTS, "count = end - first - runs * RUN", "count = end - first"),
-    Mutation("programs overlap", TAPS, "own_row = tl.program_id(0) * BR", "own_row = tl.program_id(0) * (BR - 1)"),
+    Mutation("programs overlap", TAPS, "own_row = block * BR", "own_row = block * (BR - 1)"),
     Mutation(
         "an untrue hint", LISTS, "tl.multiple_of(group * size + own, SPAN)", "tl.multiple_of(group * size + own, 2 * SPAN)"
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,8 +63,8 @@ SMALL_PRODUCTS = {
 }
 
 
-def asked_for(card: str, case: Case, dtype: str, wide: bool = False) -> list[Launch]:
-    """The launches of a call's forward and backward pass."""
+def asked_for(card: str, case: Case, dtype: str, wide: bool = False, adds: bool = False) -> list[Launch]:
+    """The launches of a call's forward and backward pass; `adds` is whether the input's gradient is added up by atomics."""
     call = make(case, "float32")
     exact = torch.float32 if dtype in ("float16", "bfloat16") else getattr(torch, dtype)
     tensors = []
@@ -73,6 +74,7 @@ def asked_for(card: str, case: Case, dtype: str, wide: bool = False) -> list[Lau
     grad_output, input, offset, weight, mask = tensors
     spec = replace(call.spec, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch, launches_for(card) as asked:
+        patch.setattr(gpu, "_adds", lambda spec, device: adds)
         if wide:
             patch.setattr(gpu, "_largest", lambda spec: 2**31)
             gpu._plan.cache_clear()
@@ -135,6 +137,18 @@ def test_corners_are_loaded_16_bytes_at_a_time(builds: list[Build]) -> None:
 def test_no_sum_is_made_by_atomics(builds: list[Build]) -> None:
     for build in builds:
         assert not build.float_atomics, build.launch
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_atomics_add_several_numbers_at_once(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are asked for: an H100 adds 4 numbers of float32 in one instruction."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = asked_for("sm_90", DENSE.but(in_channels=64, offset_groups=8), dtype, adds=True)
+    (build,) = [built(launch) for launch in launches if launch.name == "sample_backward"]
+    assert not {"arrange", "collect"} & {launch.name for launch in launches}
+    assert not build.stack
+    assert set(build.float_atomics) == {"atom.global.gpu.relaxed.add.v4.f32"}
+    assert build.registers <= MOST["sample"][0]
 
 
 def test_addresses_of_large_tensors_are_multiplied_in_64_bits(builds: list[Build]) -> None:

@@ -74,16 +74,6 @@ class Plan(NamedTuple):
     forward: Share
     sums: tuple[int, int]  # items that add up the input's gradient, and the numbers of scratch memory that one needs
     scratch: tuple[int, int]
-    number: int  # of threads
-
-    def backward(self, spec: AggregateSpec, sums: bool, others: bool) -> tuple[tuple[Any, ...], Share]:
-        """The kernel's `plan`, and how the work is shared out, for the input's gradient, for the others, or for all."""
-        (integers, reals), (items, room) = self.scratch, self.sums if sums else (0, 0)
-        together = self.together if sums and others else None
-        if others and together is None:
-            items += self.forward.items
-        work = _multiplications(spec) * (sums + others)
-        return together or self.arguments, share(items, self.number, work, spec.dtype, (integers, reals + room))
 
 
 @lru_cache(maxsize=256)
@@ -126,8 +116,22 @@ def _plan(spec: AggregateSpec, number: int) -> Plan:
         forward=share(images * runs * ceil(groups / bunch), number, work, spec.dtype, scratch),
         sums=(images * groups * ceil(width / block), pitch * block),
         scratch=scratch,
-        number=number,
     )
+
+
+@lru_cache(maxsize=256)
+def _backward_plan(spec: AggregateSpec, number: int, sums: bool, others: bool) -> tuple[tuple[Any, ...], int, Share]:
+    """The kernel's `plan`, the numbers of the input's copy, and how the work is shared out: for the input's gradient or not, for
+    the others or not.
+    """
+    plan = _plan(spec, number)
+    (integers, reals), (items, own) = plan.scratch, plan.sums if sums else (0, 0)
+    arguments = plan.together if sums and others and plan.together is not None else plan.arguments
+    if others and arguments is not plan.together:
+        items += plan.forward.items
+    work = _multiplications(spec) * (sums + others)
+    shared = share(items, number, work, spec.dtype, (integers, reals + own))
+    return arguments, plan.copy if others else 0, shared
 
 
 def forward(spec: AggregateSpec, input: Any, offset: Any, mask: Any, library: str = "numpy") -> np.ndarray:
@@ -185,11 +189,9 @@ def backward(
             numbers[...] = 0
         return found
     none, team = arrays.none_of(spec.dtype), team_for(library)
-    plan, others = _plan(spec, team.threads), bool({"offset", "mask"} & made.keys())
-    numbers, shared = plan.backward(spec, "input" in made, others)
+    numbers, size, shared = _backward_plan(spec, team.threads, "input" in made, bool({"offset", "mask"} & made.keys()))
     results = Gradients(*(made[name][1] if name in made else none for name in Gradients._fields))
     order = Gradients(*(_dense(shapes[name], is_last[name]) if name in made else _NOTHING for name in Gradients._fields))
-    size = plan.copy if others else 0
     with arena(room(size, spec.dtype) + shared.bytes) as memory:
         x = memory.empty(size, spec.dtype) if size else none
         given = _kernels().BackwardArrays(grad_output, input, x, offset, mask, *results, none)

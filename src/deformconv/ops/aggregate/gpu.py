@@ -1,7 +1,8 @@
 """Deformable aggregation on a GPU: a call's tensors, brought to the kernels of `gpu_kernels`.
 
 One kernel samples and sums. The gradient of the input is collected, pixel by pixel, from samples that were sorted: nothing is
-added by atomics, and results are the same bit for bit each time. No step waits for the GPU. Offsets and masks are read, and
+added by atomics, and results are the same bit for bit each time; only where offset groups have few channels it is added up by
+atomics, as in `ops.conv.gpu`. No step waits for the GPU. Offsets and masks are read, and
 their gradients written, where they lie, channels first or last.
 """
 
@@ -12,6 +13,7 @@ from functools import cache, lru_cache
 from math import gcd, prod
 from typing import Any, Literal, NamedTuple
 
+from deformconv.ops import gpu as on_gpu
 from deformconv.ops.aggregate.spec import AggregateSpec, Gradients, aggregate_spec
 from deformconv.ops.backends import as_given as computes_in
 from deformconv.ops.operator import Operand
@@ -43,7 +45,7 @@ def reasons_against(spec: AggregateSpec, library: str, device: str, backward: bo
 
 def how(spec: AggregateSpec, library: str, device: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    return ["one kernel samples and sums"]
+    return ["one kernel samples and sums" + on_gpu.words_of_adding(on_gpu.adds(spec.group_channels, device))]
 
 
 @cache
@@ -84,7 +86,7 @@ def forward(spec: AggregateSpec, input: Tensor, offset: Tensor, mask: Tensor | N
         plan, number = _plan(spec), spec.batch * spec.positions
         tile, block = tiles.tile(spec.group_channels)
         x, last, (offset, mask) = turned.rows(input), _last(offset, mask), _read(offset, mask)
-        _kernels().aggregate[-(-number // tile), spec.offset_groups * -(-spec.group_channels // block)](
+        _kernels().aggregate[-(-number // tile) * spec.offset_groups * -(-spec.group_channels // block),](
             x, offset, x if mask is None else mask, rows, number, *plan.sizes, **plan.constants, LAST=last,
             ROW_SPAN=_row_span(plan, last, tile), BR=tile, BC=block, num_warps=4,
         )  # fmt: skip
@@ -125,21 +127,22 @@ def backward(
     if spec.batch * spec.positions * spec.channels * spec.pixels == 0 or not given:
         return Gradients(**{name: torch.zeros_like(tensor) for name, tensor in given.items()})
     last, (offset, mask) = _last(offset, mask), _read(offset, mask)
-    positions = given.keys() & {"offset", "mask"}
+    positions, adds = given.keys() & {"offset", "mask"}, on_gpu.adds(spec.group_channels, str(input.device))
+    shape_of_rows = (spec.batch, *spec.input_size, spec.channels)
     whole = _Part(
         x=turned.rows(input),
         offset=offset,
         mask=mask,
         grad=turned.rows(grad_output),
-        d_x=input.new_empty(spec.batch, *spec.input_size, spec.channels) if "input" in given else None,
+        d_x=lists.room(input, shape_of_rows, adds) if "input" in given else None,
         d_offset=torch.empty_like(offset) if positions else None,
         d_mask=torch.empty_like(mask) if positions and mask is not None else None,
     )
     for images in _pieces(spec):
-        _backward_of(spec, _Part(*(None if tensor is None else tensor[images] for tensor in whole)), last)
+        _backward_of(spec, _Part(*(None if tensor is None else tensor[images] for tensor in whole)), last, adds)
     found = {"offset": whole.d_offset, "mask": whole.d_mask}
     if whole.d_x is not None:
-        found["input"] = turned.formed(whole.d_x, input)
+        found["input"] = turned.formed(whole.d_x.to(input.dtype), input)
     return Gradients(**{name: found[name] for name in given})
 
 
@@ -171,21 +174,23 @@ def _lists(spec: AggregateSpec, images: int) -> lists.Lists:
     return lists.Lists(images, spec.input_size, spec.offset_groups, spec.group_channels)
 
 
-def _backward_of(spec: AggregateSpec, part: _Part, last: tuple[bool, ...]) -> None:
+def _backward_of(spec: AggregateSpec, part: _Part, last: tuple[bool, ...], adds: bool) -> None:
     """Write the part's gradients."""
     plan, images, groups = _plan(spec), len(part.x), spec.offset_groups
     rows, own, keys, shares = images * spec.positions, _lists(spec, images), None, None
-    if part.d_x is not None:
+    scatters = adds and part.d_x is not None
+    if part.d_x is not None and not adds:
         keys, shares = lists.entries(own, images * _samples(spec), part.x)
-    mask, *arrays = (part.x if t is None else t for t in (part.mask, part.d_offset, part.d_mask, keys, shares))
+    given = part.mask, part.d_offset, part.d_mask, keys, shares, part.d_x if scatters else None
+    mask, *arrays = (part.x if tensor is None else tensor for tensor in given)
     block = tiles.power(spec.group_channels)
     tile = max(1, min(128, 1024 // block))
     of_rows = -(-rows // tile)
     taps = -(-spec.taps // min(spec.taps, -(-tiles.PROGRAMS // (of_rows * groups))))  # few programs share out taps as well
-    _kernels().aggregate_backward[of_rows, -(-spec.taps // taps), groups](
+    _kernels().aggregate_backward[of_rows * groups, -(-spec.taps // taps)](
         part.x, part.offset, mask, part.grad, *arrays, rows, *plan.sizes, taps, **plan.constants, LAST=last,
-        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, ROW_SPAN=_row_span(plan, last, tile), BR=tile, BC=block,
-        num_warps=4,
+        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, SCATTER=scatters,
+        ROW_SPAN=_row_span(plan, last, tile), BR=tile, BC=block, num_warps=4,
     )  # fmt: skip
     if keys is not None:
         C = spec.channels

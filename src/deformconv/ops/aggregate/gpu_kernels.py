@@ -4,7 +4,10 @@ Rows, offsets, masks and constants are those of `ops.taps.gpu_kernels`; the inpu
 channels last, (rows, C), and an offset group has GC of the C channels. Sums are of ACC. Numbers of elements are of INDEX, int64
 where an array is so large.
 
-Loops store nothing that a later turn loads, and no sum is made by atomics: results are the same bit for bit each time.
+Programs that go through the same rows are neighbours in the grid, since what they read and write lies side by side.
+
+Loops store nothing that a later turn loads. No sum is made by atomics, and results are the same bit for bit each time, but for
+the input's gradient where SCATTER asks for it.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ def aggregate(
 ):  # fmt: skip
     """The output of BR rows and BC channels of one offset group."""
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    row, there, image, position = rows_of(0, rows, P, BR, INDEX, ROW_SPAN)
     blocks = tl.cdiv(GC, BC)
-    group = tl.program_id(1) // blocks
-    channel, is_channel = channels_of(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
+    part = tl.program_id(0) % (G * blocks)
+    group = part // blocks
+    row, there, image, position = rows_of(tl.program_id(0) // (G * blocks), 0, rows, P, BR, INDEX, ROW_SPAN)
+    channel, is_channel = channels_of(group, part % blocks * BC, GC, BC, SPAN)
     sums = tl.zeros((BR, BC), ACC)
     for tap in range(0, K):
         sums += sampled(
@@ -43,21 +47,22 @@ def aggregate(
 
 @triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX", "taps"])
 def aggregate_backward(
-    x_ptr, offset_ptr, mask_ptr, grad_ptr, d_offset_ptr, d_mask_ptr, key_ptr, share_ptr,
+    x_ptr, offset_ptr, mask_ptr, grad_ptr, d_offset_ptr, d_mask_ptr, key_ptr, share_ptr, d_x_ptr,
     rows, P, pixels, C, GC, G, Z, Y, X, OY, OX, taps,
     WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, LAST: tl.constexpr,
-    POSITIONS: tl.constexpr, ENTRIES: tl.constexpr,
+    POSITIONS: tl.constexpr, ENTRIES: tl.constexpr, SCATTER: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """All that is read at `taps` taps' samples of BR rows and one offset group.
 
     POSITIONS: the gradients of offsets and masks. ENTRIES: which samples the gradient of the input is to be collected from.
+    SCATTER: that gradient itself, added to an array of ACC's numbers.
     """
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    row, there, image, position = rows_of(0, rows, P, BR, INDEX, ROW_SPAN)
-    group = tl.program_id(2)
+    row, there, image, position = rows_of(tl.program_id(0) // G, 0, rows, P, BR, INDEX, ROW_SPAN)
+    group = tl.program_id(0) % G
     lists = tl.cast(X + 1, INDEX) * (Y + 1 if RANK >= 2 else 1) * (Z + 1 if RANK == 3 else 1)
-    if POSITIONS:
+    if POSITIONS or SCATTER:
         channel, is_channel = channels_of(group, 0, GC, BC, SPAN)
         of = tl.multiple_of(row * C, SPAN)[:, None] + channel[None, :]
         grad = tl.load(grad_ptr + of, mask=there[:, None] & is_channel[None, :], other=0.0).to(ACC)
@@ -74,17 +79,23 @@ def aggregate_backward(
                 (image * G + group) * lists, z_low, y_low, x_low, z, y, x, mask, counts, Z, Y, X, (rows // P) * G * lists,
                 RANK, INSIDE,
             )  # fmt: skip
-        if POSITIONS:
+        if POSITIONS or SCATTER:
             value, d_z, d_y, d_x = tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC)
             for CORNER in tl.static_range(2**RANK):
                 pixel, inside, z_weight, y_weight, x_weight = corner_of(
                     z_low, y_low, x_low, z, y, x, Z, Y, X, CORNER, RANK, INSIDE
                 )
                 at = tl.multiple_of((image * pixels + pixel) * C, SPAN)[:, None] + channel[None, :]
-                corner = tl.load(x_ptr + at, mask=(inside & counts)[:, None] & is_channel[None, :], other=0.0).to(ACC)
-                found = tl.sum(grad * corner, axis=1)
-                value, d_z, d_y, d_x = pulled_back(value, d_z, d_y, d_x, found, z_weight, y_weight, x_weight, CORNER)
-            store_positions(
-                d_offset_ptr, d_mask_ptr, image, position, there, group, tap, P, G, value, d_z * z_slope, d_y * y_slope,
-                d_x * x_slope, mask, poison, K, RANK, MASKED, LAST,
-            )  # fmt: skip
+                read = (inside & counts)[:, None] & is_channel[None, :]
+                if SCATTER:
+                    share = (z_weight * y_weight * x_weight * mask)[:, None] * grad
+                    tl.atomic_add(d_x_ptr + at, share, mask=read, sem="relaxed")
+                if POSITIONS:
+                    corner = tl.load(x_ptr + at, mask=read, other=0.0).to(ACC)
+                    found = tl.sum(grad * corner, axis=1)
+                    value, d_z, d_y, d_x = pulled_back(value, d_z, d_y, d_x, found, z_weight, y_weight, x_weight, CORNER)
+            if POSITIONS:
+                store_positions(
+                    d_offset_ptr, d_mask_ptr, image, position, there, group, tap, P, G, value, d_z * z_slope, d_y * y_slope,
+                    d_x * x_slope, mask, poison, K, RANK, MASKED, LAST,
+                )  # fmt: skip

@@ -3,7 +3,8 @@
 Columns are written a piece at a time, and PyTorch multiplies them: that is faster than a kernel that makes a tile's columns and
 multiplies them at once (docs/performance.md). Where each channel is a group there is no product to make. The gradient of the
 input is collected, pixel by pixel, from samples that were sorted: nothing is added by atomics, and results are the same bit for
-bit each time. No step waits for the GPU.
+bit each time. Only where offset groups have few channels, so that there are many samples to sort, it is added up by atomics, if
+PyTorch is not told to be deterministic. No step waits for the GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import product as product_of
 from math import gcd, prod
 from typing import Any, Literal, NamedTuple
 
+from deformconv.ops import gpu as on_gpu
 from deformconv.ops.backends import as_given as computes_in
 from deformconv.ops.conv.spec import ConvSpec, Gradients, Operand, conv_spec
 from deformconv.ops.taps import gpu as on_taps
@@ -49,11 +51,12 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
 
 def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
+    adds = on_gpu.words_of_adding(_adds(spec, device))
     if _is_depthwise(spec):
-        return ["each channel is a group: one kernel samples and sums"]
+        return ["each channel is a group: one kernel samples and sums" + adds]
     pieces = -(-spec.batch * spec.positions // _rows_of_piece(spec))
     second = "another multiplies, by TF32 and as exactly as float32" if _multiplies(spec, device) else "PyTorch multiplies"
-    return [f"a kernel samples, and {second}" + (f", {pieces} pieces one after the other" if pieces > 1 else "")]
+    return [f"a kernel samples, and {second}" + (f", {pieces} pieces one after the other" if pieces > 1 else "") + adds]
 
 
 @cache
@@ -127,8 +130,14 @@ def _convolve(
 
 def _multiplies(spec: ConvSpec, device: str) -> bool:
     """Whether products are made by a kernel of ours."""
-    outputs = spec.out_channels // spec.groups
-    return product.pays(spec.dtype, device, outputs, spec.taps * spec.in_channels // spec.groups)
+    rows = min(spec.batch * spec.positions, _rows_of_piece(spec))
+    outputs, depth = spec.out_channels // spec.groups, spec.taps * spec.in_channels // spec.groups
+    return product.pays(spec.dtype, device, (rows, spec.groups, depth, outputs))
+
+
+def _adds(spec: ConvSpec, device: str) -> bool:
+    """Whether the input's gradient is added up by atomics."""
+    return on_gpu.adds(spec.in_channels // spec.offset_groups, device)
 
 
 def _rows_of_piece(spec: ConvSpec) -> int:
@@ -145,7 +154,7 @@ def _sample(spec: ConvSpec, x: Tensor, offset: Tensor, mask: Tensor | None, colu
     of_rows, of_channels = -(-rows // tile), G * -(-GC // block)
     parts = min(spec.taps, -(-tiles.PROGRAMS // (of_rows * of_channels)))  # few programs share out taps as well
     taps = -(-spec.taps // parts)
-    _kernels().sample[of_rows, of_channels, -(-spec.taps // taps)](
+    _kernels().sample[of_rows * of_channels, -(-spec.taps // taps)](
         x, offset, x if mask is None else mask, columns, first, rows, spec.positions, spec.pixels, C, CG, GC, G,
         plan.group, plan.tap, *plan.sizes, taps, **plan.constants, ROW_SPAN=plan.row_span, SPAN=plan.span,
         COLUMN_SPAN=plan.column_span, BR=tile, BC=block, num_warps=4,
@@ -158,7 +167,7 @@ def _convolve_depthwise(
     plan, rows = _plan(spec), spec.batch * spec.positions
     C, _, GC, G = _channels(spec)
     block = min(64, tiles.power(GC))
-    _kernels().convolve_depthwise[-(-rows // 32), G * -(-GC // block)](
+    _kernels().convolve_depthwise[-(-rows // 32) * G * -(-GC // block),](
         x, offset, x if mask is None else mask, weight.reshape(C, -1).t().contiguous(), x if bias is None else bias, output,
         rows, spec.positions, spec.pixels, C, GC, G, *plan.sizes, **plan.constants, BIASED=bias is not None,
         ROW_SPAN=plan.row_span, SPAN=plan.span, BR=32, BC=block, num_warps=4,
@@ -179,20 +188,21 @@ def backward(
     given = {name: value for name, value in given.items() if name in wanted}
     if spec.batch * spec.positions * spec.in_channels * spec.out_channels * spec.pixels == 0 or not given:
         return Gradients(**found, **{name: torch.zeros_like(value) for name, value in given.items()})
-    positions = given.keys() & {"offset", "mask"}
+    positions, adds = given.keys() & {"offset", "mask"}, "input" in given and _adds(spec, str(input.device))
+    shape_of_rows = (spec.batch, *spec.input_size, spec.in_channels)
     whole = _Part(
         x=turned.rows(input),
         offset=offset.contiguous(),
         mask=None if mask is None else mask.contiguous(),
         grad=turned.rows(grad_output),
-        d_x=input.new_empty(spec.batch, *spec.input_size, spec.in_channels) if "input" in given else None,
+        d_x=lists.room(input, shape_of_rows, adds) if "input" in given else None,
         d_offset=torch.empty_like(offset, memory_format=torch.contiguous_format) if positions else None,
         d_mask=torch.empty_like(mask, memory_format=torch.contiguous_format) if positions and mask is not None else None,
     )
     matrix, d_weight = turned.rows(weight), None
     for images in _whole_images(spec):
         part = _Part(*(None if tensor is None else tensor[images] for tensor in whole))
-        of_part = _backward_of(spec, part, matrix, "weight" in given)
+        of_part = _backward_of(spec, part, matrix, "weight" in given, adds)
         d_weight = of_part if d_weight is None or of_part is None else d_weight + of_part
     if d_weight is not None:
         found["weight"] = turned.formed(d_weight.to(weight.dtype).reshape(matrix.shape), weight)
@@ -222,7 +232,7 @@ def _whole_images(spec: ConvSpec) -> Iterator[slice]:
         yield slice(image, min(image + images, spec.batch))
 
 
-def _backward_of(spec: ConvSpec, part: _Part, weight: Tensor, weight_wanted: bool) -> Tensor | None:
+def _backward_of(spec: ConvSpec, part: _Part, weight: Tensor, weight_wanted: bool, adds: bool) -> Tensor | None:
     """Write the part's gradients, and return the weight's of these images, (C_out, K*C_in/groups), if it is wanted."""
     import torch
 
@@ -236,14 +246,14 @@ def _backward_of(spec: ConvSpec, part: _Part, weight: Tensor, weight_wanted: boo
             torch.mul(grad.reshape(rows, 1, -1), weight.reshape(spec.in_channels, spec.taps).t(), out=d_columns)
         else:
             matrix = weight.reshape(groups, spec.out_channels // groups, -1)
-            if product.pays(spec.dtype, str(grad.device), matrix.shape[2], matrix.shape[1]):
+            if product.pays(spec.dtype, str(grad.device), (rows, *matrix.shape)):
                 product.multiply(grad, matrix.transpose(1, 2).contiguous(), None, d_columns)
             else:
                 torch.bmm(grad.transpose(0, 1), matrix, out=d_columns.transpose(0, 1))
     if weight_wanted:
         columns = part.x.new_empty(shape)
-    keys, shares = _sample_backward(spec, part, d_columns, columns)
-    if part.d_x is not None:
+    keys, shares = _sample_backward(spec, part, d_columns, columns, adds)
+    if part.d_x is not None and not adds:
         _collect(spec, part, d_columns, keys, shares)
     if columns is None:
         return None
@@ -254,21 +264,22 @@ def _backward_of(spec: ConvSpec, part: _Part, weight: Tensor, weight_wanted: boo
 
 
 def _sample_backward(
-    spec: ConvSpec, part: _Part, d_columns: Tensor | None, columns: Tensor | None
+    spec: ConvSpec, part: _Part, d_columns: Tensor | None, columns: Tensor | None, adds: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write columns and the gradients of offsets and masks, and return each sample's list and its shares of pixels."""
+    """Write columns and the gradients of offsets and masks; add up the input's, or return each sample's list and shares."""
     plan, rows = _plan(spec), len(part.x) * spec.positions
     C, CG, GC, G = _channels(spec)
     keys = shares = None
-    if part.d_x is not None:
+    if part.d_x is not None and not adds:
         keys, shares = lists.entries(_lists(spec, part), rows * G * spec.taps, part.x)
     none = part.x
-    arrays = [none if t is None else t for t in (part.mask, d_columns, columns, part.d_offset, part.d_mask, keys, shares)]
+    given = part.mask, d_columns, columns, part.d_offset, part.d_mask, keys, shares, part.d_x if adds else None
+    arrays = [none if tensor is None else tensor for tensor in given]
     tile, block = tiles.tile(GC)
-    _kernels().sample_backward[-(-rows // tile), spec.taps, G](
+    _kernels().sample_backward[-(-rows // tile) * G, spec.taps](
         part.x, part.offset, *arrays, rows, spec.positions, spec.pixels, C, CG, GC, G, plan.group, plan.tap, *plan.sizes,
         **plan.constants, COLUMNS=columns is not None, POSITIONS=part.d_offset is not None, ENTRIES=keys is not None,
-        ROW_SPAN=plan.row_span, SPAN=plan.span, COLUMN_SPAN=plan.column_span, BR=tile, BC=block, num_warps=4,
+        SCATTER=adds, ROW_SPAN=plan.row_span, SPAN=plan.span, COLUMN_SPAN=plan.column_span, BR=tile, BC=block, num_warps=4,
     )  # fmt: skip
     return keys, shares
 

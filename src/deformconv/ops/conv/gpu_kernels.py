@@ -9,7 +9,10 @@ how many rows surely are of one image, and how many channels lie one after the o
 are loaded and stored together; no block is smaller than they are. Numbers of elements are of INDEX, int64 where an array is so
 large. Interpolation and sums are of ACC, float32 for half precision.
 
-Loops store nothing that a later turn loads, and no sum is made by atomics: results are the same bit for bit each time.
+Programs that go through the same rows are neighbours in the grid, since what they write lies side by side.
+
+Loops store nothing that a later turn loads. No sum is made by atomics, and results are the same bit for bit each time, but for
+the input's gradient where SCATTER asks for it.
 """
 
 from __future__ import annotations
@@ -33,11 +36,12 @@ def sample(
 ):  # fmt: skip
     """Columns of the rows from `first` on: BR rows, BC channels of one offset group, and `taps` taps a program."""
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    own_row, there, image, position = rows_of(first, rows, P, BR, INDEX, ROW_SPAN)
     blocks = tl.cdiv(GC, BC)
-    group = tl.program_id(1) // blocks
-    channel, is_channel = channels_of(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
-    for tap in range(tl.program_id(2) * taps, tl.minimum(tl.program_id(2) * taps + taps, K)):
+    part = tl.program_id(0) % (G * blocks)
+    group = part // blocks
+    own_row, there, image, position = rows_of(tl.program_id(0) // (G * blocks), first, rows, P, BR, INDEX, ROW_SPAN)
+    channel, is_channel = channels_of(group, part % blocks * BC, GC, BC, SPAN)
+    for tap in range(tl.program_id(1) * taps, tl.minimum(tl.program_id(1) * taps + taps, K)):
         found = sampled(
             x_ptr, offset_ptr, mask_ptr, image, position, there, channel, is_channel, group, tap, P, pixels, C, G,
             Z, Y, X, OY, OX, WINDOW, RANK, MASKED, INSIDE, LAST, ACC, SPAN,
@@ -56,10 +60,11 @@ def convolve_depthwise(
 ):  # fmt: skip
     """The output of BR rows and BC channels where each channel is a group of its own; the weight is (K, C)."""
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    own_row, there, image, position = rows_of(0, rows, P, BR, INDEX, ROW_SPAN)
     blocks = tl.cdiv(GC, BC)
-    group = tl.program_id(1) // blocks
-    channel, is_channel = channels_of(group, tl.program_id(1) % blocks * BC, GC, BC, SPAN)
+    part = tl.program_id(0) % (G * blocks)
+    group = part // blocks
+    own_row, there, image, position = rows_of(tl.program_id(0) // (G * blocks), 0, rows, P, BR, INDEX, ROW_SPAN)
+    channel, is_channel = channels_of(group, part % blocks * BC, GC, BC, SPAN)
     sums = tl.zeros((BR, BC), ACC)
     for tap in range(0, K):
         found = sampled(
@@ -75,22 +80,22 @@ def convolve_depthwise(
 
 @triton.jit(do_not_specialize=["rows", "P", "pixels", "Z", "Y", "X", "OY", "OX"])
 def sample_backward(
-    x_ptr, offset_ptr, mask_ptr, d_columns_ptr, columns_ptr, d_offset_ptr, d_mask_ptr, key_ptr, share_ptr,
+    x_ptr, offset_ptr, mask_ptr, d_columns_ptr, columns_ptr, d_offset_ptr, d_mask_ptr, key_ptr, share_ptr, d_x_ptr,
     rows, P, pixels, C, CG, GC, G, GROUP, TAP, Z, Y, X, OY, OX,
     WINDOW: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, LAST: tl.constexpr,
-    ACC: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr, ENTRIES: tl.constexpr,
+    ACC: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr, ENTRIES: tl.constexpr, SCATTER: tl.constexpr,
     INDEX: tl.constexpr, ROW_SPAN: tl.constexpr, SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """All that is read at one tap's samples of BR rows and one offset group.
 
     COLUMNS: the columns again. POSITIONS: the gradients of offsets and masks, from that of the columns. ENTRIES: which samples
-    the gradient of the input is to be collected from.
+    the gradient of the input is to be collected from. SCATTER: that gradient itself, added to an array of ACC's numbers.
     """
     K: tl.constexpr = WINDOW[0][0] * WINDOW[0][1] * WINDOW[0][2]
-    own_row, there, image, position = rows_of(0, rows, P, BR, INDEX, ROW_SPAN)
+    own_row, there, image, position = rows_of(tl.program_id(0) // G, 0, rows, P, BR, INDEX, ROW_SPAN)
     tap = tl.program_id(1)
-    group = tl.program_id(2)
+    group = tl.program_id(0) % G
     z_low, y_low, x_low, z, y, x, z_slope, y_slope, x_slope, counts, poison = place_tap(
         offset_ptr, image, position, there, group, tap, P, G, Z, Y, X, OY, OX, WINDOW, RANK, INSIDE, LAST, ACC
     )
@@ -104,14 +109,14 @@ def sample_backward(
             key_ptr, share_ptr, entry, tl.cast(rows, INDEX) * G * K, there, (image * G + group) * lists,
             z_low, y_low, x_low, z, y, x, mask, counts, Z, Y, X, (rows // P) * G * lists, RANK, INSIDE,
         )  # fmt: skip
-    if COLUMNS or POSITIONS:
+    if COLUMNS or POSITIONS or SCATTER:
         value, d_z, d_y, d_x = tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC), tl.zeros((BR,), ACC)
         for start in range(0, GC, BC):
             channel, is_channel = channels_of(group, start, GC, BC, SPAN)
             row_of_tap = tl.multiple_of(own_row * (K * C) + tap * TAP, COLUMN_SPAN)
             at = row_of_tap[:, None] + column_of(channel, CG, GROUP, COLUMN_SPAN)[None, :]
             stored = there[:, None] & is_channel[None, :]
-            if POSITIONS:
+            if POSITIONS or SCATTER:
                 d_column = tl.load(d_columns_ptr + at, mask=stored, other=0.0).to(ACC)
             column = tl.zeros((BR, BC), ACC)
             for CORNER in tl.static_range(2**RANK):
@@ -119,7 +124,12 @@ def sample_backward(
                     z_low, y_low, x_low, z, y, x, Z, Y, X, CORNER, RANK, INSIDE
                 )
                 of = tl.multiple_of((image * pixels + pixel) * C, SPAN)[:, None] + channel[None, :]
-                corner = tl.load(x_ptr + of, mask=(inside & counts)[:, None] & is_channel[None, :], other=0.0).to(ACC)
+                read = (inside & counts)[:, None] & is_channel[None, :]
+                if SCATTER:
+                    share = (z_weight * y_weight * x_weight * mask)[:, None] * d_column
+                    tl.atomic_add(d_x_ptr + of, share, mask=read, sem="relaxed")
+                if COLUMNS or POSITIONS:
+                    corner = tl.load(x_ptr + of, mask=read, other=0.0).to(ACC)
                 if COLUMNS:
                     column += (z_weight * y_weight * x_weight)[:, None] * corner
                 if POSITIONS:

@@ -18,9 +18,9 @@ __all__ = ["mask_of", "place_tap", "pulled_back", "rows_of", "sampled", "store_p
 
 
 @triton.jit
-def rows_of(first, rows, P, BR: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr):
-    """BR rows of one program: their numbers from `first` on, which of them there are, their images and positions there."""
-    own_row = tl.program_id(0) * BR + tl.arange(0, BR)
+def rows_of(block, first, rows, P, BR: tl.constexpr, INDEX: tl.constexpr, ROW_SPAN: tl.constexpr):
+    """The BR rows of a block: their numbers from `first` on, which of them there are, their images and positions there."""
+    own_row = block * BR + tl.arange(0, BR)
     there = tl.max_constancy(own_row < rows, ROW_SPAN)
     image = tl.max_constancy((first + own_row) // P, ROW_SPAN)
     position = tl.max_contiguous(tl.multiple_of(first + own_row - image * P, ROW_SPAN), ROW_SPAN)

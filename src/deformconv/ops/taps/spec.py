@@ -27,7 +27,7 @@ class Words(NamedTuple):
     channels: str  # the input's: "C_in"
     kernel: str  # the beginning of a sentence that its size ends
     # (channels of `offset` that do not fit, channels of a tap, D) -> what else there is to say of them
-    hint: Callable[[int, int, int], str] = lambda channels, each, D: ""
+    hint: Callable[[int, int, int], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _raise_offset_channels(
     elif given is not None and whole:
         text += f" {channels} channels fit offset_groups={channels // each}."
     else:
-        text += words.hint(channels, (given or 1) * D, D)
+        text += words.hint(channels, (given or 1) * D, D) if words.hint is not None else ""
     raise ShapeError(text)
 
 

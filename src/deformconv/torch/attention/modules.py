@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from deformconv.errors import ShapeError
@@ -17,8 +16,9 @@ from deformconv.ops.window import count, n_of
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes
 from deformconv.torch.attention.functional import deform_attention
-from deformconv.torch.predictor import VectorPredictor, check_dtype
-from deformconv.torch.tensors import HALF, dtype_name
+from deformconv.torch.observed import Observed
+from deformconv.torch.predictor import VectorPredictor, check_dtype, project
+from deformconv.torch.tensors import dtype_name
 
 __all__ = ["DeformAttention"]
 
@@ -27,7 +27,7 @@ class _Predictor(VectorPredictor):
     """A predictor that computes in float32 where the net is in half precision, as `conv.modules.OffsetPredictor` does."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _project(input, self.weight, self.bias)
+        return project(input, self.weight, self.bias)
 
 
 class _SamplingOffsets(_Predictor):
@@ -52,20 +52,8 @@ class _SamplingOffsets(_Predictor):
             self.bias.copy_(bias.expand(-1, self.levels, -1, -1).flatten())
 
 
-def _project(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear in float32 or float64. For tracers that record calls of functions it is one, as `conv.modules` has it."""
-    if has_torch_function((input, weight)):
-        result: Tensor = handle_torch_function(_project, (input, weight), input, weight, bias)
-        return result
-    if weight.dtype in HALF or input.dtype in HALF or modes.autocast(input.device.type):
-        whole = (tensor.float() if tensor.dtype in HALF else tensor for tensor in (input, weight, bias))
-        with modes.without_autocast(input.device.type):
-            return F.linear(*whole)
-    return F.linear(input, weight, bias)
-
-
 def _locations(offsets: Tensor, reference_points: Tensor, levels: tuple[tuple[int, int], ...]) -> Tensor:
-    """Where points lie: offsets are pixels of a level, or parts of a box. A call to tracers, as `_project` is."""
+    """Where points lie: offsets are pixels of a level, or parts of a box. A call to tracers, as `project` is."""
     if has_torch_function((offsets, reference_points)):
         operands = (offsets, reference_points)
         result: Tensor = handle_torch_function(_locations, operands, *operands, levels)
@@ -79,7 +67,7 @@ def _locations(offsets: Tensor, reference_points: Tensor, levels: tuple[tuple[in
     return centre + offsets / scale
 
 
-class DeformAttention(nn.Module):
+class DeformAttention(Observed, nn.Module):
     """Multi-scale deformable attention: each query looks at a few points around its reference point, in every level.
 
     Deformable DETR's MSDeformAttn. The points' offsets and weights are predicted from the query; `deform_attention` computes
@@ -184,6 +172,8 @@ class DeformAttention(nn.Module):
             value = value.masked_fill(padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, self.embed_dim // self.num_heads))
         projected: Tensor = self.output_proj(deform_attention(value, levels, locations, weights))
+        if self._observers:
+            self._show(reference_points, levels, locations, weights)
         return projected
 
     def locations_and_weights(

@@ -28,6 +28,7 @@ from deformconv.torch import modes
 from deformconv.torch.conv import prediction
 from deformconv.torch.conv.functional import check_layer_input, deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.loading import Loading
+from deformconv.torch.observed import Observed
 from deformconv.torch.predictor import Predictor
 from deformconv.torch.tensors import HALF
 
@@ -91,15 +92,13 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, p
     return result
 
 
-class _DeformConvNd(Loading, nn.modules.conv._ConvNd):
+class _DeformConvNd(Observed, Loading, nn.modules.conv._ConvNd):
     """An nn.ConvNd to everything that asks: what is done to a net's convolutions is done to the layer's `weight` and `bias`."""
 
     rank: ClassVar[int]
     _operator: ClassVar[Callable[..., Tensor]]
     _offset_convolution = OffsetPredictor
     _predictors = ("offset_conv",)
-    # What is called with each call's input, offsets, masks and output; a layer's own dict while somebody looks at it.
-    _observers: dict[int, Callable[[Tensor, Tensor, Tensor | None, Tensor], None]] | None = None
 
     padding: Any  # pairs as well
     offset_conv: OffsetPredictor | None
@@ -221,12 +220,6 @@ class _DeformConvNd(Loading, nn.modules.conv._ConvNd):
         if self._observers:
             self._show(input, *shown, output)
         return output
-
-    def _show(self, input: Tensor, offset: Tensor, mask: Tensor | None, output: Tensor) -> None:
-        """Hand a call to who looks at the layer, unless it is being read by a compiler, a tracer or a transform."""
-        if not (modes.compiling() or modes.traced() or modes.transformed()):
-            for watch in tuple((self._observers or {}).values()):
-                watch(input, offset, mask, output)
 
     def _forward_at_once(self, input: Tensor, weight: Tensor) -> Tensor | None:
         """The output, prediction and convolution in one kernel; None where something must see what lies between."""
