@@ -19,6 +19,7 @@ from tests.ops.aggregate.suite import SMALL, in_float64, odd, reference_backward
 from tests.ops.conv.gpu_suite import assert_near
 from tests.tolerances import assert_close
 
+from deformconv.ops import gpu as on_gpu
 from deformconv.ops.aggregate import gpu
 from deformconv.ops.aggregate.spec import GRADIENTS, AggregateSpec, aggregate_spec
 from deformconv.ops.operator import Operand
@@ -88,6 +89,24 @@ def test_long_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     found = gpu.backward(call.spec, *t, wanted=["input"])
     assert_close(found.input, in_float64(call, reference_backward).input, "float64")
     assert found.offset is found.mask is None
+
+
+@pytest.mark.parametrize("half", ["bfloat16"])
+def test_added_up(half: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input's gradient by atomics, in float32, which a card is to be there for, as none is here."""
+
+    def no_lists(*of: Any) -> None:
+        raise AssertionError("samples are not sorted")
+
+    monkeypatch.setattr(on_gpu, "adds", lambda channels, device: True)
+    monkeypatch.setattr(lists, "entries", no_lists)
+    for name, result, expected in half_results(half_call(SMALL, half, True, change=odd)):
+        assert_near(name, result, expected, half)
+    call = half_call(SMALL, half, True)
+    t = [call.tensors[name] for name in ("grad_output", "input", "offset", "mask")]
+    found = gpu.backward(call.spec, *t, wanted=["input"]).input
+    assert_near("input", found, in_float64(call.exact, reference_backward).input, half)
+    assert found.dtype == t[1].dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
