@@ -64,6 +64,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
 
 
+@pytest.fixture
+def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """PyTorch is told to be deterministic: where offset groups have few channels, a GPU adds up nothing by atomics then."""
+    import torch
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it before it multiplies on a GPU
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @cache
 def _without_browser() -> str:
     """Why no browser can be driven here; nothing if one can."""

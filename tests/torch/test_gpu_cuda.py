@@ -165,14 +165,9 @@ class TestSingle:
                 assert (errors["output"] > TOLERANCE["float32"]) == on, errors
 
 
+@pytest.mark.usefixtures("in_order")
 class TestSameBits:
     """The same bits every time: no sum depends on which program comes first, where PyTorch is told to be deterministic."""
-
-    @pytest.fixture(autouse=True)
-    def deterministic(self):
-        torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(False)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("case", [LAYER, FEW, LAYER.but(in_channels=96, groups=96)],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from tests.ops.conv.gpu_suite import assert_near, by_half, by_mix
 from tests.tolerances import assert_close
 
 from deformconv.ops.aggregate import gpu
-from deformconv.torch import deform_aggregate
+from deformconv.torch import deform_aggregate2d
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.cuda
@@ -22,15 +21,7 @@ pytestmark = pytest.mark.cuda
 STAGE = Case("a stage", (56, 56), (3, 3), padding=1, batch=4, channels=128, offset_groups=8)
 
 
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """Where offset groups have few channels the input's gradient is the same bit for bit if PyTorch is told to be so."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("deterministic")
+@pytest.mark.usefixtures("in_order")
 class TestGpu(GpuSuite):
     device = "cuda"
 
@@ -62,7 +53,7 @@ def results(spec: Any, tensors: list[Any], grad_output: Any) -> list[Any]:
     return [gpu.forward(spec, *tensors), *gpu.backward(spec, grad_output, *tensors, wanted=ARGUMENTS)]
 
 
-@pytest.mark.usefixtures("deterministic")
+@pytest.mark.usefixtures("in_order")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_same_bits_in_20_runs_while_another_stream_is_busy(dtype: Any) -> None:
     call = on_gpu(STAGE, dtype)
@@ -82,13 +73,13 @@ def test_a_large_call_agrees_with_array_operations(groups: int) -> None:
     tensors[1] = tensors[1].floor() + 0.1 + 0.8 * (tensors[1] - tensors[1].floor())
     found = results(spec, tensors, grad_output)
     leaves = [tensor.double().requires_grad_() for tensor in tensors]
-    output = deform_aggregate(*leaves, **parameters(case), backend="portable")
+    output = deform_aggregate2d(*leaves, **parameters(case), backend="portable")
     expected = [output.detach(), *torch.autograd.grad(output, leaves, grad_output.double())]
     for name, ours, theirs in zip(("output", *ARGUMENTS), found, expected, strict=True):
         assert_close(ours.cpu(), theirs.cpu(), "float32", name)
 
 
-@pytest.mark.usefixtures("deterministic")
+@pytest.mark.usefixtures("in_order")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_forward_and_backward_are_recorded(dtype: Any) -> None:
     """In a graph, which waits for nothing, and which sees other offsets later."""
@@ -110,7 +101,7 @@ def test_the_public_function() -> None:
     case = TAILS[2]
     call = make(case)
     leaves = [torch.from_numpy(array.copy()).cuda().requires_grad_() for array in call.arrays]
-    output = deform_aggregate(*leaves, **parameters(case), backend="gpu")
+    output = deform_aggregate2d(*leaves, **parameters(case), backend="gpu")
     assert_close(output.detach().cpu(), in_float64(call, reference_forward), "float64")
     found = torch.autograd.grad(output, leaves, torch.from_numpy(call.grad_output).cuda())
     expected = in_float64(call, reference_backward)
@@ -125,7 +116,7 @@ def test_compiled_by_pytorch() -> None:
     x = tensors[0].requires_grad_()
 
     def call(x: Any) -> Any:
-        return deform_aggregate(x, *tensors[1:], **parameters(case)).sin()
+        return deform_aggregate2d(x, *tensors[1:], **parameters(case)).sin()
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True)

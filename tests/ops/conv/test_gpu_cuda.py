@@ -28,6 +28,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.cuda
 
 
+@pytest.mark.usefixtures("in_order")
 class TestGpu(GpuSuite):
     device = "cuda"
 

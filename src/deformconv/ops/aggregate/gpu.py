@@ -142,7 +142,7 @@ def backward(
         _backward_of(spec, _Part(*(None if tensor is None else tensor[images] for tensor in whole)), last, adds)
     found = {"offset": whole.d_offset, "mask": whole.d_mask}
     if whole.d_x is not None:
-        found["input"] = turned.formed(whole.d_x.to(input.dtype), input)
+        found["input"] = turned.formed(whole.d_x, input)
     return Gradients(**{name: found[name] for name in given})
 
 
