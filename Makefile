@@ -43,6 +43,7 @@ MMDET_PY := $(MMDET_VENV)/$(BIN)/python
 INSTALLED_TESTS := tests/convert tests/ops tests/runtime tests/sampling \
 	tests/test_dispatch.py tests/test_functional.py tests/test_installation.py tests/test_package.py
 GLUON_TESTS := tests/gluon $(filter-out tests/test_installation.py,$(INSTALLED_TESTS)) tests/test_readme.py
+GLUON_SHARED := tests/convert tests/gluon tests/ops tests/sampling
 # What computes on one processor most of the time, and asks nothing of clocks, browsers or other processes: two at a time.
 SHARED_TESTS := tests/convert tests/ops tests/sampling tests/torch tests/vision
 OLDEST_PYTHON ?= python3.10
@@ -76,7 +77,8 @@ INTERPRETED_TESTS := tests/test_interpreted.py tests/runtime/test_product.py tes
 GPU_TESTS := tests/runtime/test_product.py tests/ops/conv/test_gpu_cuda.py tests/ops/roi_pool/test_gpu_cuda.py \
 	tests/ops/attention/test_gpu_cuda.py tests/ops/aggregate/test_gpu_cuda.py tests/torch/test_gpu_cuda.py tests/plots/test_monitor.py
 
-.PHONY: help demo demo-gluon experiment test test-torch run-torch run-shared run-alone run-interpreter test-gpu test-gluon test-mmdet \
+.PHONY: help demo demo-gluon experiment test test-torch run-torch run-shared run-alone run-interpreter test-gpu test-gluon \
+	run-gluon-shared run-gluon-alone test-mmdet \
 	test-fast test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -124,8 +126,14 @@ test-fast: $(VENV)/installed-dev
 test-other-kernels: $(VENV)/installed-dev
 	env $(KERNELS) $(PY) -m pytest $(OTHER_KERNELS_TESTS)
 
-test-gluon: $(GLUON_VENV)/installed-dev-gluon
-	$(GLUON_PY) -m pytest $(GLUON_TESTS)
+test-gluon:
+	$(call parts,run-gluon-shared run-gluon-alone)
+
+run-gluon-shared: $(GLUON_VENV)/installed-dev-gluon
+	$(GLUON_PY) -m pytest -n 2 --dist worksteal $(GLUON_SHARED)
+
+run-gluon-alone: $(GLUON_VENV)/installed-dev-gluon
+	$(GLUON_PY) -m pytest $(filter-out $(GLUON_SHARED),$(GLUON_TESTS))
 
 test-mmdet: $(MMDET_VENV)/installed-mmdet
 	$(MMDET_PY) -m pytest tests/mmdet
