@@ -48,6 +48,7 @@ class Trace:
     calls: list
     geometries: list
     names: list = field(init=False)
+    attentions: tuple = ()
 
     def __post_init__(self):
         self.names = [call.layer for call in self.calls]

@@ -19,6 +19,7 @@ from deformconv.plots import (  # noqa: E402
     OffsetMonitor,
     draw_query_points,
     offset_field,
+    offset_statistics,
     query_points,
     receptive_field,
     record,
@@ -181,12 +182,25 @@ def test_a_layer_by_itself_wants_the_pictures_size():
         ({"index": 1}, "layer 'attention' was called 1 time in a forward pass; there is no call 1"),
         ({"at": (1, 2), "query": 3}, "`at` and `query` were both passed"),
         ({"at": (1, 2, 3)}, r"`at` is \(1, 2, 3\); expected 2 numbers"),
+        ({"at": "rim"}, "`at` is 'rim'; expected 2 numbers"),
         ({"at": (48, 2)}, r"`at` is \(48, 2\), outside the image of 48 x 64 pixels"),
     ],
 )
 def test_what_is_not_there_is_said(trace, arguments, message):
     with pytest.raises(ValueError, match=message):
         query_points(trace, "attention", **arguments)
+
+
+def test_a_trace_of_nothing_or_of_attention_alone_is_told_so():
+    layer = DeformAttention(32, num_levels=1)
+    with record(layer) as trace:
+        pass
+    with pytest.raises(ValueError, match=r"nothing was recorded: call the model, model\(x\), within"):
+        query_points(trace, "", size=(8, 10))
+    with record(layer) as trace:
+        layer(torch.rand(1, 20, 32), torch.rand(1, 20, 1, 2), torch.rand(1, 20, 32), [(4, 5)])
+    with pytest.raises(ValueError, match=r"only deformable attention was recorded, .* query_points\(trace, layer\) has"):
+        offset_statistics(trace)
 
 
 def test_other_layers_are_no_attention(trace, net):

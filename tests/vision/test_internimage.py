@@ -430,9 +430,32 @@ def test_a_shape_that_does_not_fit_is_explained(shape: Any, text: str) -> None:
         DCNv4(6, group=2)(torch.zeros(1, 35, 6), shape)
 
 
+@pytest.mark.parametrize(
+    ("shape", "error", "text"),
+    [
+        ((5.0, 7.0), TypeError, r"`shape` is \(5\.0, 7\.0\), which holds 5\.0 of type float; expected integers"),
+        ("57", TypeError, r"`shape` is \('5', '7'\), which holds '5' of type str; expected integers"),
+        ((-5, -7), ValueError, r"`shape` is \(-5, -7\); expected at least 1"),
+    ],
+)
+def test_a_shape_of_what_are_no_sizes_is_explained(shape: Any, error: type[Exception], text: str) -> None:
+    layer, input = DCNv4(6, group=2), torch.rand(1, 35, 6)
+    with pytest.raises(error, match=text):
+        layer(input, shape)
+    assert torch.equal(layer(input, torch.tensor((5, 7))), layer(input, (5, 7)))
+
+
 @pytest.mark.parametrize("make", [DCNv3, DCNv4])
 def test_dtypes_and_windows_that_do_not_fit(make: Any) -> None:
     layer = make(6, group=2)
+    with pytest.raises(TypeError, match=r"`input` is a numpy\.ndarray; expected a PyTorch tensor\. Pass `torch\.from_numpy"):
+        layer(map_of().numpy())
+    with pytest.raises(TypeError, match="`input` is None; expected a PyTorch tensor"):
+        layer(None)
+    with pytest.raises(
+        TypeError, match=r"`input` is int64 and .* float32; .*: cast `input` by `input\.to\(torch\.float32\)`\.$"
+    ):
+        layer(torch.zeros(1, 5, 7, 6, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"`input` is float64 and this layer's parameters are float32; .* cast `input`"):
         layer(map_of() if make is DCNv3 else map_of().flatten(1, 2))
     large = make(6, group=2, kernel_size=5, pad=0)

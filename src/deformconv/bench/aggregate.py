@@ -128,7 +128,7 @@ class TorchvisionAggregate(_AggregatePeer):
 
 
 class GridSampleAggregate(_AggregatePeer):
-    """As the authors' nets compute it where their CUDA extension is not built: PyTorch's grid_sample, all taps at once."""
+    """As the authors' DCNv3_pytorch, which needs no CUDA extension, computes it: PyTorch's grid_sample, all taps at once."""
 
     name, title = "grid_sample-aggregate", "grid_sample"
 

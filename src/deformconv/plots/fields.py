@@ -189,7 +189,7 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
         OffsetStatistics.
 
     Raises:
-        ValueError: nothing was recorded.
+        ValueError: nothing was recorded, or deformable attention alone.
         TypeError: `trace` is none.
 
     Example:
@@ -205,6 +205,11 @@ def offset_statistics(trace: Trace) -> OffsetStatistics:
         1      +0.00 (+0.0)  +0.00 (+0.0)  0.00 (0.0)  0.00 (0.0)     8.2%     8.2%  1.000
     """
     check_trace(trace)
+    if not trace.calls and trace.attentions:
+        raise ValueError(
+            "only deformable attention was recorded, which has no offsets of a window; expected a trace of deformable layers. "
+            "query_points(trace, layer) has what attention samples."
+        )
     if not trace.calls:
         raise ValueError("nothing was recorded; expected a trace within whose `with record(model)` the model was called.")
     calls: dict[tuple[str, int], list[Call]] = {}

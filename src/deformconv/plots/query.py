@@ -156,7 +156,10 @@ def _box(call: AttentionCall, image: int, query: int, pixels: Array) -> tuple[fl
 
 def _nearest(references: Array, at: Any, pixels: Array) -> int:
     """The query whose reference point is nearest to a position."""
-    position = np.asarray(at, np.float64)
+    try:
+        position = np.asarray(at, np.float64)
+    except (TypeError, ValueError):
+        position = np.empty(0)
     if position.shape != (2,):
         raise ValueError(f"`at` is {at!r}; expected 2 numbers, (y, x).")
     if not ((position >= -0.5) & (position <= pixels - 0.5)).all():

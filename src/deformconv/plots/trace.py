@@ -73,6 +73,7 @@ class Trace:
         """A layer of attention's last call, or the last with that index."""
         found = [call for call in self.attentions if call.layer == layer]
         if not found:
+            self._rank()
             names = ", ".join(map(repr, self.attention_layers)) or "none"
             hint = " It has offsets: trace[name] is its call." if layer in self.layers else ""
             raise ValueError(

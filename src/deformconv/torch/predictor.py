@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from deformconv.torch import modes
-from deformconv.torch.tensors import HALF, dtype_name
+from deformconv.torch.tensors import HALF, check_tensor, dtype_name
 
 __all__ = ["Predictor", "VectorPredictor", "check_dtype", "project"]
 
@@ -56,11 +56,14 @@ def project(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def check_dtype(layer: nn.Module, name: str, input: Any) -> None:
     """Say in the operator's words what F.linear would say in its own."""
-    if modes.compiling() or modes.any_autocast():  # PyTorch's compiler of 2.4 does not read the next line
+    if modes.compiling():  # PyTorch's compiler of 2.4 does not read what follows
         return
+    if not has_torch_function((input,)):  # a tracer's stand-in for a tensor has one
+        check_tensor(name, input)
     weight = next(layer.parameters(), None)
-    if isinstance(input, Tensor) and weight is not None and input.dtype is not weight.dtype:
-        raise TypeError(
-            f"`{name}` is {dtype_name(input.dtype)} and this layer's parameters are {dtype_name(weight.dtype)}; expected "
-            f"one dtype: cast `{name}`, or the layer by `layer.to({input.dtype})`."
-        )
+    if modes.any_autocast() or not isinstance(input, Tensor) or weight is None or input.dtype is weight.dtype:
+        return
+    dtypes = f"`{name}` is {dtype_name(input.dtype)} and this layer's parameters are {dtype_name(weight.dtype)}"
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"{dtypes}; expected one floating-point dtype: cast `{name}` by `{name}.to({weight.dtype})`.")
+    raise TypeError(f"{dtypes}; expected one dtype: cast `{name}`, or the layer by `layer.to({input.dtype})`.")

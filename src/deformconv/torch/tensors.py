@@ -13,8 +13,8 @@ from torch._prims_common import suggest_memory_format
 from deformconv.ops.operator import Operand, Operator
 
 __all__ = [
-    "HALF", "PLAIN", "array_of", "check_tensors", "described", "device_of", "dtype_name", "in_dtype", "memory_format",
-    "operand", "requires_grad", "with_batch",
+    "HALF", "PLAIN", "array_of", "check_tensor", "check_tensors", "described", "device_of", "dtype_name", "in_dtype",
+    "memory_format", "operand", "requires_grad", "with_batch",
 ]  # fmt: skip
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass may have functions of its own, or no memory
@@ -77,6 +77,12 @@ def check_tensors(operator: Operator, **operands: Any) -> None:
                 raise TypeError(f"`{name}` has the layout {value.layout}; expected a dense tensor: `{name}.to_dense()`.")
         elif value is not None or name not in operator.optional:
             _raise_no_tensor(name, value, operands)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise unless this is a tensor."""
+    if not isinstance(value, Tensor):
+        _raise_no_tensor(name, value, {})
 
 
 def _raise_no_tensor(name: str, value: Any, operands: dict[str, Any]) -> NoReturn:

@@ -137,7 +137,7 @@ class DCNv3(Aggregate):
 
         Raises:
             ShapeError: the input has another shape.
-            TypeError: it has not the dtype of the layer's parameters.
+            TypeError: it is no tensor, or has not the dtype of the layer's parameters.
         """
         self._check(input)
         value = self.input_proj(input)

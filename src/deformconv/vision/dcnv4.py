@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deformconv.convert.internimage import Taps, packed, unpacked
 from deformconv.errors import ShapeError
+from deformconv.ops.window import integers
 from deformconv.ops.words import unexpected
 from deformconv.torch import modes
 from deformconv.torch.predictor import VectorPredictor, check_dtype, project
@@ -114,7 +115,7 @@ class DCNv4(Aggregate):
 
         Raises:
             ShapeError: the input has another shape, or not as many pixels.
-            TypeError: it has not the dtype of the layer's parameters.
+            TypeError: it is no tensor, or has not the dtype of the layer's parameters; `shape` holds what are no integers.
         """
         self._check(input)
         map = input.unflatten(1, self._size(input, shape))  # (N, H, W, C)
@@ -161,7 +162,11 @@ class DCNv4(Aggregate):
             height, width = shape
         except (TypeError, ValueError):
             raise ShapeError(f"`shape` is {shape!r}; expected two integers, the height and width of the maps.") from None
-        if not modes.traced() and height * width != pixels:
+        if modes.traced():
+            return height, width
+        if not modes.compiling():  # to ask a symbol for its number is to fix it
+            height, width = integers("shape", (height, width), 2, 1)
+        if height * width != pixels:
             raise ShapeError(
                 f"`input` has {pixels} pixels, shape {tuple(input.shape)}; `shape` is {shape!r} and has {height}*{width} = "
                 f"{height * width}."

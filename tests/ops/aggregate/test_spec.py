@@ -85,6 +85,9 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"mask": (2, 8, 9, 9)}, ShapeError, ["`mask` has 8 channels;", "`mask` looks channels-last"]),
     ({"mask": (9, 8, 9)}, ShapeError, ["`mask` has 3 axes", "(N, offset_groups*K, height, width)."]),
     ({"mask": (2, 9, 4, 5)}, ShapeError, ["`mask` has spatial size 4x5; expected the output's, 8x9"]),
+    ({"mask": (4, 4, 3, 3)}, ShapeError, [
+        "`mask` has shape (4, 4, 3, 3), which looks like a weight's; expected a factor for every sample, (2, 9, 8, 9).",
+        "Nothing is multiplied by a weight here: deform_conv does that."]),
     # Inputs
     ({"input": (8, 9)}, ShapeError, [
         "`input` has 2 axes, shape (8, 9); expected 3, 4 or 5: (N, C) and 1, 2 or 3 spatial axes."]),

@@ -154,12 +154,22 @@ def _spec(
     )
     check_positions(spec, "offset", offset, channels)
     if mask is not None:
+        _check_no_weight(spec, mask)
         check_mask_channels(spec, mask)
         check_positions(spec, "mask", mask, channels)
     return spec
 
 
 _cached_spec = lru_cache(maxsize=1024)(_spec)
+
+
+def _check_no_weight(spec: AggregateSpec, mask: Operand) -> None:
+    """Raise for a weight in the place of the mask, where deformable convolutions take it."""
+    if tuple(mask.shape[2:]) == spec.kernel_size != spec.output_size:
+        raise ShapeError(
+            f"`mask` has shape {shape_of(mask)}, which looks like a weight's; expected a factor for every sample, "
+            f"{spec.mask_shape}. Nothing is multiplied by a weight here: deform_conv does that."
+        )
 
 
 def _rank(input: Operand, rank: int | None) -> int:
