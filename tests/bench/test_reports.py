@@ -33,6 +33,16 @@ def measured(name, **changes):
     return rows
 
 
+class TestOtherOperators:
+    def test_cases_that_were_named(self):
+        (other,) = [other for other in reports.OTHERS if other.word == "aggregate"]
+        assert other.wanted(plan(quick=False)) == list(other.cases)
+        named = other.wanted(plan(quick=False, named=("dcnv4-7-1024", "primes", "intern-7")))
+        assert [case.name for case in named] == ["intern-7", "dcnv4-7-1024"]
+        assert len(other.wanted(plan())) == 1
+        assert other.wanted(plan(named=("primes",))) == []
+
+
 class TestOffsets:
     @pytest.mark.slow
     def test_every_kind_is_measured(self):

@@ -49,6 +49,8 @@ def absent(monkeypatch):
     ("arguments", "message"),
     [
         (["--case", "c64"], "there is no case 'c64'; there are c64-56, c128-28, "),
+        (["aggregate", "--case", "c64-56"], "the report aggregate measures cases of its own, and --case names none"),
+        (["--case", "intern-7"], "the report speed measures layers, and --case names none"),
         (["--library", "mmcv"], "there is no library 'mmcv'; there are deformconv, onnxruntime, openvino, torchvision, "),
         (["--direction", "sideways"], "there is no direction 'sideways'; there are forward, forward+backward"),
         (

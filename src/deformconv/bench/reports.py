@@ -43,6 +43,7 @@ class Plan(NamedTuple):
     pace: Pace
     quick: bool = False
     nets: Sequence[Net] = NETS
+    named: Sequence[str] = ()  # cases, nets and other operators' cases that alone are wanted; none if all are
 
 
 class Report(NamedTuple):
@@ -170,6 +171,11 @@ class Other(NamedTuple):
         labels = {name.rpartition("-")[0]: name for name, peer in self.peers.items() if not missing(peer.packages)}
         return {label: name for label, name in labels.items() if label in plan.libraries or label not in (*PEERS, "truth")}
 
+    def wanted(self, plan: Plan) -> Sequence[Any]:
+        """The cases that are to be measured."""
+        cases = [case for case in self.cases if not plan.named or case.name in plan.named]
+        return cases[:1] if plan.quick else cases
+
 
 OTHERS = (
     Other("rois", "Pooling of boxes", ROI_CASES, ROI_PEERS, roi_case_of),
@@ -187,7 +193,7 @@ THEIRS = frozenset(label for other in OTHERS for label in other.others)
 
 def operator(other: Other, plan: Plan, progress: Progress) -> Rows:
     """Each case beside other libraries; the first with one thread beside two; and what training takes of memory."""
-    word, cases, peers = other.word, other.cases[:1] if plan.quick else other.cases, other.chosen(plan)
+    word, cases, peers = other.word, other.wanted(plan), other.chosen(plan)
     truths, ours, rows = [other.of("truth")], [other.of("deformconv")], []
     progress.begin((len(cases) + 1) * len(plan.directions) + len(cases) * len(peers) * (other.small is not None))
     with processes([*truths, *peers.values()], plan.threads) as (truth, *others):

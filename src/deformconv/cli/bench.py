@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from deformconv.bench.cases import CASES, QUICK, Case
 from deformconv.bench.measure import Pace, Progress, speed
 from deformconv.bench.nets import NETS, QUICK_NETS, DeformconvNet
 from deformconv.bench.peers import DIRECTIONS, PEERS, missing
-from deformconv.bench.reports import REPORTS, THEIRS, Plan, Report
+from deformconv.bench.reports import OTHERS, REPORTS, THEIRS, Plan, Report
 from deformconv.files import whole_file
 from deformconv.installation import command
 
@@ -95,6 +96,7 @@ def run(options: Options) -> int:
         _draw(options.plot, found)
         return 0
     plan, absent = _plan(options)
+    reports = _with_cases(reports, plan, "all" in options.reports)
     if "net" in reports and (needed := missing(DeformconvNet.packages)):
         raise click.ClickException(f"the report net cannot be measured: {', '.join(needed)} not installed here. {_install()}")
     found = document.machine()
@@ -140,8 +142,9 @@ def _chosen(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
 
 def _plan(options: Options) -> tuple[Plan, list[str]]:
     """What to measure, and the titles of the libraries that are not installed."""
-    known = [case.name for case in CASES] + [net.name for net in NETS]
-    names = _chosen("case", options.cases, known) or ((*QUICK, *QUICK_NETS) if options.quick else known)
+    known = [case.name for case in (*CASES, *NETS, *chain(*(other.cases for other in OTHERS)))]
+    named = _chosen("case", options.cases, known)
+    names = named or ((*QUICK, *QUICK_NETS) if options.quick else known)
     cases: list[Case] = [case for case in CASES if case.name in names]
     nets = [net for net in NETS if net.name in names]
     wanted = _chosen("library", options.libraries, tuple(PEERS))
@@ -155,13 +158,21 @@ def _plan(options: Options) -> tuple[Plan, list[str]]:
 
     pace = QUICK_PACE if options.quick else FULL
     pace = Pace(options.blocks or pace.blocks, options.seconds or pace.seconds)
-    plan = Plan(cases, libraries, directions, options.threads or available_processors(), pace, options.quick, nets)
+    plan = Plan(cases, libraries, directions, options.threads or available_processors(), pace, options.quick, nets, named)
     return plan, [] if wanted or options.base is not None else [PEERS[name].title for name in absent]
 
 
+def _with_cases(reports: Sequence[str], plan: Plan, all_of_them: bool) -> list[str]:
+    """The reports that measure something that --case names; each has to, unless all were asked for."""
+    own = {"net": ("nets", plan.nets)} | {other.word: ("cases of its own", other.wanted(plan)) for other in OTHERS}
+    idle = {name: what for name in reports for what, chosen in [own.get(name, ("layers", plan.cases))] if not chosen}
+    if not all_of_them:
+        for name, what in idle.items():
+            raise click.UsageError(f"the report {name} measures {what}, and --case names none")
+    return [name for name in reports if name not in idle]
+
+
 def _measure(name: str, plan: Plan, bar: Bar, trees: base.Trees | None) -> list[dict[str, Any]]:
-    if not (plan.nets if name == "net" else plan.cases):
-        raise click.UsageError(f"the report {name} measures {'nets' if name == 'net' else 'layers'}, and --case names none")
     if trees is not None:
         return base.REPORTS[name].measure(trees, plan, bar)
     if name == "speed":
