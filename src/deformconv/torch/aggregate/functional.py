@@ -24,9 +24,10 @@ def deform_aggregate2d(
     """Add up, in each channel, the samples of a window whose taps are moved by `offset` and weighed by `mask`.
 
     Deformable convolution without its weight: what DCNv3 and DCNv4 compute between their projections. A channel is added up
-    with the mask of its offset group, and no channel is mixed with another. On the CPU it runs compiled kernels, forward and
-    backward, also under `torch.compile` and `torch.func`, and reads and writes channels-first and channels-last memory as it
-    is; higher derivatives and forward mode run PyTorch operations. The formula is in `deformconv.deform_aggregate`.
+    with the mask of its offset group, and no channel is mixed with another. On the CPU and on GPUs it runs compiled kernels,
+    forward and backward, also under `torch.compile` and `torch.func`, and reads and writes channels-first and channels-last
+    memory as it is; other devices, higher derivatives and forward mode run PyTorch operations. The formula is in
+    `deformconv.deform_aggregate`.
 
     Args:
         input: shape (N, C, H, W). Or (C, H, W), one image, with `offset` and `mask` without N as well.

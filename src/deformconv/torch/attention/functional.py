@@ -39,7 +39,7 @@ def deform_attention(
         locations: shape (N, Q, heads, levels, points, 2), x before y, from 0 at a level's left and upper edge to 1 at its
             right and lower one: x is column x * width - 0.5.
         weights: shape (N, Q, heads, levels, points), the factor of each point; a softmax over levels and points, as a rule.
-        backend: "cpu" or "portable"; None takes the first that can run the call.
+        backend: "cpu", "gpu" or "portable"; None takes the first that can run the call.
 
     Returns:
         The output, shape (N, Q, heads*d), of the dtype and on the device of `value`.
