@@ -114,9 +114,16 @@ def test_outputs_and_gradients_in_float32(name, counted):
     assert len(counted) == calls_of(model, name)
     for key, output in expected.items():
         assert_within(found[key].detach(), output.detach(), TOLERANCE["float32"], key)
-    assert_within(
-        *(torch.cat([slope.flatten() for slope in of.values()]) for of in (ours, slopes)), TOLERANCE["float32"], "slopes"
-    )
+    ours, slopes = (torch.cat([slope.flatten() for slope in of.values()]) for of in (ours, slopes))
+    assert slopes.isfinite().all()
+    if not error(ours, slopes) <= TOLERANCE["float32"]:
+        # Rounding grows on the way through a model, on some processors more: then ours are to be as near to the truth as
+        # transformers' own are.
+        exact = copy.deepcopy(model).double()
+        wide = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+        truth = attention_models.gradients(exact, attention_models.outputs_of(exact, wide))
+        truth = torch.cat([slope.flatten() for slope in truth.values()])
+        assert error(ours, truth) <= max(TOLERANCE["float32"], 1.5 * error(slopes, truth))
 
 
 def held():

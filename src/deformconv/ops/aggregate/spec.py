@@ -154,7 +154,8 @@ def _spec(
     )
     check_positions(spec, "offset", offset, channels)
     if mask is not None:
-        _check_no_weight(spec, mask)
+        if mask.shape[1] != spec.offset_groups * spec.taps:  # asked first: to compare sizes that are symbols fixes them
+            _check_no_weight(spec, mask)
         check_mask_channels(spec, mask)
         check_positions(spec, "mask", mask, channels)
     return spec
