@@ -350,7 +350,10 @@ def test_what_a_checkpoint_computes_again_is_counted_once(reentrant, steps):
             if steps == "manual":
                 monitor.step()
     assert written.steps == [0, 1]
-    assert written[0][1]["offsets/layer/mean_width"] == pytest.approx(expected(model.layer, x)["mean_width"])
+    assert written[0][1]["offsets/layer/mean_width"] == pytest.approx(
+        expected(model.layer, x)["mean_width"],
+        abs=1e-6,  # of offsets of some pixels in float32, whose mean is near 0
+    )
 
 
 def test_an_empty_batch():

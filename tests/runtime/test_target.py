@@ -87,6 +87,8 @@ def test_a_level_that_a_processor_lacks_is_refused_before_anything_runs(tmp_path
 @on_x86_64
 def test_levels_and_their_features(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(target.levels()) == ["x86-64-v2", "x86-64-v3", "x86-64-v4"]
+    everything = frozenset(need for level in target.levels().values() for need in level.needs)
+    monkeypatch.setattr(target, "_present", lambda: everything)  # whatever this processor has
     missing(monkeypatch, "avx512vl", "avx512f")
     assert target.lacks("x86-64-v4") == ["avx512f", "avx512vl"]
     assert target.highest() != "x86-64-v4"
