@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PROGRAMS", "power", "tile"]
+__all__ = ["PROGRAMS", "power", "shared", "tile"]
 
 PROGRAMS = 528  # four for each of a large card's 132 multiprocessors
 
@@ -11,6 +11,11 @@ def tile(channels: int) -> tuple[int, int]:
     """How many rows a program that samples goes through, and how many of a group's channels at a time."""
     block = min(64, power(channels))
     return min(128, 1024 // block), block
+
+
+def shared(taps: int, programs: int) -> int:
+    """How many of a window's taps a program goes through, where there are so many programs for each: few share out taps."""
+    return -(-taps // min(taps, -(-PROGRAMS // programs)))
 
 
 def power(number: int) -> int:

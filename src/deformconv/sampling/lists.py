@@ -1,6 +1,6 @@
 """The gradient of a sampled input on a GPU: lists of samples by pixels, sorted by PyTorch, and collected by `triton_lists`.
 
-Nothing is added by atomics, and no step waits for the GPU.
+Nothing that is collected is added by atomics, and no step waits for the GPU.
 """
 
 from __future__ import annotations

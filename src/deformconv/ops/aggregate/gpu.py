@@ -8,7 +8,7 @@ their gradients written, where they lie, channels first or last.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cache, lru_cache
 from math import gcd, prod
 from typing import Any, Literal, NamedTuple
@@ -45,7 +45,12 @@ def reasons_against(spec: AggregateSpec, library: str, device: str, backward: bo
 
 def how(spec: AggregateSpec, library: str, device: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    return ["one kernel samples and sums" + on_gpu.words_of_adding(on_gpu.adds(spec.group_channels, device))]
+    return ["one kernel samples and sums" + on_gpu.words_of_adding(_adds(spec, device))]
+
+
+def _adds(spec: AggregateSpec, device: str) -> bool:
+    """Whether the input's gradient is added up by atomics."""
+    return on_gpu.adds(spec.group_channels, device)
 
 
 @cache
@@ -127,9 +132,9 @@ def backward(
     if spec.batch * spec.positions * spec.channels * spec.pixels == 0 or not given:
         return Gradients(**{name: torch.zeros_like(tensor) for name, tensor in given.items()})
     last, (offset, mask) = _last(offset, mask), _read(offset, mask)
-    positions, adds = given.keys() & {"offset", "mask"}, on_gpu.adds(spec.group_channels, str(input.device))
+    positions, adds = given.keys() & {"offset", "mask"}, "input" in given and _adds(spec, str(input.device))
     shape_of_rows = (spec.batch, *spec.input_size, spec.channels)
-    whole = _Part(
+    whole = on_taps.Part(
         x=turned.rows(input),
         offset=offset,
         mask=mask,
@@ -138,34 +143,16 @@ def backward(
         d_offset=torch.empty_like(offset) if positions else None,
         d_mask=torch.empty_like(mask) if positions and mask is not None else None,
     )
-    for images in _pieces(spec):
-        _backward_of(spec, _Part(*(None if tensor is None else tensor[images] for tensor in whole)), last, adds)
+    for part in on_taps.parts(whole, _images_of_piece(spec)):
+        _backward_of(spec, part, last, adds)
     found = {"offset": whole.d_offset, "mask": whole.d_mask}
     if whole.d_x is not None:
         found["input"] = turned.formed(whole.d_x, input)
     return Gradients(**{name: found[name] for name in given})
 
 
-class _Part(NamedTuple):
-    """Some images of a backward pass: what it reads, channels last but for offsets and masks, and where results go."""
-
-    x: Tensor
-    offset: Tensor
-    mask: Tensor | None
-    grad: Tensor
-    d_x: Tensor | None
-    d_offset: Tensor | None
-    d_mask: Tensor | None
-
-
-def _pieces(spec: AggregateSpec) -> Iterator[slice]:
-    """As many images at a time as bound the memory of lists, one at the least."""
-    images = _images_of_piece(spec)
-    for image in range(0, spec.batch, images):
-        yield slice(image, min(image + images, spec.batch))
-
-
 def _images_of_piece(spec: AggregateSpec) -> int:
+    """As many images as bound the memory of lists, one at the least."""
     return max(1, min(spec.batch, _PIECE // max(1, _samples(spec))))
 
 
@@ -174,22 +161,21 @@ def _lists(spec: AggregateSpec, images: int) -> lists.Lists:
     return lists.Lists(images, spec.input_size, spec.offset_groups, spec.group_channels)
 
 
-def _backward_of(spec: AggregateSpec, part: _Part, last: tuple[bool, ...], adds: bool) -> None:
+def _backward_of(spec: AggregateSpec, part: on_taps.Part, last: tuple[bool, ...], adds: bool) -> None:
     """Write the part's gradients."""
     plan, images, groups = _plan(spec), len(part.x), spec.offset_groups
     rows, own, keys, shares = images * spec.positions, _lists(spec, images), None, None
-    scatters = adds and part.d_x is not None
     if part.d_x is not None and not adds:
         keys, shares = lists.entries(own, images * _samples(spec), part.x)
-    given = part.mask, part.d_offset, part.d_mask, keys, shares, part.d_x if scatters else None
+    given = part.mask, part.d_offset, part.d_mask, keys, shares, part.d_x if adds else None
     mask, *arrays = (part.x if tensor is None else tensor for tensor in given)
     block = tiles.power(spec.group_channels)
     tile = max(1, min(128, 1024 // block))
-    of_rows = -(-rows // tile)
-    taps = -(-spec.taps // min(spec.taps, -(-tiles.PROGRAMS // (of_rows * groups))))  # few programs share out taps as well
-    _kernels().aggregate_backward[of_rows * groups, -(-spec.taps // taps)](
+    programs = -(-rows // tile) * groups
+    taps = tiles.shared(spec.taps, programs)
+    _kernels().aggregate_backward[programs, -(-spec.taps // taps)](
         part.x, part.offset, mask, part.grad, *arrays, rows, *plan.sizes, taps, **plan.constants, LAST=last,
-        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, SCATTER=scatters,
+        POSITIONS=part.d_offset is not None, ENTRIES=keys is not None, SCATTER=adds,
         ROW_SPAN=_row_span(plan, last, tile), BR=tile, BC=block, num_warps=4,
     )  # fmt: skip
     if keys is not None:

@@ -9,7 +9,7 @@ PyTorch is not told to be deterministic. No step waits for the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cache, lru_cache
 from itertools import product as product_of
 from math import gcd, prod
@@ -151,10 +151,9 @@ def _sample(spec: ConvSpec, x: Tensor, offset: Tensor, mask: Tensor | None, colu
     plan, rows = _plan(spec), len(columns)
     C, CG, GC, G = _channels(spec)
     tile, block = tiles.tile(GC)
-    of_rows, of_channels = -(-rows // tile), G * -(-GC // block)
-    parts = min(spec.taps, -(-tiles.PROGRAMS // (of_rows * of_channels)))  # few programs share out taps as well
-    taps = -(-spec.taps // parts)
-    _kernels().sample[of_rows * of_channels, -(-spec.taps // taps)](
+    programs = -(-rows // tile) * G * -(-GC // block)
+    taps = tiles.shared(spec.taps, programs)
+    _kernels().sample[programs, -(-spec.taps // taps)](
         x, offset, x if mask is None else mask, columns, first, rows, spec.positions, spec.pixels, C, CG, GC, G,
         plan.group, plan.tap, *plan.sizes, taps, **plan.constants, ROW_SPAN=plan.row_span, SPAN=plan.span,
         COLUMN_SPAN=plan.column_span, BR=tile, BC=block, num_warps=4,
@@ -190,7 +189,7 @@ def backward(
         return Gradients(**found, **{name: torch.zeros_like(value) for name, value in given.items()})
     positions, adds = given.keys() & {"offset", "mask"}, "input" in given and _adds(spec, str(input.device))
     shape_of_rows = (spec.batch, *spec.input_size, spec.in_channels)
-    whole = _Part(
+    whole = on_taps.Part(
         x=turned.rows(input),
         offset=offset.contiguous(),
         mask=None if mask is None else mask.contiguous(),
@@ -200,8 +199,7 @@ def backward(
         d_mask=torch.empty_like(mask, memory_format=torch.contiguous_format) if positions and mask is not None else None,
     )
     matrix, d_weight = turned.rows(weight), None
-    for images in _whole_images(spec):
-        part = _Part(*(None if tensor is None else tensor[images] for tensor in whole))
+    for part in on_taps.parts(whole, _images_of_piece(spec)):
         of_part = _backward_of(spec, part, matrix, "weight" in given, adds)
         d_weight = of_part if d_weight is None or of_part is None else d_weight + of_part
     if d_weight is not None:
@@ -212,27 +210,12 @@ def backward(
     return Gradients(**found)
 
 
-class _Part(NamedTuple):
-    """Some images of a backward pass: what it reads, channels last but for offsets and masks, and where results go."""
-
-    x: Tensor
-    offset: Tensor
-    mask: Tensor | None
-    grad: Tensor
-    d_x: Tensor | None
-    d_offset: Tensor | None
-    d_mask: Tensor | None
+def _images_of_piece(spec: ConvSpec) -> int:
+    """As many images as bound the memory of the columns' gradient, one at the least."""
+    return max(1, _PIECE // (spec.positions * spec.taps * spec.in_channels * _BYTES[spec.dtype]))
 
 
-def _whole_images(spec: ConvSpec) -> Iterator[slice]:
-    """As many images at a time as bound the memory of the columns' gradient, one at the least."""
-    each = spec.positions * spec.taps * spec.in_channels * _BYTES[spec.dtype]
-    images = max(1, _PIECE // each)
-    for image in range(0, spec.batch, images):
-        yield slice(image, min(image + images, spec.batch))
-
-
-def _backward_of(spec: ConvSpec, part: _Part, weight: Tensor, weight_wanted: bool, adds: bool) -> Tensor | None:
+def _backward_of(spec: ConvSpec, part: on_taps.Part, weight: Tensor, weight_wanted: bool, adds: bool) -> Tensor | None:
     """Write the part's gradients, and return the weight's of these images, (C_out, K*C_in/groups), if it is wanted."""
     import torch
 
@@ -264,7 +247,7 @@ def _backward_of(spec: ConvSpec, part: _Part, weight: Tensor, weight_wanted: boo
 
 
 def _sample_backward(
-    spec: ConvSpec, part: _Part, d_columns: Tensor | None, columns: Tensor | None, adds: bool
+    spec: ConvSpec, part: on_taps.Part, d_columns: Tensor | None, columns: Tensor | None, adds: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write columns and the gradients of offsets and masks; add up the input's, or return each sample's list and shares."""
     plan, rows = _plan(spec), len(part.x) * spec.positions
@@ -284,12 +267,12 @@ def _sample_backward(
     return keys, shares
 
 
-def _lists(spec: ConvSpec, part: _Part) -> lists.Lists:
+def _lists(spec: ConvSpec, part: on_taps.Part) -> lists.Lists:
     """The lists of a part's samples, of which an offset group has its own."""
     return lists.Lists(len(part.x), spec.input_size, spec.offset_groups, spec.in_channels // spec.offset_groups)
 
 
-def _collect(spec: ConvSpec, part: _Part, d_columns: Any, keys: Any, shares: Any) -> None:
+def _collect(spec: ConvSpec, part: on_taps.Part, d_columns: Any, keys: Any, shares: Any) -> None:
     """Sum the input's gradient at each pixel from the samples near it."""
     plan = _plan(spec)
     C, CG, _, G = _channels(spec)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from deformconv.ops import gpu as on_gpu
 from deformconv.ops.taps.reach import reasons_against_int32
 from deformconv.ops.taps.spec import WindowSpec
 
-__all__ = ["constants", "reasons_against", "row_span", "sizes"]
+__all__ = ["Part", "constants", "parts", "reasons_against", "row_span", "sizes"]
+
+Tensor = Any
 
 _LIMIT = 2**31 - 2**12  # of what programs count in 32 bits, with room for the last block
 
@@ -46,6 +49,24 @@ def row_span(spec: WindowSpec) -> int:
 def sizes(spec: WindowSpec) -> tuple[int, ...]:
     """Z, Y, X, OY, OX."""
     return *_three(spec.input_size, 1), *_three(spec.output_size, 1)[1:]
+
+
+class Part(NamedTuple):
+    """Some images of a backward pass: what it reads, channels last but for offsets and masks, and where results go."""
+
+    x: Tensor
+    offset: Tensor
+    mask: Tensor | None
+    grad: Tensor
+    d_x: Tensor | None
+    d_offset: Tensor | None
+    d_mask: Tensor | None
+
+
+def parts(whole: Part, images: int) -> Iterator[Part]:
+    """So many images at a time, and the rest of them at the end."""
+    for first in range(0, len(whole.x), images):
+        yield Part(*(None if tensor is None else tensor[first : first + images] for tensor in whole))
 
 
 def _three(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
