@@ -39,8 +39,12 @@ DEPTH = {
     "deformconv": 7,  # the root's public names
     "torch": 8,
     "gluon": 8,
+    "jax": 8,
+    "flax": 9,
+    "equinox": 9,
+    "keras": 9,
     "convert": 9,
-    "bench": 9,
+    "bench": 10,
     "vision": 10,
     "plots": 11,
     "studies": 12,

@@ -66,10 +66,30 @@ def test_there_are_blocks(page: str):
     assert sum(block.text is not None for block in blocks(page)) == text.count("```text")
 
 
+LIBRARIES = ("torch", "torchvision", "transformers", "mxnet", "mmdet", "jax", "flax", "equinox", "optax", "keras", "tensorflow")
+# What our rooms need, also where a program imports nothing else.
+OF_ROOMS = {
+    "torch": "torch",
+    "vision": "torch",
+    "gluon": "mxnet",
+    "jax": "jax",
+    "flax": "flax",
+    "equinox": "equinox",
+    "keras": "keras",
+}
+
+
+def needed(source: str) -> set[str]:
+    """The libraries beside NumPy that a program imports, itself or through our rooms."""
+    modules = set(re.findall(r"^(?:import|from) ([\w.]+)", source, re.M))
+    rooms = {module.split(".")[1] for module in modules if module.startswith("deformconv.")}
+    return {module.split(".")[0] for module in modules} & set(LIBRARIES) | {OF_ROOMS[room] for room in rooms & set(OF_ROOMS)}
+
+
 @pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page)], ids=lambda b: f"{b.page} line {b.line}")
 def test_block(block: Block):
-    for library in ("torch", "torchvision", "transformers", "mxnet", "mmdet"):
-        if re.search(rf"^import {library}\b", block.source, re.M) and importlib.util.find_spec(library) is None:
+    for library in sorted(needed(block.source)):
+        if importlib.util.find_spec(library) is None:
             pytest.skip(f"needs {library}")
     code = compile("\n" * (block.line - 1) + block.source, block.page, "exec")
     if block.text is not None and (error := re.match(r"(?:\w+\.)*(\w+Error): ", block.text)):
