@@ -85,7 +85,9 @@ def _varying_alike(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
     together = frozenset().union(*axes)
     if not together:
         return arrays
-    return [_vary(array, tuple(missing)) if (missing := together - own) else array for array, own in zip(arrays, axes, strict=True)]
+    return [
+        _vary(array, tuple(missing)) if (missing := together - own) else array for array, own in zip(arrays, axes, strict=True)
+    ]
 
 
 def _axes(array: jax.Array) -> frozenset[Any]:

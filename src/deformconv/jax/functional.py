@@ -236,7 +236,9 @@ def explain(
     if unknown:
         raise unexpected(explain, unknown)
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    return calls.explain(DEFORM_CONV, operands, _parameters(stride, padding, dilation, groups, offset_groups, boundary), backend)
+    return calls.explain(
+        DEFORM_CONV, operands, _parameters(stride, padding, dilation, groups, offset_groups, boundary), backend
+    )
 
 
 def _call(

@@ -227,7 +227,9 @@ class Registered:
 
     # vmap
 
-    def _forward_batch(self, arrays: Sequence[Array], dims: Sequence[int | None], *, spec: Spec, **how: Any) -> tuple[Array, int]:
+    def _forward_batch(
+        self, arrays: Sequence[Array], dims: Sequence[int | None], *, spec: Spec, **how: Any
+    ) -> tuple[Array, int]:
         B = _mapped(arrays, dims)
 
         def one(spec: Spec, *operands: Array | None) -> Array:

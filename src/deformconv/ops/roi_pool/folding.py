@@ -55,8 +55,7 @@ def _folded(
         number = xp.where(is_there, number + before, xp.full_like(number, -1))
         boxes = xp.concat([number, boxes[..., 1:]], axis=-1)
     offset, mask = (
-        None if array is None else merged(all_in_front(array, B, dim), 0)
-        for array, dim in zip(others, dims[2:], strict=True)
+        None if array is None else merged(all_in_front(array, B, dim), 0) for array, dim in zip(others, dims[2:], strict=True)
     )
     folded = replace(spec, batch=B * spec.batch if by_image else spec.batch, boxes=B * spec.boxes)
     return folded, x, merged(boxes, 0), offset, mask
