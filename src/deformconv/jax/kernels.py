@@ -46,8 +46,8 @@ def forward_call(operator: Operator, spec: Spec, arrays: Sequence[Any], channels
 def backward_call(
     operator: Operator, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Sequence[str], channels_last: bool
 ) -> list[Any]:
-    """The wanted gradients, in the order of `wanted`, as `forward_call`."""
-    names = ("output", *spec.shapes)
+    """The wanted gradients, in the order of `wanted`, as `forward_call`; `arrays` are those that gradients depend on."""
+    names = ("output", *_in_backward(operator, spec))
     return _call(BACKWARD, operator, spec, names, [grad_output, *arrays], tuple(wanted), channels_last)
 
 
@@ -61,6 +61,11 @@ def _call(
     outs = [jax.ShapeDtypeStruct(call.shape(name), jnp.dtype(spec.dtype)) for name in results]
     found = jax.ffi.ffi_call(target, outs)(*arrays, call=call.text())
     return [jnp.moveaxis(array, -1, 1) if call.last(name) else array for name, array in zip(results, found, strict=True)]
+
+
+def _in_backward(operator: Operator, spec: Spec) -> list[str]:
+    """The names of the arguments that were given and that gradients depend on."""
+    return [argument.name for argument in operator.in_backward if argument.name in spec.shapes]
 
 
 class _Call(NamedTuple):
@@ -136,7 +141,7 @@ def _backward_of(text: bytes) -> Computation:
     call = _read(text)
     operator, spec, wanted = call.operator, call.spec, call.results
     module = dispatch.choose(operator, spec, "numpy", "cpu", True)
-    given = {name: call.view(name) for name in spec.shapes}
+    given = {name: call.view(name) for name in _in_backward(operator, spec)}
     names = [argument.name for argument in operator.in_backward]
     places = [list(given).index(name) if name in given else None for name in names]
     views, output, found = list(given.values()), call.view("output"), [call.view(name) for name in wanted]
