@@ -5,9 +5,11 @@ The structs are those of jaxlib's `include/xla/ffi/api/c_api.h`, major version 0
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import ctypes
 import re
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from ctypes import Structure, c_char_p, c_int32, c_int64, c_uint32
@@ -20,7 +22,7 @@ import jax
 import jaxlib
 import numpy as np
 
-from deformconv.jax.gate import close, gate
+from deformconv.jax.gate import DONE, close, gate
 
 __all__ = ["memory", "reason_against", "register"]
 
@@ -115,16 +117,16 @@ def register(name: str, call: Call) -> None:
     def handle(address: int) -> int:
         frame = Frame.from_address(address)
         if frame.extension and _answered(frame):
-            return 0
+            return DONE
         try:
             span = Span.from_address(c_int64.from_address(frame.attr_items).value)
             attribute = ctypes.string_at(span.data, span.size)
             call(attribute, _data(frame.arg_items, frame.args), _data(frame.ret_items, frame.rets))
         except BaseException as error:
             return _error(frame, error)
-        return 0
+        return DONE
 
-    refusal = _error_args("Python has ended before this was computed", _CANCELLED)
+    refusal = _error_args("Python was interrupted, or has ended, before this was computed", _CANCELLED)
     address = gate(handle, (Frame.api.offset, Api.create_error.offset), refusal)
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
 
@@ -157,11 +159,23 @@ def _error(frame: Frame, error: BaseException) -> int:
     """Make an error of XLA's of an exception; JAX raises it with this text."""
     code = _INVALID_ARGUMENT if isinstance(error, (TypeError, ValueError)) else _INTERNAL
     code = _RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else code
-    code = _CANCELLED if isinstance(error, KeyboardInterrupt) else code
+    if isinstance(error, KeyboardInterrupt):
+        code = _CANCELLED
+        _interrupt_again()
     text = f"{type(error).__name__}: {error}"
     create = _create_error(Api.from_address(frame.api).create_error)
     given = _error_args(text, code)  # which must live until XLA has copied the text
     return int(create(ctypes.addressof(given)))
+
+
+def _interrupt_again() -> None:
+    """Raise Ctrl-C's KeyboardInterrupt once more, since JAX makes an error of it, after which programs may go on.
+
+    Not at once: within XLA, an exception that begins while another is made ends the process.
+    """
+    timer = threading.Timer(0.05, _thread.interrupt_main)
+    timer.daemon = True
+    timer.start()
 
 
 def _error_args(text: str, code: int) -> ErrorArgs:
