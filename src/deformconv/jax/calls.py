@@ -89,7 +89,7 @@ def _spread(arrays: Sequence[jax.Array]) -> Any:
     """Where the types of arrays say that they are spread over the axes of a mesh: how the output is, along its first axis."""
     shardings = [getattr(jax.typeof(array), "sharding", None) for array in arrays]
     explicit = [sharding for sharding in shardings if any(getattr(sharding, "spec", None) or ())]
-    if not explicit:
+    if not explicit or not hasattr(jax.sharding, "auto_axes"):  # before JAX 0.7 such types were an experiment
         return None
     first = shardings[0]
     return NamedSharding(explicit[0].mesh, PartitionSpec(first.spec[0] if first in explicit else None))
