@@ -24,7 +24,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 MXNET = ("mxnet==1.9.1", "numpy<1.24")
 FRAMEWORKS = ("torch", "torchvision", "triton", "mxnet", "jax", "jaxlib", "flax", "equinox", "optax", "keras", "tensorflow")
-# The rooms that need a library of JAX's or Keras' world, by its module's name, which is the extra's as well; and what it is called.
+# The rooms of JAX's and Keras' world: a room is called as its library's module and its extra are. And the library's own name.
 YOUNG = {"jax": "JAX", "flax": "Flax", "equinox": "Equinox", "keras": "Keras"}
 
 # A room may import from itself and from those further in.
