@@ -51,10 +51,12 @@ KERAS_BACKENDS ?= jax tensorflow torch numpy openvino
 INSTALLED_TESTS := tests/convert tests/ops tests/runtime tests/sampling \
 	tests/test_dispatch.py tests/test_functional.py tests/test_installation.py tests/test_package.py
 GLUON_TESTS := tests/gluon $(filter-out tests/test_installation.py,$(INSTALLED_TESTS)) tests/test_readme.py
-GLUON_SHARED := tests/convert tests/gluon tests/ops tests/sampling
-# What computes on one processor most of the time, and asks nothing of clocks, browsers or other processes: two at a time.
-SHARED_TESTS := tests/convert tests/ops tests/sampling tests/torch tests/vision
-JAX_TESTS := tests/jax tests/flax tests/equinox
+GLUON_ALONE := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/runtime/test_threads.py
+# What asks for clocks, processor time, signals, a browser or a server, or starts processes for all processors: one at a time. All
+# else keeps one processor busy most of the time, and runs two at a time.
+ALONE_TESTS := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/runtime/test_threads.py \
+	tests/cli/test_demo.py tests/cli/test_experiment.py tests/plots/test_browser.py tests/test_serving.py
+JAX_TESTS := tests/jax tests/flax tests/equinox tests/bench/test_jax.py
 JAX_DOCUMENTS := tests/test_readme.py tests/test_examples.py tests/test_package.py tests/cli/test_main.py
 # Without what a user's keras.json says, and without warnings and notes of TensorFlow's own.
 KERAS := KERAS_HOME=$(CURDIR)/build/keras TF_CPP_MIN_LOG_LEVEL=3
@@ -122,10 +124,10 @@ run-torch:
 	$(call parts,run-shared run-alone)
 
 run-shared: $(VENV)/installed-dev
-	$(PY) -m pytest -n 2 --dist worksteal $(SHARED_TESTS)
+	$(PY) -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(ALONE_TESTS))
 
 run-alone: $(VENV)/installed-dev
-	$(PY) -m pytest $(addprefix --ignore=,$(SHARED_TESTS))
+	$(PY) -m pytest $(ALONE_TESTS)
 
 run-interpreter: $(VENV)/installed-dev
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(INTERPRETED_TESTS)
@@ -143,10 +145,10 @@ test-gluon:
 	$(call parts,run-gluon-shared run-gluon-alone)
 
 run-gluon-shared: $(GLUON_VENV)/installed-dev-gluon
-	$(GLUON_PY) -m pytest -n 2 --dist worksteal $(GLUON_SHARED)
+	$(GLUON_PY) -m pytest -n 2 --dist worksteal $(GLUON_TESTS) $(addprefix --ignore=,$(GLUON_ALONE))
 
 run-gluon-alone: $(GLUON_VENV)/installed-dev-gluon
-	$(GLUON_PY) -m pytest $(filter-out $(GLUON_SHARED),$(GLUON_TESTS))
+	$(GLUON_PY) -m pytest $(GLUON_ALONE)
 
 test-mmdet: $(MMDET_VENV)/installed-mmdet
 	$(MMDET_PY) -m pytest tests/mmdet
@@ -155,7 +157,7 @@ test-jax:
 	$(call parts,run-jax run-jax-documents run-keras)
 
 run-jax: $(JAX_VENV)/installed-jax
-	$(JAX_PY) -m pytest -n 2 --dist worksteal $(wildcard $(JAX_TESTS))
+	$(KERAS) $(JAX_PY) -m pytest -n 2 --dist worksteal $(wildcard $(JAX_TESTS))
 
 # What these rooms' pages and examples say, and what the package promises of them.
 run-jax-documents: $(JAX_VENV)/installed-jax
