@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy as np
 from deformconv import dispatch
 from deformconv.ops.operator import Argument, Operand, Operator, Spec
 
-__all__ = ["any_torch", "backward", "backward_on", "explain", "forward", "forward_on"]
+__all__ = ["any_jax", "any_torch", "backward", "backward_on", "explain", "forward", "forward_on", "plain"]
 
 
 def forward(operator: Operator, operands: dict[str, Any], parameters: dict[str, Any], backend: str | None) -> Any:
@@ -41,26 +43,50 @@ def backward(
     return backward_on(operator, module, spec, grad, [arrays[argument.name] for argument in operator.in_backward], names)
 
 
-def forward_on(operator: Operator, module: Any, spec: Spec, arrays: Sequence[Any]) -> Any:
-    """A backend's output, in the arrays' dtype whatever the backend computes in."""
-    _check_values(spec, operator.arguments, arrays)
+def forward_on(operator: Operator, module: Any, spec: Spec, arrays: Sequence[Any], out: np.ndarray | None = None) -> Any:
+    """A backend's output, in the arrays' dtype whatever the backend computes in; in `out`, if that is given."""
+    if operator.has_values_to_check:
+        _check_values(spec, operator.arguments, arrays)
     inner = module.computes_in(spec.dtype, "numpy")
     if inner == spec.dtype:
-        return module.forward(spec, *arrays)
-    output = module.forward(replace(spec, dtype=inner), *_in(inner, arrays))
-    return output.astype(spec.dtype)
+        if out is not None and _takes_out(module.forward):
+            return module.forward(spec, *arrays, out=out)
+        output = module.forward(spec, *arrays)
+    else:
+        output = module.forward(replace(spec, dtype=inner), *_in(inner, arrays)).astype(spec.dtype)
+    return output if out is None else _copied(out, output)
 
 
 def backward_on(
-    operator: Operator, module: Any, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Collection[str]
-) -> Any:
-    """A backend's gradients, in the arrays' dtype whatever the backend computes in."""
-    _check_values(spec, operator.in_backward, arrays)
+    operator: Operator, module: Any, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Collection[str],
+    out: Mapping[str, np.ndarray] | None = None,
+) -> Any:  # fmt: skip
+    """A backend's gradients, in the arrays' dtype whatever the backend computes in; each in the array that `out` has for it."""
+    if operator.has_values_to_check:
+        _check_values(spec, operator.in_backward, arrays)
     inner = module.computes_in(spec.dtype, "numpy")
     if inner == spec.dtype:
-        return module.backward(spec, grad_output, *arrays, wanted=wanted)
-    found = module.backward(replace(spec, dtype=inner), *_in(inner, [grad_output, *arrays]), wanted=wanted)
-    return operator.gradients(*(None if gradient is None else gradient.astype(spec.dtype) for gradient in found))
+        if out is not None and _takes_out(module.backward):
+            return module.backward(spec, grad_output, *arrays, wanted=wanted, out=out)
+        found = module.backward(spec, grad_output, *arrays, wanted=wanted)
+    else:
+        found = module.backward(replace(spec, dtype=inner), *_in(inner, [grad_output, *arrays]), wanted=wanted)
+        found = operator.gradients(*(None if gradient is None else gradient.astype(spec.dtype) for gradient in found))
+    if out is None:
+        return found
+    given = {name: _copied(array, getattr(found, name)) for name, array in out.items() if getattr(found, name) is not None}
+    return found._replace(**given)
+
+
+@cache
+def _takes_out(function: Any) -> bool:
+    """Whether a backend writes results into the caller's arrays."""
+    return "out" in signature(function).parameters
+
+
+def _copied(out: np.ndarray, values: np.ndarray) -> np.ndarray:
+    out[...] = values
+    return out
 
 
 def _in(dtype: str, arrays: Sequence[Any]) -> list[Any]:
@@ -76,6 +102,12 @@ def explain(operator: Operator, operands: dict[str, Any], parameters: dict[str, 
 def any_torch(*values: Any) -> bool:
     """Whether a value is a PyTorch tensor or acts as one; it does not import PyTorch to find out."""
     return any(hasattr(type(value), "__torch_function__") for value in values)
+
+
+def any_jax(*values: Any) -> bool:
+    """Whether a value is an array or a tracer of JAX, or acts as one; it does not import JAX to find out."""
+    jax: Any = sys.modules.get("jax")
+    return jax is not None and any(isinstance(value, jax.Array) or hasattr(type(value), "__jax_array__") for value in values)
 
 
 def _spec(operator: Operator, arrays: dict[str, Any], parameters: dict[str, Any]) -> Spec:
@@ -106,6 +138,11 @@ def _array(operator: Operator, name: str, value: Any) -> np.ndarray:
         else:
             advice = f"Pass `numpy.asarray({name}, dtype=...)`."
         raise TypeError(f"`{name}` is a {kind}; expected a NumPy array or a PyTorch tensor. {advice}")
+    return plain(operator, name, value)
+
+
+def plain(operator: Operator, name: str, value: np.ndarray) -> np.ndarray:
+    """A NumPy array of the plain type, in the machine's order of bytes; a masked one is refused."""
     if isinstance(value, np.ma.MaskedArray):
         text = f"`{name}` is a masked array, whose own mask would be ignored; expected a plain array: pass `{name}.filled(0)`"
         factors = [argument.name for argument in operator.arguments if argument.leaves_out]
