@@ -11,15 +11,25 @@ import jax.numpy as jnp
 
 from deformconv.errors import ShapeError
 from deformconv.jax import calls
+from deformconv.jax.functional import DEFORM_CONV
 from deformconv.jax.layers import PADDING_WORDS, padding_pairs, whole
 from deformconv.ops.conv.layer import Layer, LayerPadding, checked_layer
-from deformconv.ops.conv.operator import DEFORM_CONV
 from deformconv.ops.operator import Operand
 from deformconv.ops.taps.spec import Words, output_size_of
 from deformconv.ops.window import axes, by, n_of
 from deformconv.ops.words import in_words
 
-__all__ = ["Images", "checked", "convolve", "images_of", "not_unused", "predictor_window", "with_batch"]
+__all__ = [
+    "Images",
+    "check_inputs",
+    "checked",
+    "convolve",
+    "images_of",
+    "kernel_shape",
+    "not_unused",
+    "predictor_window",
+    "with_batch",
+]
 
 # Flax's names of our arguments; NNX says out_features, Linen features.
 WORDS = {
@@ -65,7 +75,7 @@ def checked(
     rank = len(size) if isinstance(size, (tuple, list)) else 1
     if not 1 <= rank <= 3:
         raise ShapeError(
-            f"`kernel_size` has {n_of(rank, 'entry')}, {tuple(size)}; expected 1, 2 or 3: one for every spatial axis of `inputs`."
+            f"`kernel_size` has {n_of(rank, 'entry')}, {tuple(size)}; expected 1, 2 or 3: one for every axis of space."
         )
     word = _padding_word(padding, rank)
     try:
@@ -109,6 +119,18 @@ def not_unused(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` is {value!r}; expected {expected}, since {UNUSED[name]}")
 
 
+def kernel_shape(layer: Layer, mask: Any = None) -> tuple[int, ...]:
+    """The kernel's shape, which is also that of the mask that it is multiplied with."""
+    out_features, features, *size = layer.weight_shape
+    shape = (*size, features, out_features)
+    if mask is not None and tuple(mask.shape) != shape:
+        raise ShapeError(
+            f"`mask` has shape {tuple(mask.shape)}; expected the kernel's, {shape}, which it is multiplied with. Masks of v2 "
+            "are passed in the call: layer(inputs, offset, mask)."
+        )
+    return shape
+
+
 def predictor_window(layer: Layer) -> dict[str, Any]:
     """The window of a layer as the arguments of the convolution that is its predictor."""
     padding = layer.padding.shown if isinstance(layer.padding.shown, str) else layer.padding.pairs
@@ -134,7 +156,7 @@ def check_inputs(layer: Layer, inputs: Any) -> None:
             f"{rank + 1}: ({axes(rank)}, in_features), after the axes of a batch."
         )
     if shape[-1] != features:
-        text = f"`inputs` has {n_of(shape[-1], 'feature')} in its last axis, shape {shape}; this layer has in_features={features}."
+        text = f"`inputs` has {n_of(shape[-1], 'feature')}, shape {shape}; this layer has in_features={features}."
         if shape[-1 - rank] == features:
             text += f" `inputs` looks channels-first: move that axis to the end, `jnp.moveaxis(inputs, {-1 - rank}, -1)`."
         raise ShapeError(text)

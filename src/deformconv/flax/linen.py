@@ -8,8 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
-from deformconv.errors import ShapeError
-from deformconv.flax.convolution import check_inputs, checked, convolve, images_of, not_unused, predictor_window, with_batch
+from deformconv.flax.convolution import (
+    check_inputs,
+    checked,
+    convolve,
+    images_of,
+    kernel_shape,
+    not_unused,
+    predictor_window,
+    with_batch,
+)
 from deformconv.jax.layers import offsets_and_mask, whole
 from deformconv.ops.conv.layer import MASK_SCALE, Layer, check_passed, check_predictor, predicted
 
@@ -80,13 +88,7 @@ class DeformConv(linen.Conv):
     @linen.compact
     def _run(self, inputs: Any, offset: Any = None, mask: Any = None, predict: bool = False) -> Any:
         layer = self._checked(inputs)
-        shape = (*layer.kernel_size, *layer.weight_shape[1::-1])
-        if self.mask is not None and tuple(self.mask.shape) != shape:
-            raise ShapeError(
-                f"`mask` has shape {tuple(self.mask.shape)}; expected the kernel's, {shape}, which it is multiplied with. Masks "
-                "of v2 are passed in the call: layer(inputs, offset, mask)."
-            )
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        kernel = self.param("kernel", self.kernel_init, kernel_shape(layer, self.mask), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         kernel = kernel if self.mask is None else kernel * self.mask
         predictor = self._predictor(layer) if self.predict_offsets else None

@@ -13,13 +13,13 @@ from flax.nnx.nn import dtypes
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jax import lax
 
-from deformconv.errors import ShapeError
 from deformconv.flax.convolution import (
     Images,
     check_inputs,
     checked,
     convolve,
     images_of,
+    kernel_shape,
     not_unused,
     predictor_window,
     with_batch,
@@ -90,10 +90,11 @@ class DeformConv(nnx.Conv):
 
     def __init__(
         self, in_features: int, out_features: int, kernel_size: Any, strides: Any = 1, *, padding: Any = "SAME",
-        input_dilation: Any = 1, kernel_dilation: Any = 1, feature_group_count: int = 1, use_bias: bool = True, mask: Any = None,
-        dtype: Any = None, param_dtype: Any = jnp.float32, precision: Any = None, kernel_init: Any = default_kernel_init,
-        bias_init: Any = default_bias_init, conv_general_dilated: Any = lax.conv_general_dilated,
-        promote_dtype: Any = dtypes.promote_dtype, preferred_element_type: Any = None, rngs: nnx.Rngs,
+        input_dilation: Any = 1, kernel_dilation: Any = 1, feature_group_count: int = 1, use_bias: bool = True,
+        mask: Any = None, dtype: Any = None, param_dtype: Any = jnp.float32, precision: Any = None,
+        kernel_init: Any = default_kernel_init, bias_init: Any = default_bias_init,
+        conv_general_dilated: Any = lax.conv_general_dilated, promote_dtype: Any = dtypes.promote_dtype,
+        preferred_element_type: Any = None, rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = _NOTHING, bias_metadata: Mapping[str, Any] = _NOTHING,
         modulated: bool = True, offset_groups: int = 1, predict_offsets: bool = True, mask_scale: float = MASK_SCALE,
         max_offset: float | None = None, boundary: str = "zeros", **unknown: NoReturn,
@@ -106,12 +107,7 @@ class DeformConv(nnx.Conv):
             offset_groups=offset_groups, predict_offsets=predict_offsets, mask_scale=mask_scale, max_offset=max_offset,
             boundary=boundary,
         )  # fmt: skip
-        shape = (*layer.kernel_size, *layer.weight_shape[1::-1])
-        if mask is not None and tuple(mask.shape) != shape:
-            raise ShapeError(
-                f"`mask` has shape {tuple(mask.shape)}; expected the kernel's, {shape}, which it is multiplied with. Masks of "
-                "v2 are passed in the call: layer(inputs, offset, mask)."
-            )
+        kernel_shape(layer, mask)
         metadata = {"kernel_metadata": kernel_metadata, "bias_metadata": bias_metadata}  # not in older Flax
         super().__init__(
             layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, padding=predictor_window(layer)["padding"],
