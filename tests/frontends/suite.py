@@ -37,6 +37,7 @@ from tests.tolerances import TOLERANCE, assert_close, error
 import deformconv
 from deformconv.ops.conv import reference
 from deformconv.ops.conv.spec import GRADIENTS
+from deformconv.ops.window import n_of
 
 FOUR_TO_EIGHT: dict[str, Any] = {"in_channels": 4, "out_channels": 8, "kernel_size": 3}
 PLAIN = next(case for case in CASES if case.name == "2-D")
@@ -400,6 +401,10 @@ class LayerSuite(Suite):
     def predict(self, layer: Any, input: Any) -> tuple[Any, Any]:
         return layer.offsets_and_mask(input)
 
+    def seen(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What a layer sees of a batch's shape."""
+        return shape
+
     def outputs(self, layer: Any, input: Array) -> tuple[Array, Array, Array | None]:
         """Its output, offsets and mask as NumPy arrays."""
         offset, mask = self.predict(layer, self.array(input))
@@ -513,9 +518,9 @@ class LayerSuite(Suite):
                 (2, 5, 9, 9),
                 "float64",
                 deformconv.ShapeError,
-                r"`{input}` has 5 channels, shape \(2, 5, 9, 9\); this layer has in_channels=4\.",
+                r"`{input}` has 5 channels, shape {shape}; this layer has in_channels=4\.",
             ),
-            ((9, 9), "float64", deformconv.ShapeError, r"`{input}` has 2 axes, shape \(9, 9\); .* takes 4"),
+            ((9, 9), "float64", deformconv.ShapeError, r"`{input}` has {axes}, shape {shape}; .* takes {takes}"),
             ((2, 9, 9, 4), "float64", deformconv.ShapeError, "`{input}` looks channels-last"),
             ((1, 4, 2, 9), "float64", deformconv.ShapeError, "`weight` has a kernel of size 3x3; along height it spans"),
             ((2, 4, 9, 9), "float32", TypeError, "`weight` is float64 and `{input}` is float32; expected one dtype"),
@@ -529,7 +534,10 @@ class LayerSuite(Suite):
         """In the operator's words, not in those of the framework's convolution."""
         layer = self.layer(2, modulated=modulated, **FOUR_TO_EIGHT)
         self.call(layer, self.array(self.image(2)))
-        x = self.array(np.zeros(shape, dtype))
+        x, seen = self.array(np.zeros(shape, dtype)), self.seen(shape)
+        said = {"axes": n_of(len(seen), "axis"), "shape": re.escape(str(seen)), "takes": str(4 - len(shape) + len(seen))}
+        for name, word in {"input": self.input, **said}.items():
+            text = text.replace(f"{{{name}}}", word)
         for call in (self.call, self.predict):
-            with pytest.raises(raises, match=text.replace("{input}", self.input)):
+            with pytest.raises(raises, match=text):
                 call(layer, x)
