@@ -25,7 +25,7 @@ from deformconv.ops.conv.layer import (
 from deformconv.ops.conv.spec import check_input
 from deformconv.ops.operator import HALF, Operand
 from deformconv.ops.window import axes, count, n_of
-from deformconv.ops.words import unexpected
+from deformconv.ops.words import in_words, unexpected
 
 __all__ = ["DeformConv", "DeformConv1d", "DeformConv2d", "DeformConv3d"]
 
@@ -132,8 +132,8 @@ class DeformConv(eqx.nn.Conv):
         self.offset_conv = None
         if predict_offsets:
             channels = predicted(layer.kernel_size, offset_groups or 1, self.modulated).channels
-            random = eqx.nn.Conv(rank, layer.in_channels, channels, *window, 1, True, mode, dtype, key=key)
-            self.offset_conv = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if eqx.is_array(leaf) else leaf, random)
+            shapes = eqx.filter_eval_shape(eqx.nn.Conv, rank, layer.in_channels, channels, *window, 1, True, mode, dtype, key=key)
+            self.offset_conv = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     @jax.named_scope("deformconv.equinox.DeformConv")
     def __call__(self, x: Array, offset: Array | None = None, mask: Array | None = None, *, key: Array | None = None) -> Array:
@@ -326,5 +326,5 @@ def _of_one_image(call: Callable[[], Any], rank: int) -> Any:
     try:
         return call()
     except (ShapeError, TypeError) as error:
-        text = str(error).replace("`input", "`x").replace("(N, ", "(")
+        text = str(in_words(error, {"input": "x"}, {"(N, ": "("}))
         raise type(error)(re.sub(rf"\(1((?:, \d+){{{rank + 1}}}\))", lambda found: "(" + found[1][2:], text)) from None
