@@ -1,4 +1,4 @@
-"""The root's functions: NumPy arrays in, arrays out. PyTorch tensors are handed on to the torch room."""
+"""The root's functions: NumPy arrays in, arrays out. PyTorch tensors and JAX arrays are handed on to their rooms."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def deform_conv(
         y[n, o, p] = bias[o] + sum over k, c of
                      weight[o, c, k] * mask[n, g, k, p] * interp(input[n, c], q[k, p])
 
-    `interp` is multilinear. NumPy arrays and PyTorch tensors are taken, all of one floating-point dtype;
-    tensors give a tensor, with its gradient. The number of spatial axes, 1 to 3, is that of `weight`; axes
-    go depth, height, width.
+    `interp` is multilinear. NumPy arrays, PyTorch tensors and JAX arrays are taken, all of one floating-point dtype;
+    tensors give a tensor and JAX arrays a JAX array, with its gradient. The number of spatial axes, 1 to 3, is that of
+    `weight`; axes go depth, height, width.
 
     Args:
         input: shape (N, C_in, *S).
@@ -104,6 +104,13 @@ def deform_conv(
         from deformconv.torch.conv import functional as torch_room
 
         return torch_room.deform_conv(
+            input, offset, weight, bias, stride, padding, dilation, mask,
+            groups=groups, offset_groups=offset_groups, boundary=boundary, backend=backend,
+        )  # fmt: skip
+    if run.any_jax(*operands.values()):
+        from deformconv.jax import functional as jax_room
+
+        return jax_room.deform_conv(
             input, offset, weight, bias, stride, padding, dilation, mask,
             groups=groups, offset_groups=offset_groups, boundary=boundary, backend=backend,
         )  # fmt: skip
@@ -169,6 +176,12 @@ def deform_conv_backward(
             grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
             groups=groups, offset_groups=offset_groups, boundary=boundary, backend=backend, wanted=wanted,
         )  # fmt: skip
+    if run.any_jax(grad_output, *operands.values()):
+        raise TypeError(
+            "deform_conv_backward takes NumPy arrays and PyTorch tensors, and was given an array of JAX, which differentiates "
+            "deform_conv itself: `output, pull_back = jax.vjp(deform_conv, input, offset, weight)`, then "
+            "`pull_back(grad_output)`; or `jax.grad` of a loss."
+        )
     parameters = _parameters(stride, padding, dilation, groups, offset_groups, boundary)
     found: Gradients = run.backward(DEFORM_CONV, grad_output, operands, parameters, backend, wanted)
     return found
@@ -217,6 +230,13 @@ def explain(
         from deformconv.torch.conv import functional as torch_room
 
         return torch_room.explain(
+            input, offset, weight, bias, stride, padding, dilation, mask,
+            groups=groups, offset_groups=offset_groups, boundary=boundary, backend=backend,
+        )  # fmt: skip
+    if run.any_jax(*operands.values()):
+        from deformconv.jax import functional as jax_room
+
+        return jax_room.explain(
             input, offset, weight, bias, stride, padding, dilation, mask,
             groups=groups, offset_groups=offset_groups, boundary=boundary, backend=backend,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -12,7 +13,7 @@ import numpy as np
 from deformconv import dispatch
 from deformconv.ops.operator import Argument, Operand, Operator, Spec
 
-__all__ = ["any_torch", "backward", "backward_on", "explain", "forward", "forward_on"]
+__all__ = ["any_jax", "any_torch", "backward", "backward_on", "explain", "forward", "forward_on", "plain"]
 
 
 def forward(operator: Operator, operands: dict[str, Any], parameters: dict[str, Any], backend: str | None) -> Any:
@@ -78,6 +79,12 @@ def any_torch(*values: Any) -> bool:
     return any(hasattr(type(value), "__torch_function__") for value in values)
 
 
+def any_jax(*values: Any) -> bool:
+    """Whether a value is an array or a tracer of JAX, or acts as one; it does not import JAX to find out."""
+    jax: Any = sys.modules.get("jax")
+    return jax is not None and any(isinstance(value, jax.Array) or hasattr(type(value), "__jax_array__") for value in values)
+
+
 def _spec(operator: Operator, arrays: dict[str, Any], parameters: dict[str, Any]) -> Spec:
     operands = {name: None if array is None else _operand(array) for name, array in arrays.items()}
     return operator.check(operands, parameters, None, True)
@@ -106,6 +113,11 @@ def _array(operator: Operator, name: str, value: Any) -> np.ndarray:
         else:
             advice = f"Pass `numpy.asarray({name}, dtype=...)`."
         raise TypeError(f"`{name}` is a {kind}; expected a NumPy array or a PyTorch tensor. {advice}")
+    return plain(operator, name, value)
+
+
+def plain(operator: Operator, name: str, value: np.ndarray) -> np.ndarray:
+    """A NumPy array of the plain type, in the machine's order of bytes; a masked one is refused."""
     if isinstance(value, np.ma.MaskedArray):
         text = f"`{name}` is a masked array, whose own mask would be ignored; expected a plain array: pass `{name}.filled(0)`"
         factors = [argument.name for argument in operator.arguments if argument.leaves_out]

@@ -35,6 +35,6 @@ def reasons_against_arrays(name: str, library: str, backward: bool) -> list[str]
         return [f"{library} has no array-API functions."]
     if backward and library == "numpy":
         return ["NumPy has no automatic derivative."]
-    if backward and library != "torch":
+    if backward and library not in ("torch", "jax"):
         return [f"{name}_backward is for torch; differentiate {name} with {library} itself."]
     return []

@@ -22,7 +22,7 @@ def reasons_against(dtype: str, library: str, device: str) -> list[str]:
         reasons.append("Numba is not installed")
     if device != "cpu":
         reasons.append(f"its kernels run on the CPU and the arrays are on {device}")
-    if library not in ("numpy", "torch"):
+    if library not in ("numpy", "torch", "jax"):
         reasons.append(f"it reads NumPy arrays and what shares memory with them, not {library}'s")
     if half_in_float32(dtype, library) not in DTYPES:
         reasons.append(f"it computes in float32 and float64, not {dtype}")

@@ -13,7 +13,7 @@ from deformconv.errors import ShapeError
 
 __all__ = [
     "DTYPES", "HALF", "Argument", "Backend", "Line", "Operand", "Operator", "Parameter", "Spec", "check_dtypes_and_devices",
-    "half_in_float32", "same_shape",
+    "checked_spec", "half_in_float32", "same_shape",
 ]  # fmt: skip
 
 
@@ -137,8 +137,8 @@ class Backend(Protocol):
 
 
 def half_in_float32(dtype: str, library: str) -> str:
-    """What most backends compute in: PyTorch's half precision is brought to float32 and rounded once, at the end."""
-    return "float32" if dtype in HALF and library == "torch" else dtype
+    """What most backends compute in: half precision of PyTorch and JAX is brought to float32 and rounded once, at the end."""
+    return "float32" if dtype in HALF and library in ("torch", "jax") else dtype
 
 
 def check_dtypes_and_devices(first: tuple[str, Operand], others: Mapping[str, Operand | None]) -> None:
@@ -200,6 +200,8 @@ class Operator:
     # these numbers fit neither way
     has_batch: Callable[[int | None, Sequence[int | None]], bool | None] = lambda rank, axes: True
     autocast: bool = True  # whether PyTorch's autocast brings its tensors to half precision, as it does with a convolution's
+    # The names of arguments in which the output is linear together, where those that are left out of them are fixed.
+    linear: tuple[tuple[str, ...], ...] = ()
 
     names: tuple[str, ...] = field(init=False)  # the arguments'
     optional: frozenset[str] = field(init=False)  # their names
@@ -240,3 +242,17 @@ class Operator:
         """The shapes of a call in words, without arguments that no gradient depends on: others determine their shapes."""
         shown = {argument.name for argument in self.in_backward}
         return ", ".join(f"{name} {shape}" for name, shape in spec.shapes.items() if name in shown)
+
+
+def checked_spec(
+    operator: Operator, operands: Mapping[str, Operand | None], parameters: Mapping[str, Any], rank: int | None, cached: bool
+) -> Spec:
+    """The checked call. Positions beside half precision may be float32: bfloat16 has a position of 20 to 0.125 pixels."""
+    first: Any = operands[operator.names[0]]
+    if first.dtype in HALF:
+        precise = {argument.name for argument in operator.arguments if argument.precise}
+        operands = {
+            name: operand._replace(dtype=first.dtype) if operand and name in precise and operand.dtype == "float32" else operand
+            for name, operand in operands.items()
+        }
+    return operator.check(operands, parameters, rank, cached)

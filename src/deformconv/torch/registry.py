@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from deformconv.errors import BackendError
+from deformconv.ops.folding import fold_backward, fold_forward
 from deformconv.ops.operator import Operator, Spec
 from deformconv.torch import autograd, modes, run
 from deformconv.torch.tensors import described, device_of, memory_format, operand, requires_grad
-from deformconv.torch.vmap import fold_backward, fold_forward
 
 __all__ = ["Export", "Registered", "check_opset"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deformconv import dispatch
 from deformconv.errors import ShapeError
-from deformconv.ops.operator import HALF, Argument, Operand, Operator, Spec
+from deformconv.ops.operator import HALF, Argument, Operand, Operator, Spec, checked_spec
 from deformconv.runtime.lenders import Lender, lend
 from deformconv.torch import modes, native
 from deformconv.torch.tensors import array_of, in_dtype, memory_format
@@ -122,15 +122,8 @@ def in_(spec: Spec, dtype: str) -> Spec:
 def spec_of(
     operator: Operator, operands: Mapping[str, Operand | None], parameters: Mapping[str, Any], rank: int | None = None
 ) -> Spec:
-    """The checked call. Positions beside half precision may be float32: bfloat16 has a position of 20 to 0.125 pixels."""
-    first: Any = operands[operator.names[0]]
-    if first.dtype in HALF:
-        precise = {argument.name for argument in operator.arguments if argument.precise}
-        operands = {
-            name: operand._replace(dtype=first.dtype) if operand and name in precise and operand.dtype == "float32" else operand
-            for name, operand in operands.items()
-        }
-    return operator.check(operands, parameters, rank, not modes.compiling())
+    """The checked call."""
+    return checked_spec(operator, operands, parameters, rank, not modes.compiling())
 
 
 def forward(plan: Plan, *operands: Tensor | None) -> Tensor:

@@ -97,4 +97,5 @@ DEFORM_CONV = Operator(
     unpack=_unpack,
     plain=_plain,
     has_batch=_has_batch,
+    linear=(("input", "bias"), ("weight", "bias"), ("bias", "mask")),
 )

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from deformconv.errors import ShapeError
-from deformconv.ops.conv import operator
+from deformconv.ops.conv import folding, operator
 from deformconv.ops.conv.spec import Gradients, Operand, check_input
 from deformconv.ops.operator import HALF
 from deformconv.ops.words import unexpected
 from deformconv.torch import calls, modes, run
-from deformconv.torch.conv import export, folding
+from deformconv.torch.conv import export
 from deformconv.torch.registry import Registered
 from deformconv.torch.tensors import PLAIN, check_tensors, dtype_name, operand
 

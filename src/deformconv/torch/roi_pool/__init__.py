@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from deformconv.ops.roi_pool import operator
+from deformconv.ops.roi_pool import folding, operator
 from deformconv.torch.registry import Registered
-from deformconv.torch.roi_pool import folding
 
 __all__ = ["DEFORM_ROI_POOL"]
 

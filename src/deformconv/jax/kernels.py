@@ -1,0 +1,171 @@
+"""The kernels of any operator, as XLA calls them on the CPU, with its own memory for arguments and results.
+
+A call travels as text, in an attribute of the program: programs that are saved outlive the process that made them.
+"""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deformconv import dispatch
+from deformconv.jax import ffi
+from deformconv.numpy import run
+from deformconv.ops.operator import Operand, Operator, Spec
+
+__all__ = ["backward_call", "forward_call", "runs"]
+
+FORWARD, BACKWARD = "deformconv_forward", "deformconv_backward"  # XLA's targets; saved programs have these names
+
+
+def runs(operator: Operator, spec: Spec, backward: bool) -> bool:
+    """Whether the kernels can run a call: not in half precision, nor where sizes are symbols."""
+    if not all(type(size) is int for shape in spec.shapes.values() for size in shape):
+        return False
+    return not dispatch.load(operator, "cpu").reasons_against(spec, "numpy", "cpu", backward)
+
+
+def forward_call(operator: Operator, spec: Spec, arrays: Sequence[Any], channels_last: bool) -> Any:
+    """The output, by XLA's call of the kernels; `arrays` are those that were given, in the operator's order.
+
+    With `channels_last` the caller has moved the input's channels from the last axis, and will move the output's there: in
+    memory they stay last.
+    """
+    names = tuple(spec.shapes)
+    (output,) = _call(FORWARD, operator, spec, names, arrays, ("output",), channels_last)
+    return output
+
+
+def backward_call(
+    operator: Operator, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Sequence[str], channels_last: bool
+) -> list[Any]:
+    """The wanted gradients, in the order of `wanted`, as `forward_call`; `arrays` are those that gradients depend on."""
+    names = ("output", *_in_backward(operator, spec))
+    return _call(BACKWARD, operator, spec, names, [grad_output, *arrays], tuple(wanted), channels_last)
+
+
+def _call(
+    target: str, operator: Operator, spec: Spec, names: Sequence[str], arrays: Sequence[Any], results: tuple[str, ...],
+    channels_last: bool,
+) -> list[Any]:  # fmt: skip
+    _register()
+    call = _Call(operator, spec, results, channels_last)
+    arrays = [jnp.moveaxis(array, 1, -1) if call.last(name) else array for name, array in zip(names, arrays, strict=True)]
+    outs = [jax.ShapeDtypeStruct(call.shape(name), jnp.dtype(spec.dtype)) for name in results]
+    found = jax.ffi.ffi_call(target, outs)(*arrays, call=call.text())
+    return [jnp.moveaxis(array, -1, 1) if call.last(name) else array for name, array in zip(results, found, strict=True)]
+
+
+def _in_backward(operator: Operator, spec: Spec) -> list[str]:
+    """The names of the arguments that were given and that gradients depend on."""
+    return [argument.name for argument in operator.in_backward if argument.name in spec.shapes]
+
+
+class _Call(NamedTuple):
+    """What a program keeps of a call."""
+
+    operator: Operator
+    spec: Spec
+    results: tuple[str, ...]  # "output", or the wanted gradients
+    channels_last: bool  # in memory, of what keeps its format
+
+    def text(self) -> str:
+        shapes = {name: tuple(map(int, shape)) for name, shape in self.spec.shapes.items()}
+        operator, parameters = self.operator, self.operator.pack(self.spec)
+        return repr((operator.package, operator.name, self.spec.dtype, shapes, parameters, self.results, self.channels_last))
+
+    def last(self, name: str) -> bool:
+        """Whether the channels of an array lie last in memory."""
+        return self.channels_last and (name == "output" or self._keeps_format(name))
+
+    def _keeps_format(self, name: str) -> bool:
+        return any(
+            argument.name == name and argument.by_image and argument.keeps_format for argument in self.operator.arguments
+        )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """An array's shape as it lies in memory."""
+        shape = self.spec.output_shape if name == "output" else self.spec.shapes[name]
+        return (shape[0], *shape[2:], shape[1]) if self.last(name) else shape
+
+    def view(self, name: str) -> Callable[[int], np.ndarray]:
+        """What makes an array (N, C, *S) of an address."""
+        shape, dtype, axes = self.shape(name), np.dtype(self.spec.dtype), None
+        if self.last(name):
+            axes = (0, len(shape) - 1, *range(1, len(shape) - 1))
+
+        def view(address: int) -> np.ndarray:
+            array = ffi.memory(address, shape, dtype)
+            return array if axes is None else array.transpose(axes)
+
+        return view
+
+
+def _read(text: bytes) -> _Call:
+    package, name, dtype, shapes, parameters, results, channels_last = literal_eval(text.decode())
+    module = import_module(f"{package}.operator")
+    operator = next(value for value in vars(module).values() if isinstance(value, Operator) and value.name == name)
+    operands: dict[str, Operand | None] = dict.fromkeys(operator.names)
+    operands |= {name: Operand(shape, dtype) for name, shape in shapes.items()}
+    return _Call(operator, operator.check(operands, operator.unpack(*parameters), None, True), results, channels_last)
+
+
+Computation = Callable[["list[int]", "list[int]"], None]
+
+
+@lru_cache(maxsize=1024)
+def _forward_of(text: bytes) -> Computation:
+    call = _read(text)
+    operator, spec = call.operator, call.spec
+    module = dispatch.choose(operator, spec, "numpy", "cpu", False)
+    given = {name: call.view(name) for name in spec.shapes}
+    places = [list(given).index(name) if name in given else None for name in operator.names]
+    views, output = list(given.values()), call.view("output")
+
+    def compute(arguments: list[int], results: list[int]) -> None:
+        arrays = [None if place is None else views[place](arguments[place]) for place in places]
+        output(results[0])[...] = run.forward_on(operator, module, spec, arrays)
+
+    return compute
+
+
+@lru_cache(maxsize=1024)
+def _backward_of(text: bytes) -> Computation:
+    call = _read(text)
+    operator, spec, wanted = call.operator, call.spec, call.results
+    module = dispatch.choose(operator, spec, "numpy", "cpu", True)
+    given = {name: call.view(name) for name in _in_backward(operator, spec)}
+    names = [argument.name for argument in operator.in_backward]
+    places = [list(given).index(name) if name in given else None for name in names]
+    views, output, found = list(given.values()), call.view("output"), [call.view(name) for name in wanted]
+
+    def compute(arguments: list[int], results: list[int]) -> None:
+        grad_output, *others = arguments
+        arrays = [None if place is None else views[place](others[place]) for place in places]
+        gradients = run.backward_on(operator, module, spec, output(grad_output), arrays, wanted)
+        for name, view, address in zip(wanted, found, results, strict=True):
+            gradient = getattr(gradients, name)
+            view(address)[...] = 0 if gradient is None else gradient
+
+    return compute
+
+
+def _forward(text: bytes, arguments: list[int], results: list[int]) -> None:
+    _forward_of(text)(arguments, results)
+
+
+def _backward(text: bytes, arguments: list[int], results: list[int]) -> None:
+    _backward_of(text)(arguments, results)
+
+
+@lru_cache(maxsize=1)
+def _register() -> None:
+    ffi.register(FORWARD, _forward)
+    ffi.register(BACKWARD, _backward)
