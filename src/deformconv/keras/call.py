@@ -69,37 +69,43 @@ def described(array: Any) -> Operand:
 
 def checked(settings: Settings, input: Operand, offset: Operand, weight: Operand, mask: Operand | None) -> ConvSpec:
     """The checked call, channels first. What is not known before the program runs has a size for which the call would fit."""
-    batch = next((operand.shape[0] for operand in (input, offset, mask) if operand and operand.shape[0] is not None), 1)
-    sizes, positions = list(input.shape[2:]), list(offset.shape[2:])
-    if len(sizes) == len(positions) == settings.rank:
-        spans = [d * (k - 1) + 1 for k, d in zip(settings.kernel_size, settings.dilation_rate, strict=True)]
-        open_axes = [axis for axis in range(settings.rank) if None in (sizes[axis], positions[axis])]
-        for axis in open_axes:
-            sizes[axis] = spans[axis]
-        pairs = settings.pairs(sizes)
-        for axis in open_axes:
-            window = (settings.kernel_size[axis], settings.strides[axis], pairs[axis], settings.dilation_rate[axis])
-            positions[axis] = positions_along(sizes[axis], *window)
+    operands = [input, offset, *([] if mask is None else [mask])]
+    batch = next((operand.shape[0] for operand in operands if operand.shape[0] is not None), 1)
+    if all(len(operand.shape) == settings.rank + 2 for operand in operands):
+        sizes, positions = _sizes(settings, input.shape[2:], offset.shape[2:])
+        for place, operand in enumerate(operands):
+            own = sizes if place == 0 else [p if o is None else o for o, p in zip(operand.shape[2:], positions, strict=True)]
+            first = batch if operand.shape[0] is None else operand.shape[0]
+            operands[place] = operand._replace(shape=(first, operand.shape[1], *own))
+    input, offset, *masks = operands
+    return conv_spec(
+        input, offset, weight, None, masks[0] if masks else None,
+        **settings.parameters(input.shape[2:]), rank=settings.rank,
+    )  # fmt: skip
 
-    def known(operand: Operand | None, sizes: Sequence[int | None]) -> Operand | None:
-        if operand is None or len(operand.shape) != settings.rank + 2:
-            return operand
-        own = [here if there is None else there for there, here in zip(operand.shape[2:], sizes, strict=True)]
-        own = [here if axis in open_axes else there for axis, (there, here) in enumerate(zip(own, sizes, strict=True))]
-        first = batch if operand.shape[0] is None else operand.shape[0]
-        return operand._replace(shape=(first, operand.shape[1], *own))
 
-    open_axes = open_axes if len(sizes) == len(positions) == settings.rank else []
-    given: Any = known(input, sizes), known(offset, positions), weight
-    return conv_spec(*given, mask=known(mask, positions), **settings.parameters(given[0].shape[2:]), rank=settings.rank)
+def _sizes(
+    settings: Settings, sizes: Sequence[int | None], positions: Sequence[int | None]
+) -> tuple[list[int | None], list[int | None]]:
+    """Sizes of an input and of its offsets; along an axis where one is not known, the least for which there is a position."""
+    spans = [d * (k - 1) + 1 for k, d in zip(settings.kernel_size, settings.dilation_rate, strict=True)]
+    is_open = [None in pair for pair in zip(sizes, positions, strict=True)]
+    sizes = [span if open_ else size for size, span, open_ in zip(sizes, spans, is_open, strict=True)]
+    made = map(positions_along, sizes, settings.kernel_size, settings.strides, settings.pairs(sizes), settings.dilation_rate)
+    return sizes, [own if open_ else given for given, own, open_ in zip(positions, made, is_open, strict=True)]
 
 
 def by_keras_operations(settings: Settings, input: Any, offset: Any, weight: Any, mask: Any) -> Any:
     """The output by the backend's own operations, which can be compiled, exported and differentiated; all channels first."""
     spec = checked(settings, *map(described, (input, offset, weight)), None if mask is None else described(mask))
     if None in (*input.shape, *offset.shape):
-        batch, _, *sizes = ops.shape(input)
-        _, _, *positions = ops.shape(offset)
+        batch, _, *sizes = map(_whole_number, ops.shape(input))
+        _, _, *positions = map(_whole_number, ops.shape(offset))
         padding: Any = settings.pairs(sizes, ops.maximum)
         spec = replace(spec, batch=batch, input_size=tuple(sizes), output_size=tuple(positions), padding=padding)
     return portable.forward(spec, input, offset, weight, None, mask, array_api)
+
+
+def _whole_number(size: Any) -> Any:
+    """A size that the program computes is a tensor, of 64 bits as positions are."""
+    return size if isinstance(size, int) else ops.cast(size, "int64")

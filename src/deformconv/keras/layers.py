@@ -87,9 +87,11 @@ class _DeformConv:
         self.offset_conv = self._predictor() if predict_offsets else None
 
     def _predictor(self) -> Any:
+        # On a CPU TensorFlow has no gradient of a convolution with the channels first.
+        layout = "channels_last" if keras.backend.backend() == "tensorflow" else self.data_format
         return getattr(layers, f"Conv{self.rank}D")(
-            self._predicted.channels, self.kernel_size, strides=self.strides, padding=self.padding,
-            data_format=self.data_format, dilation_rate=self.dilation_rate, kernel_initializer="zeros",
+            self._predicted.channels, self.kernel_size, strides=self.strides, padding=self.padding, data_format=layout,
+            dilation_rate=self.dilation_rate, kernel_initializer="zeros",
             dtype=self.input_dtype, name="offset_conv",
         )  # fmt: skip
 
@@ -121,7 +123,8 @@ class _DeformConv:
             )  # fmt: skip
         self._check_input(Operand(given, self.input_dtype), None)
         if self.offset_conv is not None:
-            self.offset_conv.build(input_shape)
+            last = self.offset_conv.data_format == "channels_last"
+            self.offset_conv.build((given[0], *given[2:], given[1]) if last and not self._settings.channels_last else given)
         super().build(input_shape)  # type: ignore[misc]
         self.input_spec = None
 
@@ -146,7 +149,7 @@ class _DeformConv:
             offset, mask = (None if array is None else ops.cast(array, self.input_dtype) for array in (offset, mask))
         try:
             outputs = deform_conv(self._settings, inputs, offset, ops.cast(kernel, self.input_dtype), mask)
-        except _MISTAKES as error:
+        except ShapeError as error:
             raise in_words(error, WORDS) from None
         return ops.cast(outputs, self.compute_dtype)
 
@@ -162,8 +165,10 @@ class _DeformConv:
         return self._predict(self._whole(inputs))
 
     def _predict(self, inputs: Any) -> tuple[Any, Any]:
-        raw = check_predictor(self.offset_conv)(inputs)
-        raw = ops.moveaxis(raw, -1, 1) if self._settings.channels_last else raw
+        predictor = check_predictor(self.offset_conv)
+        last = predictor.data_format == "channels_last"
+        raw = predictor(ops.moveaxis(inputs, 1, -1) if last and not self._settings.channels_last else inputs)
+        raw = ops.moveaxis(raw, -1, 1) if last else raw
         offsets = self._predicted.offsets
         mask = raw[:, offsets:] if self.modulated else None
         return activated(raw[:, :offsets], mask, self.mask_scale, self.max_offset, ops.tanh, ops.sigmoid)
