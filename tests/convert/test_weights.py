@@ -89,8 +89,8 @@ def test_what_does_not_fit():
     variables, state = {"conv": {"kernel": uniform(3, 3, 4, 8)}}, {"conv.weight": uniform(8, 4, 3, 3)}
     refused(
         ShapeError,
-        "'conv.weight' has shape (3, 3, 4, 8) in `state`; expected (8, 4, 3, 3), for 'conv/kernel', (3, 3, 4, 8), of the model. "
-        "It lies there as in the model already: from_torch takes arrays as PyTorch has them.",
+        "'conv.weight' has shape (3, 3, 4, 8) in `state`; expected (8, 4, 3, 3), for 'conv/kernel', (3, 3, 4, 8), of the "
+        "model. It lies there as in the model already: from_torch takes arrays as PyTorch has them.",
         lambda: from_torch(variables, {"conv.weight": uniform(3, 3, 4, 8)}),
     )
     refused(

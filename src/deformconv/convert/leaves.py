@@ -132,7 +132,7 @@ def _check_known(kind: str, owner: Any, path: str) -> None:
     )
     raise ValueError(
         f"{path!r} belongs to a {type(owner).__name__}, whose parameters lie otherwise in PyTorch; expected convolutions, "
-        f"dense layers, norms and embeddings.{statistics} Carry it over yourself, and the rest of the net part by part."
+        f"dense layers, norms and embeddings.{statistics} Carry it over yourself, and the net's rest part by part."
     )
 
 
@@ -171,7 +171,7 @@ def _of_tree(tree: Mapping[Any, Any]) -> Iterator[Leaf]:
         if _is_attention(tree, path):
             raise ValueError(
                 f"{'/'.join(words)!r} belongs to an attention, whose parameters lie otherwise in PyTorch; expected "
-                "convolutions, dense layers, norms and embeddings. Carry it over yourself, and the rest of the net part by part."
+                "convolutions, dense layers, norms and embeddings. Carry it over yourself, and the net's rest part by part."
             )
         if _is_number(variable):
             yield _leaf(words, _value(variable), "flax", None, (0,) if is_variables else ())

@@ -20,16 +20,9 @@ from deformconv.ops.window import axes, by, n_of
 from deformconv.ops.words import in_words
 
 __all__ = [
-    "Images",
-    "check_inputs",
-    "checked",
-    "convolve",
-    "images_of",
-    "kernel_shape",
-    "not_unused",
-    "predictor_window",
+    "Images", "check_inputs", "checked", "convolve", "images_of", "kernel_shape", "not_unused", "predictor_window",
     "with_batch",
-]
+]  # fmt: skip
 
 # Flax's names of our arguments; NNX says out_features, Linen features.
 WORDS = {
