@@ -116,8 +116,8 @@ def test_another_librarys_word():
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"padding": 1, "groups": 2}, {"padding": "SAME", "stride": 2, "kernel_size": 4},
-     {"padding": "same_lower", "kernel_size": 2}, {"padding": "VALID", "use_bias": False}, {"padding": "SAME", "dilation": 2, "stride": 3},
-     {"padding": 2, "padding_mode": "REFLECT"}, {"padding": "SAME", "padding_mode": "circular", "stride": 2},
+     {"padding": "same_lower", "kernel_size": 2}, {"padding": "VALID", "use_bias": False},
+     {"padding": "SAME", "dilation": 2, "stride": 3}, {"padding": 2, "padding_mode": "REFLECT"}, {"padding": "SAME", "padding_mode": "circular", "stride": 2},
      {"padding": 1, "padding_mode": "REPLICATE", "dilation": 2}],
     ids=str,
 )  # fmt: skip

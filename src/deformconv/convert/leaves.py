@@ -43,9 +43,9 @@ class Leaf(NamedTuple):
     mask_scale: float | None  # of the layer, if its path is a predictor's and its layer is known
 
     def array(self) -> np.ndarray:
-        """The numbers as PyTorch has them; bfloat16, which NumPy has not, becomes float32."""
+        """The numbers as PyTorch has them, in memory of their own; bfloat16, which NumPy has not, becomes float32."""
         value = np.asarray(self.value)
-        return np.ascontiguousarray(self.there(value.astype(np.float32) if value.dtype.name == "bfloat16" else value))
+        return np.array(self.there(value.astype(np.float32) if value.dtype.name == "bfloat16" else value), order="C")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -206,9 +206,11 @@ def _of_equinox(model: Any) -> Iterator[Leaf]:
 
 
 def _of_keras(model: Any) -> Iterator[Leaf]:
+    from keras import ops
+
     for path, variable, owner, holder in _variables(model):
         _check_known("keras", owner, path)
-        yield _leaf(tuple(path.split("/")), np.asarray(variable.numpy()), "keras", holder)
+        yield _leaf(tuple(path.split("/")), np.asarray(ops.convert_to_numpy(variable)), "keras", holder)
 
 
 def _variables(layer: Any, path: tuple[str, ...] = (), holder: Any = None) -> Iterator[tuple[str, Any, Any, Any]]:

@@ -57,9 +57,8 @@ def to_torch(model: Any, names: Mapping[str, str] | None = None) -> OrderedDict[
     metadata: dict[str, Any] = {}
     for name, leaf in _named(model, names).items():
         found[name] = leaf.array()
-        layer, _, rest = name.rpartition("offset_conv.")
-        if rest == "weight":
-            metadata[layer.rstrip(".")] = {"version": 1, RECORD: leaf.mask_scale or MASK_SCALE}
+        if (layer := _layer_of(name)) is not None:
+            metadata[layer] = {"version": 1, RECORD: leaf.mask_scale or MASK_SCALE}
     found._metadata = metadata  # type: ignore[attr-defined]  # where PyTorch keeps it
     return found
 
@@ -101,7 +100,7 @@ def from_torch(model: Any, state: Mapping[str, Any], names: Mapping[str, str] | 
         array = as_array(state[name])
         if array.shape != leaf.shape:
             raise ShapeError(_wrong_shape(name, array.shape, leaf))
-        values[leaf.path] = leaf.back(array)
+        values[leaf.path] = np.array(leaf.back(array), order="C")  # JAX takes over memory, PyTorch's too
     if not values:
         raise ValueError(f"`state` has none of the model's {len(leaves)} parameters, as {next(iter(leaves))!r}; see `names`.")
     _check_masks(leaves, state)
@@ -127,6 +126,12 @@ def _named(model: Any, names: Mapping[str, str] | None) -> dict[str, Leaf]:
         modules = sorted({name.rpartition(".")[0] for name in found})
         raise ValueError(f"`names` has {unused[0]!r}, and no module is called so; there are {', '.join(map(repr, modules))}.")
     return found
+
+
+def _layer_of(name: str) -> str | None:
+    """The layer whose predictor's weight it is."""
+    *layer, predictor, parameter = ["", *name.split(".")] if "." in name else ["", "", name]
+    return ".".join(layer[1:]) if (predictor, parameter) == ("offset_conv", "weight") else None
 
 
 def _check_names(leaves: Mapping[str, Leaf], state: Mapping[str, Any]) -> None:
@@ -159,9 +164,8 @@ def _check_masks(leaves: Mapping[str, Leaf], state: Mapping[str, Any]) -> None:
     """Raise where a state_dict notes other masks than a layer of the model has."""
     metadata: Mapping[str, Any] = getattr(state, "_metadata", None) or {}
     for name, leaf in leaves.items():
-        layer, _, rest = name.rpartition("offset_conv.")
-        recorded = metadata.get(layer.rstrip("."), {}).get(RECORD)
-        if rest == "weight" and None not in (recorded, leaf.mask_scale) and recorded != leaf.mask_scale:
+        recorded = None if (layer := _layer_of(name)) is None else metadata.get(layer, {}).get(RECORD)
+        if None not in (recorded, leaf.mask_scale) and recorded != leaf.mask_scale:
             raise ValueError(
                 f"the masks of {leaf.path.rpartition('/offset_conv')[0] or 'this layer'!r} are {recorded:g}*sigmoid in `state` "
                 f"and {leaf.mask_scale:g}*sigmoid in the model: build its layer with mask_scale={recorded:g}."

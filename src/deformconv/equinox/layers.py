@@ -132,7 +132,9 @@ class DeformConv(eqx.nn.Conv):
         self.offset_conv = None
         if predict_offsets:
             channels = predicted(layer.kernel_size, offset_groups or 1, self.modulated).channels
-            shapes = eqx.filter_eval_shape(eqx.nn.Conv, rank, layer.in_channels, channels, *window, 1, True, mode, dtype, key=key)
+            shapes = eqx.filter_eval_shape(
+                eqx.nn.Conv, rank, layer.in_channels, channels, *window, 1, True, mode, dtype, key=key
+            )
             self.offset_conv = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     @jax.named_scope("deformconv.equinox.DeformConv")
