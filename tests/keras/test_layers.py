@@ -148,11 +148,7 @@ def test_passed_offsets_are_used_as_they_are():
 @pytest.mark.parametrize(
     ("arguments", "raises", "text"),
     [
-        (
-            {"padding": "causal"},
-            ValueError,
-            "`padding` is 'causal'; expected 'valid' or 'same': taps that move read later steps",
-        ),
+        ({"padding": "causal"}, ValueError, "`padding` is 'causal'; expected 'valid' or 'same': taps that move read later steps"),
         ({"padding": "full"}, deformconv.ShapeError, "`padding` is 'full'; expected 'valid' or 'same'. For other amounts put"),
         ({"stride": 2}, TypeError, r"DeformConv1D\(\) got an unexpected keyword argument 'stride'; here: strides\."),
         ({"deformable_groups": 2}, TypeError, r"'deformable_groups'; here: offset_groups\."),
