@@ -53,9 +53,9 @@ DEPTH = {
     "studies": 12,
     "cli": 13,
 }
-# The root's functions hand tensors on to the torch room, when they are given some.
+# The root's functions hand tensors on to the torch room and JAX's arrays to theirs, when they are given some.
 # So does `look`, whose type the root names for type checkers.
-EXCEPTIONS = {("functional", "torch"), ("deformconv", "plots")}
+EXCEPTIONS = {("functional", "torch"), ("functional", "jax"), ("deformconv", "plots")}
 # The rooms that nobody needs a framework or an extra for.
 PLAIN = (
     "errors",
@@ -139,7 +139,11 @@ def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str
 def is_neutral(module: str) -> bool:
     """Whether a module serves any operator, and so must not know one."""
     room, *file = module.split(".")[1:] or [""]
-    by_file = {"ops": ["operator", "window"], "gluon": ["arrays", "calls", "custom"]}
+    by_file = {
+        "ops": ["operator", "window"],
+        "gluon": ["arrays", "calls", "custom"],
+        "jax": ["calls", "ffi", "kernels", "primitives"],
+    }
     if room == "torch":
         return len(file) == 1 and file != ["conv"]
     if room == "ops" and file[:1] == ["taps"]:
@@ -149,7 +153,9 @@ def is_neutral(module: str) -> bool:
 
 def test_what_serves_any_operator_imports_none():
     neutral = [module for module in MODULES if is_neutral(module)]
-    assert {"deformconv.torch.calls", "deformconv.numpy.run", "deformconv.gluon.custom"} < set(neutral)
+    assert {"deformconv.torch.calls", "deformconv.numpy.run", "deformconv.gluon.custom", "deformconv.jax.kernels"} < set(
+        neutral
+    )
     wrong = []
     for module in neutral:
         for target, node in imported(ast.parse(MODULES[module].read_text()), module, MODULES[module].name == "__init__.py"):
@@ -219,11 +225,12 @@ def test_functions_can_be_read_at_once():
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_exception_is_lazy():
+def test_the_exceptions_are_lazy():
     for node in ast.parse((SOURCE / "functional.py").read_text()).body:
         targets = [target for target, _ in imported(node, "deformconv.functional", False)]
         outermost = isinstance(node, (ast.Import, ast.ImportFrom))
-        assert not (outermost and any(target.startswith("deformconv.torch") for target in targets))
+        rooms = ("deformconv.torch", "deformconv.jax")
+        assert not (outermost and any(target.startswith(rooms) for target in targets))
 
 
 def test_frameworks_stay_in_their_rooms():
