@@ -36,10 +36,9 @@ def x64() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def quickly_compiled() -> Iterator[None]:
     """XLA takes half as long for programs that run once."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Call(NamedTuple):
