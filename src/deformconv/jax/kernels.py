@@ -43,7 +43,7 @@ def backward_call(
     operator: Operator, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Sequence[str], channels_last: bool
 ) -> list[Any]:
     """The wanted gradients, in the order of `wanted`, as `forward_call`; `arrays` are those that gradients depend on."""
-    names = ("output", *_in_backward(operator, spec))
+    names = ("output", *operator.given_in_backward(spec))
     return _call(BACKWARD, operator, spec, names, [grad_output, *arrays], tuple(wanted), channels_last)
 
 
@@ -61,11 +61,6 @@ def _call(
     outs = [jax.ShapeDtypeStruct(call.shape_in_memory(name), jnp.dtype(spec.dtype)) for name in results]
     found = jax.ffi.ffi_call(target, outs)(*arrays, call=call.text())
     return [jnp.moveaxis(array, -1, 1) if call.last(name) else array for name, array in zip(results, found, strict=True)]
-
-
-def _in_backward(operator: Operator, spec: Spec) -> list[str]:
-    """The names of the arguments that were given and that gradients depend on."""
-    return [argument.name for argument in operator.in_backward if argument.name in spec.shapes]
 
 
 class _Call(NamedTuple):
@@ -141,7 +136,7 @@ def _backward_of(text: bytes) -> Computation:
     call = _read(text)
     operator, spec, wanted = call.operator, call.spec, call.results
     module = dispatch.choose(operator, spec, "numpy", "cpu", True)
-    given = {name: call.memory(name) for name in _in_backward(operator, spec)}
+    given = {name: call.memory(name) for name in operator.given_in_backward(spec)}
     names = [argument.name for argument in operator.in_backward]
     places = [list(given).index(name) if name in given else None for name in names]
     views, output, found = list(given.values()), call.memory("output"), [call.memory(name) for name in wanted]
