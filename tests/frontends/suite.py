@@ -410,15 +410,27 @@ MISFITS: list[Misfit] = [
 ]
 
 
+# The arguments of layers that are the operator on what they predict.
+LAYERS: list[dict[str, Any]] = [
+    {},
+    {"padding": 1},
+    {"padding": 1, "stride": 2, "dilation": 2},
+    {"offset_groups": 2, "bias": False},
+    {"padding": 1, "groups": 2, "offset_groups": 2},
+]
+
+
 class LayerSuite(Suite):
     """Layers that predict their own offsets and masks, made from arguments under our names."""
+
+    layers: ClassVar[list[dict[str, Any]]] = LAYERS
 
     words: ClassVar[dict[str, str]] = {}  # the front end's names, where they are others
     refusals: ClassVar[list[Refusal]] = REFUSED
     misfits: ClassVar[list[Misfit]] = MISFITS
 
     def values(self) -> dict[str, Any]:
-        return super().values() | {"refusal": self.refusals, "misfit": self.misfits}
+        return super().values() | {"arguments": self.layers, "refusal": self.refusals, "misfit": self.misfits}
 
     def layer(self, rank: int, *, modulated: bool, **arguments: Any) -> Any:
         """A layer of float64 with its first weights."""
@@ -455,17 +467,11 @@ class LayerSuite(Suite):
         return np.random.default_rng(0).normal(size=(2, channels, *(7, 6, 8)[:rank]))
 
     @pytest.mark.parametrize("modulated", [True, False], ids=["v2", "v1"])
-    @pytest.mark.parametrize(
-        "arguments",
-        [{}, {"padding": 1}, {"padding": 1, "stride": 2, "dilation": 2}, {"offset_groups": 2, "bias": False},
-         {"padding": 1, "groups": 2, "offset_groups": 2}],
-        ids=str,
-    )  # fmt: skip
     def test_a_layer_is_the_operator_on_what_it_predicts(self, arguments: dict[str, Any], modulated: bool, rank: int) -> None:
         """Its predictor is a convolution over the same window, whose channels are first the offsets', then the masks'."""
         layer = self.layer(rank, modulated=modulated, **FOUR_TO_EIGHT | arguments)
-        window = {name: arguments[name] for name in ("stride", "padding", "dilation") if name in arguments}
         x = self.image(rank)
+        window = self.window(arguments, x.shape[2:])
         size = output_size(Case("", x.shape[2:], (3,) * rank, **window))
         for fresh in (True, False):
             if not fresh:
@@ -486,6 +492,10 @@ class LayerSuite(Suite):
             boundary = self.own_boundary(modulated)
             expected = deformconv.deform_conv(x, offset, w["weight"], w["bias"], mask=mask, **window, boundary=boundary)
             assert_close(output, expected, "float64")
+
+    def window(self, arguments: dict[str, Any], sizes: tuple[int, ...]) -> dict[str, Any]:
+        """What a layer's arguments mean for the operator, on an input of these sizes."""
+        return {name: arguments[name] for name in WINDOW if name in arguments}
 
     def own_boundary(self, modulated: bool) -> str:
         """The rule of a layer that is told none."""

@@ -81,13 +81,8 @@ def _array(operator: Operator, name: str, value: Any) -> Any:
 
 def _varying_alike(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
     """Within `shard_map` all vary over the mesh's axes over which one of them does, so that gradients are summed over them."""
-    axes = [_axes(array) for array in arrays]
-    together = frozenset().union(*axes)
-    if not together:
-        return arrays
-    return [
-        _vary(array, tuple(missing)) if (missing := together - own) else array for array, own in zip(arrays, axes, strict=True)
-    ]
+    together = frozenset().union(*map(_axes, arrays))
+    return [_vary(array, tuple(missing)) if (missing := together - _axes(array)) else array for array in arrays]
 
 
 def _axes(array: jax.Array) -> frozenset[Any]:

@@ -236,9 +236,8 @@ def explain(
     if unknown:
         raise unexpected(explain, unknown)
     operands = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    return calls.explain(
-        DEFORM_CONV, operands, _parameters(stride, padding, dilation, groups, offset_groups, boundary), backend
-    )
+    parameters = _parameters(stride, padding, dilation, groups, offset_groups, boundary)
+    return calls.explain(DEFORM_CONV, operands, parameters, backend)
 
 
 def _call(

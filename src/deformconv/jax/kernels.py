@@ -131,7 +131,7 @@ def _forward_of(text: bytes) -> Computation:
 
     def compute(arguments: list[int], results: list[int]) -> None:
         arrays = [None if place is None else views[place](arguments[place]) for place in places]
-        output(results[0])[...] = run.forward_on(operator, module, spec, arrays)
+        run.forward_on(operator, module, spec, arrays, output(results[0]))
 
     return compute
 
@@ -149,10 +149,8 @@ def _backward_of(text: bytes) -> Computation:
     def compute(arguments: list[int], results: list[int]) -> None:
         grad_output, *others = arguments
         arrays = [None if place is None else views[place](others[place]) for place in places]
-        gradients = run.backward_on(operator, module, spec, output(grad_output), arrays, wanted)
-        for name, view, address in zip(wanted, found, results, strict=True):
-            gradient = getattr(gradients, name)
-            view(address)[...] = 0 if gradient is None else gradient
+        out = {name: view(address) for name, view, address in zip(wanted, found, results, strict=True)}
+        run.backward_on(operator, module, spec, output(grad_output), arrays, wanted, out)
 
     return compute
 

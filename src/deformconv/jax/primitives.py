@@ -5,9 +5,9 @@
 - NAME_backward, which computes the wanted gradients and no others: on the CPU by kernels. Its own derivatives are those of the
   portable form, and so are all further ones.
 
-A mapped axis becomes part of one call, by the operator's rules of folding. Each primitive takes the arrays of the arguments that
-were given, in the operator's order; `spec` is the checked call, `backend` the one that was asked for, and `channels_last` says
-that the caller moves the axis of channels to the end, where XLA then need not bring it back.
+A mapped axis becomes part of one call, by the operator's rules of folding. Each primitive takes the arrays of the arguments
+that are given, in the operator's order; `spec` is the checked call, `backend` the one that was asked for, and `channels_last`
+says that the caller moves the axis of channels to the end, where XLA then need not bring it back.
 """
 
 from __future__ import annotations
