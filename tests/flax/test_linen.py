@@ -74,7 +74,9 @@ def varied(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_first_fields_are_those_of_a_convolution():
-    ours, theirs = ([(f.name, f.default) for f in fields(cls) if f.name not in ("parent", "name")] for cls in (DeformConv, linen.Conv))
+    ours, theirs = (
+        [(f.name, f.default) for f in fields(cls) if f.name not in ("parent", "name")] for cls in (DeformConv, linen.Conv)
+    )
     assert ours[: len(theirs)] == theirs
     assert [name for name, _ in ours[len(theirs) :]] == [
         "modulated", "offset_groups", "predict_offsets", "mask_scale", "max_offset", "boundary",
