@@ -37,7 +37,7 @@ def predicted(layer: DeformConv, x: jax.Array) -> tuple[jax.Array, jax.Array | N
 class TestLayers(FlaxLayerSuite):
     module = module
     examples = 7
-    words = FlaxLayerSuite.words | {"out_channels": "out_features"}  # noqa: RUF012
+    words = FlaxLayerSuite.words | {"out_channels": "out_features"}
 
     def layer(self, rank, *, modulated, **arguments):
         named = self.named(rank, arguments)
