@@ -23,6 +23,17 @@ RANKS = (1, 2, 3)
 WORDS = ("SAME", "VALID", "SAME_LOWER", "CIRCULAR", "REFLECT")
 
 
+@nnx.jit
+def called(layer: nnx.Module, *arrays: jax.Array) -> jax.Array:
+    """A call, compiled once as a whole instead of once for every operation."""
+    return layer(*arrays)
+
+
+@nnx.jit
+def predicted(layer: DeformConv, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    return layer.offsets_and_mask(x)
+
+
 class TestLayers(FlaxLayerSuite):
     module = module
     examples = 7
@@ -31,6 +42,12 @@ class TestLayers(FlaxLayerSuite):
     def layer(self, rank, *, modulated, **arguments):
         named = self.named(rank, arguments)
         return DeformConv(**named, modulated=modulated, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+    def call(self, layer, input):
+        return called(layer, input)
+
+    def predict(self, layer, input):
+        return predicted(layer, input)
 
     def weights(self, layer):
         predictor = layer.offset_conv
@@ -92,18 +109,16 @@ def test_a_fresh_layer_is_the_convolution(rank, arguments):
 
 
 @pytest.mark.parametrize("padding", [*WORDS, "same", 0, 2, [2, 1], [(2, 0), (0, 1)], [[2, 0], [0, 1]]], ids=str)
-@pytest.mark.parametrize("kernel", [(3, 3), (4, 2), (1, 5)], ids=str)
-def test_padding_is_that_of_the_convolution(kernel, padding):
-    """For strides and dilations, too; and moved taps see in padded pixels what a convolution sees there."""
+@pytest.mark.parametrize(
+    "window", [{}, {"strides": 2, "kernel_dilation": 2}, {"strides": (3, 2), "kernel_dilation": (1, 2)}], ids=str
+)
+def test_padding_is_that_of_the_convolution(padding, window):
+    """An even kernel is padded by more after, or by more before; for strides and dilations, too."""
     x = image(2, 11, 12, 4)
     theirs = [tuple(pair) for pair in padding] if padding == [[2, 0], [0, 1]] else padding
-    for strides, dilation in product((1, 2, (3, 2)), (1, 2)):
-        window = {"strides": strides, "kernel_dilation": dilation}
-        layer = DeformConv(4, 8, kernel, padding=padding, **window, rngs=nnx.Rngs(0))
-        convolution = nnx.Conv(4, 8, kernel, padding=theirs, **window, rngs=nnx.Rngs(0))
-        assert nearly(layer(x), convolution(x))
-        offset, mask = layer.offsets_and_mask(x)
-        assert nearly(layer(x, offset + 0.0, mask), convolution(x))
+    layer = DeformConv(4, 8, (4, 3), padding=padding, **window, rngs=nnx.Rngs(0))
+    convolution = nnx.Conv(4, 8, (4, 3), padding=theirs, **window, rngs=nnx.Rngs(0))
+    assert nearly(called(layer, x), called(convolution, x))
 
 
 @pytest.mark.parametrize(("padding", "mode"), [("CIRCULAR", "wrap"), ("REFLECT", "reflect")])

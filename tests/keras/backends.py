@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
-
-os.environ.setdefault("JAX_ENABLE_X64", "1")  # before JAX is imported: else it has no float64
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
 
 BACKEND: str = keras.backend.backend()
 TRAINS = BACKEND in ("tensorflow", "jax", "torch")
-# OpenVINO computes in float32, if the processor has no bfloat16 or is told so.
-DTYPE = "float32" if BACKEND == "openvino" else "float64"
+# The finest that Keras' own convolutions run in.
+DTYPE = "float32" if BACKEND in ("numpy", "openvino") else "float64"
 
 
 def numpy(tensor: Any) -> np.ndarray:

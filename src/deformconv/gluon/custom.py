@@ -124,8 +124,10 @@ class _Computation(mx.operator.CustomOp):
             return
         arrays: dict[str, Any] = dict.fromkeys(self._operator.names)
         arrays |= zip(self._operands, map(view, in_data), strict=True)
-        output = run.forward_on(self._operator, self._module(backward=False), self._spec, list(arrays.values()))
-        write(out_data[0], req[0], output)
+        out = view(out_data[0]) if req[0] == "write" else None
+        output = run.forward_on(self._operator, self._module(backward=False), self._spec, list(arrays.values()), out)
+        if out is None:
+            write(out_data[0], req[0], output)
 
     @_told
     def backward(

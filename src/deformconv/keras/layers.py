@@ -101,7 +101,7 @@ class _DeformConv:
 
     @property
     def input_dtype(self) -> str:
-        """What inputs, offsets and masks are brought to: float32 in half precision, whose pixels are too coarse for positions."""
+        """What inputs, offsets and masks are brought to: float32 in half precision, which is too coarse for positions."""
         return "float32" if self.compute_dtype in HALF else self.compute_dtype
 
     @property
@@ -168,7 +168,8 @@ class _DeformConv:
         predictor = check_predictor(self.offset_conv)
         last = predictor.data_format == "channels_last"
         raw = predictor(ops.moveaxis(inputs, 1, -1) if last and not self._settings.channels_last else inputs)
-        raw = ops.moveaxis(raw, -1, 1) if last else raw
+        # Keras' NumPy has JAX convolve, which makes float32 of float64 unless it is told otherwise.
+        raw = ops.cast(ops.moveaxis(raw, -1, 1) if last else raw, self.input_dtype)
         offsets = self._predicted.offsets
         mask = raw[:, offsets:] if self.modulated else None
         return activated(raw[:, :offsets], mask, self.mask_scale, self.max_offset, ops.tanh, ops.sigmoid)
@@ -210,8 +211,8 @@ class _DeformConv:
         """No mask is handed on, as Keras' convolutions hand none on."""
         if self._is_of_steps(previous_mask):
             warnings.warn(
-                f"The inputs of layer {self.name!r} have a mask of steps, which a convolution does not look at: the layers after "
-                "it will not see it.",
+                f"The inputs of layer {self.name!r} have a mask of steps, which a convolution does not look at: the layers "
+                "after it will not see it.",
                 stacklevel=2,
             )
 
@@ -240,7 +241,7 @@ def _check_names(layer: type, others: dict[str, Any]) -> None:
 def _check_padding(padding: Any) -> None:
     if isinstance(padding, str) and padding.lower() == "causal":
         raise ValueError(
-            "`padding` is 'causal'; expected 'valid' or 'same': taps that move read later steps, too, so that nothing is causal."
+            "`padding` is 'causal'; expected 'valid' or 'same': taps that move read later steps, too, so nothing is causal."
         )
     if not isinstance(padding, str) or padding.lower() not in ("valid", "same"):
         raise ShapeError(

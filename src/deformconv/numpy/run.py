@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -42,26 +43,50 @@ def backward(
     return backward_on(operator, module, spec, grad, [arrays[argument.name] for argument in operator.in_backward], names)
 
 
-def forward_on(operator: Operator, module: Any, spec: Spec, arrays: Sequence[Any]) -> Any:
-    """A backend's output, in the arrays' dtype whatever the backend computes in."""
-    _check_values(spec, operator.arguments, arrays)
+def forward_on(operator: Operator, module: Any, spec: Spec, arrays: Sequence[Any], out: np.ndarray | None = None) -> Any:
+    """A backend's output, in the arrays' dtype whatever the backend computes in; in `out`, if that is given."""
+    if operator.has_values_to_check:
+        _check_values(spec, operator.arguments, arrays)
     inner = module.computes_in(spec.dtype, "numpy")
     if inner == spec.dtype:
-        return module.forward(spec, *arrays)
-    output = module.forward(replace(spec, dtype=inner), *_in(inner, arrays))
-    return output.astype(spec.dtype)
+        if out is not None and _takes_out(module.forward):
+            return module.forward(spec, *arrays, out=out)
+        output = module.forward(spec, *arrays)
+    else:
+        output = module.forward(replace(spec, dtype=inner), *_in(inner, arrays)).astype(spec.dtype)
+    return output if out is None else _copied(out, output)
 
 
 def backward_on(
-    operator: Operator, module: Any, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Collection[str]
-) -> Any:
-    """A backend's gradients, in the arrays' dtype whatever the backend computes in."""
-    _check_values(spec, operator.in_backward, arrays)
+    operator: Operator, module: Any, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Collection[str],
+    out: Mapping[str, np.ndarray] | None = None,
+) -> Any:  # fmt: skip
+    """A backend's gradients, in the arrays' dtype whatever the backend computes in; each in the array that `out` has for it."""
+    if operator.has_values_to_check:
+        _check_values(spec, operator.in_backward, arrays)
     inner = module.computes_in(spec.dtype, "numpy")
     if inner == spec.dtype:
-        return module.backward(spec, grad_output, *arrays, wanted=wanted)
-    found = module.backward(replace(spec, dtype=inner), *_in(inner, [grad_output, *arrays]), wanted=wanted)
-    return operator.gradients(*(None if gradient is None else gradient.astype(spec.dtype) for gradient in found))
+        if out is not None and _takes_out(module.backward):
+            return module.backward(spec, grad_output, *arrays, wanted=wanted, out=out)
+        found = module.backward(spec, grad_output, *arrays, wanted=wanted)
+    else:
+        found = module.backward(replace(spec, dtype=inner), *_in(inner, [grad_output, *arrays]), wanted=wanted)
+        found = operator.gradients(*(None if gradient is None else gradient.astype(spec.dtype) for gradient in found))
+    if out is None:
+        return found
+    given = {name: _copied(array, getattr(found, name)) for name, array in out.items() if getattr(found, name) is not None}
+    return found._replace(**given)
+
+
+@cache
+def _takes_out(function: Any) -> bool:
+    """Whether a backend writes results into the caller's arrays."""
+    return "out" in signature(function).parameters
+
+
+def _copied(out: np.ndarray, values: np.ndarray) -> np.ndarray:
+    out[...] = values
+    return out
 
 
 def _in(dtype: str, arrays: Sequence[Any]) -> list[Any]:
@@ -82,7 +107,11 @@ def any_torch(*values: Any) -> bool:
 def any_jax(*values: Any) -> bool:
     """Whether a value is an array or a tracer of JAX, or acts as one; it does not import JAX to find out."""
     jax: Any = sys.modules.get("jax")
-    return jax is not None and any(isinstance(value, jax.Array) or hasattr(type(value), "__jax_array__") for value in values)
+    return jax is not None and any(
+        isinstance(value, jax.Array) or hasattr(type(value), "__jax_array__")
+        for value in values
+        if type(value) is not np.ndarray
+    )
 
 
 def _spec(operator: Operator, arrays: dict[str, Any], parameters: dict[str, Any]) -> Spec:

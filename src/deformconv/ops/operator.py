@@ -99,7 +99,8 @@ class Backend(Protocol):
     `forward(spec, *operands)` and `backward(spec, grad_output, *operands, wanted=...)` get the spec in the dtype that the
     backend computes in, and arrays of that dtype. Beside half precision, arguments that are `precise` may be float32. Results
     are new arrays; backward returns them in the order of the operator's arguments, None for each that is not wanted. If a
-    backend takes NumPy's memory and can run another library's calls, the keyword `library` says whose the arrays are. Native
+    backend takes NumPy's memory and can run another library's calls, the keyword `library` says whose the arrays are. If it
+    can write results into the caller's arrays, it takes them by the keyword `out`: an array, or backward's by name. Native
     arrays carry no graph, and their GPU is the current one. A backend of native arrays may have no `backward`: then PyTorch
     differentiates its `forward`. If it has `parts`, which cuts a call into smaller ones, PyTorch does that for one part after
     the other.
@@ -237,6 +238,10 @@ class Operator:
             if name not in given:
                 raise ValueError(f"`wanted` names {name!r}, but no `{name}` was passed: pass it or do not ask.")
         return names
+
+    def given_in_backward(self, spec: Spec) -> list[str]:
+        """The names of the arguments that were given and that gradients depend on."""
+        return [argument.name for argument in self.in_backward if argument.name in spec.shapes]
 
     def described(self, spec: Spec) -> str:
         """The shapes of a call in words, without arguments that no gradient depends on: others determine their shapes."""

@@ -10,7 +10,10 @@ import numpy as np
 
 from deformconv.runtime.memory import aligned
 
-__all__ = ["aligned_empty", "empty_channels", "flat", "flat_axes", "flat_channels", "flat_images", "none_of"]
+__all__ = [
+    "aligned_empty", "empty_channels", "flat", "flat_axes", "flat_channels", "flat_images", "none_of", "result",
+    "result_channels",
+]  # fmt: skip
 
 
 @cache
@@ -118,3 +121,37 @@ def empty_channels(shape: tuple[int, ...], dtype: str, last: bool) -> tuple[np.n
     if not last:
         return numbers.reshape(shape), numbers
     return numbers.reshape((shape[0], *shape[2:], shape[1])).transpose(_SECOND[len(shape)]), numbers
+
+
+def result(shape: tuple[int, ...], dtype: str, out: Any = None) -> np.ndarray:
+    """The array that a call writes into: the caller's `out`, or a new one."""
+    if out is None:
+        return aligned_empty(shape, dtype)
+    _check_out(out, shape, dtype)
+    if not out.flags.carray:
+        raise ValueError(_LAYOUT.format("in C order"))
+    return out  # type: ignore[no-any-return]
+
+
+def result_channels(shape: tuple[int, ...], dtype: str, last: bool, out: Any = None) -> tuple[np.ndarray, np.ndarray, bool]:
+    """As `result`, of an array (N, C, ...), the same flat, and whether its channels come last in memory.
+
+    `last` says so for a new array; the caller's has them where it has them.
+    """
+    if out is None:
+        return *empty_channels(shape, dtype, last), last
+    _check_out(out, shape, dtype)
+    if out.flags.carray:
+        return out, out.reshape(-1), False
+    moved = out.transpose(_LAST[out.ndim])
+    if not moved.flags.carray:
+        raise ValueError(_LAYOUT.format("in C order, or with its channels last in memory"))
+    return out, moved.reshape(-1), True
+
+
+_LAYOUT = "`out` does not lie side by side in writable memory; expected an array {}, as `numpy.empty` makes it."
+
+
+def _check_out(out: Any, shape: tuple[int, ...], dtype: str) -> None:
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"`out` has shape {out.shape}, {out.dtype}; expected the result's, {shape}, {dtype}.")

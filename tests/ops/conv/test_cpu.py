@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.ops.conv.cases import Call, Case, make
+from tests.ops.conv.cases import CASES, Call, Case, make
 from tests.ops.conv.suite import ConvSuite, in_float64, reference_backward
 from tests.tolerances import TOLERANCE, assert_close, error
 
@@ -195,6 +196,71 @@ def test_slices_of_one_array_are_read_in_place() -> None:
     np.testing.assert_array_equal(output(sliced), output(call))
     for one, two in zip(gradients(sliced), gradients(call), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+MEMORY_OF_RESULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "channels first": lambda array: np.full_like(array, np.nan, order="C"),
+    "channels last": lambda array: np.moveaxis(np.full_like(np.moveaxis(array, 1, -1), np.nan, order="C"), -1, 1),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY_OF_RESULTS)
+@pytest.mark.parametrize("case", [*CASES, TAILS[0], TAILS[3], TAILS[5]], ids=lambda case: case.name)
+def test_results_are_written_into_the_caller_s_memory(case: Case, name: str) -> None:
+    call, empty = make(case, "float32"), MEMORY_OF_RESULTS[name]
+    expected = output(call)
+    out = empty(expected)
+    assert cpu.forward(call.spec, *call.arrays, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    c, right = call, gradients(call)
+    given = {n: np.full_like(g, np.nan) for n, g in zip(GRADIENTS, right, strict=True) if g is not None}
+    given["input"] = empty(right[0])
+    found = cpu.backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS, out=given)
+    for n, gradient, one in zip(GRADIENTS, found, right, strict=True):
+        assert gradient is given.get(n), n
+        if one is not None:
+            np.testing.assert_array_equal(gradient, one, n)
+
+
+def test_memory_for_some_of_the_gradients() -> None:
+    call = make(CASES[4], "float32")
+    c, right, out = call, gradients(call), {"weight": np.empty_like(call.weight)}
+    found = cpu.backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, ("weight", "mask"), out=out)
+    assert found.weight is out["weight"]
+    assert found.input is None
+    np.testing.assert_array_equal(found.weight, right[2])
+    np.testing.assert_array_equal(found.mask, right[4])
+
+
+def test_memory_that_is_a_slice_of_a_batch() -> None:
+    call = make(CASES[4], "float32")
+    expected = output(call)
+    out = np.zeros((4, *expected.shape[1:]), np.float32)
+    cpu.forward(call.spec, *call.arrays, out=out[1:3])
+    np.testing.assert_array_equal(out[1:3], expected)
+    assert not out[0].any()
+    assert not out[3].any()
+
+
+def test_memory_that_results_do_not_fit_is_refused() -> None:
+    call = make(CASES[4], "float32")
+    shape = call.spec.output_shape
+    read_only = np.empty(shape, np.float32)
+    read_only.flags.writeable = False
+    for out, text in {
+        "another shape": (
+            np.empty(shape[1:], np.float32),
+            "`out` has shape (6, 7, 8), float32; expected the result's, (2, 6, 7",
+        ),
+        "another dtype": (np.empty(shape, np.float64), "float64; expected the result's, (2, 6, 7, 8), float32."),
+        "strides": (np.empty((*shape, 2), np.float32)[..., 0], "does not lie side by side in writable memory"),
+        "read-only": (read_only, "does not lie side by side in writable memory"),
+    }.values():
+        with pytest.raises(ValueError, match=re.escape(text)):
+            cpu.forward(call.spec, *call.arrays, out=out)
+    c, last = call, MEMORY_OF_RESULTS["channels last"](call.weight)
+    with pytest.raises(ValueError, match="expected an array in C order, as"):
+        cpu.backward(c.spec, c.grad_output, c.input, c.offset, c.weight, c.mask, GRADIENTS, out={"weight": last})
 
 
 def test_positions_beyond_32_bits_are_left_to_another_backend() -> None:

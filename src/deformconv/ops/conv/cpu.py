@@ -7,7 +7,7 @@ is the same bit for bit whatever the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from itertools import product
 from math import prod
@@ -82,13 +82,16 @@ def _multiplications(spec: ConvSpec) -> int:
     return spec.batch * spec.positions * spec.taps * spec.in_channels * (spec.out_channels // spec.groups + 4 * 2**spec.rank)
 
 
-def forward(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, library: str = "numpy") -> np.ndarray:
+def forward(
+    spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, library: str = "numpy", out: Any = None
+) -> np.ndarray:
     """The output (N, C_out, *O) for arrays that `spec` describes; in memory its channels come last if the input's do.
 
-    `library` is where the arrays came from: its threads, if it lends them, do the work.
+    `library` is where the arrays came from: its threads, if it lends them, do the work. The output is written into `out`, if
+    that is given, and this returned: an array of its own memory, with its channels second or last in it.
     """
     input, input_last = arrays.flat_channels(input)
-    output, flat_output = arrays.empty_channels(spec.output_shape, spec.dtype, input_last)
+    output, flat_output, output_last = arrays.result_channels(spec.output_shape, spec.dtype, input_last, out)
     if output.size == 0:
         return output
     team = team_for(library)
@@ -98,7 +101,7 @@ def forward(spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mas
     with arena(cut.bytes) as memory:
         own = memory.empty(plan.x_size, spec.dtype), memory.empty(cut.weight_size, spec.dtype)
         given, weight_last = _forward_arrays(spec, own, input, offset, weight, bias, mask, flat_output)
-        order = input_last, weight_last, input_last, *distances
+        order = input_last, weight_last, output_last, *distances
         arguments = cut.arguments, order, given, *cut.share.scratch(memory, spec.dtype)
         run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank))
     return output
@@ -166,10 +169,15 @@ def backward(
     mask: Any,
     wanted: Collection[str],
     library: str = "numpy",
+    out: Mapping[str, np.ndarray] | None = None,
 ) -> Gradients:
-    """The wanted gradients; None for the others. That of the input has its channels last in memory if the input does."""
+    """The wanted gradients; None for the others. That of the input has its channels last in memory if the input does.
+
+    A gradient is written into the array that `out` has for it, if any, as in `forward`; only the input's may have its channels
+    last there.
+    """
     input, input_last = arrays.flat_channels(input)
-    results, flat = _results(spec, wanted, input_last)
+    results, flat, d_input_last = _results(spec, wanted, input_last, out or {})
     if not results:
         return Gradients()
     if spec.batch * spec.positions * spec.in_channels * spec.out_channels * spec.pixels == 0:
@@ -212,7 +220,7 @@ def backward(
         arguments = cut.arguments, order, tuple(given), *cut.share.scratch(memory, spec.dtype)
         shared = cut.share if results.keys() != {"bias"} else cut.share._replace(items=1)
         run(kernels.backward, arguments, shared, team, (spec.dtype, spec.rank))
-        _collect(spec, plan, own, flat, input_last, team)
+        _collect(spec, plan, own, flat, d_input_last, team)
     return Gradients(**results)
 
 
@@ -225,16 +233,21 @@ def _samples(spec: ConvSpec, offset: Any, mask: Any) -> tuple[np.ndarray, np.nda
     return offset, mask, image_offset, image_mask
 
 
-def _results(spec: ConvSpec, wanted: Collection[str], input_last: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Uninitialised arrays for the wanted gradients, and all gradients' arrays flat, empty ones for those not wanted."""
-    results, flat = {}, dict.fromkeys(GRADIENTS, arrays.none_of(spec.dtype))
+def _results(
+    spec: ConvSpec, wanted: Collection[str], input_last: bool, out: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], bool]:
+    """The arrays for the wanted gradients, and all gradients' arrays flat, empty ones for those not wanted.
+
+    And whether the channels of the input's gradient come last in memory.
+    """
+    results, flat, last = {}, dict.fromkeys(GRADIENTS, arrays.none_of(spec.dtype)), input_last
     if "input" in wanted:
-        results["input"], flat["input"] = arrays.empty_channels(spec.input_shape, spec.dtype, input_last)
+        results["input"], flat["input"], last = arrays.result_channels(spec.input_shape, spec.dtype, last, out.get("input"))
     shapes = {"offset": spec.offset_shape, "weight": spec.weight_shape}
     shapes |= {"bias": (spec.out_channels,)} if spec.biased else {}
     shapes |= {"mask": spec.mask_shape} if spec.masked else {}
-    results |= {name: arrays.aligned_empty(shape, spec.dtype) for name, shape in shapes.items() if name in wanted}
-    return results, flat | {name: results[name].reshape(-1) for name in shapes if name in results}
+    results |= {name: arrays.result(shape, spec.dtype, out.get(name)) for name, shape in shapes.items() if name in wanted}
+    return results, flat | {name: results[name].reshape(-1) for name in shapes if name in results}, last
 
 
 def _backward_sizes(spec: ConvSpec, plan: Any, flat: dict[str, np.ndarray]) -> dict[str, int]:
@@ -252,10 +265,11 @@ def _backward_sizes(spec: ConvSpec, plan: Any, flat: dict[str, np.ndarray]) -> d
     }
 
 
-def _collect(
-    spec: ConvSpec, plan: Any, own: dict[str, np.ndarray], flat: dict[str, np.ndarray], input_last: bool, team: Any
-) -> None:
-    """Bring what a backward pass has left in its own arrays into the flat results."""
+def _collect(spec: ConvSpec, plan: Any, own: dict[str, np.ndarray], flat: dict[str, np.ndarray], last: bool, team: Any) -> None:
+    """Bring what a backward pass has left in its own arrays into the flat results.
+
+    `last` says whether the channels of the input's gradient come last in memory.
+    """
     kernels, cut, none = _kernels(), plan.backward, arrays.none_of(spec.dtype)
     shared = cut.slots > 1
     given = kernels.CollectArrays(
@@ -271,7 +285,7 @@ def _collect(
     )
     items = _plans().collect_items(spec, given.d_input.size, given.d_weight.size, given.d_offset.size, given.d_mask.size)
     moved = given.d_x.size + given.replicas.size + given.offset_slots.size + given.mask_slots.size
-    arguments = cut.arguments[2:], input_last, tuple(given)
+    arguments = cut.arguments[2:], last, tuple(given)
     run(kernels.collect, arguments, share(items, team.threads, moved * COPY, spec.dtype), team, (spec.dtype, spec.rank))
 
 
