@@ -33,7 +33,11 @@ def arrays(last: bool) -> list[Any]:
     random = np.random.default_rng(0)
     offset = np.floor(1.5 * random.normal(size=(2, 24, 3, 4))) + random.uniform(0.1, 0.9, (2, 24, 3, 4))
     made = [random.normal(size=(2, 5, 4, 4)), offset, random.normal(size=(3, 2, 4, 3)), random.uniform(size=(2, 12, 3, 4))]
-    return [tf.constant(array) for array in made] if last else [tf.constant(np.moveaxis(made[0], -1, 1)), *map(tf.constant, made[1:])]
+    return (
+        [tf.constant(array) for array in made]
+        if last
+        else [tf.constant(np.moveaxis(made[0], -1, 1)), *map(tf.constant, made[1:])]
+    )
 
 
 def by_operations(own: Settings, *given: Any) -> Any:
@@ -81,7 +85,7 @@ def test_forward_mode():
 
 
 def test_a_mistake_is_found_while_a_graph_is_made():
-    own, (inputs, offset, kernel, mask) = settings(True), arrays(True)
+    own, (inputs, offset, kernel, _) = settings(True), arrays(True)
     with pytest.raises(ValueError, match="`mask` has 24 channels"):
         tf.function(lambda: room.deform_conv(own, inputs, offset, kernel, offset))()
 

@@ -101,7 +101,7 @@ class _DeformConv:
 
     @property
     def input_dtype(self) -> str:
-        """What inputs, offsets and masks are brought to: float32 in half precision, whose pixels are too coarse for positions."""
+        """What inputs, offsets and masks are brought to: float32 in half precision, which is too coarse for positions."""
         return "float32" if self.compute_dtype in HALF else self.compute_dtype
 
     @property
@@ -211,8 +211,8 @@ class _DeformConv:
         """No mask is handed on, as Keras' convolutions hand none on."""
         if self._is_of_steps(previous_mask):
             warnings.warn(
-                f"The inputs of layer {self.name!r} have a mask of steps, which a convolution does not look at: the layers after "
-                "it will not see it.",
+                f"The inputs of layer {self.name!r} have a mask of steps, which a convolution does not look at: the layers "
+                "after it will not see it.",
                 stacklevel=2,
             )
 
@@ -241,7 +241,7 @@ def _check_names(layer: type, others: dict[str, Any]) -> None:
 def _check_padding(padding: Any) -> None:
     if isinstance(padding, str) and padding.lower() == "causal":
         raise ValueError(
-            "`padding` is 'causal'; expected 'valid' or 'same': taps that move read later steps, too, so that nothing is causal."
+            "`padding` is 'causal'; expected 'valid' or 'same': taps that move read later steps, too, so nothing is causal."
         )
     if not isinstance(padding, str) or padding.lower() not in ("valid", "same"):
         raise ShapeError(
