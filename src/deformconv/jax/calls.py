@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deformconv import dispatch
 from deformconv.jax.primitives import Registered
@@ -33,8 +35,12 @@ def call(
     arrays = _arrays(op.operator, operands)
     spec = _spec(op.operator, arrays, parameters, rank)
     dispatch.check_name(op.operator, backend)
-    given = _varying_alike([array for array in arrays.values() if array is not None])
-    output: jax.Array = op.forward.bind(*given, spec=spec, backend=backend, channels_last=channels_last)
+    given = [array for array in arrays.values() if array is not None]
+    compute = partial(op.forward.bind, spec=spec, backend=backend, channels_last=channels_last)
+    spread = _spread(given)
+    if spread is not None:  # XLA, and no rule of ours, says how such a call is spread over devices
+        compute = jax.sharding.auto_axes(compute, out_sharding=spread)
+    output: jax.Array = compute(*_varying_alike(given))
     return output
 
 
@@ -77,6 +83,16 @@ def _array(operator: Operator, name: str, value: Any) -> Any:
         raise TypeError(f"`{name}` is None; expected a JAX array.")
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     raise TypeError(f"`{name}` is a {kind}; expected a JAX array: pass `jax.numpy.asarray({name})`.")
+
+
+def _spread(arrays: Sequence[jax.Array]) -> Any:
+    """Where the types of arrays say that they are spread over the axes of a mesh: how the output is, along its first axis."""
+    shardings = [getattr(jax.typeof(array), "sharding", None) for array in arrays]
+    explicit = [sharding for sharding in shardings if any(getattr(sharding, "spec", None) or ())]
+    if not explicit or not hasattr(jax.sharding, "auto_axes"):  # before JAX 0.7 such types were an experiment
+        return None
+    first = shardings[0]
+    return NamedSharding(explicit[0].mesh, PartitionSpec(first.spec[0] if first in explicit else None))
 
 
 def _varying_alike(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:

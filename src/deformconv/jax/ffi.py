@@ -5,20 +5,26 @@ The structs are those of jaxlib's `include/xla/ffi/api/c_api.h`, major version 0
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import ctypes
-import time
+import re
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from ctypes import Structure, c_char_p, c_int32, c_int64, c_uint32
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 
-__all__ = ["memory", "register"]
+from deformconv.jax.gate import DONE, close, gate
+
+__all__ = ["memory", "reason_against", "register"]
 
 # (the attribute's bytes, the addresses of the arguments, those of the results) -> None
 Call = Callable[[bytes, "list[int]", "list[int]"], None]
@@ -82,12 +88,27 @@ class Metadata(Structure):
     _fields_ = [("struct_size", c_int64), ("version", Version), ("traits", c_uint32)]
 
 
+MAJOR = 0  # the version of XLA's interface that all of this is written for
 _METADATA = 1  # an extension's type: XLA asks which version a handler was written for
 _CANCELLED, _INVALID_ARGUMENT, _RESOURCE_EXHAUSTED, _INTERNAL = 1, 3, 8, 13  # XLA's codes of errors
 
 _create_error = ctypes.CFUNCTYPE(c_int64, c_int64)
-_handlers: list[Any] = []  # XLA keeps their addresses for ever
-_running: set[object] = set()
+_asked = False  # whether XLA computes on the CPU in this process
+
+
+@cache
+def reason_against() -> str | None:
+    """Why the handlers of this file cannot be called by the installed jaxlib; None if they can.
+
+    It is not left to XLA: that asks when it begins to compute on the CPU, and does not begin if the answer is wrong.
+    """
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    text = header.read_text(errors="replace") if header.is_file() else ""
+    found = re.search(r"^#define XLA_FFI_API_MAJOR (\d+)", text, re.MULTILINE)
+    if found is None or int(found[1]) == MAJOR:
+        return None
+    version = f"jaxlib {jaxlib.__version__} calls compiled functions by version {found[1]} of XLA's interface"
+    return f"{version}, and deformconv knows {MAJOR}"
 
 
 def register(name: str, call: Call) -> None:
@@ -96,33 +117,37 @@ def register(name: str, call: Call) -> None:
     def handle(address: int) -> int:
         frame = Frame.from_address(address)
         if frame.extension and _answered(frame):
-            return 0
-        _running.add(token := object())
+            return DONE
         try:
-            span = Span.from_address(_addresses(frame.attr_items, 1)[0])
+            span = Span.from_address(c_int64.from_address(frame.attr_items).value)
             attribute = ctypes.string_at(span.data, span.size)
             call(attribute, _data(frame.arg_items, frame.args), _data(frame.ret_items, frame.rets))
         except BaseException as error:
             return _error(frame, error)
-        finally:
-            _running.discard(token)
-        return 0
+        return DONE
 
-    handler = ctypes.CFUNCTYPE(c_int64, c_int64)(handle)
-    _handlers.append(handler)
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.cast(handler, ctypes.c_void_p).value), platform="cpu")
+    refusal = _error_args("Python was interrupted, or has ended, before this was computed", _CANCELLED)
+    address = gate(handle, (Frame.api.offset, Api.create_error.offset), refusal)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
 
 
 def _answered(frame: Frame) -> bool:
     """Answer XLA's question for the version that handlers are written for, if that is why they are called."""
+    global _asked
     extension = Extension.from_address(frame.extension)
     if extension.type != _METADATA:
         return False
     metadata = Metadata.from_address(extension.metadata)
     # XLA takes every version from 0.1 to its own; the oldest do not say which theirs is.
-    metadata.version.major, metadata.version.minor = 0, Api.from_address(frame.api).version.minor if frame.api else 1
+    metadata.version.major, metadata.version.minor = MAJOR, Api.from_address(frame.api).version.minor if frame.api else 1
     metadata.traits = 0
+    _asked = True
     return True
+
+
+def _data(address: int, count: int) -> list[int]:
+    """The addresses of the numbers of so many buffers, whose own addresses lie side by side."""
+    return [Buffer.from_address(buffer).data for buffer in _words(count).from_address(address)] if count else []
 
 
 @cache
@@ -130,48 +155,54 @@ def _words(count: int) -> Any:
     return c_int64 * count
 
 
-def _addresses(address: int, count: int) -> Any:
-    return _words(count).from_address(address)
-
-
-def _data(address: int, count: int) -> list[int]:
-    """The addresses of the numbers of so many buffers."""
-    return [Buffer.from_address(buffer).data for buffer in _addresses(address, count)] if count else []
-
-
 def _error(frame: Frame, error: BaseException) -> int:
     """Make an error of XLA's of an exception; JAX raises it with this text."""
     code = _INVALID_ARGUMENT if isinstance(error, (TypeError, ValueError)) else _INTERNAL
     code = _RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else code
-    code = _CANCELLED if isinstance(error, KeyboardInterrupt) else code
-    text = f"{type(error).__name__}: {error}".encode(errors="replace")
-    found = ErrorArgs(ctypes.sizeof(ErrorArgs), 0, text, code)
+    if isinstance(error, KeyboardInterrupt):
+        code = _CANCELLED
+        _interrupt_again()
+    text = f"{type(error).__name__}: {error}"
     create = _create_error(Api.from_address(frame.api).create_error)
-    return int(create(ctypes.addressof(found)))
+    given = _error_args(text, code)  # which must live until XLA has copied the text
+    return int(create(ctypes.addressof(given)))
+
+
+def _interrupt_again() -> None:
+    """Raise Ctrl-C's KeyboardInterrupt once more, since JAX makes an error of it, after which programs may go on.
+
+    Not at once: within XLA, an exception that begins while another is made ends the process.
+    """
+    timer = threading.Timer(0.05, _thread.interrupt_main)
+    timer.daemon = True
+    timer.start()
+
+
+def _error_args(text: str, code: int) -> ErrorArgs:
+    return ErrorArgs(ctypes.sizeof(ErrorArgs), 0, text.encode(errors="replace"), code)
 
 
 @atexit.register
 def _settle() -> None:
-    """Wait for what XLA still has to run: after Python's end it would wait for the GIL for ever, and the process for it."""
-    for array in jax.live_arrays():
-        with suppress(Exception):
-            array.block_until_ready()
-    for device in jax.local_devices(backend="cpu"):
-        (jax.device_put(0.0, device) + 0).block_until_ready()
-    quiet = 0
-    while quiet < 5:  # calls from other threads, whose results nobody kept
-        quiet = 0 if _running else quiet + 1
-        time.sleep(0.001)
+    """Wait for the arrays that somebody still has. What nobody has need not be computed."""
+    if not _asked:
+        return
+    try:
+        for array in jax.live_arrays("cpu"):
+            with suppress(Exception):  # an error of a computation, which nobody has asked for
+                array.block_until_ready()
+    finally:
+        close()
 
 
-@cache
-def _bytes(count: int) -> Any:
-    return ctypes.c_char * count
-
-
-def memory(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """The numbers at an address as an array, without a copy."""
-    size = prod(shape) * dtype.itemsize
+def memory(shape: tuple[int, ...], dtype: str, channels_last: bool = False) -> Callable[[int], np.ndarray]:
+    """What makes an array of the numbers at an address, without a copy; there its channels, the second axis, may come last."""
+    kind, size = np.dtype(dtype), prod(shape)
     if size == 0:
-        return np.empty(shape, dtype)  # XLA may give it no address
-    return np.ndarray(shape, dtype, _bytes(size).from_address(address))
+        return lambda address: np.empty(shape, kind)  # XLA may give it no address
+    within = (ctypes.c_char * (size * kind.itemsize)).from_address
+    if not channels_last:
+        return lambda address: np.ndarray(shape, kind, within(address))
+    strides = np.empty((shape[0], *shape[2:], shape[1]), kind).strides
+    strides = (strides[0], strides[-1], *strides[1:-1])
+    return lambda address: np.ndarray(shape, kind, within(address), 0, strides)

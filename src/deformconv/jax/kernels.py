@@ -9,6 +9,7 @@ from ast import literal_eval
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -16,20 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from deformconv import dispatch
+from deformconv.errors import BackendError
 from deformconv.jax import ffi
 from deformconv.numpy import run
 from deformconv.ops.operator import Operand, Operator, Spec
 
-__all__ = ["backward_call", "forward_call", "runs"]
+__all__ = ["backward_call", "forward_call"]
 
 FORWARD, BACKWARD = "deformconv_forward", "deformconv_backward"  # XLA's targets; saved programs have these names
-
-
-def runs(operator: Operator, spec: Spec, backward: bool) -> bool:
-    """Whether the kernels can run a call: not in half precision, nor where sizes are symbols."""
-    if not all(type(size) is int for shape in spec.shapes.values() for size in shape):
-        return False
-    return not dispatch.load(operator, "cpu").reasons_against(spec, "numpy", "cpu", backward)
+_FORM = 1  # of a call's text, in which it stands first
 
 
 def forward_call(operator: Operator, spec: Spec, arrays: Sequence[Any], channels_last: bool) -> Any:
@@ -47,7 +43,7 @@ def backward_call(
     operator: Operator, spec: Spec, grad_output: Any, arrays: Sequence[Any], wanted: Sequence[str], channels_last: bool
 ) -> list[Any]:
     """The wanted gradients, in the order of `wanted`, as `forward_call`; `arrays` are those that gradients depend on."""
-    names = ("output", *_in_backward(operator, spec))
+    names = ("output", *operator.given_in_backward(spec))
     return _call(BACKWARD, operator, spec, names, [grad_output, *arrays], tuple(wanted), channels_last)
 
 
@@ -55,17 +51,16 @@ def _call(
     target: str, operator: Operator, spec: Spec, names: Sequence[str], arrays: Sequence[Any], results: tuple[str, ...],
     channels_last: bool,
 ) -> list[Any]:  # fmt: skip
-    _register()
+    reason = ffi.reason_against()
+    if reason is not None:
+        raise BackendError(
+            f'{reason}: install another version of JAX or of deformconv, or pass backend="portable", which is slower.'
+        )
     call = _Call(operator, spec, results, channels_last)
     arrays = [jnp.moveaxis(array, 1, -1) if call.last(name) else array for name, array in zip(names, arrays, strict=True)]
-    outs = [jax.ShapeDtypeStruct(call.shape(name), jnp.dtype(spec.dtype)) for name in results]
+    outs = [jax.ShapeDtypeStruct(call.shape_in_memory(name), jnp.dtype(spec.dtype)) for name in results]
     found = jax.ffi.ffi_call(target, outs)(*arrays, call=call.text())
     return [jnp.moveaxis(array, -1, 1) if call.last(name) else array for name, array in zip(results, found, strict=True)]
-
-
-def _in_backward(operator: Operator, spec: Spec) -> list[str]:
-    """The names of the arguments that were given and that gradients depend on."""
-    return [argument.name for argument in operator.in_backward if argument.name in spec.shapes]
 
 
 class _Call(NamedTuple):
@@ -78,8 +73,8 @@ class _Call(NamedTuple):
 
     def text(self) -> str:
         shapes = {name: tuple(map(int, shape)) for name, shape in self.spec.shapes.items()}
-        operator, parameters = self.operator, self.operator.pack(self.spec)
-        return repr((operator.package, operator.name, self.spec.dtype, shapes, parameters, self.results, self.channels_last))
+        package, name, parameters = self.operator.package, self.operator.name, self.operator.pack(self.spec)
+        return repr((_FORM, package, name, self.spec.dtype, shapes, parameters, self.results, self.channels_last))
 
     def last(self, name: str) -> bool:
         """Whether the channels of an array lie last in memory."""
@@ -91,25 +86,25 @@ class _Call(NamedTuple):
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """An array's shape as it lies in memory."""
-        shape = self.spec.output_shape if name == "output" else self.spec.shapes[name]
+        return self.spec.output_shape if name == "output" else self.spec.shapes[name]
+
+    def shape_in_memory(self, name: str) -> tuple[int, ...]:
+        shape = self.shape(name)
         return (shape[0], *shape[2:], shape[1]) if self.last(name) else shape
 
-    def view(self, name: str) -> Callable[[int], np.ndarray]:
+    def memory(self, name: str) -> Callable[[int], np.ndarray]:
         """What makes an array (N, C, *S) of an address."""
-        shape, dtype, axes = self.shape(name), np.dtype(self.spec.dtype), None
-        if self.last(name):
-            axes = (0, len(shape) - 1, *range(1, len(shape) - 1))
-
-        def view(address: int) -> np.ndarray:
-            array = ffi.memory(address, shape, dtype)
-            return array if axes is None else array.transpose(axes)
-
-        return view
+        return ffi.memory(self.shape(name), self.spec.dtype, self.last(name))
 
 
 def _read(text: bytes) -> _Call:
-    package, name, dtype, shapes, parameters, results, channels_last = literal_eval(text.decode())
+    form, *content = literal_eval(text.decode())
+    if form != _FORM:
+        raise ValueError(
+            f"a program that another version of deformconv compiled was called (form {form} of a call, expected {_FORM}): "
+            "compile, or export, it again with this version."
+        )
+    package, name, dtype, shapes, parameters, results, channels_last = content
     module = import_module(f"{package}.operator")
     operator = next(value for value in vars(module).values() if isinstance(value, Operator) and value.name == name)
     operands: dict[str, Operand | None] = dict.fromkeys(operator.names)
@@ -125,9 +120,9 @@ def _forward_of(text: bytes) -> Computation:
     call = _read(text)
     operator, spec = call.operator, call.spec
     module = dispatch.choose(operator, spec, "numpy", "cpu", False)
-    given = {name: call.view(name) for name in spec.shapes}
+    given = {name: call.memory(name) for name in spec.shapes}
     places = [list(given).index(name) if name in given else None for name in operator.names]
-    views, output = list(given.values()), call.view("output")
+    views, output = list(given.values()), call.memory("output")
 
     def compute(arguments: list[int], results: list[int]) -> None:
         arrays = [None if place is None else views[place](arguments[place]) for place in places]
@@ -141,10 +136,10 @@ def _backward_of(text: bytes) -> Computation:
     call = _read(text)
     operator, spec, wanted = call.operator, call.spec, call.results
     module = dispatch.choose(operator, spec, "numpy", "cpu", True)
-    given = {name: call.view(name) for name in _in_backward(operator, spec)}
+    given = {name: call.memory(name) for name in operator.given_in_backward(spec)}
     names = [argument.name for argument in operator.in_backward]
     places = [list(given).index(name) if name in given else None for name in names]
-    views, output, found = list(given.values()), call.view("output"), [call.view(name) for name in wanted]
+    views, output, found = list(given.values()), call.memory("output"), [call.memory(name) for name in wanted]
 
     def compute(arguments: list[int], results: list[int]) -> None:
         grad_output, *others = arguments
@@ -163,7 +158,7 @@ def _backward(text: bytes, arguments: list[int], results: list[int]) -> None:
     _backward_of(text)(arguments, results)
 
 
-@lru_cache(maxsize=1)
-def _register() -> None:
+# At the import, since a program that was saved, and is loaded, calls them without having been compiled here.
+if find_spec("llvmlite") is not None and ffi.reason_against() is None:
     ffi.register(FORWARD, _forward)
     ffi.register(BACKWARD, _backward)

@@ -13,7 +13,6 @@ says that the caller moves the axis of channels to the end, where XLA then need 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 
 from deformconv import dispatch
 from deformconv.errors import BackendError
-from deformconv.jax import kernels
+from deformconv.jax import kernels, native
 from deformconv.ops import folding
 from deformconv.ops.operator import Operator, Spec
 
@@ -51,11 +50,6 @@ class Registered:
         self.operator = operator
         self._fold_forward = fold_forward or partial(folding.fold_forward, operator)
         self._fold_backward = fold_backward or partial(folding.fold_backward, operator)
-        # Where nobody compiles them as part of a larger program, each is one.
-        self._portable_output = jax.jit(self._output, static_argnames=("spec",))
-        self._portable_tangent = jax.jit(self._derivative, static_argnames=("spec", "moved"))
-        self._portable_gradients = jax.jit(self._gradients, static_argnames=("spec", "wanted"))
-
         name = operator.name
         self.forward = _primitive(name, self._forward_aval, self._forward_on, self._forward_jvp, self._forward_batch)
         self.tangent = _primitive(
@@ -74,55 +68,9 @@ class Registered:
         call = dict(zip(spec.shapes, values, strict=True))
         return [call.get(name) for name in self.operator.names]
 
-    def _in_backward(self, spec: Spec) -> list[str]:
-        """The names of the arguments that were given and that gradients depend on."""
-        return [argument.name for argument in self.operator.in_backward if argument.name in spec.shapes]
-
     def _whole_in_backward(self, spec: Spec, values: Sequence[Any]) -> list[Any]:
-        call = dict(zip(self._in_backward(spec), values, strict=True))
+        call = dict(zip(self.operator.given_in_backward(spec), values, strict=True))
         return [call.get(argument.name) for argument in self.operator.in_backward]
-
-    # The portable forms
-
-    def _output(self, *operands: Array | None, spec: Spec) -> Array:
-        """The output, from all operands, by JAX's own operations."""
-        portable = dispatch.load(self.operator, "portable")
-        inner = portable.computes_in(spec.dtype, "jax")
-        brought = [
-            None if array is None else (array if argument.differentiable else jax.lax.stop_gradient(array)).astype(inner)
-            for argument, array in zip(self.operator.arguments, operands, strict=True)
-        ]
-        return portable.forward(_in(inner, spec), *brought).astype(spec.dtype)
-
-    def _derivative(self, *arrays: Array, spec: Spec, moved: tuple[str, ...]) -> Array:
-        """The output's derivative in the direction of tangents, which stand behind the operands."""
-        number = len(spec.shapes)
-        output, operands = self._as_function_of(moved, spec, dict(zip(spec.shapes, arrays[:number], strict=True)))
-        return jax.jvp(output, operands, arrays[number:])[1]
-
-    def _gradients(self, grad_output: Array, *arrays: Array, spec: Spec, wanted: tuple[str, ...]) -> list[Array]:
-        """The wanted gradients, from grad_output and the operands that gradients depend on."""
-        found = {
-            argument.name: argument.gradient(grad_output)
-            for argument in self.operator.arguments
-            if argument.gradient is not None and argument.name in wanted
-        }
-        others = [name for name in wanted if name not in found]
-        if others:
-            output, operands = self._as_function_of(others, spec, dict(zip(self._in_backward(spec), arrays, strict=True)))
-            found |= zip(others, jax.vjp(output, *operands)[1](grad_output), strict=True)
-        return [found[name] for name in wanted]
-
-    def _as_function_of(
-        self, names: Sequence[str], spec: Spec, call: dict[str, Array]
-    ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
-        """The portable output as a function of some operands of a call, and these."""
-
-        def output(*operands: Array) -> Array:
-            changed = call | dict(zip(names, operands, strict=True))
-            return self._output(*map(changed.get, self.operator.names), spec=spec)
-
-        return output, tuple(call[name] for name in names)
 
     # What is computed where
 
@@ -139,15 +87,15 @@ class Registered:
     def _forward_on(self, platform: str, *arrays: Array, spec: Spec, backend: str | None, channels_last: bool) -> Array:
         module = self._module(spec, platform, False, backend)
         if module.TAKES == "native":
-            return self._portable_output(*self._whole(spec, arrays), spec=spec)
+            return native.output(*arrays, operator=self.operator, spec=spec)
         inner = module.computes_in(spec.dtype, "jax")
         brought = [array.astype(inner) for array in arrays]
-        return kernels.forward_call(self.operator, _in(inner, spec), brought, channels_last).astype(spec.dtype)
+        return kernels.forward_call(self.operator, native.in_(inner, spec), brought, channels_last).astype(spec.dtype)
 
     def _tangent_on(
         self, platform: str, *arrays: Array, spec: Spec, backend: str | None, channels_last: bool, moved: tuple[str, ...]
     ) -> Array:
-        return self._portable_tangent(*arrays, spec=spec, moved=moved)
+        return native.derivative(*arrays, operator=self.operator, spec=spec, moved=moved)
 
     def _backward_on(
         self, platform: str, grad_output: Array, *arrays: Array, spec: Spec, backend: str | None, channels_last: bool,
@@ -155,11 +103,11 @@ class Registered:
     ) -> list[Array]:  # fmt: skip
         module = self._module(spec, platform, True, backend)
         if module.TAKES == "native":
-            return self._portable_gradients(grad_output, *arrays, spec=spec, wanted=wanted)
+            return native.gradients(grad_output, *arrays, operator=self.operator, spec=spec, wanted=wanted)
         inner = module.computes_in(spec.dtype, "jax")
         grad, *brought = (array.astype(inner) for array in (grad_output, *arrays))
-        found = kernels.backward_call(self.operator, _in(inner, spec), grad, brought, wanted, channels_last)
-        dtypes = dict(zip(self._in_backward(spec), (array.dtype for array in arrays), strict=True))
+        found = kernels.backward_call(self.operator, native.in_(inner, spec), grad, brought, wanted, channels_last)
+        dtypes = dict(zip(self.operator.given_in_backward(spec), (array.dtype for array in arrays), strict=True))
         return [gradient.astype(dtypes.get(name, spec.dtype)) for name, gradient in zip(wanted, found, strict=True)]
 
     # Shapes and dtypes
@@ -170,7 +118,7 @@ class Registered:
     _tangent_aval = _forward_aval
 
     def _backward_avals(self, grad_output: Any, *arrays: Any, spec: Spec, wanted: tuple[str, ...], **_: Any) -> list[Any]:
-        given = dict(zip(self._in_backward(spec), arrays, strict=True))
+        given = dict(zip(self.operator.given_in_backward(spec), arrays, strict=True))
         shapes = spec.shapes
         return [_aval(grad_output, shapes[name], given.get(name, grad_output).dtype) for name in wanted]
 
@@ -210,20 +158,20 @@ class Registered:
         if type(cotangent) is ad.Zero:
             return {}
         call = dict(zip(spec.shapes, operands, strict=True))
-        needed = [call[name] for name in self._in_backward(spec)]
+        needed = [call[name] for name in self.operator.given_in_backward(spec)]
         return dict(zip(wanted, self.backward.bind(cotangent, *needed, spec=spec, wanted=wanted, **how), strict=True))
 
     def _tangent_jvp(
         self, primals: Sequence[Array], tangents: Sequence[Any], *, spec: Spec, moved: tuple[str, ...], **how: Any
     ) -> tuple[Array, Any]:
         output = self.tangent.bind(*primals, spec=spec, moved=moved, **how)
-        return output, _jvp(partial(self._portable_tangent, spec=spec, moved=moved), primals, tangents)
+        return output, native.jvp(partial(native.derivative, operator=self.operator, spec=spec, moved=moved), primals, tangents)
 
     def _backward_jvp(
         self, primals: Sequence[Array], tangents: Sequence[Any], *, spec: Spec, wanted: tuple[str, ...], **how: Any
     ) -> tuple[list[Array], Any]:
         found = self.backward.bind(*primals, spec=spec, wanted=wanted, **how)
-        return found, _jvp(partial(self._portable_gradients, spec=spec, wanted=wanted), primals, tangents)
+        return found, native.jvp(partial(native.gradients, operator=self.operator, spec=spec, wanted=wanted), primals, tangents)
 
     # vmap
 
@@ -242,7 +190,7 @@ class Registered:
     def _tangent_batch(
         self, arrays: Sequence[Array], dims: Sequence[int | None], *, spec: Spec, moved: tuple[str, ...], **_: Any
     ) -> tuple[Array, int]:
-        one = partial(self._portable_tangent, spec=spec, moved=moved)
+        one = partial(native.derivative, operator=self.operator, spec=spec, moved=moved)
         return jax.vmap(one, in_axes=tuple(dims))(*arrays), 0
 
     def _backward_batch(
@@ -290,23 +238,6 @@ def _primitive(name: str, avals: Any, on: Callable[..., Any], jvp: Any, batch: A
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
     return primitive
-
-
-def _jvp(function: Callable[..., Any], primals: Sequence[Array], tangents: Sequence[Any]) -> Any:
-    """The derivative of a function in the direction of those tangents that are not 0."""
-    moving = [index for index, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
-
-    def moved(*arrays: Array) -> Any:
-        call = list(primals)
-        for index, array in zip(moving, arrays, strict=True):
-            call[index] = array
-        return function(*call)
-
-    return jax.jvp(moved, tuple(primals[index] for index in moving), tuple(tangents[index] for index in moving))[1]
-
-
-def _in(dtype: str, spec: Spec) -> Spec:
-    return spec if spec.dtype == dtype else replace(spec, dtype=dtype)  # type: ignore[type-var]
 
 
 def _aval(like: Any, shape: Sequence[int], dtype: Any) -> Any:

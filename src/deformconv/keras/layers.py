@@ -168,7 +168,8 @@ class _DeformConv:
         predictor = check_predictor(self.offset_conv)
         last = predictor.data_format == "channels_last"
         raw = predictor(ops.moveaxis(inputs, 1, -1) if last and not self._settings.channels_last else inputs)
-        raw = ops.moveaxis(raw, -1, 1) if last else raw
+        # Keras' NumPy has JAX convolve, which makes float32 of float64 unless it is told otherwise.
+        raw = ops.cast(ops.moveaxis(raw, -1, 1) if last else raw, self.input_dtype)
         offsets = self._predicted.offsets
         mask = raw[:, offsets:] if self.modulated else None
         return activated(raw[:, :offsets], mask, self.mask_scale, self.max_offset, ops.tanh, ops.sigmoid)

@@ -107,7 +107,11 @@ def any_torch(*values: Any) -> bool:
 def any_jax(*values: Any) -> bool:
     """Whether a value is an array or a tracer of JAX, or acts as one; it does not import JAX to find out."""
     jax: Any = sys.modules.get("jax")
-    return jax is not None and any(isinstance(value, jax.Array) or hasattr(type(value), "__jax_array__") for value in values)
+    return jax is not None and any(
+        isinstance(value, jax.Array) or hasattr(type(value), "__jax_array__")
+        for value in values
+        if type(value) is not np.ndarray
+    )
 
 
 def _spec(operator: Operator, arrays: dict[str, Any], parameters: dict[str, Any]) -> Spec:

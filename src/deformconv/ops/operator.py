@@ -239,6 +239,10 @@ class Operator:
                 raise ValueError(f"`wanted` names {name!r}, but no `{name}` was passed: pass it or do not ask.")
         return names
 
+    def given_in_backward(self, spec: Spec) -> list[str]:
+        """The names of the arguments that were given and that gradients depend on."""
+        return [argument.name for argument in self.in_backward if argument.name in spec.shapes]
+
     def described(self, spec: Spec) -> str:
         """The shapes of a call in words, without arguments that no gradient depends on: others determine their shapes."""
         shown = {argument.name for argument in self.in_backward}
