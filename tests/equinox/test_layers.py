@@ -142,7 +142,7 @@ def test_numbers_and_pairs_of_padding(padding):
     x = images()
     theirs, ours = (layer(4, 6, 3, padding=padding, key=KEY) for layer in (eqx.nn.Conv2d, DeformConv2d))
     assert_close(np.asarray(ours(x[0])), np.asarray(theirs(x[0])), "float64")
-    assert jax.tree.map(list, ours.padding) == jax.tree.map(list, theirs.padding)
+    assert [tuple(pair) for pair in ours.padding] == [tuple(pair) for pair in theirs.padding]
 
 
 @pytest.mark.parametrize("mode", layers.PADDING_MODES)
@@ -256,7 +256,7 @@ def test_what_is_passed_and_does_not_fit():
          "without a batch axis, as the image has none."),
         (lambda: layer(x, offset, mask[0]), deformconv.ShapeError, "`mask` has 2 axes, shape (9, 8); expected 3"),
         (lambda: layer(x, offset[:17], mask), deformconv.ShapeError, "`offset` has 17 channels; a 3x3 kernel takes 2 axes x 9"),
-        (lambda: layer(x, offset[:, 1:], mask), deformconv.ShapeError, "`offset` has shape (18, 8, 8)"),
+        (lambda: layer(x, offset[:, 1:], mask), deformconv.ShapeError, "`offset` has spatial size 8x8; expected"),
         (lambda: layer(x, "here"), TypeError, "`offset` is a str; expected an array of JAX or NumPy."),
         (lambda: layer(x.tolist()), TypeError, "`x` is a list; expected an array of JAX or NumPy."),
         (lambda: layer(None), TypeError, "`x` is None; expected an array of JAX or NumPy."),

@@ -17,7 +17,7 @@ __all__ = ["DENSE", "JAX_PEERS", "OURS"]
 class _Arrays(Peer):
     """A function of input, offset, weight, bias and mask."""
 
-    packages = ("numba",)
+    packages: ClassVar[tuple[str, ...]] = ("numba",)
     read_by_it: ClassVar[tuple[str, ...]] = ("input", "offset", "weight", "bias", "mask")
 
     def __init__(self, threads: int) -> None:

@@ -129,7 +129,7 @@ class _Net(_KerasPeer):
 
     def variables(self, model: Any) -> dict[str, Any]:
         """The model's weights by the names of `_arrays`."""
-        found = {}
+        found: dict[str, Any] = {}
         for number, layer in enumerate(model.layers):
             found |= {f"{number}.kernel": layer.kernel, f"{number}.bias": layer.bias}
             predictor = getattr(layer, "offset_conv", None)

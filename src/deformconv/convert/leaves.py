@@ -210,7 +210,7 @@ def _of_keras(model: Any) -> Iterator[Leaf]:
 
     for path, variable, owner, holder in _variables(model):
         _check_known("keras", owner, path)
-        yield _leaf(tuple(path.split("/")), np.asarray(ops.convert_to_numpy(variable)), "keras", holder)
+        yield _leaf(tuple(path.split("/")), np.asarray(ops.convert_to_numpy(variable.value)), "keras", holder)
 
 
 def _variables(layer: Any, path: tuple[str, ...] = (), holder: Any = None) -> Iterator[tuple[str, Any, Any, Any]]:

@@ -12,7 +12,6 @@ import numpy as np
 from deformconv.convert.leaves import Leaf, leaves_of, put
 from deformconv.convert.params_file import as_array
 from deformconv.errors import ShapeError
-from deformconv.ops.conv.layer import MASK_SCALE
 
 __all__ = ["from_torch", "to_torch"]
 
@@ -32,8 +31,8 @@ def to_torch(model: Any, names: Mapping[str, str] | None = None) -> OrderedDict[
 
     Args:
         model: a module or a state of Flax NNX, Linen's `variables` or `variables["params"]`, an Equinox model, or a Keras model
-            or layer whose weights there are. A tree alone does not tell convolutions from transposed ones, nor the masks'
-            scale, which is taken for 2 then.
+            or layer whose weights there are. A tree alone does not tell convolutions from transposed ones, nor `mask_scale`,
+            which must be that of the layers in PyTorch then; of models it is noted, and looked at when PyTorch loads it.
         names: what modules are called in PyTorch, by what they would be called: {"Conv_0": "stem", "DeformConv_0": "deform"};
             a module's name stands for all that is within. "" leaves a name out.
 
@@ -57,8 +56,8 @@ def to_torch(model: Any, names: Mapping[str, str] | None = None) -> OrderedDict[
     metadata: dict[str, Any] = {}
     for name, leaf in _named(model, names).items():
         found[name] = leaf.array()
-        if (layer := _layer_of(name)) is not None:
-            metadata[layer] = {"version": 1, RECORD: leaf.mask_scale or MASK_SCALE}
+        if (layer := _layer_of(name)) is not None and leaf.mask_scale is not None:
+            metadata[layer] = {"version": 1, RECORD: leaf.mask_scale}
     found._metadata = metadata  # type: ignore[attr-defined]  # where PyTorch keeps it
     return found
 

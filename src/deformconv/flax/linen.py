@@ -20,6 +20,7 @@ from deformconv.flax.convolution import (
 )
 from deformconv.jax.layers import offsets_and_mask, whole
 from deformconv.ops.conv.layer import MASK_SCALE, Layer, check_passed, check_predictor, predicted
+from deformconv.ops.words import unexpected
 
 __all__ = ["DeformConv"]
 
@@ -73,6 +74,14 @@ class DeformConv(linen.Conv):
     mask_scale: float = MASK_SCALE
     max_offset: float | None = None
     boundary: str = "zeros"
+
+    def __new__(cls, *arguments: Any, **named: Any) -> DeformConv:
+        """Say what another library's word for an argument is here; dataclasses would refuse it without a hint."""
+        unknown = {name: value for name, value in named.items() if name not in cls.__dataclass_fields__}
+        if unknown:
+            raise unexpected(cls.__init__, unknown, cls.__name__)
+        made: DeformConv = super().__new__(cls)
+        return made
 
     def __call__(self, inputs: Any, offset: Any = None, mask: Any = None) -> jax.Array:
         """Convolve with predicted offsets and masks, or with exactly those passed: without mask, v1."""

@@ -1,0 +1,25 @@
+"""docs/keras.md: its programs run and print what it shows, with JAX; the other backends have the layers' tests."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+from tests.documents import check, programs
+from tests.keras.backends import BACKEND
+
+PROGRAMS = programs("docs/keras.md")
+
+
+def test_programs_are_found():
+    assert len(PROGRAMS) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "jax", reason="the page's programs are run with JAX")
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: f"line {program.line}")
+def test_program(program, tmp_path):
+    for library in ("torch",):
+        if program.imports(library) and find_spec(library) is None:
+            pytest.skip(f"needs {library}")
+    check(program, tmp_path)
