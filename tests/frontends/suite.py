@@ -378,10 +378,59 @@ class OperatorSuite(Suite):
             self.forward(2, arrays, **parameters(PLAIN))
 
 
+# A layer's arguments, and the error: its type, the argument that it names and its text, in which arguments have our names.
+Refusal = tuple[dict[str, Any], type[Exception], str, str]
+REFUSED: list[Refusal] = [
+    ({"kernel_size": (3, 3, 3)}, deformconv.ShapeError, "kernel_size", "has 3 entries"),
+    ({"kernel_size": 0}, deformconv.ShapeError, "kernel_size", "is 0; expected at least 1"),
+    ({"kernel_size": 2.5}, TypeError, "kernel_size", "is 2.5"),
+    ({"stride": 0}, deformconv.ShapeError, "stride", "is 0; expected at least 1"),
+    ({"dilation": 0}, deformconv.ShapeError, "dilation", "is 0; expected at least 1"),
+    ({"padding": -1}, deformconv.ShapeError, "padding", "is -1; expected at least 0"),
+    ({"groups": 3}, deformconv.ShapeError, "groups", "is 3; expected a divisor of"),
+    ({"offset_groups": 3}, deformconv.ShapeError, "offset_groups", "is 3; expected a divisor of in_channels = 4"),
+    ({"groups": 0}, deformconv.ShapeError, "groups", "is 0; expected at least 1"),
+    ({"out_channels": 0}, deformconv.ShapeError, "out_channels", "is 0; expected at least 1"),
+    ({"boundary": "clamp"}, ValueError, "boundary", "is 'clamp'; expected"),
+]
+# An input's shape and dtype, and the error of a layer of four channels and eight, 3x3.
+Misfit = tuple[tuple[int, ...], str, type[Exception], str]
+MISFITS: list[Misfit] = [
+    (
+        (2, 5, 9, 9),
+        "float64",
+        deformconv.ShapeError,
+        r"`{input}` has 5 channels, shape \(2, 5, 9, 9\); this layer has in_channels=4\.",
+    ),
+    ((9, 9), "float64", deformconv.ShapeError, r"`{input}` has 2 axes, shape \(9, 9\); .* takes 4"),
+    ((2, 9, 9, 4), "float64", deformconv.ShapeError, "`{input}` looks channels-last"),
+    ((1, 4, 2, 9), "float64", deformconv.ShapeError, "`weight` has a kernel of size 3x3; along height it spans"),
+    ((2, 4, 9, 9), "float32", TypeError, "`weight` is float64 and `{input}` is float32; expected one dtype"),
+    ((2, 4, 9, 9), "uint8", TypeError, "`{input}` is uint8; expected floating point"),
+]
+
+
+# The arguments of layers that are the operator on what they predict.
+LAYERS: list[dict[str, Any]] = [
+    {},
+    {"padding": 1},
+    {"padding": 1, "stride": 2, "dilation": 2},
+    {"offset_groups": 2, "bias": False},
+    {"padding": 1, "groups": 2, "offset_groups": 2},
+]
+
+
 class LayerSuite(Suite):
     """Layers that predict their own offsets and masks, made from arguments under our names."""
 
+    layers: ClassVar[list[dict[str, Any]]] = LAYERS
+
     words: ClassVar[dict[str, str]] = {}  # the front end's names, where they are others
+    refusals: ClassVar[list[Refusal]] = REFUSED
+    misfits: ClassVar[list[Misfit]] = MISFITS
+
+    def values(self) -> dict[str, Any]:
+        return super().values() | {"arguments": self.layers, "refusal": self.refusals, "misfit": self.misfits}
 
     def layer(self, rank: int, *, modulated: bool, **arguments: Any) -> Any:
         """A layer of float64 with its first weights."""
@@ -418,17 +467,11 @@ class LayerSuite(Suite):
         return np.random.default_rng(0).normal(size=(2, channels, *(7, 6, 8)[:rank]))
 
     @pytest.mark.parametrize("modulated", [True, False], ids=["v2", "v1"])
-    @pytest.mark.parametrize(
-        "arguments",
-        [{}, {"padding": 1}, {"padding": 1, "stride": 2, "dilation": 2}, {"offset_groups": 2, "bias": False},
-         {"padding": 1, "groups": 2, "offset_groups": 2}],
-        ids=str,
-    )  # fmt: skip
     def test_a_layer_is_the_operator_on_what_it_predicts(self, arguments: dict[str, Any], modulated: bool, rank: int) -> None:
         """Its predictor is a convolution over the same window, whose channels are first the offsets', then the masks'."""
         layer = self.layer(rank, modulated=modulated, **FOUR_TO_EIGHT | arguments)
-        window = {name: arguments[name] for name in ("stride", "padding", "dilation") if name in arguments}
         x = self.image(rank)
+        window = self.window(arguments, x.shape[2:])
         size = output_size(Case("", x.shape[2:], (3,) * rank, **window))
         for fresh in (True, False):
             if not fresh:
@@ -449,6 +492,10 @@ class LayerSuite(Suite):
             boundary = self.own_boundary(modulated)
             expected = deformconv.deform_conv(x, offset, w["weight"], w["bias"], mask=mask, **window, boundary=boundary)
             assert_close(output, expected, "float64")
+
+    def window(self, arguments: dict[str, Any], sizes: tuple[int, ...]) -> dict[str, Any]:
+        """What a layer's arguments mean for the operator, on an input of these sizes."""
+        return {name: arguments[name] for name in WINDOW if name in arguments}
 
     def own_boundary(self, modulated: bool) -> str:
         """The rule of a layer that is told none."""
@@ -481,55 +528,25 @@ class LayerSuite(Suite):
         assert_close(mask.reshape(*mask.shape[:2], -1)[0, :, 0], 2 / (1 + np.exp(-last)), "float64")
 
     @pytest.mark.parametrize("modulated", [True, False], ids=["v2", "v1"])
-    @pytest.mark.parametrize(
-        ("arguments", "raises", "name", "text"),
-        [
-            ({"kernel_size": (3, 3, 3)}, deformconv.ShapeError, "kernel_size", "has 3 entries"),
-            ({"kernel_size": 0}, deformconv.ShapeError, "kernel_size", "is 0; expected at least 1"),
-            ({"kernel_size": 2.5}, TypeError, "kernel_size", "is 2.5"),
-            ({"stride": 0}, deformconv.ShapeError, "stride", "is 0; expected at least 1"),
-            ({"dilation": 0}, deformconv.ShapeError, "dilation", "is 0; expected at least 1"),
-            ({"padding": -1}, deformconv.ShapeError, "padding", "is -1; expected at least 0"),
-            ({"groups": 3}, deformconv.ShapeError, "groups", "is 3; expected a divisor of"),
-            ({"offset_groups": 3}, deformconv.ShapeError, "offset_groups", "is 3; expected a divisor of in_channels = 4"),
-            ({"groups": 0}, deformconv.ShapeError, "groups", "is 0; expected at least 1"),
-            ({"out_channels": 0}, deformconv.ShapeError, "out_channels", "is 0; expected at least 1"),
-            ({"boundary": "clamp"}, ValueError, "boundary", "is 'clamp'; expected"),
-        ],
-        ids=lambda value: str(value) if isinstance(value, dict) else "",
-    )
-    def test_arguments_that_are_refused(
-        self, arguments: dict[str, Any], raises: type[Exception], name: str, text: str, modulated: bool
-    ) -> None:
+    def test_arguments_that_are_refused(self, refusal: Refusal, modulated: bool) -> None:
+        arguments, raises, name, text = refusal
         with pytest.raises(raises) as raised:
             self.layer(2, modulated=modulated, **FOUR_TO_EIGHT | arguments)
+        for ours, theirs in self.words.items():
+            text = re.sub(rf"\b{ours}\b", theirs, text)
         assert str(raised.value).startswith(f"`{self.words.get(name, name)}` {text}")
 
     @pytest.mark.parametrize("modulated", [True, False], ids=["v2", "v1"])
-    @pytest.mark.parametrize(
-        ("shape", "dtype", "raises", "text"),
-        [
-            (
-                (2, 5, 9, 9),
-                "float64",
-                deformconv.ShapeError,
-                r"`{input}` has 5 channels, shape \(2, 5, 9, 9\); this layer has in_channels=4\.",
-            ),
-            ((9, 9), "float64", deformconv.ShapeError, r"`{input}` has 2 axes, shape \(9, 9\); .* takes 4"),
-            ((2, 9, 9, 4), "float64", deformconv.ShapeError, "`{input}` looks channels-last"),
-            ((1, 4, 2, 9), "float64", deformconv.ShapeError, "`weight` has a kernel of size 3x3; along height it spans"),
-            ((2, 4, 9, 9), "float32", TypeError, "`weight` is float64 and `{input}` is float32; expected one dtype"),
-            ((2, 4, 9, 9), "uint8", TypeError, "`{input}` is uint8; expected floating point"),
-        ],
-        ids=str,
-    )
-    def test_an_input_that_does_not_fit(
-        self, shape: tuple[int, ...], dtype: str, raises: type[Exception], text: str, modulated: bool
-    ) -> None:
+    def test_an_input_that_does_not_fit(self, misfit: Misfit, modulated: bool) -> None:
         """In the operator's words, not in those of the framework's convolution."""
+        shape, dtype, raises, text = misfit
         layer = self.layer(2, modulated=modulated, **FOUR_TO_EIGHT)
         self.call(layer, self.array(self.image(2)))
-        x = self.array(np.zeros(shape, dtype))
+        x = self.unturned(np.zeros(shape, dtype))
         for call in (self.call, self.predict):
             with pytest.raises(raises, match=text.replace("{input}", self.input)):
                 call(layer, x)
+
+    def unturned(self, array: Array) -> Any:
+        """An array whose axes are the framework's already."""
+        return self.array(array)

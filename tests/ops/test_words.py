@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import deformconv
-from deformconv.ops.words import SYNONYMS
+from deformconv.errors import ShapeError
+from deformconv.ops.words import SYNONYMS, in_words
 
 
 def test_no_word_stands_for_two_arguments_of_one_function():
@@ -40,3 +41,13 @@ def test_functions(function, word, rest):
     with pytest.raises(TypeError) as raised:
         function(*[None] * (4 if function is deformconv.deform_conv_backward else 3), **{word: 1})
     assert str(raised.value) == f"{function.__name__}() got an unexpected keyword argument {word!r}{rest}"
+
+
+def test_an_error_in_a_front_ends_words():
+    error = ShapeError("`groups` is 3; expected a divisor of in_channels = 4, for stride 2, groups=3, a group.")
+    words = {"groups": "feature_group_count", "in_channels": "in_features", "stride": "strides"}
+    found = in_words(error, words, {"a group": "g"})
+    assert type(found) is ShapeError
+    assert str(found) == (
+        "`feature_group_count` is 3; expected a divisor of in_features = 4, for stride 2, feature_group_count=3, g."
+    )

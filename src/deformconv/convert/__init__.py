@@ -10,6 +10,7 @@ from deformconv.convert.state_dicts import convert_state_dict
 from deformconv.convert.torchvision import accelerate_torchvision
 from deformconv.convert.torchvision_copy import to_torchvision
 from deformconv.convert.transformers_attention import accelerate_transformers
+from deformconv.convert.weights import from_torch, to_torch
 
 __all__ = [
     "CheckpointError",
@@ -17,6 +18,7 @@ __all__ = [
     "accelerate_torchvision",
     "accelerate_transformers",
     "convert_state_dict",
+    "from_torch",
     "layer_from_mxnet",
     "layer_to_mxnet",
     "load_checkpoint",
@@ -25,6 +27,7 @@ __all__ = [
     "openvino_extensions",
     "read_params",
     "replace_layers",
+    "to_torch",
     "to_torchvision",
     "write_params",
 ]

@@ -7,7 +7,6 @@ MXNetError without our text. So the text goes to stderr first.
 from __future__ import annotations
 
 import atexit
-import re
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from deformconv.errors import BackendError, ShapeError
 from deformconv.gluon.arrays import device, view, write
 from deformconv.numpy import run
 from deformconv.ops.operator import Operand, Operator, Spec
+from deformconv.ops.words import in_words
 
 __all__ = ["Registered", "check_device"]
 
@@ -78,12 +78,7 @@ class Registered:
 
     def in_gluon_words(self, error: Exception) -> Exception:
         """The same error, calling arguments as MXNet does."""
-        text = str(error)
-        for sentence, said in self._sentences.items():
-            text = text.replace(sentence, said)
-        for name, word in self._words.items():
-            text = re.sub(rf"\b{name}(?=[`\[,]|\.\w)", word, text)
-        return type(error)(text)
+        return in_words(error, self._words, self._sentences)
 
     def in_our_words(self, named: dict[str, Any]) -> dict[str, Any]:
         """The same values, by the operator's own names of arguments."""

@@ -12,5 +12,6 @@ except ModuleNotFoundError as error:
     ) from None
 
 from deformconv.jax.functional import deform_conv, deform_conv1d, deform_conv2d, deform_conv3d, explain
+from deformconv.jax.labels import offset_labels
 
-__all__ = ["deform_conv", "deform_conv1d", "deform_conv2d", "deform_conv3d", "explain"]
+__all__ = ["deform_conv", "deform_conv1d", "deform_conv2d", "deform_conv3d", "explain", "offset_labels"]

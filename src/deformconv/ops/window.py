@@ -6,7 +6,7 @@ Also the words that error texts share. Like the specs that use it, it sees shape
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from deformconv.errors import ShapeError
@@ -25,6 +25,7 @@ __all__ = [
     "positions_along",
     "resolved",
     "same_padding",
+    "same_size_padding",
     "Window",
     "window_of",
 ]
@@ -111,6 +112,25 @@ def same_padding(
         )
     totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def same_size_padding(
+    sizes: Sequence[Any],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    maximum: Callable[[Any, int], Any] = max,
+) -> tuple[tuple[Any, Any], ...]:
+    """What TensorFlow, JAX and Keras mean by "same", with strides too: ceil(size/stride) positions, the larger half after.
+
+    With strides the amounts depend on the input's sizes. These may be numbers that a program computes later, with its `maximum`.
+    """
+    amounts = []
+    for size, k, s, d in zip(sizes, kernel_size, stride, dilation, strict=True):
+        extent = d * (k - 1) + 1
+        total = extent - 1 if s == 1 else maximum(-(-size // s) * s - s + extent - size, 0)
+        amounts.append((total // 2, total - total // 2))
+    return tuple(amounts)
 
 
 class Window(NamedTuple):

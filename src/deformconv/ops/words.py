@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["unexpected"]
+__all__ = ["in_words", "unexpected"]
 
-# One line for each argument: the names that it has in PyTorch, torchvision, mmcv, detectron2, Paddle, MXNet, ONNX, Keras, here.
+# One line for each argument: the names that it has in PyTorch, torchvision, mmcv, detectron2, Paddle, MXNet, ONNX, Keras, Flax.
 SYNONYMS = (
     ("offset_groups", "num_deformable_group", "deform_groups", "deformable_groups", "deformable_group", "offset_group"),
-    ("groups", "num_group", "group"),
+    ("groups", "num_group", "group", "feature_group_count"),
     ("stride", "strides"),
     ("padding", "pad", "pads", "paddings"),
-    ("dilation", "dilate", "dilations", "dilation_rate"),
+    ("dilation", "dilate", "dilations", "dilation_rate", "kernel_dilation"),
     ("kernel_size", "kernel", "kernel_shape"),
-    ("in_channels", "in_planes", "inplanes"),
-    ("out_channels", "channels", "num_filter", "filters", "planes"),
+    ("in_channels", "in_planes", "inplanes", "in_features"),
+    ("out_channels", "channels", "num_filter", "filters", "planes", "out_features", "features"),
     ("bias", "use_bias"),
     ("mask", "masks", "modulation"),
     ("modulated", "modulation", "with_mask", "use_mask"),
@@ -76,3 +77,13 @@ def unexpected(function: Callable[..., Any], unknown: Mapping[str, Any], name: s
     else:
         rest = "."
     return TypeError(f"{name or function.__name__}() got an unexpected keyword argument {word!r}{rest}")
+
+
+def in_words(error: Exception, words: Mapping[str, str], sentences: Mapping[str, str] = {}) -> Exception:
+    """The same error in a front end's words: its names of our arguments, and what it says for what we say."""
+    text = str(error)
+    for sentence, said in sentences.items():
+        text = text.replace(sentence, said)
+    for name, word in words.items():
+        text = re.sub(rf"\b{name}(?=[`\[,]| ?= ?\d|\.\w)", word, text)
+    return type(error)(text)

@@ -18,7 +18,7 @@ from array_api_compat import device as device_of
 
 from deformconv.sampling.rule import REACH
 
-__all__ = ["LIBRARIES", "REACH", "interpolate", "interpolate_at"]
+__all__ = ["LIBRARIES", "REACH", "interpolate", "interpolate_at", "namespace"]
 
 # The libraries that have the standard's functions; NumPy and torch are tested.
 LIBRARIES = ("cupy", "jax", "numpy", "torch")
@@ -26,25 +26,41 @@ LIBRARIES = ("cupy", "jax", "numpy", "torch")
 Array = Any
 
 
+def namespace(array: Array, xp: Any) -> tuple[Any, dict[str, Any]]:
+    """The standard's functions for an array, and where it is, as keywords for functions that make arrays.
+
+    A caller whose arrays the standard does not know brings `xp`, and its functions make arrays where they have to be.
+    """
+    return (array_namespace(array), {"device": device_of(array)}) if xp is None else (xp, {})
+
+
 def interpolate(
-    pixels: Array, base: Sequence[Array], offset: Sequence[Array], boundary: str, image: Array | None = None
+    pixels: Array,
+    base: Sequence[Array],
+    offset: Sequence[Array],
+    boundary: str,
+    image: Array | None = None,
+    *,
+    shape: Sequence[Any] | None = None,
+    xp: Any = None,
 ) -> Array:
     """Sample `pixels` (B, C, *S) at base + offset, as (B, *Q, C).
 
     `base` holds an integer array (*Q) for each axis, `offset` a floating-point array (B, *Q), in pixels. If positions do not go
-    through the images in turn, `image` has the number of each position's image, and no array an axis B.
+    through the images in turn, `image` has the number of each position's image, and no array an axis B. `shape` is that of
+    `pixels`, for a library whose arrays do not know all of theirs while a program is written.
     """
-    xp = array_namespace(pixels)
-    B, C, *size = pixels.shape
+    xp, here = namespace(pixels, xp)
+    B, C, *size = pixels.shape if shape is None else shape
     outside = prod(size) * B  # the row of zeros at the end of the table
     rows = xp.reshape(xp.permute_dims(pixels, (0, *range(2, len(size) + 2), 1)), (outside, C))
-    zeros = xp.zeros((1, C), dtype=pixels.dtype, device=device_of(pixels))
+    zeros = xp.zeros((1, C), dtype=pixels.dtype, **here)
     table = xp.concat([rows, zeros])  # a row of channels for each pixel; corners outside read zeros, which are constant
 
     if image is None:
-        image = xp.arange(B, device=device_of(pixels))
+        image = xp.arange(B, **here)
         image = xp.reshape(image, (B,) + (1,) * len(base[0].shape))
-    counts, poison, axes = _corners(xp, base, offset, size, boundary)
+    counts, poison, axes = _corners(xp, here, base, offset, size, boundary)
     value = None
     for ends in product(*axes):
         pixel, inside = image, counts
@@ -55,24 +71,24 @@ def interpolate(
         if value is None:
             weight = weight + poison  # one corner's NaN makes the sum NaN
         row = xp.take(table, xp.reshape(xp.where(inside, pixel, outside), (-1,)), axis=0)
-        term = weight[..., None] * xp.reshape(row, (*weight.shape, C))
+        term = weight[..., None] * xp.reshape(row, (*(weight.shape if shape is None else xp.shape(weight)), C))
         value = term if value is None else value + term
     return value
 
 
 def interpolate_at(pixels: Array, position: Sequence[Array], boundary: str) -> Array:
     """Sample `pixels` (B, C, *S) at absolute positions, as (B, *Q, C): a floating-point array (B, *Q) for each axis."""
-    xp = array_namespace(pixels)
+    xp, here = namespace(pixels, None)
     shape = (1,) * (len(position[0].shape) - 1)
-    pixel_0 = xp.zeros(shape, dtype=xp.arange(0).dtype, device=device_of(pixels))  # of the library's default integer
+    pixel_0 = xp.zeros(shape, dtype=xp.arange(0).dtype, **here)  # of the library's default integer
     return interpolate(pixels, [pixel_0] * len(position), position, boundary)
 
 
 def _corners(
-    xp: Any, base: Sequence[Array], offset: Sequence[Array], size: Sequence[int], boundary: str
+    xp: Any, here: dict[str, Any], base: Sequence[Array], offset: Sequence[Array], size: Sequence[int], boundary: str
 ) -> tuple[Array, Array, list[list[tuple[Array, Array, Array]]]]:
     """Which samples count; NaN where a coordinate is, else 0; and for each axis its two ends: (index, inside, weight)."""
-    zero = xp.zeros((), dtype=offset[0].dtype, device=device_of(offset[0]))
+    zero = xp.zeros((), dtype=offset[0].dtype, **here)
     # Comparisons with NaN are false. An offset out of reach is replaced before it is used. To replace results would not do:
     # the derivative of the branch that is not taken is 0 times infinity or NaN, which is NaN.
     counts = reduce(and_, [xp.abs(axis_offset) < REACH for axis_offset in offset])

@@ -96,9 +96,11 @@ def checked_layer(
 ) -> Layer:
     """Check a constructor's arguments; `padding_modes` are those that the framework can pad its input by.
 
+    `in_channels` is None where the first input says it; the layer's is 0 then.
     Raises ShapeError, TypeError (numbers that are no integers) or ValueError (a word or a real number that is none of those).
     """
-    in_channels, out_channels = count("in_channels", in_channels), count("out_channels", out_channels)
+    in_channels = 0 if in_channels is None else count("in_channels", in_channels)
+    out_channels = count("out_channels", out_channels)
     kernel_size = integers("kernel_size", kernel_size, rank, 1)
     stride, dilation = integers("stride", stride, rank, 1), integers("dilation", dilation, rank, 1)
     groups = count("groups", groups)

@@ -35,8 +35,15 @@ def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     return taps.in_words(sum(1 for _ in parts(spec)), library)
 
 
-def forward(spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None) -> Array:
-    """The output (N, C_out, *O), by the library's own operations."""
+def forward(
+    spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None, xp: Any = None
+) -> Array:
+    """The output (N, C_out, *O), by the library's own operations; `xp` has them for arrays that the standard does not know.
+
+    With `xp` a spec's batch and sizes may be numbers that a program computes later.
+    """
+    if xp is not None:
+        return _forward(spec, input, offset, weight, bias, mask, xp)
     return taps.quietly(_forward, spec, input, offset, weight, bias, mask)
 
 
@@ -45,13 +52,15 @@ def parts(spec: ConvSpec, whole_images: bool = False) -> Iterator[tuple[slice, s
     return taps.parts(spec, spec.in_channels, whole_images)
 
 
-def _forward(spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None) -> Array:
-    xp = array_namespace(input)
+def _forward(
+    spec: ConvSpec, input: Array, offset: Array, weight: Array, bias: Array | None, mask: Array | None, own: Any = None
+) -> Array:
+    xp = array_namespace(input) if own is None else own
     N, C, K, P, D = spec.batch, spec.in_channels, spec.taps, spec.positions, spec.rank
     groups, G = spec.groups, spec.offset_groups
     dtype = input.dtype
     input, offset, weight, bias, mask = taps.widened(spec, input, offset, weight, bias, mask)
-    samples = taps.samples(spec, input, offset, mask)  # (N*G, K, P, C/G)
+    samples = taps.samples(spec, input, offset, mask, own)  # (N*G, K, P, C/G)
 
     # Offset groups and groups cut the channels differently: together first, then apart.
     columns = xp.permute_dims(xp.reshape(samples, (N, G, K, P, C // G)), (0, 3, 2, 1, 4))

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from array_api_compat import array_namespace, is_numpy_array
-from array_api_compat import device as device_of
 
 from deformconv.ops.operator import HALF
 from deformconv.ops.taps.spec import WindowSpec
@@ -70,25 +69,30 @@ def widened(spec: WindowSpec, *arrays: Array | None) -> list[Any]:
     return [None if array is None else xp.astype(array, xp.float32) for array in arrays]
 
 
-def samples(spec: WindowSpec, input: Array, offset: Array, mask: Array | None) -> Array:
-    """mask * interp for every tap and position, (N*offset_groups, K, P, channels of a group)."""
-    xp = array_namespace(input)
+def samples(spec: WindowSpec, input: Array, offset: Array, mask: Array | None, xp: Any = None) -> Array:
+    """mask * interp for every tap and position, (N*offset_groups, K, P, channels of a group).
+
+    Where the caller brings the standard's functions as `xp`, sizes in `spec` may be numbers that a program computes later.
+    """
+    own, (xp, here) = xp, gather.namespace(input, xp)
     N, C, K, P, D, G = spec.batch, input.shape[1], spec.taps, spec.positions, spec.rank, spec.offset_groups
-    pixels = xp.reshape(input, (N * G, C // G, *spec.input_size))
+    shape = (N * G, C // G, *spec.input_size)
+    pixels = xp.reshape(input, shape)
     offset = xp.reshape(offset, (N * G, K, D, P))
     found = gather.interpolate(
-        pixels, _base(xp, spec, device_of(input)), [offset[:, :, axis] for axis in range(D)], spec.boundary
-    )
+        pixels, _base(xp, spec, here), [offset[:, :, axis] for axis in range(D)], spec.boundary,
+        shape=None if own is None else shape, xp=own,
+    )  # fmt: skip
     return found if mask is None else found * xp.reshape(mask, (N * G, K, P, 1))
 
 
-def _base(xp: Any, spec: WindowSpec, device: Any) -> list[Array]:
+def _base(xp: Any, spec: WindowSpec, here: dict[str, Any]) -> list[Array]:
     """For each axis p*stride - padding + k*dilation, as integers (K, P)."""
     D = spec.rank
     bases = []
     for axis in range(D):
-        tap = xp.arange(spec.kernel_size[axis], device=device) * spec.dilation[axis]
-        position = xp.arange(spec.output_size[axis], device=device) * spec.stride[axis]
+        tap = xp.arange(spec.kernel_size[axis], **here) * spec.dilation[axis]
+        position = xp.arange(spec.output_size[axis], **here) * spec.stride[axis]
         position = position - spec.padding[axis][0]
         ones = (1,) * (D - 1 - axis)
         tap = xp.reshape(tap, (spec.kernel_size[axis], *ones) + (1,) * D)

@@ -1,0 +1,16 @@
+"""Deformable convolution for Keras 3: layers that stand where Keras' own convolutions stood, on every backend of Keras."""
+
+try:
+    import keras as _keras  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "keras":
+        raise
+    from deformconv.installation import command as _command
+
+    raise ModuleNotFoundError(
+        f"deformconv.keras needs Keras, which is not installed: {_command('keras', 'keras')}", name="keras"
+    ) from None
+
+from deformconv.keras.layers import DeformConv1D, DeformConv2D, DeformConv3D
+
+__all__ = ["DeformConv1D", "DeformConv2D", "DeformConv3D"]
