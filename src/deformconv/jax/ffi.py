@@ -200,7 +200,7 @@ def memory(shape: tuple[int, ...], dtype: str, channels_last: bool = False) -> C
     kind, size = np.dtype(dtype), prod(shape)
     if size == 0:
         return lambda address: np.empty(shape, kind)  # XLA may give it no address
-    within = (ctypes.c_char * (size * kind.itemsize)).from_address
+    within: Callable[[int], Any] = (ctypes.c_char * (size * kind.itemsize)).from_address
     if not channels_last:
         return lambda address: np.ndarray(shape, kind, within(address))
     strides = np.empty((shape[0], *shape[2:], shape[1]), kind).strides

@@ -123,14 +123,14 @@ def empty_channels(shape: tuple[int, ...], dtype: str, last: bool) -> tuple[np.n
     return numbers.reshape((shape[0], *shape[2:], shape[1])).transpose(_SECOND[len(shape)]), numbers
 
 
-def result(shape: tuple[int, ...], dtype: str, out: Any = None) -> np.ndarray:
+def result(shape: tuple[int, ...], dtype: str, out: np.ndarray | None = None) -> np.ndarray:
     """The array that a call writes into: the caller's `out`, or a new one."""
     if out is None:
         return aligned_empty(shape, dtype)
     _check_out(out, shape, dtype)
     if not out.flags.carray:
         raise ValueError(_LAYOUT.format("in C order"))
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def result_channels(shape: tuple[int, ...], dtype: str, last: bool, out: Any = None) -> tuple[np.ndarray, np.ndarray, bool]:
