@@ -4,12 +4,15 @@
 #   make experiment    build .venv with what the experiment needs, train the DCNv2 paper's detectors (an hour and a half on two
 #                processors), write benchmarks/detection.* and the figures in docs/detection.md; after Ctrl-C it goes on
 #                (with options only train and print: EXPERIMENT="--fast", EXPERIMENT="--help" for the others)
-#   make test    test-torch, test-gluon, then test-mmdet; a part that fails does not stop the next, and all fails at the end
-#   make test-torch    build .venv for development, check style and types, run every test but MXNet's and mmdetection's
+#   make test    test-torch, test-gluon, test-mmdet, then test-jax; a part that fails does not stop the next, and all fails at
+#                the end
+#   make test-torch    build .venv for development, check style and types, run every test but those of the other three
 #   make run-interpreter    the part of make test-torch that runs the GPU kernels without a GPU, in Triton's interpreter
 #   make test-gpu    the tests that need a GPU (GPU="-n 8" hands pytest options: that many processes, which compile)
 #   make test-gluon    build .venv-gluon, where torch is absent, and run there what needs MXNet or no framework
 #   make test-mmdet    build .venv-mmdet, .venv with mmdetection and mmcv-lite besides, and run there what needs them
+#   make test-jax    build .venv-jax, .venv with JAX, Flax, Equinox, Keras and TensorFlow besides, and run there what needs them;
+#                Keras' tests once with each backend
 #   make test-fast    what make test-torch tests but for the slow tests: under a minute, once the kernels are compiled
 #   make test-other-kernels    what could differ on another processor, with PyTorch's, MKL's, oneDNN's and OpenBLAS's
 #                kernels for an older one (KERNELS="NAME=value ..." sets other variables)
@@ -28,6 +31,8 @@
 #                benchmarks/gpu.* and docs/performance.md's part on it (BENCH="--budget 120" and other options only measure)
 #   make bench-gluon    a training step in Gluon and the pooling of boxes beside MXNet's own (a minute), write
 #                benchmarks/gluon.json and what docs say of it (with options only measure and print: BENCH="--rounds 2")
+#   make bench-jax    JAX's operator beside XLA's dense convolution and NumPy's front end, Keras' layer beside its Conv2D (some
+#                minutes), write benchmarks/jax.json and what docs say of it (with options only measure: BENCH="--quick")
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -39,13 +44,22 @@ GLUON_VENV ?= .venv-gluon
 GLUON_PY := $(GLUON_VENV)/$(BIN)/python
 MMDET_VENV ?= .venv-mmdet
 MMDET_PY := $(MMDET_VENV)/$(BIN)/python
+JAX_VENV ?= .venv-jax
+JAX_PY := $(JAX_VENV)/$(BIN)/python
+KERAS_BACKENDS ?= jax tensorflow torch numpy openvino
 # What needs no framework, but for some of its tests, which skip themselves.
 INSTALLED_TESTS := tests/convert tests/ops tests/runtime tests/sampling \
 	tests/test_dispatch.py tests/test_functional.py tests/test_installation.py tests/test_package.py
 GLUON_TESTS := tests/gluon $(filter-out tests/test_installation.py,$(INSTALLED_TESTS)) tests/test_readme.py
-GLUON_SHARED := tests/convert tests/gluon tests/ops tests/sampling
-# What computes on one processor most of the time, and asks nothing of clocks, browsers or other processes: two at a time.
-SHARED_TESTS := tests/convert tests/ops tests/sampling tests/torch tests/vision
+GLUON_ALONE := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/runtime/test_threads.py
+# What asks for clocks, processor time, signals, a browser or a server, or starts processes for all processors: one at a time. All
+# else keeps one processor busy most of the time, and runs two at a time.
+ALONE_TESTS := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/runtime/test_threads.py \
+	tests/cli/test_demo.py tests/cli/test_experiment.py tests/plots/test_browser.py tests/test_serving.py
+JAX_TESTS := tests/jax tests/flax tests/equinox tests/bench/test_jax.py
+JAX_DOCUMENTS := tests/test_readme.py tests/test_examples.py tests/test_package.py tests/cli/test_main.py
+# Without what a user's keras.json says, and without warnings and notes of TensorFlow's own.
+KERAS := KERAS_HOME=$(CURDIR)/build/keras TF_CPP_MIN_LOG_LEVEL=3
 OLDEST_PYTHON ?= python3.10
 OLDEST_VENV ?= .venv-oldest
 OLDEST_PY := $(OLDEST_VENV)/$(BIN)/python
@@ -78,8 +92,9 @@ GPU_TESTS := tests/runtime/test_product.py tests/ops/conv/test_gpu_cuda.py tests
 	tests/ops/attention/test_gpu_cuda.py tests/ops/aggregate/test_gpu_cuda.py tests/torch/test_gpu_cuda.py tests/plots/test_monitor.py
 
 .PHONY: help demo demo-gluon experiment test test-torch run-torch run-shared run-alone run-interpreter test-gpu test-gluon \
-	run-gluon-shared run-gluon-alone test-mmdet \
-	test-fast test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint bench bench-gpu bench-gluon clean
+	run-gluon-shared run-gluon-alone test-mmdet test-jax run-jax run-jax-documents run-keras \
+	test-fast test-other-kernels test-oldest test-oldest-torch check-serving docs wheel test-wheel lint \
+	bench bench-gpu bench-gluon bench-jax clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -100,7 +115,7 @@ define parts
 endef
 
 test:
-	$(call parts,test-torch test-gluon test-mmdet)
+	$(call parts,test-torch test-gluon test-mmdet test-jax)
 
 test-torch:
 	$(call parts,lint run-torch run-interpreter)
@@ -109,10 +124,10 @@ run-torch:
 	$(call parts,run-shared run-alone)
 
 run-shared: $(VENV)/installed-dev
-	$(PY) -m pytest -n 2 --dist worksteal $(SHARED_TESTS)
+	$(PY) -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(ALONE_TESTS))
 
 run-alone: $(VENV)/installed-dev
-	$(PY) -m pytest $(addprefix --ignore=,$(SHARED_TESTS))
+	$(PY) -m pytest $(ALONE_TESTS)
 
 run-interpreter: $(VENV)/installed-dev
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(INTERPRETED_TESTS)
@@ -130,13 +145,31 @@ test-gluon:
 	$(call parts,run-gluon-shared run-gluon-alone)
 
 run-gluon-shared: $(GLUON_VENV)/installed-dev-gluon
-	$(GLUON_PY) -m pytest -n 2 --dist worksteal $(GLUON_SHARED)
+	$(GLUON_PY) -m pytest -n 2 --dist worksteal $(GLUON_TESTS) $(addprefix --ignore=,$(GLUON_ALONE))
 
 run-gluon-alone: $(GLUON_VENV)/installed-dev-gluon
-	$(GLUON_PY) -m pytest $(filter-out $(GLUON_SHARED),$(GLUON_TESTS))
+	$(GLUON_PY) -m pytest $(GLUON_ALONE)
 
 test-mmdet: $(MMDET_VENV)/installed-mmdet
 	$(MMDET_PY) -m pytest tests/mmdet
+
+test-jax:
+	$(call parts,run-jax run-jax-documents run-keras)
+
+run-jax: $(JAX_VENV)/installed-jax
+	$(KERAS) $(JAX_PY) -m pytest -n 2 --dist worksteal $(wildcard $(JAX_TESTS))
+
+# What these rooms' pages and examples say, and what the package promises of them.
+run-jax-documents: $(JAX_VENV)/installed-jax
+	$(KERAS) KERAS_BACKEND=jax $(JAX_PY) -m pytest -k "jax or flax or equinox or keras" $(JAX_DOCUMENTS)
+
+# Keras asks for its backend when it is imported. One that is not there for this Python is named, and left out.
+run-keras: $(JAX_VENV)/installed-jax
+	@failed=; for backend in $(KERAS_BACKENDS); do \
+	$(JAX_PY) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$$backend') is None)" || \
+	{ echo "Keras' backend $$backend is left out: it is not installed here."; continue; }; \
+	echo "Keras with $$backend"; $(KERAS) KERAS_BACKEND=$$backend $(JAX_PY) -m pytest tests/keras || failed="$$failed $$backend"; done; \
+	test -z "$$failed" || { echo "make $@: failed with$$failed" >&2; exit 1; }
 
 check-serving:
 	rm -rf build/serving
@@ -177,6 +210,9 @@ bench-gpu: $(VENV)/installed-dev
 bench-gluon: $(GLUON_VENV)/installed-dev-gluon
 	$(GLUON_PY) -m deformconv.bench.gluon $(or $(BENCH),--write .)
 
+bench-jax: $(JAX_VENV)/installed-jax
+	$(KERAS) $(JAX_PY) -m deformconv.bench.jax $(or $(BENCH),--write .)
+
 # Running venv again repairs an environment whose making was interrupted before pip was in it.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "deformconv needs Python 3.10 or newer, and $(PYTHON) is older: try make PYTHON=python3.12")'
@@ -210,11 +246,19 @@ $(GLUON_VENV)/installed-dev-gluon: pyproject.toml constraints-gluon.txt
 
 # An environment on top of .venv, whose packages it sees, PyTorch's gigabytes among them. What it has besides comes without what
 # that asks for: OpenCV with windows, as an example.
-$(MMDET_VENV)/installed-mmdet: $(VENV)/installed-dev constraints-mmdet.txt
-	@$(MMDET_PY) -m pip --version >/dev/null 2>&1 || $(PY) -m venv $(MMDET_VENV)
+define install-on-top
+	@$(1)/$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PY) -m venv $(1)
 	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$($(MMDET_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv-below.pth"
-	$(MMDET_PY) -m pip install --disable-pip-version-check --no-deps --requirement constraints-mmdet.txt
+		> "$$($(1)/$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv-below.pth"
+	$(1)/$(BIN)/python -m pip install --disable-pip-version-check --no-deps --requirement $(2)
+endef
+
+$(MMDET_VENV)/installed-mmdet: $(VENV)/installed-dev constraints-mmdet.txt
+	$(call install-on-top,$(MMDET_VENV),constraints-mmdet.txt)
+	@touch $@
+
+$(JAX_VENV)/installed-jax: $(VENV)/installed-dev constraints-jax.txt
+	$(call install-on-top,$(JAX_VENV),constraints-jax.txt)
 	@touch $@
 
 # pyproject.toml asks for the oldest versions, and the constraints name them: pip refuses where the two do not agree.
@@ -238,4 +282,4 @@ $(WHEEL_VENV)/installed-wheel: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(GLUON_VENV) $(MMDET_VENV) $(OLDEST_VENV) $(WHEEL_VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output detect-output
+	rm -rf $(VENV) $(GLUON_VENV) $(MMDET_VENV) $(JAX_VENV) $(OLDEST_VENV) $(WHEEL_VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output detect-output

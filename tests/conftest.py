@@ -36,7 +36,14 @@ settings.load_profile("tests")
 
 
 # Folders of tests that need a package which no other test needs, and which is installed in an environment of their own.
-ALONE = {"gluon": "mxnet", "mmdet": "mmdet"}
+ALONE = {
+    "gluon": "mxnet",
+    "mmdet": "mmdet",
+    "jax": "jax",
+    "flax": "flax",
+    "equinox": "equinox",
+    "keras": "keras",
+}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -23,6 +23,9 @@ SOURCE = Path(deformconv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 MXNET = ("mxnet==1.9.1", "numpy<1.24")
+FRAMEWORKS = ("torch", "torchvision", "triton", "mxnet", "jax", "jaxlib", "flax", "equinox", "optax", "keras", "tensorflow")
+# The rooms of JAX's and Keras' world: a room is called as its library's module and its extra are. And the library's own name.
+YOUNG = {"jax": "JAX", "flax": "Flax", "equinox": "Equinox", "keras": "Keras"}
 
 # A room may import from itself and from those further in.
 DEPTH = {
@@ -50,9 +53,9 @@ DEPTH = {
     "studies": 12,
     "cli": 13,
 }
-# The root's functions hand tensors on to the torch room, when they are given some.
+# The root's functions hand tensors on to the torch room and JAX's arrays to theirs, when they are given some.
 # So does `look`, whose type the root names for type checkers.
-EXCEPTIONS = {("functional", "torch"), ("deformconv", "plots")}
+EXCEPTIONS = {("functional", "torch"), ("functional", "jax"), ("deformconv", "plots")}
 # The rooms that nobody needs a framework or an extra for.
 PLAIN = (
     "errors",
@@ -136,7 +139,11 @@ def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str
 def is_neutral(module: str) -> bool:
     """Whether a module serves any operator, and so must not know one."""
     room, *file = module.split(".")[1:] or [""]
-    by_file = {"ops": ["operator", "window"], "gluon": ["arrays", "calls", "custom"]}
+    by_file = {
+        "ops": ["operator", "window"],
+        "gluon": ["arrays", "calls", "custom"],
+        "jax": ["calls", "ffi", "kernels", "primitives"],
+    }
     if room == "torch":
         return len(file) == 1 and file != ["conv"]
     if room == "ops" and file[:1] == ["taps"]:
@@ -146,7 +153,9 @@ def is_neutral(module: str) -> bool:
 
 def test_what_serves_any_operator_imports_none():
     neutral = [module for module in MODULES if is_neutral(module)]
-    assert {"deformconv.torch.calls", "deformconv.numpy.run", "deformconv.gluon.custom"} < set(neutral)
+    assert {"deformconv.torch.calls", "deformconv.numpy.run", "deformconv.gluon.custom", "deformconv.jax.kernels"} < set(
+        neutral
+    )
     wrong = []
     for module in neutral:
         for target, node in imported(ast.parse(MODULES[module].read_text()), module, MODULES[module].name == "__init__.py"):
@@ -216,11 +225,12 @@ def test_functions_can_be_read_at_once():
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_exception_is_lazy():
+def test_the_exceptions_are_lazy():
     for node in ast.parse((SOURCE / "functional.py").read_text()).body:
         targets = [target for target, _ in imported(node, "deformconv.functional", False)]
         outermost = isinstance(node, (ast.Import, ast.ImportFrom))
-        assert not (outermost and any(target.startswith("deformconv.torch") for target in targets))
+        rooms = ("deformconv.torch", "deformconv.jax")
+        assert not (outermost and any(target.startswith(rooms) for target in targets))
 
 
 def test_frameworks_stay_in_their_rooms():
@@ -231,7 +241,7 @@ def test_frameworks_stay_in_their_rooms():
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 tops = {target.split(".")[0] for target, _ in imported(node, module, False)}
-                assert not tops & {"torch", "torchvision", "mxnet", "jax", "keras", "triton"}, f"{file}:{node.lineno}"
+                assert not tops & set(FRAMEWORKS), f"{file}:{node.lineno}"
 
 
 def run_python(code: str) -> str:
@@ -241,7 +251,7 @@ def run_python(code: str) -> str:
 
 
 def test_import_loads_no_framework_and_no_numba():
-    heavy = ("numba", "llvmlite", "torch", "torchvision", "triton", "mxnet", "jax", "matplotlib", "array_api_compat")
+    heavy = ("numba", "llvmlite", "matplotlib", "array_api_compat", *FRAMEWORKS)
     code = f"import deformconv, sys; print([name for name in {heavy} if name in sys.modules])"
     assert run_python(code) == "[]"
 
@@ -279,14 +289,19 @@ def test_completing_a_name_loads_nothing():
     assert run_python(code) == "[]"
 
 
-WITHOUT_FRAMEWORKS = """
+def without(*packages: str) -> str:
+    """The beginning of a program to which these packages are not installed."""
+    return f"""
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "triton", "mxnet"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.partition(".")[0] in {packages}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
 """
+
+
+WITHOUT_FRAMEWORKS = without(*FRAMEWORKS)
 
 
 def test_everything_but_their_rooms_works_without_frameworks():
@@ -394,6 +409,38 @@ for version in ("1.24.0", "2.3.1", "1.23.5"):
     assert run_python(code).splitlines() == [*expected, "module 'numpy' has no attribute 'a_name_that_was_dropped'"]
 
 
+@pytest.mark.parametrize("name", YOUNG)
+def test_a_young_room_without_its_library_tells_how_to_get_it(name):
+    code = f"""{WITHOUT_FRAMEWORKS}
+try:
+    import deformconv.{name}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    needs = f"deformconv.{name} needs {YOUNG[name]}, which is not installed: {command(name, name)}"
+    assert run_python(code) == needs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jax", "flax", "equinox"])
+def test_the_rooms_of_jax_need_no_other_framework(name):
+    """Where PyTorch is there, as in the environment of these tests, it is neither loaded nor asked for."""
+    if find_spec(name) is None:
+        pytest.skip(f"needs {name}")
+    code = f"""{without("torch", "torchvision", "triton", "mxnet", "tensorflow", "keras")}
+import deformconv.{name}
+import jax
+import numpy as np
+from deformconv.jax import deform_conv2d
+random = np.random.default_rng(0)
+x, offset, weight = (random.normal(size=shape).astype("f4") for shape in ((1, 3, 8, 8), (1, 18, 6, 6), (4, 3, 3, 3)))
+found = jax.jit(deform_conv2d)(x, offset, weight)
+gradient = jax.grad(lambda offset: deform_conv2d(x, offset, weight).sum())(offset)
+print(np.array_equal(found, deformconv.deform_conv(x, offset, weight)), gradient.shape)
+"""
+    assert run_python(code) == "True (1, 18, 6, 6)"
+
+
 def test_public_names():
     assert deformconv.__all__ == [
         "BackendError",
@@ -423,7 +470,15 @@ def test_public_names():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "framework, call", [("torch", "torch.DeformConv2d"), ("mxnet", "gluon.ModulatedDeformableConvolution")]
+    "framework, call",
+    [
+        ("torch", "torch.DeformConv2d"),
+        ("mxnet", "gluon.ModulatedDeformableConvolution"),
+        ("jax", "jax.deform_conv2d"),
+        ("flax", "flax.DeformConv"),
+        ("equinox", "equinox.DeformConv2d"),
+        ("keras", "keras.DeformConv2D"),
+    ],
 )
 def test_the_frameworks_rooms_can_be_reached_from_the_root(framework, call):
     if find_spec(framework) is None:
@@ -436,7 +491,7 @@ def test_the_other_rooms_can_be_reached_from_the_root_and_load_no_framework(call
     code = f"""
 import deformconv, sys
 assert not [name for name in ("deformconv.convert", "deformconv.plots") if name in sys.modules]
-print(deformconv.{call}.__name__, [name for name in ("torch", "mxnet", "matplotlib") if name in sys.modules])
+print(deformconv.{call}.__name__, [name for name in ("matplotlib", *{FRAMEWORKS}) if name in sys.modules])
 """
     assert run_python(code) == f"{call.partition('.')[2]} []"
 
@@ -446,6 +501,8 @@ def test_all_lists_what_is_there(module):
     if room(module) not in (*PLAIN, "deformconv") or module in OF_A_FRAMEWORK:
         # Not `importorskip(module)` itself, which would hide a module that is broken.
         extras = ("mxnet", "mlxtend", "rich") if "gluon" in module else ("torch", "matplotlib", "mlxtend", "rich")
+        if room(module) in YOUNG:
+            extras = (room(module),)
         extras += ("torchvision", "lightning_fabric") if "studies.detection" in module else ()
         for extra in extras:
             if find_spec(extra) is None:
@@ -459,8 +516,16 @@ def test_all_lists_what_is_there(module):
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
-@pytest.mark.parametrize(("file", "extras"), [("constraints.txt", ("dev", "demo")), ("constraints-gluon.txt", ("dev-gluon",))])
-def test_what_make_installs_is_pinned(file, extras, python):
+@pytest.mark.parametrize(
+    ("files", "extras"),
+    [
+        (("constraints.txt",), ("dev", "demo")),
+        (("constraints-gluon.txt",), ("dev-gluon",)),
+        # The environment stands on that of constraints.txt.
+        (("constraints.txt", "constraints-jax.txt"), ("jax", "flax", "equinox", "keras")),
+    ],
+)
+def test_what_make_installs_is_pinned(files, extras, python):
     """Every dependency that pyproject.toml names: a new version cannot change what the suite sees from one day to the next."""
     tomllib = pytest.importorskip("tomllib", reason="pyproject.toml is read with Python 3.11's library")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -476,12 +541,12 @@ def test_what_make_installs_is_pinned(file, extras, python):
             else:
                 yield requirement
 
-    pinned = meant((ROOT / file).read_text().splitlines())
+    pinned = meant([line for file in files for line in (ROOT / file).read_text().splitlines()])
     pins = {canonicalize_name(pin.name): pin for pin in pinned}
     assert len(pins) == len(pinned)
     for requirement in (*meant(project["dependencies"]), *asked(extras)):
         pin = pins.get(canonicalize_name(requirement.name))
-        assert pin is not None, f"{file} does not pin {requirement.name}"
+        assert pin is not None, f"{files[-1]} does not pin {requirement.name}"
         (exactly,) = pin.specifier
         assert exactly.operator == "==" and exactly.version in requirement.specifier, f"{pin} is not {requirement}"
 

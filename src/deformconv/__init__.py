@@ -65,7 +65,7 @@ _WHERE = {
     "set_num_threads": "runtime.processors",
 }
 # Not in dir(): completing a name must not load a framework.
-_ROOMS = ("convert", "gluon", "jax", "plots", "torch", "vision")
+_ROOMS = ("convert", "equinox", "flax", "gluon", "jax", "keras", "plots", "torch", "vision")
 
 
 def __getattr__(name: str) -> Any:

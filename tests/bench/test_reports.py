@@ -44,8 +44,7 @@ class TestOtherOperators:
 
 
 class TestOffsets:
-    @pytest.mark.slow
-    def test_every_kind_is_measured(self):
+    def test_every_kind_is_measured(self, in_process):
         rows = measured("offsets")
         assert [row["direction"] for row in rows] == list(DIRECTIONS)
         for row in rows:
@@ -72,8 +71,7 @@ class TestSmall:
         assert cases[-1].shape == "4x64x32x32 -> 64"
         assert set(reports.small_cases(quick=True)) < set(cases)
 
-    @pytest.mark.slow
-    def test_without_and_with_a_gradient_recorded(self, monkeypatch):
+    def test_without_and_with_a_gradient_recorded(self, monkeypatch, in_process):
         monkeypatch.setattr(reports, "small_cases", lambda quick: [TINY])
         rows = measured("small", libraries=["deformconv", "torchvision", "dense"])
         assert [row["direction"] for row in rows] == ["forward", RECORDED]
@@ -104,8 +102,7 @@ class TestScaling:
             # As many output positions as pixels.
             assert all(2 * p == k - 1 for case in cases for p, k in zip(case.padding, case.kernel, strict=True))
 
-    @pytest.mark.slow
-    def test_measured(self, monkeypatch):
+    def test_measured(self, monkeypatch, in_process):
         scales = {"batch": tuple(TINY._replace(batch=n) for n in (1, 2, 3))}
         monkeypatch.setattr(reports, "SCALES", scales)
         rows = measured("scaling", directions=["forward"])

@@ -34,8 +34,7 @@ def test_results_are_those_of_array_operations(direction: str):
     assert max(errors.values()) < 1e-5
 
 
-@pytest.mark.slow
-def test_measured():
+def test_measured(in_process):
     pytest.importorskip("torchvision")
     pooling = next(other for other in reports.OTHERS if other.word == "rois")._replace(cases=(TINY,))
     progress = made_up.Counting()

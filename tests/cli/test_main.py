@@ -250,6 +250,8 @@ class TestDoctor:
         assert "cpu backward      ok" in text and "All in order." in text
         assert "FAILED" not in text and ESCAPE not in text
         assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80
+        for package in ("torch", "mxnet", "jax", "flax", "equinox", "keras"):
+            assert re.search(rf"^  {package}  +\S", text, re.M)
         # Their versions decide whether an exported net runs.
         assert re.search(r"^  onnx  .*\n  onnxruntime  .*\n  openvino  ", text, re.M)
 

@@ -25,7 +25,7 @@ from deformconv.ops.conv.spec import ConvSpec
 __all__ = ["run"]
 
 PACKAGES = (
-    "numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "mxnet",
+    "numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "mxnet", "jax", "flax", "equinox", "keras",
     "onnx", "onnxruntime", "openvino", "matplotlib", "rich",
 )  # fmt: skip
 # The vector extensions that decide how fast kernels are.
