@@ -49,7 +49,12 @@ class FlaxLayerSuite(LayerSuite):
     refusals: ClassVar[list[Refusal]] = [
         ({"kernel_size": (3, 3, 3, 3)}, ShapeError, "kernel_size", "has 4 entries, (3, 3, 3, 3); expected 1, 2 or 3"),
         *REFUSED[1:],
-        ({"padding": "SOME"}, ShapeError, "padding", "is 'SOME'; expected 'SAME', 'SAME_LOWER', 'VALID', 'CIRCULAR', 'REFLECT'"),
+        (
+            {"padding": "SOME"},
+            ShapeError,
+            "padding",
+            "is 'SOME'; expected 'SAME', 'SAME_LOWER', 'VALID', 'CIRCULAR', 'REFLECT'",
+        ),
         ({"padding": "CAUSAL"}, ShapeError, "padding", "is 'CAUSAL'; expected 'SAME'"),
         ({"padding": (1, 1, 1, 1)}, ShapeError, "padding", "has 4 entries"),
         ({"mask_scale": 0}, ValueError, "mask_scale", "is 0; expected a number above 0"),
@@ -60,11 +65,16 @@ class FlaxLayerSuite(LayerSuite):
         ({"mask": np.ones((3, 3))}, ShapeError, "mask", "has shape (3, 3); expected the kernel's, (3, 3, 4, 8)"),
     ]
     misfits: ClassVar[list[Misfit]] = [
-        ((2, 9, 9, 5), "float64", ShapeError, r"`inputs` has 5 features, shape \(2, 9, 9, 5\); this layer has in_features=4\.$"),
+        (
+            (2, 9, 9, 5),
+            "float64",
+            ShapeError,
+            r"`inputs` has 5 features, shape \(2, 9, 9, 5\); this layer has in_features=4\.(\n|$)",
+        ),
         ((9, 9), "float64", ShapeError, r"`inputs` has 2 axes, shape \(9, 9\); .* takes at least 3: \(height, width, in_f"),
         ((2, 4, 9, 9), "float64", ShapeError, r"`inputs` looks channels-first: .*`jnp.moveaxis\(inputs, -3, -1\)`"),
         ((1, 2, 9, 4), "float64", ShapeError, "`kernel_size` is 3x3; along height it spans .* for `inputs` .1, 2, 9, 4."),
-        ((2, 9, 9, 4), "complex64", TypeError, "`inputs` is complex128; expected floating point"),
+        ((2, 9, 9, 4), "complex64", TypeError, "`inputs`, with the kernel, is promoted to complex128; expected floating point"),
     ]
 
     def array(self, array: np.ndarray) -> jax.Array:

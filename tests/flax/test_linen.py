@@ -37,7 +37,7 @@ def applied(layer: linen.Module, params: Any, x: jax.Array, method: str | None =
 class TestLayers(FlaxLayerSuite):
     module = module
     examples = 9
-    words = FlaxLayerSuite.words | {"out_channels": "features"}  # noqa: RUF012
+    words = FlaxLayerSuite.words | {"out_channels": "features"}
     refusals = [*FlaxLayerSuite.refusals, ({"conv_general_dilated_cls": 1}, ValueError, "conv_general_dilated_cls", "is 1;")]  # noqa: RUF012
 
     def layer(self, rank, *, modulated, **arguments):
@@ -47,7 +47,6 @@ class TestLayers(FlaxLayerSuite):
         return Bound(layer, layer.init(KEY, jnp.zeros((1, *(9,) * rank, features)))["params"])
 
     def call(self, layer, input):
-        jax.typeof(input)
         return applied(layer.module, layer.params, input)
 
     def predict(self, layer, input):
@@ -74,7 +73,9 @@ def varied(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_first_fields_are_those_of_a_convolution():
-    ours, theirs = ([(f.name, f.default) for f in fields(cls) if f.name not in ("parent", "name")] for cls in (DeformConv, linen.Conv))
+    ours, theirs = (
+        [(f.name, f.default) for f in fields(cls) if f.name not in ("parent", "name")] for cls in (DeformConv, linen.Conv)
+    )
     assert ours[: len(theirs)] == theirs
     assert [name for name, _ in ours[len(theirs) :]] == [
         "modulated", "offset_groups", "predict_offsets", "mask_scale", "max_offset", "boundary",
@@ -130,7 +131,7 @@ def test_offsets_are_passed_or_predicted():
         alone.apply(variables, x)
     with pytest.raises(TypeError, match="`mask` was passed without `offset`"):
         layer.apply(params, x, mask=mask)
-    with pytest.raises(ShapeError, match="`inputs` has 5 features, .* this layer has in_features=4"):
+    with pytest.raises(ShapeError, match=r"`inputs` has 5 features, .* this layer has in_features=4"):
         layer.apply(params, image(2, 9, 8, 5))
 
 

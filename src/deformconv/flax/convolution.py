@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deformconv.errors import ShapeError
 from deformconv.jax import calls
@@ -106,7 +107,7 @@ def not_unused(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise for an argument of Flax's convolution that means nothing here, where it is not its default."""
     for name, default in defaults.items():
         value = given[name]
-        ones = name == "input_dilation" and (value is None or set(jnp.atleast_1d(jnp.asarray(value)).tolist()) == {1})
+        ones = name == "input_dilation" and (value is None or set(np.atleast_1d(value).tolist()) == {1})
         if not ones and value is not default:
             expected = getattr(default, "__name__", default)
             raise ValueError(f"`{name}` is {value!r}; expected {expected}, since {UNUSED[name]}")
@@ -132,8 +133,9 @@ def predictor_window(layer: Layer) -> dict[str, Any]:
 
 def images_of(layer: Layer, inputs: jax.Array) -> Images:
     """The images of `inputs` (*batch, *S, in_features), whose dtype has been promoted."""
-    rank = len(layer.kernel_size)
-    batch = inputs.shape[: inputs.ndim - rank - 1]
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        raise TypeError(f"`inputs`, with the kernel, is promoted to {inputs.dtype}; expected floating point.")
+    batch = inputs.shape[: inputs.ndim - len(layer.kernel_size) - 1]
     pixels = inputs.astype(whole(inputs.dtype)).reshape(prod(batch), *inputs.shape[len(batch) :])
     return Images(pixels, batch, inputs.dtype)
 
