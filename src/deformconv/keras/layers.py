@@ -39,6 +39,22 @@ class _DeformConv:
     """What the three layers add to Keras' class, which is the next base class and makes the parameters."""
 
     rank: ClassVar[int]
+    # Keras' own.
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilation_rate: tuple[int, ...]
+    padding: str
+    data_format: str
+    filters: int
+    groups: int
+    use_bias: bool
+    activation: Any
+    compute_dtype: str
+    kernel: Any
+    _kernel: Any
+    bias: Any
+    name: str
+    built: bool
 
     def __init__(
         self,
