@@ -9,7 +9,7 @@ PROGRAMS = programs("docs/jax.md")
 
 
 def test_all_are_here():
-    assert len(PROGRAMS) == 6
+    assert len(PROGRAMS) == 7
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: f"line {program.line}")

@@ -9,8 +9,8 @@ import numpy as np
 
 BACKEND: str = keras.backend.backend()
 TRAINS = BACKEND in ("tensorflow", "jax", "torch")
-# OpenVINO computes in float32, if the processor has no bfloat16 or is told so.
-DTYPE = "float32" if BACKEND == "openvino" else "float64"
+# The finest that Keras' own convolutions run in.
+DTYPE = "float32" if BACKEND in ("numpy", "openvino") else "float64"
 
 
 def numpy(tensor: Any) -> np.ndarray:

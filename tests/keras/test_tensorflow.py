@@ -33,7 +33,11 @@ def arrays(last: bool) -> list[Any]:
     random = np.random.default_rng(0)
     offset = np.floor(1.5 * random.normal(size=(2, 24, 3, 4))) + random.uniform(0.1, 0.9, (2, 24, 3, 4))
     made = [random.normal(size=(2, 5, 4, 4)), offset, random.normal(size=(3, 2, 4, 3)), random.uniform(size=(2, 12, 3, 4))]
-    return [tf.constant(array) for array in made] if last else [tf.constant(np.moveaxis(made[0], -1, 1)), *map(tf.constant, made[1:])]
+    return (
+        [tf.constant(array) for array in made]
+        if last
+        else [tf.constant(np.moveaxis(made[0], -1, 1)), *map(tf.constant, made[1:])]
+    )
 
 
 def by_operations(own: Settings, *given: Any) -> Any:
@@ -70,20 +74,21 @@ def test_derivatives_of_the_kernels_are_those_of_tensorflows_operations(last: bo
         assert error(ours.numpy(), theirs.numpy()) < 1e-9
 
 
-def test_forward_mode():
+def test_forward_mode_is_refused():
     own, given = settings(True), arrays(True)
-    found = []
-    for function in (room.deform_conv, by_operations):
-        with tf.autodiff.ForwardAccumulator(given[1], tf.ones_like(given[1])) as accumulator:
-            output = function(own, *given)
-        found.append(accumulator.jvp(output).numpy())
-    assert error(found[0], found[1]) < 1e-9
+    with (
+        pytest.raises(
+            NotImplementedError, match=r"tf\.autodiff\.ForwardAccumulator, does not go through a deformable convolution"
+        ),
+        tf.autodiff.ForwardAccumulator(given[1], tf.ones_like(given[1])),
+    ):
+        room.deform_conv(own, *given)
 
 
 def test_a_mistake_is_found_while_a_graph_is_made():
-    own, (inputs, offset, kernel, mask) = settings(True), arrays(True)
+    own, (inputs, offset, kernel, _) = settings(True), arrays(True)
     with pytest.raises(ValueError, match="`mask` has 24 channels"):
-        tf.function(lambda: room.deform_conv(own, inputs, offset, kernel, offset))()
+        tf.function(lambda: room.deform_conv(own, inputs, offset, kernel, offset), autograph=False)()
 
 
 def moved(**arguments: Any) -> keras.Model:
@@ -122,13 +127,13 @@ with tf.GradientTape() as tape:
     y = loaded.serve(x)
 numpy.save(sys.argv[3], y)
 assert tape.gradient(y, x).shape == x.shape
-assert "deformconv" not in sys.modules and "keras" not in sys.modules
+assert "deformconv" not in sys.modules
 """
 
 
 @pytest.mark.slow
 def test_an_exported_model_runs_in_the_next_process(tmp_path):
-    """Of any batch and size, without this library and without Keras."""
+    """Of any batch and size, without this library; its gradients are TensorFlow's."""
     model, x = moved(), images(3, 9, 10, 3)
     model.predict(images(2, 8, 8, 3), verbose=0)  # by the kernels
     model.export(tmp_path / "saved", verbose=False)

@@ -39,6 +39,22 @@ class _DeformConv:
     """What the three layers add to Keras' class, which is the next base class and makes the parameters."""
 
     rank: ClassVar[int]
+    # Keras' own.
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilation_rate: tuple[int, ...]
+    padding: str
+    data_format: str
+    filters: int
+    groups: int
+    use_bias: bool
+    activation: Any
+    compute_dtype: str
+    kernel: Any
+    _kernel: Any
+    bias: Any
+    name: str
+    built: bool
 
     def __init__(
         self,
@@ -101,7 +117,7 @@ class _DeformConv:
 
     @property
     def input_dtype(self) -> str:
-        """What inputs, offsets and masks are brought to: float32 in half precision, whose pixels are too coarse for positions."""
+        """What inputs, offsets and masks are brought to: float32 in half precision, which is too coarse for positions."""
         return "float32" if self.compute_dtype in HALF else self.compute_dtype
 
     @property
@@ -211,8 +227,8 @@ class _DeformConv:
         """No mask is handed on, as Keras' convolutions hand none on."""
         if self._is_of_steps(previous_mask):
             warnings.warn(
-                f"The inputs of layer {self.name!r} have a mask of steps, which a convolution does not look at: the layers after "
-                "it will not see it.",
+                f"The inputs of layer {self.name!r} have a mask of steps, which a convolution does not look at: the layers "
+                "after it will not see it.",
                 stacklevel=2,
             )
 
@@ -241,7 +257,7 @@ def _check_names(layer: type, others: dict[str, Any]) -> None:
 def _check_padding(padding: Any) -> None:
     if isinstance(padding, str) and padding.lower() == "causal":
         raise ValueError(
-            "`padding` is 'causal'; expected 'valid' or 'same': taps that move read later steps, too, so that nothing is causal."
+            "`padding` is 'causal'; expected 'valid' or 'same': taps that move read later steps, too, so nothing is causal."
         )
     if not isinstance(padding, str) or padding.lower() not in ("valid", "same"):
         raise ShapeError(

@@ -69,6 +69,10 @@ def _jax(settings: Settings, input: Any, offset: Any, weight: Any, mask: Any) ->
 def _numpy(settings: Settings, input: Any, offset: Any, weight: Any, mask: Any) -> Any:
     import deformconv
 
+    # Some of Keras' functions for NumPy make float32 of float64, as JAX does, which is in them.
+    offset, weight, mask = (
+        None if array is None else array.astype(input.dtype, copy=False) for array in (offset, weight, mask)
+    )
     return deformconv.deform_conv(input, offset, weight, mask=mask, **settings.parameters(input.shape[2:]))
 
 

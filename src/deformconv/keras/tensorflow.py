@@ -35,6 +35,7 @@ def _has_accelerator() -> bool:
     return any(tf.config.list_logical_devices(kind) for kind in ("GPU", "TPU"))
 
 
+@tf.autograph.experimental.do_not_convert
 def deform_conv(settings: Settings, inputs: Any, offset: Any, kernel: Any, mask: Any) -> Any:
     """The output by compiled kernels, as `operator.deform_conv` describes it."""
     arrays = [tf.convert_to_tensor(array) for array in (inputs, offset, kernel, mask) if array is not None]
@@ -60,7 +61,7 @@ def _differentiable(settings: Settings, shape: tuple[int | None, ...]) -> Callab
             lambda grad, *values: _backward(settings, grad, values),
             (grad_output, *arrays), [array.dtype for array in arrays], [array.shape for array in arrays],
         )  # fmt: skip
-        return found, lambda *grads: _second_derivative(settings, grad_output, arrays, grads)
+        return found, lambda *grads: _second_derivative(settings)(grad_output, list(arrays), list(grads))
 
     return forward
 
@@ -92,18 +93,32 @@ def _backward(settings: Settings, grad_output: np.ndarray, values: Sequence[np.n
     return [np.ascontiguousarray(gradient) for gradient in gradients[: len(values)]]
 
 
-def _second_derivative(settings: Settings, grad_output: Any, arrays: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
-    """The derivative of `grads` times the gradients, by `grad_output` and by the arrays."""
-    variables = [grad_output, *arrays]
-    with tf.GradientTape() as outer:
-        outer.watch(variables)
-        with tf.GradientTape() as inner:
-            inner.watch(arrays)
-            output = by_keras_operations(settings, *_first(settings, arrays, tf.transpose))
-            output = _own(settings, output, tf.transpose)
-        gradients = inner.gradient(output, arrays, grad_output)
-    found: list[Any] = outer.gradient(gradients, variables, list(grads), unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    return found
+@cache
+def _second_derivative(settings: Settings) -> Callable[..., list[Any]]:
+    """The derivative of `grads` times the gradients, by `grad_output` and by the arrays.
+
+    It is traced once, since so many operations one by one are slow.
+    """
+
+    def compute(grad_output: Any, arrays: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
+        variables = [grad_output, *arrays]
+        with tf.GradientTape() as outer:
+            outer.watch(variables)
+            with tf.GradientTape() as inner:
+                inner.watch(arrays)
+                output = by_keras_operations(settings, *_first(settings, arrays, tf.transpose))
+                output = _own(settings, output, tf.transpose)
+            gradients = inner.gradient(output, arrays, grad_output)
+        if any(gradient is None for gradient in gradients):  # no tape records in forward mode
+            raise NotImplementedError(
+                "TensorFlow's forward mode, tf.autodiff.ForwardAccumulator, does not go through a deformable convolution; "
+                "expected derivatives by tf.GradientTape."
+            )
+        found: list[Any] = outer.gradient(gradients, variables, list(grads), tf.UnconnectedGradients.ZERO)
+        return found
+
+    traced: Callable[..., list[Any]] = tf.function(compute, autograph=False, reduce_retracing=True)
+    return traced
 
 
 def _first(settings: Settings, arrays: Sequence[Any], transpose: Callable[[Any, Any], Any]) -> list[Any]:

@@ -123,7 +123,7 @@ def same_size_padding(
 ) -> tuple[tuple[Any, Any], ...]:
     """What TensorFlow, JAX and Keras mean by "same", with strides too: ceil(size/stride) positions, the larger half after.
 
-    With strides the amounts depend on the input's sizes. These may be numbers that a program computes later, with its `maximum`.
+    With strides the amounts depend on the input's sizes. These may be what a program computes later, with its `maximum`.
     """
     amounts = []
     for size, k, s, d in zip(sizes, kernel_size, stride, dilation, strict=True):
