@@ -108,7 +108,8 @@ def from_torch(model: Any, state: Mapping[str, Any], names: Mapping[str, str] | 
 
 def _named(model: Any, names: Mapping[str, str] | None) -> dict[str, Leaf]:
     """The model's parameters by the names that they have in PyTorch."""
-    names, used, found = names or {}, set(), {}
+    names, used = names or {}, set()
+    found: dict[str, Leaf] = {}
     for leaf in leaves_of(model):
         name = leaf.name
         said = max((word for word in names if name.startswith(f"{word}.")), key=len, default=None)

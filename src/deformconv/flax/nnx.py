@@ -164,7 +164,7 @@ class DeformConv(nnx.Conv):
 
     def _predict(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         raw = jnp.moveaxis(check_predictor(self.offset_conv)(pixels), -1, 1)
-        channels = predicted(tuple(self.kernel_size), self.offset_groups, self.modulated)
+        channels = predicted(tuple(self.kernel_size), self.offset_groups or 1, self.modulated)
         return offsets_and_mask(raw, channels, 1, self.mask_scale, self.max_offset)
 
 

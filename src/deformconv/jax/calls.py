@@ -87,7 +87,7 @@ def _array(operator: Operator, name: str, value: Any) -> Any:
 
 def _spread(arrays: Sequence[jax.Array]) -> Any:
     """Where the types of arrays say that they are spread over the axes of a mesh: how the output is, along its first axis."""
-    shardings = [getattr(jax.typeof(array), "sharding", None) for array in arrays]
+    shardings: list[Any] = [getattr(jax.typeof(array), "sharding", None) for array in arrays]
     explicit = [sharding for sharding in shardings if any(getattr(sharding, "spec", None) or ())]
     if not explicit or not hasattr(jax.sharding, "auto_axes"):  # before JAX 0.7 such types were an experiment
         return None

@@ -67,7 +67,7 @@ def jvp(function: Callable[..., Any], primals: Sequence[Array], tangents: Sequen
 
 def in_(dtype: str, spec: Spec) -> Spec:
     """The call in another dtype."""
-    return spec if spec.dtype == dtype else replace(spec, dtype=dtype)  # type: ignore[type-var]
+    return spec if spec.dtype == dtype else replace(spec, dtype=dtype)
 
 
 def _output(operator: Operator, spec: Spec, call: dict[str, Array]) -> Array:

@@ -67,7 +67,7 @@ def described(array: Any) -> Operand:
     return Operand(tuple(array.shape), keras.utils.standardize_dtype(array.dtype))
 
 
-def checked(settings: Settings, input: Operand, offset: Operand, weight: Operand, mask: Operand | None) -> ConvSpec:
+def checked(settings: Settings, input: Operand, offset: Operand, weight: Operand, mask: Operand | None = None) -> ConvSpec:
     """The checked call, channels first. What is not known before the program runs has a size for which the call would fit."""
     operands = [input, offset, *([] if mask is None else [mask])]
     batch = next((operand.shape[0] for operand in operands if operand.shape[0] is not None), 1)
@@ -90,14 +90,14 @@ def _sizes(
     """Sizes of an input and of its offsets; along an axis where one is not known, the least for which there is a position."""
     spans = [d * (k - 1) + 1 for k, d in zip(settings.kernel_size, settings.dilation_rate, strict=True)]
     is_open = [None in pair for pair in zip(sizes, positions, strict=True)]
-    sizes = [span if open_ else size for size, span, open_ in zip(sizes, spans, is_open, strict=True)]
-    made = map(positions_along, sizes, settings.kernel_size, settings.strides, settings.pairs(sizes), settings.dilation_rate)
-    return sizes, [own if open_ else given for given, own, open_ in zip(positions, made, is_open, strict=True)]
+    known: list[Any] = [span if open_ else size for size, span, open_ in zip(sizes, spans, is_open, strict=True)]
+    made = map(positions_along, known, settings.kernel_size, settings.strides, settings.pairs(known), settings.dilation_rate)
+    return known, [own if open_ else given for given, own, open_ in zip(positions, made, is_open, strict=True)]
 
 
 def by_keras_operations(settings: Settings, input: Any, offset: Any, weight: Any, mask: Any) -> Any:
     """The output by the backend's own operations, which can be compiled, exported and differentiated; all channels first."""
-    spec = checked(settings, *map(described, (input, offset, weight)), None if mask is None else described(mask))
+    spec = checked(settings, *(described(tensor) for tensor in (input, offset, weight, mask) if tensor is not None))
     if None in (*input.shape, *offset.shape):
         batch, _, *sizes = map(_whole_number, ops.shape(input))
         _, _, *positions = map(_whole_number, ops.shape(offset))

@@ -128,7 +128,7 @@ class _DeformConv:
         )  # fmt: skip
 
     def build(self, input_shape: Sequence[int | None]) -> None:
-        given = tuple(input_shape)
+        given: tuple[Any, ...] = tuple(input_shape)
         if len(given) == self.rank + 2:
             channels = given[-1 if self._settings.channels_last else 1]
             if channels is None:
@@ -200,13 +200,14 @@ class _DeformConv:
 
     def _check_input(self, inputs: Operand, channels: int | None) -> None:
         """Raise unless inputs fit, for a layer that was built for so many channels."""
-        settings, given, sizes = self._settings, inputs.shape, inputs.shape[2:]
-        shape = given
+        settings = self._settings
+        given: tuple[Any, ...] = inputs.shape
+        shape, sizes = given, given[2:]
         if settings.channels_last and len(given) > 1:
             shape, sizes = (given[0], given[-1], *given[1:-1]), given[1:-1]
         if len(sizes) == self.rank:  # one that is not known yet is taken to fit
             spans = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation_rate, strict=True)]
-            sizes = [span if size is None else size for size, span in zip(sizes, spans, strict=True)]
+            sizes = tuple(span if size is None else size for size, span in zip(sizes, spans, strict=True))
             shape = (1 if shape[0] is None else shape[0], shape[1], *sizes)
         in_channels = channels or (shape[1] if len(shape) > 1 else 1)
         weight = Operand((self.filters, in_channels // self.groups, *self.kernel_size), self.input_dtype)
@@ -248,7 +249,7 @@ def _check_names(layer: type, others: dict[str, Any]) -> None:
     known = {"input_shape", "input_dim"}
     for base in layer.__mro__:
         if "__init__" in vars(base):
-            known |= set(inspect.signature(base.__init__).parameters)
+            known |= set(inspect.signature(vars(base)["__init__"]).parameters)
     unknown = {name: value for name, value in others.items() if name not in known - {"rank", "self"}}
     if unknown:
         raise unexpected(_DeformConv.__init__, unknown, layer.__name__)

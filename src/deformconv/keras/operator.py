@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import keras
@@ -41,11 +42,11 @@ def deform_conv(settings: Settings, inputs: Any, offset: Any, kernel: Any, mask:
 
 def is_exported() -> bool:
     """Whether what is computed now becomes part of a file. No library says so, and its callers do."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith(_EXPORTERS):
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 
@@ -85,12 +86,13 @@ def _openvino(settings: Settings, input: Any, offset: Any, weight: Any, mask: An
 
     from deformconv.ops.conv import openvino
 
-    spec = checked(settings, *map(described, (input, offset, weight)), None if mask is None else described(mask))
-    given = [None if tensor is None else get_ov_output(tensor) for tensor in (input, offset, weight, None, mask)]
+    spec = checked(settings, *(described(tensor) for tensor in (input, offset, weight, mask) if tensor is not None))
+    x, o, w = map(get_ov_output, (input, offset, weight))
+    m = None if mask is None else get_ov_output(mask)
     before, after = zip(*spec.padding, strict=True)
     window = [list(numbers) for numbers in (settings.strides, before, after, settings.dilation_rate)]
     pad = "SAME_UPPER" if settings.padding == "same" else "VALID"
-    (output,) = openvino.convolution(opset, *given, window, (spec.groups, spec.offset_groups), pad)
+    (output,) = openvino.convolution(opset, x, o, w, None, m, window, (spec.groups, spec.offset_groups), pad)
     return OpenVINOKerasTensor(output)
 
 
