@@ -10,6 +10,8 @@ import pytest
 # Before JAX and TensorFlow are imported: else JAX has no float64, for Keras' NumPy backend either.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Programs that run once are compiled quickly.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 THEIRS = (
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # JAX's arrays, in Keras' NumPy backend
