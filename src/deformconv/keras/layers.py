@@ -105,11 +105,13 @@ class _DeformConv:
     def _predictor(self) -> Any:
         # On a CPU TensorFlow has no gradient of a convolution with the channels first.
         layout = "channels_last" if keras.backend.backend() == "tensorflow" else self.data_format
-        return getattr(layers, f"Conv{self.rank}D")(
+        predictor = getattr(layers, f"Conv{self.rank}D")(
             self._predicted.channels, self.kernel_size, strides=self.strides, padding=self.padding, data_format=layout,
             dilation_rate=self.dilation_rate, kernel_initializer="zeros",
             dtype=self.input_dtype, name="offset_conv",
         )  # fmt: skip
+        predictor.supports_masking = True  # of a mask of steps this layer warns itself
+        return predictor
 
     @property
     def _predicted(self) -> Predicted:
