@@ -142,7 +142,7 @@ def is_neutral(module: str) -> bool:
     by_file = {
         "ops": ["operator", "window"],
         "gluon": ["arrays", "calls", "custom"],
-        "jax": ["calls", "ffi", "kernels", "primitives"],
+        "jax": ["calls", "ffi", "gate", "kernels", "labels", "native", "primitives"],
     }
     if room == "torch":
         return len(file) == 1 and file != ["conv"]

@@ -18,13 +18,13 @@ FUNCTION = ctypes.CFUNCTYPE(c_int64, c_int64)
 class Inner(ctypes.Structure):
     """A table of functions; that which makes a refusal is its second."""
 
-    _fields_ = [("first", c_int64), ("refuse", c_int64)]  # noqa: RUF012
+    _fields_ = [("first", c_int64), ("refuse", c_int64)]
 
 
 class Outer(ctypes.Structure):
     """What a function is called with."""
 
-    _fields_ = [("number", c_int64), ("table", c_int64)]  # noqa: RUF012
+    _fields_ = [("number", c_int64), ("table", c_int64)]
 
 
 @pytest.fixture
