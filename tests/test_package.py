@@ -422,6 +422,25 @@ except ModuleNotFoundError as error:
 
 
 @pytest.mark.slow
+def test_keras_without_its_backend_tells_how_to_choose_one(tmp_path):
+    """As after a first `pip install`, which brings Keras alone: it asks for TensorFlow unless it is told otherwise."""
+    if find_spec("keras") is None:
+        pytest.skip("needs keras")
+    code = f"""{without("tensorflow")}
+import os
+os.environ |= {{"KERAS_BACKEND": "tensorflow", "KERAS_HOME": {str(tmp_path)!r}}}
+try:
+    import deformconv.keras
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert run_python(code) == (
+        "Keras computes by tensorflow here, which is not installed: install it, or set the environment variable KERAS_BACKEND "
+        "to one that is, before Keras is imported: tensorflow, jax, torch, openvino or numpy."
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jax", "flax", "equinox"])
 def test_the_rooms_of_jax_need_no_other_framework(name):
     """Where PyTorch is there, as in the environment of these tests, it is neither loaded nor asked for."""
