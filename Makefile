@@ -56,7 +56,7 @@ GLUON_ALONE := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/
 # else keeps one processor busy most of the time, and runs two at a time.
 ALONE_TESTS := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/runtime/test_threads.py \
 	tests/cli/test_demo.py tests/cli/test_experiment.py tests/plots/test_browser.py
-JAX_TESTS := tests/jax tests/flax tests/equinox tests/bench/test_jax.py
+JAX_TESTS := tests/jax tests/flax tests/equinox tests/convert/test_weights.py tests/bench/test_jax.py
 JAX_DOCUMENTS := tests/test_readme.py tests/test_examples.py tests/test_package.py tests/cli/test_main.py
 # Without what a user's keras.json says, and without warnings and notes of TensorFlow's own.
 KERAS := KERAS_HOME=$(CURDIR)/build/keras TF_CPP_MIN_LOG_LEVEL=3

@@ -142,7 +142,7 @@ def is_neutral(module: str) -> bool:
     by_file = {
         "ops": ["operator", "window"],
         "gluon": ["arrays", "calls", "custom"],
-        "jax": ["calls", "ffi", "kernels", "primitives"],
+        "jax": ["calls", "ffi", "gate", "kernels", "labels", "native", "primitives"],
     }
     if room == "torch":
         return len(file) == 1 and file != ["conv"]
@@ -419,6 +419,25 @@ except ModuleNotFoundError as error:
 """
     needs = f"deformconv.{name} needs {YOUNG[name]}, which is not installed: {command(name, name)}"
     assert run_python(code) == needs
+
+
+@pytest.mark.slow
+def test_keras_without_its_backend_tells_how_to_choose_one(tmp_path):
+    """As after a first `pip install`, which brings Keras alone: it asks for TensorFlow unless it is told otherwise."""
+    if find_spec("keras") is None:
+        pytest.skip("needs keras")
+    code = f"""{without("tensorflow")}
+import os
+os.environ |= {{"KERAS_BACKEND": "tensorflow", "KERAS_HOME": {str(tmp_path)!r}}}
+try:
+    import deformconv.keras
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert run_python(code) == (
+        "Keras computes by tensorflow here, which is not installed: install it, or set the environment variable KERAS_BACKEND "
+        "to one that is, before Keras is imported: tensorflow, jax, torch, openvino or numpy."
+    )
 
 
 @pytest.mark.slow

@@ -219,6 +219,17 @@ def nnx_net():
     return Net(nnx.Rngs(0))
 
 
+def own_module(nnx, seed=0):
+    """A module whose own parameters have names of Flax's."""
+
+    class Own(nnx.Module):
+        def __init__(self, rngs):
+            self.kernel, self.scale = (nnx.Param(rngs.params.uniform(shape)) for shape in ((3, 5), (4,)))
+            self.line = nnx.Linear(2, 3, rngs=rngs)
+
+    return Own(nnx.Rngs(seed))
+
+
 def test_flax_nnx():
     torch_one, expected = torch_net()
     from flax import nnx
@@ -238,6 +249,11 @@ def test_flax_nnx():
         from_torch(net, torch_one.state_dict())
     sequential = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
     assert list(to_torch(sequential)) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    own = own_module(nnx)
+    assert {name: array.shape for name, array in to_torch(own).items()} == {
+        "kernel": (3, 5), "line.bias": (3,), "line.weight": (3, 2), "scale": (4,),
+    }  # fmt: skip
+    np.testing.assert_array_equal(from_torch(own_module(nnx, 1), to_torch(own)).kernel[...], own.kernel[...])
     for layer in (nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0)), nnx.LinearGeneral(3, (2, 2), rngs=nnx.Rngs(0))):
         with pytest.raises(ValueError, match=rf"^'bias' belongs to a {type(layer).__name__}, whose parameters lie otherwise"):
             to_torch(layer)
@@ -337,6 +353,15 @@ def test_keras():
     found = net.predict(X.transpose(0, 2, 3, 1), verbose=0)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     loads(torch_one, to_torch(net), expected)
+
+    class Own(keras.layers.Layer):
+        def build(self, shape):
+            self.matrix = self.add_weight(shape=(3, 5), name="kernel")
+            self.factors = self.add_weight(shape=(4,), name="gamma")
+
+    own = Own()
+    own.build(None)
+    assert {name: array.shape for name, array in to_torch(own).items()} == {"kernel": (3, 5), "gamma": (4,)}
     layer = keras.layers.Conv2DTranspose(4, 3, name="up")
     layer.build((1, 9, 8, 3))
     with pytest.raises(ValueError, match=r"^'kernel' belongs to a Conv2DTranspose, whose parameters lie otherwise in PyTorch"):

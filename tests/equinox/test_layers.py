@@ -280,9 +280,7 @@ def test_a_batch_without_vmap():
 
 
 def test_a_layer_without_a_predictor():
-    layer = (
-        made.__wrapped__ if hasattr(made, "__wrapped__") else DeformConv2d(4, 6, 3, padding=1, predict_offsets=False, key=KEY)
-    )
+    layer = DeformConv2d(4, 6, 3, padding=1, predict_offsets=False, key=KEY)
     assert layer.offset_conv is None
     x, whole = images()[0], made()
     offset, mask = whole.offsets_and_mask(x)

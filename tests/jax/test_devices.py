@@ -56,9 +56,24 @@ print("pmap")
 placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(call.arrays, specs)]
 np.testing.assert_array_equal(jax.jit(call.ours)(*placed), expected[0])
 np.testing.assert_array_equal(call.ours(*placed), expected[0])
+assert_same(jax.jit(jax.grad(loss, ALL))(*placed), expected[1])
 second = [jax.device_put(a, jax.devices()[1]) for a in call.arrays]
-assert call.ours(*second).devices() == {jax.devices()[1]}
+for function in (call.ours, jax.jit(call.ours)):
+    output = function(*second)
+    assert output.devices() == {jax.devices()[1]}
+    np.testing.assert_array_equal(output, expected[0])
 print("jit")
+
+# Where arrays' types say how they are spread, so does the output's.
+if hasattr(jax.sharding, "auto_axes"):
+    explicit = Mesh(np.array(jax.devices()), ("images",), axis_types=(jax.sharding.AxisType.Explicit,))
+    typed = [jax.device_put(a, NamedSharding(explicit, spec)) for a, spec in zip(call.arrays, specs)]
+    for function in (call.ours, jax.jit(call.ours)):
+        output = function(*typed)
+        assert jax.typeof(output).sharding.spec[0] == "images"
+        np.testing.assert_array_equal(output, expected[0])
+    assert_same(jax.jit(jax.grad(loss, ALL))(*typed), expected[1])
+print("explicit")
 """
 
 
@@ -71,4 +86,4 @@ def test_two_devices():
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False, timeout=500
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n") == ["shard_map True", "shard_map False", "pmap", "jit", ""]
+    assert done.stdout.split("\n") == ["shard_map True", "shard_map False", "pmap", "jit", "explicit", ""]

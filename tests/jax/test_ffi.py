@@ -191,6 +191,18 @@ def test_a_program_of_another_version_is_told_so(call):
         jax.block_until_ready(jax.jit(lambda *a: jax.ffi.ffi_call(kernels.FORWARD, [out])(*a, call=other))(*call.arrays))
 
 
+def test_a_program_cannot_have_a_module_imported(call, tmp_path, monkeypatch):
+    """Saved programs travel: what one names is looked up among the operators that are known, and no module is loaded."""
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger" / "operator.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = kernels._Call(deformconv.jax.functional.operator.DEFORM_CONV, call.spec, ("output",), False).text()
+    other = text.replace("'deformconv.ops.conv'", "'stranger'", 1)
+    out = jax.ShapeDtypeStruct(call.spec.output_shape, jnp.float32)
+    with pytest.raises(Exception, match="calls the operator 'deform_conv' of 'stranger', which JAX does not know in this"):
+        jax.block_until_ready(jax.jit(lambda *a: jax.ffi.ffi_call(kernels.FORWARD, [out])(*a, call=other))(*call.arrays))
+
+
 # Memory
 
 

@@ -266,39 +266,3 @@ print("equal")
 """
     python(save, tmp_path / "saved")
     assert python(load, tmp_path / "saved", arrays=False) == "equal\n"
-
-
-# Two devices
-
-
-def test_two_devices():
-    script = """
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-devices = jax.devices()
-assert len(devices) == 2
-right = [np.asarray(g) for g in jax.jit(gradients)(*arguments)]
-
-there = jax.device_put(arguments, devices[1])
-output = jax.jit(conv)(*there)
-assert output.devices() == {devices[1]}
-np.testing.assert_array_equal(output, expected)
-np.testing.assert_array_equal(conv(*there), expected)
-
-halves = [array.reshape(2, 1, *array.shape[1:]) for array in (x, offset, mask)]
-mapped = jax.pmap(conv, in_axes=(0, 0, None, None, 0))(halves[0], halves[1], weight, bias, halves[2])
-np.testing.assert_array_equal(np.asarray(mapped).reshape(expected.shape), expected)
-
-mesh = Mesh(np.array(devices), ("batch",))
-specs = P("batch"), P("batch"), P(), P(), P("batch")
-for check in (True, False):
-    shared = jax.jit(jax.shard_map(conv, mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=check))
-    np.testing.assert_array_equal(shared(*arguments), expected)
-
-# Without shard_map XLA brings all together first, and the result is right.
-spread = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in zip(arguments, specs)]
-np.testing.assert_array_equal(jax.jit(conv)(*spread), expected)
-for found, one in zip(jax.jit(gradients)(*spread), right):
-    np.testing.assert_array_equal(found, one)
-print("equal")
-"""
-    assert python(script, XLA_FLAGS="--xla_force_host_platform_device_count=2") == "equal\n"

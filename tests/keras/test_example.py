@@ -20,6 +20,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "keras_digits.py"
 def test_digits():
     done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    accuracy = re.search(r"held out: ([\d.]+)", done.stdout)
-    assert accuracy is not None and float(accuracy[1]) > 0.85
-    assert "the same from its file: True" in done.stdout
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
+    (accuracy,) = re.findall(r"held out: ([\d.]+)", done.stdout)
+    (offset,) = re.findall(r"offsets learned: up to ([\d.]+) pixels", done.stdout)
+    assert float(accuracy) > 0.85 and 0.1 < float(offset) <= 3
+    assert done.stdout.endswith("the same from its file: True\n")

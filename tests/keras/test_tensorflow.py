@@ -74,13 +74,22 @@ def test_derivatives_of_the_kernels_are_those_of_tensorflows_operations(last: bo
         assert error(ours.numpy(), theirs.numpy()) < 1e-9
 
 
-def test_forward_mode_is_refused():
+@pytest.mark.parametrize("moved", range(4), ids=["inputs", "offset", "kernel", "mask"])
+def test_forward_mode_is_refused(moved):
+    """Also where a second derivative was traced before."""
     own, given = settings(True), arrays(True)
+    with tf.GradientTape() as outer:
+        outer.watch(given)
+        with tf.GradientTape() as inner:
+            inner.watch(given)
+            output = tf.reduce_sum(room.deform_conv(own, *given) ** 2)
+        slope = tf.reduce_sum(inner.gradient(output, given[1]) ** 2)
+    assert outer.gradient(slope, given[0]) is not None
     with (
         pytest.raises(
             NotImplementedError, match=r"tf\.autodiff\.ForwardAccumulator, does not go through a deformable convolution"
         ),
-        tf.autodiff.ForwardAccumulator(given[1], tf.ones_like(given[1])),
+        tf.autodiff.ForwardAccumulator(given[moved], tf.ones_like(given[moved])),
     ):
         room.deform_conv(own, *given)
 

@@ -97,19 +97,26 @@ def put(model: Any, values: Mapping[str, np.ndarray]) -> Any:
     return model
 
 
-def _leaf(path: tuple[str, ...], value: Any, kind: str, holder: Any, drop: tuple[int, ...] = ()) -> Leaf:
-    """A parameter; `holder` is what holds its module, and `drop` are places in the path that have no name in PyTorch."""
+def _leaf(
+    path: tuple[str, ...], value: Any, kind: str, holder: Any, drop: tuple[int, ...] = (), is_layers: bool = True
+) -> Leaf:
+    """A parameter of a library's layer, or of a module of the user's own, which stays as it is.
+
+    `holder` is what holds its module, and `drop` are places in the path that have no name in PyTorch.
+    """
     *module, parameter = [word for place, word in enumerate(path) if place not in drop]
-    there, back = _rule(kind, parameter, tuple(value.shape))
-    name = ".".join([*module, NAMES.get(parameter, parameter) if kind != "equinox" else parameter])
+    there, back = _rule(kind if is_layers else None, parameter, tuple(value.shape))
+    name = ".".join([*module, NAMES.get(parameter, parameter) if is_layers and kind != "equinox" else parameter])
     scale = getattr(holder, "mask_scale", None) if module and module[-1] == "offset_conv" else None
     return Leaf("/".join(path), name, value, there, back, scale)
 
 
-def _rule(kind: str, parameter: str, shape: tuple[int, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """How an array lies in PyTorch, and the way back."""
+def _rule(kind: str | None, parameter: str, shape: tuple[int, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """How an array of a library's layer lies in PyTorch, and the way back; with None for the library both are as they are."""
     rank = len(shape)
-    if kind == "equinox":
+    if kind is None:
+        pass
+    elif kind == "equinox":
         if parameter == "bias" and rank > 1 and set(shape[1:]) == {1}:
             return (lambda array: array.reshape(-1)), (lambda array: array.reshape(-1, *shape[1:]))
     elif parameter == "kernel" and rank == 2:  # of a dense layer, (in, out)
@@ -121,12 +128,14 @@ def _rule(kind: str, parameter: str, shape: tuple[int, ...]) -> tuple[Callable[.
     return (lambda array: array), (lambda array: array)
 
 
-def _check_known(kind: str, owner: Any, path: str) -> None:
-    """Raise for a layer of a library's own that has parameters, and is none that is known."""
+def _is_known(kind: str, owner: Any, path: str) -> bool:
+    """Whether it is a layer of a library's, and no module of the user's own; raise for one whose parameters lie otherwise."""
     theirs = [base for base in type(owner).__mro__ if base.__module__.split(".")[0] == kind]
     name = next((base.__name__ for base in theirs), None)
-    if name is None or name in BASES or any(base.__name__ in KNOWN[kind] for base in theirs):
-        return
+    if any(base.__name__ in KNOWN[kind] for base in theirs):
+        return True
+    if name is None or name in BASES:
+        return False
     statistics = " Its mean and variance lie in an eqx.nn.State, not in the model." * (
         kind == "equinox" and name == "BatchNorm"
     )
@@ -150,12 +159,12 @@ def _of_flax(model: Any) -> Iterator[Leaf]:
             modules.append(_child(modules[-1], word))
         owner, holder = modules[-1], modules[-2] if len(modules) > 1 else None
         words = tuple(map(str, path))
-        _check_known("flax", owner, "/".join(words))
+        is_layers = _is_known("flax", owner, "/".join(words))
         drop = tuple(
             place for place, (module, word) in enumerate(zip(modules, words[:-1], strict=False))
             if isinstance(module, nnx.Sequential) and word == "layers"
         )  # fmt: skip
-        yield _leaf(words, _value(variable), "flax", holder, drop)
+        yield _leaf(words, _value(variable), "flax", holder, drop, is_layers)
 
 
 def _of_tree(tree: Mapping[Any, Any]) -> Iterator[Leaf]:
@@ -197,20 +206,19 @@ def _of_equinox(model: Any) -> Iterator[Leaf]:
         for word in words[:-1]:
             modules.append(_child(modules[-1], word))
         owner = next((module for module in reversed(modules) if isinstance(module, eqx.Module)), model)
-        if owner is modules[-1]:
-            _check_known("equinox", owner, "/".join(words))
+        is_layers = owner is modules[-1] and _is_known("equinox", owner, "/".join(words))
         drop = tuple(
             place for place, word in enumerate(words[:-1]) if type(modules[place]) is eqx.nn.Sequential and word == "layers"
         )  # fmt: skip
-        yield _leaf(words, value, "equinox", modules[-2] if len(modules) > 1 else None, drop)
+        yield _leaf(words, value, "equinox", modules[-2] if len(modules) > 1 else None, drop, is_layers)
 
 
 def _of_keras(model: Any) -> Iterator[Leaf]:
     from keras import ops
 
     for path, variable, owner, holder in _variables(model):
-        _check_known("keras", owner, path)
-        yield _leaf(tuple(path.split("/")), np.asarray(ops.convert_to_numpy(variable.value)), "keras", holder)
+        value, is_layers = np.asarray(ops.convert_to_numpy(variable.value)), _is_known("keras", owner, path)
+        yield _leaf(tuple(path.split("/")), value, "keras", holder, (), is_layers)
 
 
 def _variables(layer: Any, path: tuple[str, ...] = (), holder: Any = None) -> Iterator[tuple[str, Any, Any, Any]]:

@@ -31,8 +31,9 @@ def to_torch(model: Any, names: Mapping[str, str] | None = None) -> OrderedDict[
 
     Args:
         model: a module or a state of Flax NNX, Linen's `variables` or `variables["params"]`, an Equinox model, or a Keras model
-            or layer whose weights there are. A tree alone does not tell convolutions from transposed ones, nor `mask_scale`,
-            which must be that of the layers in PyTorch then; of models it is noted, and looked at when PyTorch loads it.
+            or layer whose weights there are. A tree alone does not tell convolutions from transposed ones or from a `kernel`
+            of your own, nor `mask_scale`, which must be that of the layers in PyTorch then; of models it is noted, and looked
+            at when PyTorch loads it.
         names: what modules are called in PyTorch, by what they would be called: {"Conv_0": "stem", "DeformConv_0": "deform"};
             a module's name stands for all that is within. "" leaves a name out.
 

@@ -1,9 +1,9 @@
 """C functions that call Python's, until Python ends.
 
 XLA computes on threads of its own, and has work left when a program's last line is reached. A function of ctypes that is called
-after Python's end waits for the GIL for ever, and the process for it. And of an exception, as Ctrl-C may raise anywhere, ctypes
-makes a 0. So there is a gate before each: a few instructions that count who is inside, that turn everybody away once the gate
-is closed, and that tell a failure from success.
+after Python's end waits for the GIL for ever, and the process for it. And after an exception, as Ctrl-C may raise anywhere,
+ctypes returns whatever its memory held. So there is a gate before each: a few instructions that count who is inside, that turn
+everybody away once the gate is closed, and that tell a failure from success.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def gate(function: Callable[[int], int], way: tuple[int, int], refusal: ctypes.S
     """
     from llvmlite import binding
 
-    inner = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(function)
+    def inside(address: int, result: int) -> None:
+        ctypes.c_int64.from_address(result).value = function(address)
+
+    inner = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(inside)
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     module = binding.parse_assembly(str(_module(_address(inner), way, ctypes.addressof(refusal))))
@@ -46,9 +49,10 @@ def close() -> None:
     _state[_CLOSED] = 1
     while True:
         try:
-            while _state[_INSIDE]:
-                time.sleep(0.001)
-            return
+            # First of all, so that a processor that has not seen the gate closed has counted whoever it let in.
+            time.sleep(0.001)
+            if not _state[_INSIDE]:
+                return
         except KeyboardInterrupt:  # whoever is inside would wait for ever
             continue
 
@@ -68,6 +72,7 @@ def _module(inner: int, way: tuple[int, int], refusal: int) -> Any:
 
     number = ir.IntType(64)
     of_address = ir.FunctionType(number, [number])
+    of_two = ir.FunctionType(ir.VoidType(), [number, number])
     function = ir.Function(ir.Module("gate"), of_address, "gate")
     builder = ir.IRBuilder(function.append_basic_block())
 
@@ -82,7 +87,7 @@ def _module(inner: int, way: tuple[int, int], refusal: int) -> Any:
     builder.store(number(0), result)
     builder.atomic_rmw("add", inside, number(1), "seq_cst")
     with builder.if_then(is_(builder.load_atomic(closed, "seq_cst", 8), 0), likely=True):
-        builder.store(builder.call(at(number(inner), of_address), [function.args[0]]), result)
+        builder.call(at(number(inner), of_two), [function.args[0], builder.ptrtoint(result, number)])
     builder.atomic_rmw("sub", inside, number(1), "seq_cst")
     found = builder.load(result)
     with builder.if_then(is_(found, 0), likely=False):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from ast import literal_eval
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -22,10 +21,17 @@ from deformconv.jax import ffi
 from deformconv.numpy import run
 from deformconv.ops.operator import Operand, Operator, Spec
 
-__all__ = ["backward_call", "forward_call"]
+__all__ = ["backward_call", "forward_call", "make_known"]
 
 FORWARD, BACKWARD = "deformconv_forward", "deformconv_backward"  # XLA's targets; saved programs have these names
 _FORM = 1  # of a call's text, in which it stands first
+# By package and name. A program may be a stranger's file, which must not choose what is imported.
+_known: dict[tuple[str, str], Operator] = {}
+
+
+def make_known(operator: Operator) -> None:
+    """Let programs, also those that another process has saved, call an operator's kernels."""
+    _known[operator.package, operator.name] = operator
 
 
 def forward_call(operator: Operator, spec: Spec, arrays: Sequence[Any], channels_last: bool) -> Any:
@@ -105,8 +111,12 @@ def _read(text: bytes) -> _Call:
             "compile, or export, it again with this version."
         )
     package, name, dtype, shapes, parameters, results, channels_last = content
-    module = import_module(f"{package}.operator")
-    operator = next(value for value in vars(module).values() if isinstance(value, Operator) and value.name == name)
+    operator = _known.get((package, name))
+    if operator is None:
+        raise ValueError(
+            f"a program calls the operator {name!r} of {package!r}, which JAX does not know in this process: import what makes "
+            "it known first."
+        )
     operands: dict[str, Operand | None] = dict.fromkeys(operator.names)
     operands |= {name: Operand(shape, dtype) for name, shape in shapes.items()}
     return _Call(operator, operator.check(operands, operator.unpack(*parameters), None, True), results, channels_last)

@@ -48,6 +48,7 @@ class Registered:
         fold_backward: Callable[..., Any] | None = None,
     ) -> None:
         self.operator = operator
+        kernels.make_known(operator)
         self._fold_forward = fold_forward or partial(folding.fold_forward, operator)
         self._fold_backward = fold_backward or partial(folding.fold_backward, operator)
         name = operator.name

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager.forwardprop_util import pack_tangents
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 import deformconv
@@ -39,6 +40,11 @@ def _has_accelerator() -> bool:
 def deform_conv(settings: Settings, inputs: Any, offset: Any, kernel: Any, mask: Any) -> Any:
     """The output by compiled kernels, as `operator.deform_conv` describes it."""
     arrays = [tf.convert_to_tensor(array) for array in (inputs, offset, kernel, mask) if array is not None]
+    if pack_tangents(arrays).tangents:  # a gradient of a function of Python says nothing of them, and wrong numbers came out
+        raise NotImplementedError(
+            "TensorFlow's forward mode, tf.autodiff.ForwardAccumulator, does not go through a deformable convolution; "
+            "expected derivatives by tf.GradientTape."
+        )
     input, offset_operand, weight, mask_operand = _first(settings, [described(array) for array in arrays], _transposed)
     spec = checked(settings, input, offset_operand, weight, mask_operand)
     shape = [inputs.shape[0], *offset.shape[2:]]
@@ -109,11 +115,6 @@ def _second_derivative(settings: Settings) -> Callable[..., list[Any]]:
                 output = by_keras_operations(settings, *_first(settings, arrays, tf.transpose))
                 output = _own(settings, output, tf.transpose)
             gradients = inner.gradient(output, arrays, grad_output)
-        if any(gradient is None for gradient in gradients):  # no tape records in forward mode
-            raise NotImplementedError(
-                "TensorFlow's forward mode, tf.autodiff.ForwardAccumulator, does not go through a deformable convolution; "
-                "expected derivatives by tf.GradientTape."
-            )
         found: list[Any] = outer.gradient(gradients, variables, list(grads), tf.UnconnectedGradients.ZERO)
         return found
 
