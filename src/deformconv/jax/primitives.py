@@ -199,7 +199,9 @@ class Registered:
     ) -> tuple[list[Array], list[int]]:
         B = _mapped(arrays, dims)
         if B == 0:
-            return [jnp.zeros((0, *spec.shapes[name]), spec.dtype) for name in wanted], [0] * len(wanted)
+            kinds = dict(zip(self.operator.given_in_backward(spec), (array.dtype for array in arrays[1:]), strict=True))
+            empty = [jnp.zeros((0, *spec.shapes[name]), kinds.get(name, spec.dtype)) for name in wanted]
+            return empty, [0] * len(wanted)
 
         def one(spec: Spec, grad_output: Array, operands: Sequence[Array | None], names: Sequence[str]) -> Any:
             found = self.backward.bind(grad_output, *_but_none(operands), spec=spec, wanted=tuple(names), **how)

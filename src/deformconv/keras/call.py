@@ -101,9 +101,14 @@ def by_keras_operations(settings: Settings, input: Any, offset: Any, weight: Any
     if None in (*input.shape, *offset.shape):
         batch, _, *sizes = map(_whole_number, ops.shape(input))
         _, _, *positions = map(_whole_number, ops.shape(offset))
-        padding: Any = settings.pairs(sizes, ops.maximum)
+        padding: Any = settings.pairs(sizes, _maximum)
         spec = replace(spec, batch=batch, input_size=tuple(sizes), output_size=tuple(positions), padding=padding)
     return portable.forward(spec, input, offset, weight, None, mask, array_api)
+
+
+def _maximum(size: Any, least: int) -> Any:
+    """The larger number; that of numbers is one, and no tensor of another dtype than positions have."""
+    return max(size, least) if isinstance(size, int) else ops.maximum(size, least)
 
 
 def _whole_number(size: Any) -> Any:
