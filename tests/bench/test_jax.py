@@ -11,11 +11,15 @@ import pytest
 from tests.bench import made_up
 
 from deformconv.bench import jax as bench
+from deformconv.bench import jax_rows
 from deformconv.bench.cases import Case
 from deformconv.bench.jax_peers import JAX_PEERS
 from deformconv.bench.keras_peers import KERAS_BACKENDS, KERAS_CASE, KERAS_PEERS, KerasCase, KerasTruth, keras_case_of
 from deformconv.bench.measure import Pace, Process, differences, peer_of, results_of
 from deformconv.bench.peers import DIRECTIONS, PEERS, Truth
+from deformconv.bench.reports import REPORTS
+from deformconv.cli import bench as command
+from deformconv.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 TINY = Case("tiny", 2, 4, 6, (7, 9), groups=2, offset_groups=2)
@@ -83,7 +87,7 @@ def test_the_net_in_keras_is_that_of_array_operations(backend: str):
 
 
 def operator_rows(forward, training, small):
-    rows = zip((bench.CASE, bench.CASE, bench.SMALL), (DIRECTIONS[0], DIRECTIONS[1], DIRECTIONS[0]), strict=True)
+    rows = zip((jax_rows.CASE, jax_rows.CASE, jax_rows.SMALL), (DIRECTIONS[0], DIRECTIONS[1], DIRECTIONS[0]), strict=True)
     times = (forward, training, small)
     return [made_up.row(case, direction, **found) for (case, direction), found in zip(rows, times, strict=True)]
 
@@ -166,7 +170,7 @@ def test_the_documents_quote_the_committed_figures():
 def test_a_short_run(monkeypatch):
     for package in ("torch", "jax"):
         pytest.importorskip(package)
-    monkeypatch.setattr(bench, "CASE", TINY)
+    monkeypatch.setattr(jax_rows, "CASE", TINY)
     progress = made_up.Counting()
     found = bench.measure(Pace(1, 1e-3), progress, ["operator"])
     assert len(progress.steps) == progress.expected == 3
@@ -174,7 +178,24 @@ def test_a_short_run(monkeypatch):
         assert set(row["results"]) == set(JAX_PEERS)
         assert all(result["milliseconds"] > 0 for result in row["results"].values())
     assert None not in list(bench.bars(found).values())[:4]
+    assert bench.operator_text(found).startswith(REPORTS["jax"].write(found["operator"]))
     json.dumps(found)
+
+
+def test_the_command_measures_the_same(monkeypatch, capsys):
+    """Where JAX and Keras are; else it says what to install, and leaves them out of everything."""
+    rows = figures()
+    monkeypatch.setattr(jax_rows, "measure_operator", lambda threads, pace, progress: rows["operator"])
+    monkeypatch.setattr(jax_rows, "measure_keras", lambda threads, pace, progress: rows["keras"])
+    monkeypatch.setattr(command, "missing", lambda packages: [])
+    assert main(["bench", "jax", "keras", "--quick"]) == 0
+    text = capsys.readouterr().out
+    assert jax_rows.operator_table(rows["operator"]) in text and jax_rows.keras_table(rows["keras"]) in text
+    assert main(["bench", "jax", "--case", "c64-56"]) == 2
+    assert "the report jax measures a case of its own, and --case names none" in capsys.readouterr().err
+    monkeypatch.setattr(command, "missing", lambda packages: [name for name in packages if name == "jax"])
+    assert main(["bench", "jax"]) == 1
+    assert "the report jax cannot be measured: jax not installed here. pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

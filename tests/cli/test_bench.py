@@ -56,7 +56,7 @@ def absent(monkeypatch):
         (
             ["loudness"],
             "there is no report 'loudness'; there are speed, net, rois, attention, aggregate, offsets, small, scaling, "
-            "memory, startup, all",
+            "memory, startup, jax, keras, all",
         ),
         (["--threads", "0"], "--threads"),
         (["--seconds", "0"], "--seconds"),

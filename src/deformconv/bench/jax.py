@@ -13,21 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deformconv.bench.cases import Case, named
+from deformconv.bench import jax_rows
 from deformconv.bench.document import machine, packages
 from deformconv.bench.figures import digits, markdown, milliseconds, ratio
-from deformconv.bench.jax_peers import DENSE, JAX_PEERS, OURS
-from deformconv.bench.keras_peers import KERAS_BACKENDS, KERAS_CASE, KERAS_PEERS, KerasTruth
-from deformconv.bench.measure import Entry, Pace, Progress, compare, processes
-from deformconv.bench.peers import DIRECTIONS, Truth, missing
+from deformconv.bench.jax_peers import DENSE, OURS
+from deformconv.bench.jax_rows import SMALL, keras_ratio, keras_table, operator_row, operator_table
+from deformconv.bench.keras_peers import KERAS_CASE
+from deformconv.bench.measure import Pace, Progress
+from deformconv.bench.peers import DIRECTIONS, missing
 from deformconv.bench.readme import replaced
 from deformconv.files import whole_file
 from deformconv.runtime.processors import available_processors
 
-__all__ = ["BARS", "CASE", "SMALL", "bars", "keras_text", "measure", "operator_text", "write"]
+__all__ = ["BARS", "bars", "keras_text", "measure", "operator_text", "write"]
 
 FORWARD, TRAINING = DIRECTIONS
-CASE, SMALL = named("c64-56"), Case("1x8x8x8", 1, 8, 8, (8, 8))
 RESULTS = "benchmarks/jax.json"
 PAGES = {"docs/jax.md": "jax", "docs/keras.md": "keras"}
 PARTS = ("operator", "keras")
@@ -56,33 +56,10 @@ def measure(pace: Pace, progress: Progress, parts: Sequence[str] = PARTS) -> dic
         "threads": threads,
         "blocks": pace.blocks,
     }
-    backends = [name for name in KERAS_BACKENDS if not missing(KERAS_PEERS[f"keras-{name}"].packages)]
-    progress.begin(("operator" in parts) * 3 + ("keras" in parts) * len(DIRECTIONS) * len(backends))
-    if "operator" in parts:
-        with processes([Truth.name, *JAX_PEERS], threads) as (truth, *others):
-            for case, direction in ((CASE, FORWARD), (CASE, TRAINING), (SMALL, FORWARD)):
-                progress.step(f"{case.name}, {direction}")
-                results = compare({one.library: Entry(one, case) for one in others}, direction, truth, pace)
-                row = {"layer": case._asdict(), "direction": direction, "results": results}
-                found.setdefault("operator", []).append(row)
-    for backend in backends if "keras" in parts else ():
-        with processes([KerasTruth.name, f"keras-{backend}", f"keras-{backend}-dense"], threads) as (truth, *others):
-            for direction in DIRECTIONS:
-                progress.step(f"Keras on {backend}, {direction}")
-                results = compare({one.library: Entry(one, KERAS_CASE) for one in others}, direction, truth, pace)
-                row = {"net": KERAS_CASE._asdict(), "backend": backend, "direction": direction, "results": results}
-                found.setdefault("keras", []).append(row)
+    for name, of_part in zip(PARTS, (jax_rows.measure_operator, jax_rows.measure_keras), strict=True):
+        if name in parts:
+            found[name] = of_part(threads, pace, progress)
     return found
-
-
-def _operator(figures: Figures, case: Case, direction: str) -> Row | None:
-    rows = figures.get("operator", ())
-    return next((row for row in rows if row["layer"]["name"] == case.name and row["direction"] == direction), None)
-
-
-def _keras(figures: Figures, backend: str, direction: str) -> Row | None:
-    rows = figures.get("keras", ())
-    return next((row for row in rows if (row["backend"], row["direction"]) == (backend, direction)), None)
 
 
 def _over(row: Row | None, over: Sequence[str], under: Sequence[str]) -> float | None:
@@ -91,8 +68,9 @@ def _over(row: Row | None, over: Sequence[str], under: Sequence[str]) -> float |
 
 def bars(figures: Figures) -> dict[str, float | None]:
     """What is asked for, as it was measured; XLA's convolution is the faster one of two layouts."""
+    layer, rows = jax_rows.CASE, figures.get("operator", ())
     forward, training, small = (
-        _operator(figures, case, direction) for case, direction in ((CASE, FORWARD), (CASE, TRAINING), (SMALL, FORWARD))
+        operator_row(rows, case, direction) for case, direction in ((layer, FORWARD), (layer, TRAINING), (SMALL, FORWARD))
     )
     ours, theirs = (None if small is None else milliseconds(small, name) for name in (OURS, "numpy"))
     values = [
@@ -100,56 +78,30 @@ def bars(figures: Figures) -> dict[str, float | None]:
         _over(forward, [OURS], DENSE),
         _over(training, [OURS], DENSE),
         None if ours is None or theirs is None else 1000 * (ours - theirs),
-        *(_keras_ratio(figures, backend, TRAINING) for backend in ("jax", "tensorflow")),
+        *(keras_ratio(figures.get("keras", ()), backend, TRAINING) for backend in ("jax", "tensorflow")),
     ]
     return dict(zip(BARS, values, strict=True))
 
 
-def _keras_ratio(figures: Figures, backend: str, direction: str) -> float | None:
-    return _over(_keras(figures, backend, direction), [f"keras-{backend}"], [f"keras-{backend}-dense"])
-
-
-def _cell(row: Row | None, name: str, factor: float = 1.0) -> str:
-    if row is None:
-        return "-"
-    result = row["results"].get(name, {})
-    return digits(factor * result["milliseconds"]) if "milliseconds" in result else str(result.get("reason", "-"))
-
-
 def operator_text(figures: Figures) -> str:
     """The operator's table, and what follows from it."""
-    rows = [_operator(figures, case, direction) for case, direction in ((CASE, FORWARD), (CASE, TRAINING), (SMALL, FORWARD))]
-    lines = [[peer.title, *(_cell(row, name, factor) for row, factor in zip(rows, (1, 1, 1000), strict=True))]
-             for name, peer in JAX_PEERS.items()]  # fmt: skip
-    head = ["jitted, but for NumPy's", "forward, ms", "forward and all gradients, ms", f"{SMALL.name} forward, µs"]
     numpy, dense, training, small, *_ = map(digits, bars(figures).values())
     said = (
-        f"{CASE.shape}, 3x3, v2, float32, {_where(figures)}. Forward takes {numpy} times NumPy's front end's time and {dense} "
-        f"times that of XLA's own convolution, whichever layout is the faster, and a training step {training} times; the plain "
-        f"convolution has no offsets and masks, nor their gradients. A small call takes {small} microseconds more than NumPy's "
-        f"(`make bench-jax`)."
+        f"{jax_rows.CASE.shape}, 3x3, v2, float32, {_where(figures)}. Forward takes {numpy} times NumPy's front end's time and "
+        f"{dense} times that of XLA's own convolution, whichever layout is the faster, and a training step {training} times; "
+        f"the plain convolution has no offsets and masks, nor their gradients. A small call takes {small} microseconds more "
+        f"than NumPy's (`make bench-jax`)."
     )
-    return f"{markdown(head, lines, 1)}\n\n{said}\n"
+    return f"{operator_table(figures['operator'])}\n\n{said}\n"
 
 
 def keras_text(figures: Figures) -> str:
     """The layers' table, and what it is of."""
-    lines = []
-    for backend in KERAS_BACKENDS:
-        names = (f"keras-{backend}-dense", f"keras-{backend}")
-        rows = [_keras(figures, backend, direction) for direction in DIRECTIONS]
-        ratios = [digits(_keras_ratio(figures, backend, direction)) for direction in DIRECTIONS]
-        cells = [[*(_cell(row, name) for name in names), value] for row, value in zip(rows, ratios, strict=True)]
-        lines.append([backend, *cells[0], *cells[1]])
-    head = [
-        "backend",
-        *(f"{what}{end}" for what in ("predict", "training step") for end in (": Conv2D, ms", ": DeformConv2D, ms", ", ratio")),
-    ]
     said = (
         f"{KERAS_CASE.what}, float32, with the layers' predictors, by `predict_on_batch` and `train_on_batch` as Keras "
         f"compiles them by default; {_where(figures)} (`make bench-jax`)."
     )
-    return f"{markdown(head, lines, 1)}\n\n{said}\n"
+    return f"{keras_table(figures['keras'])}\n\n{said}\n"
 
 
 def _where(figures: Figures) -> str:

@@ -19,11 +19,11 @@ import numpy as np
 
 from deformconv.bench import aggregate as aggregates
 from deformconv.bench import attention as attentions
-from deformconv.bench import startup
+from deformconv.bench import jax_rows, startup
 from deformconv.bench.cases import Case, case_of, make, named
 from deformconv.bench.figures import OURS, Row, digits, layer, markdown, ratio
 from deformconv.bench.measure import Entry, Failure, Pace, Progress, compare, peer_of, processes
-from deformconv.bench.nets import NET_PEERS, NETS, Net, TruthNet, net_of
+from deformconv.bench.nets import NET_PEERS, NETS, DeformconvNet, Net, TruthNet, net_of
 from deformconv.bench.peers import DIRECTIONS, PEERS, RECORDED, Peer, Truth, missing
 from deformconv.bench.rois import ROI_CASES, ROI_PEERS, roi_case_of
 
@@ -52,6 +52,8 @@ class Report(NamedTuple):
     title: str
     measure: Callable[[Plan, Progress], Rows]
     write: Callable[[Sequence[Row]], str]
+    packages: tuple[str, ...] = ()  # without which it measures nothing
+    has_cases: bool = True  # some of which --case names
 
 
 # Whole nets
@@ -188,7 +190,7 @@ OTHERS = (
         aggregates.aggregate_case_of, aggregates.TINY,
     ),
 )  # fmt: skip
-THEIRS = frozenset(label for other in OTHERS for label in other.others)
+THEIRS = frozenset(label for other in OTHERS for label in other.others) | jax_rows.PLAIN
 
 
 def operator(other: Other, plan: Plan, progress: Progress) -> Rows:
@@ -460,8 +462,21 @@ def start(plan: Plan, progress: Progress) -> Rows:
     return startup.measure(progress.step, warm=3 if plan.quick else 7, cold=not plan.quick)
 
 
+# Other front ends
+
+
+def in_jax(plan: Plan, progress: Progress) -> Rows:
+    """The operator on JAX's arrays, beside XLA's own convolution and NumPy's front end."""
+    return jax_rows.measure_operator(plan.threads, plan.pace, progress)
+
+
+def in_keras(plan: Plan, progress: Progress) -> Rows:
+    """A net of Keras' layers, on each backend that is there, beside the same net of plain ones."""
+    return jax_rows.measure_keras(plan.threads, plan.pace, progress)
+
+
 REPORTS = {
-    "net": Report("Whole nets, milliseconds", nets, write_nets),
+    "net": Report("Whole nets, milliseconds", nets, write_nets, DeformconvNet.packages),
     **{
         other.word: Report(f"{other.title}, milliseconds", partial(operator, other), partial(write_operator, other))
         for other in OTHERS
@@ -471,4 +486,6 @@ REPORTS = {
     "scaling": Report("Scaling", scaling, write_scaling),
     "memory": Report("Memory", memory, write_memory),
     "startup": Report("The first call, 2-D float32 forward and backward", start, startup.write),
+    "jax": Report("In JAX, 2x64x56x56 -> 64", in_jax, jax_rows.operator_table, ("jax",), has_cases=False),
+    "keras": Report("In Keras, two layers with their predictors", in_keras, jax_rows.keras_table, ("keras",), has_cases=False),
 }

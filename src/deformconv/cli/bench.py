@@ -17,7 +17,7 @@ import click
 from deformconv.bench import base, chart, document, figures
 from deformconv.bench.cases import CASES, QUICK, Case
 from deformconv.bench.measure import Pace, Progress, speed
-from deformconv.bench.nets import NETS, QUICK_NETS, DeformconvNet
+from deformconv.bench.nets import NETS, QUICK_NETS
 from deformconv.bench.peers import DIRECTIONS, PEERS, missing
 from deformconv.bench.reports import OTHERS, REPORTS, THEIRS, Plan, Report
 from deformconv.files import whole_file
@@ -97,8 +97,7 @@ def run(options: Options) -> int:
         return 0
     plan, absent = _plan(options)
     reports = _with_cases(reports, plan, "all" in options.reports)
-    if "net" in reports and (needed := missing(DeformconvNet.packages)):
-        raise click.ClickException(f"the report net cannot be measured: {', '.join(needed)} not installed here. {_install()}")
+    reports = _installed(reports, options)
     found = document.machine()
     sections = {name: name if options.base is None else f"base {name}" for name in reports}
     earlier = _earlier(options.json, found, list(sections.values()))
@@ -133,6 +132,17 @@ def _install() -> str:
     return command("bench", *sorted({package for peer in PEERS.values() for package in peer.packages} | {"matplotlib"}))
 
 
+def _installed(reports: Sequence[str], options: Options) -> list[str]:
+    """The reports that can be measured here; each that was asked for by its name has to be."""
+    lacking = {name: needed for name in reports if name in REPORTS and (needed := missing(REPORTS[name].packages))}
+    for name, needed in lacking.items():
+        if name in options.reports:
+            how = command(name, *needed) if name in ("jax", "keras") else _install()
+            raise click.ClickException(f"the report {name} cannot be measured: {', '.join(needed)} not installed here. {how}")
+        click.echo(f"Not measured: {name}, for which {', '.join(needed)} is not installed here.", err=True)
+    return [name for name in reports if name not in lacking]
+
+
 def _chosen(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
     for name in given:
         if name not in known:
@@ -164,7 +174,8 @@ def _plan(options: Options) -> tuple[Plan, list[str]]:
 
 def _with_cases(reports: Sequence[str], plan: Plan, all_of_them: bool) -> list[str]:
     """The reports that measure something that --case names; each has to, unless all were asked for."""
-    own = {"net": ("nets", plan.nets)} | {other.word: ("cases of its own", other.wanted(plan)) for other in OTHERS}
+    own = {name: ("a case of its own", not plan.named) for name, report in REPORTS.items() if not report.has_cases}
+    own |= {"net": ("nets", plan.nets)} | {other.word: ("cases of its own", other.wanted(plan)) for other in OTHERS}
     idle = {name: what for name in reports for what, chosen in [own.get(name, ("layers", plan.cases))] if not chosen}
     if not all_of_them:
         for name, what in idle.items():

@@ -334,7 +334,9 @@ def bench(**options: Any) -> int:
       scaling   time against work, and with 1 and 2 threads
       memory    the peak of forward and backward
       startup   the first call, with and without compiled kernels
-      all       all of these
+      jax       in JAX, beside XLA's convolution and NumPy's front end
+      keras     Keras' layer beside its Conv2D, on each backend there is
+      all       all of these that can be measured here
 
     Every library runs in a process of its own, in alternating blocks of
     calls, after its results were compared with those of array operations
