@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from sphinx.ext.autodoc.mock import _MockObject
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "src")]
@@ -31,6 +33,9 @@ napoleon_use_rtype = False
 napoleon_use_param = False  # a line of Args may explain several arguments
 autodoc_typehints = "none"
 autodoc_mock_imports = ["mxnet", "jax", "jaxlib", "flax", "equinox", "optax", "keras", "tensorflow"]
+# The rooms of JAX enter rules into its tables, and read a header of its, when they are imported.
+_MockObject.__setitem__ = lambda self, key, value: None
+_MockObject.__fspath__ = lambda self: "absent"
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"

@@ -231,9 +231,8 @@ def own_module(nnx, seed=0):
 
 
 def test_flax_nnx():
+    nnx = pytest.importorskip("flax.nnx")
     torch_one, expected = torch_net()
-    from flax import nnx
-
     net = nnx_net()
     assert from_torch(net, torch_one.state_dict()) is net
     np.testing.assert_allclose(net(X.transpose(0, 2, 3, 1)), expected, rtol=1e-4, atol=1e-5)

@@ -341,4 +341,5 @@ def test_reasons() -> None:
     assert cpu.reasons_against(spec, "numpy", "cpu", False) == []
     assert "float16" in cpu.reasons_against(make(TAILS[0], "float16").spec, "numpy", "cpu", False)[0]
     assert "cuda:0" in cpu.reasons_against(spec, "torch", "cuda:0", True)[0]
-    assert "jax" in cpu.reasons_against(spec, "jax", "cpu", True)[0]
+    assert cpu.reasons_against(spec, "jax", "cpu", True) == []
+    assert "cupy" in cpu.reasons_against(spec, "cupy", "cpu", True)[0]
