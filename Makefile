@@ -51,11 +51,17 @@ KERAS_BACKENDS ?= jax tensorflow torch numpy openvino
 INSTALLED_TESTS := tests/convert tests/ops tests/runtime tests/sampling \
 	tests/test_dispatch.py tests/test_functional.py tests/test_installation.py tests/test_package.py
 GLUON_TESTS := tests/gluon $(filter-out tests/test_installation.py,$(INSTALLED_TESTS)) tests/test_readme.py
+# What has to do with MXNet, or with the absence of PyTorch. Of the other tests the slow ones are left out, which make test-torch
+# runs.
+GLUON_SHARED := tests/gluon tests/convert tests/test_functional.py tests/test_package.py tests/test_readme.py
 GLUON_ALONE := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/runtime/test_threads.py
 # What asks for clocks, processor time, signals or a browser, or starts processes for all processors: one at a time. All
 # else keeps one processor busy most of the time, and runs two at a time.
 ALONE_TESTS := tests/runtime/test_atomics.py tests/runtime/test_openmp.py tests/runtime/test_threads.py \
 	tests/cli/test_demo.py tests/cli/test_experiment.py tests/plots/test_browser.py
+# Two processes at a time. Each has threads for both processors, which must not spin while the other process has work.
+BOTH := OMP_WAIT_POLICY=PASSIVE
+TWO := -n 2 --dist worksteal
 JAX_TESTS := tests/jax tests/flax tests/equinox tests/convert/test_weights.py tests/bench/test_jax.py
 JAX_DOCUMENTS := tests/test_readme.py tests/test_examples.py tests/test_package.py tests/cli/test_main.py
 # Without what a user's keras.json says, and without warnings and notes of TensorFlow's own.
@@ -124,13 +130,13 @@ run-torch:
 	$(call parts,run-shared run-alone)
 
 run-shared: $(VENV)/installed-dev
-	$(PY) -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(ALONE_TESTS))
+	$(BOTH) $(PY) -m pytest $(TWO) $(addprefix --ignore=,$(ALONE_TESTS))
 
 run-alone: $(VENV)/installed-dev
 	$(PY) -m pytest $(ALONE_TESTS)
 
 run-interpreter: $(VENV)/installed-dev
-	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(INTERPRETED_TESTS)
+	$(BOTH) TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(INTERPRETED_TESTS)
 
 test-gpu: $(VENV)/installed-dev
 	$(PY) -m pytest -m cuda $(GPU_TESTS) $(GPU)
@@ -145,7 +151,8 @@ test-gluon:
 	$(call parts,run-gluon-shared run-gluon-alone)
 
 run-gluon-shared: $(GLUON_VENV)/installed-dev-gluon
-	$(GLUON_PY) -m pytest -n 2 --dist worksteal $(GLUON_TESTS) $(addprefix --ignore=,$(GLUON_ALONE))
+	$(BOTH) $(GLUON_PY) -m pytest $(TWO) $(GLUON_SHARED)
+	$(BOTH) $(GLUON_PY) -m pytest $(TWO) -m 'not slow' $(filter-out $(GLUON_SHARED),$(GLUON_TESTS)) $(addprefix --ignore=,$(GLUON_ALONE))
 
 run-gluon-alone: $(GLUON_VENV)/installed-dev-gluon
 	$(GLUON_PY) -m pytest $(GLUON_ALONE)
@@ -157,18 +164,18 @@ test-jax:
 	$(call parts,run-jax run-jax-documents run-keras)
 
 run-jax: $(JAX_VENV)/installed-jax
-	$(KERAS) $(JAX_PY) -m pytest -n 2 --dist worksteal $(wildcard $(JAX_TESTS))
+	$(BOTH) $(KERAS) $(JAX_PY) -m pytest $(TWO) $(wildcard $(JAX_TESTS))
 
 # What these rooms' pages and examples say, and what the package promises of them.
 run-jax-documents: $(JAX_VENV)/installed-jax
-	$(KERAS) KERAS_BACKEND=jax $(JAX_PY) -m pytest -n 2 -k "jax or flax or equinox or keras" $(JAX_DOCUMENTS)
+	$(BOTH) $(KERAS) KERAS_BACKEND=jax $(JAX_PY) -m pytest $(TWO) -k "jax or flax or equinox or keras" $(JAX_DOCUMENTS)
 
 # Keras asks for its backend when it is imported. One that is not there for this Python is named, and left out.
 run-keras: $(JAX_VENV)/installed-jax
 	@failed=; for backend in $(KERAS_BACKENDS); do \
 	$(JAX_PY) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$$backend') is None)" || \
 	{ echo "Keras' backend $$backend is left out: it is not installed here."; continue; }; \
-	echo "Keras with $$backend"; $(KERAS) KERAS_BACKEND=$$backend $(JAX_PY) -m pytest tests/keras || failed="$$failed $$backend"; done; \
+	echo "Keras with $$backend"; $(BOTH) $(KERAS) KERAS_BACKEND=$$backend $(JAX_PY) -m pytest $(TWO) tests/keras || failed="$$failed $$backend"; done; \
 	test -z "$$failed" || { echo "make $@: failed with$$failed" >&2; exit 1; }
 
 check-serving:
