@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from tests.keras.backends import BACKEND, images, move, numpy
+from tests.keras.backends import BACKEND, images, move, numpy, served
 from tests.tolerances import error
 
 from deformconv.keras import DeformConv2D
-
-SERVE = """
-import sys
-import numpy as np
-import tensorflow as tf
-
-saved, x, y = sys.argv[1:]
-model = tf.saved_model.load(saved)  # whose variables live as long as it does
-np.save(y, model.serve(np.load(x)).numpy())
-assert not any(name.startswith("deformconv") for name in sys.modules)
-"""
 
 
 def model() -> keras.Model:
@@ -46,13 +32,7 @@ def written(folder: Path, name: str, **how: object) -> tuple[np.ndarray, np.ndar
 @pytest.mark.filterwarnings("ignore")  # of Keras, JAX and TensorFlow
 def test_a_saved_model_of_jax_runs_in_the_next_process(tmp_path):
     x, expected, path = written(tmp_path, "saved")
-    np.save(tmp_path / "x.npy", x)
-    arguments = [path, str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
-    done = subprocess.run(
-        [sys.executable, "-c", SERVE, *arguments], env=dict(os.environ), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert error(np.load(tmp_path / "y.npy"), expected) < 1e-5
+    assert error(served(Path(path), x), expected) < 1e-5
 
 
 @pytest.mark.slow

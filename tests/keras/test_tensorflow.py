@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-from tests.keras.backends import BACKEND, images, move, numpy
+from tests.keras.backends import BACKEND, images, move, numpy, served
 from tests.tolerances import error
 
 from deformconv.keras import DeformConv2D
@@ -125,32 +122,13 @@ def test_jit_compile_is_warned_of_and_goes_on_without():
     model.fit(images(2, 8, 8, 3), images(2, 4, 4, 4), verbose=0)
 
 
-SERVE = """
-import sys
-import numpy, tensorflow as tf
-
-x = tf.constant(numpy.load(sys.argv[2]))
-loaded = tf.saved_model.load(sys.argv[1])
-with tf.GradientTape() as tape:
-    tape.watch(x)
-    y = loaded.serve(x)
-numpy.save(sys.argv[3], y)
-assert tape.gradient(y, x).shape == x.shape
-assert "deformconv" not in sys.modules
-"""
-
-
 @pytest.mark.slow
 def test_an_exported_model_runs_in_the_next_process(tmp_path):
     """Of any batch and size, without this library; its gradients are TensorFlow's."""
     model, x = moved(), images(3, 9, 10, 3)
     model.predict(images(2, 8, 8, 3), verbose=0)  # by the kernels
     model.export(tmp_path / "saved", verbose=False)
-    np.save(tmp_path / "x.npy", x)
-    paths = [str(tmp_path / name) for name in ("saved", "x.npy", "y.npy")]
-    done = subprocess.run([sys.executable, "-c", SERVE, *paths], env=dict(os.environ), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert error(np.load(tmp_path / "y.npy"), numpy(model(x))) < 1e-5
+    assert error(served(tmp_path / "saved", x), numpy(model(x))) < 1e-5
 
 
 def test_what_else_writes_files_takes_no_function_of_python(tmp_path):

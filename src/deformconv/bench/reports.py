@@ -53,6 +53,7 @@ class Report(NamedTuple):
     measure: Callable[[Plan, Progress], Rows]
     write: Callable[[Sequence[Row]], str]
     packages: tuple[str, ...] = ()  # without which it measures nothing
+    extra: str | None = None  # of ours, which brings these alone; None for `bench`, which brings them with all others
     has_cases: bool = True  # some of which --case names
 
 
@@ -486,6 +487,8 @@ REPORTS = {
     "scaling": Report("Scaling", scaling, write_scaling),
     "memory": Report("Memory", memory, write_memory),
     "startup": Report("The first call, 2-D float32 forward and backward", start, startup.write),
-    "jax": Report("In JAX, 2x64x56x56 -> 64", in_jax, jax_rows.operator_table, ("jax",), has_cases=False),
-    "keras": Report("In Keras, two layers with their predictors", in_keras, jax_rows.keras_table, ("keras",), has_cases=False),
+    "jax": Report("In JAX, 2x64x56x56 -> 64", in_jax, jax_rows.operator_table, ("jax",), "jax", has_cases=False),
+    "keras": Report(
+        "In Keras, two layers with their predictors", in_keras, jax_rows.keras_table, ("keras",), "keras", has_cases=False
+    ),
 }

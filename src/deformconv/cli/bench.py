@@ -137,7 +137,8 @@ def _installed(reports: Sequence[str], options: Options) -> list[str]:
     lacking = {name: needed for name in reports if name in REPORTS and (needed := missing(REPORTS[name].packages))}
     for name, needed in lacking.items():
         if name in options.reports:
-            how = command(name, *needed) if name in ("jax", "keras") else _install()
+            extra = REPORTS[name].extra
+            how = _install() if extra is None else command(extra, *needed)
             raise click.ClickException(f"the report {name} cannot be measured: {', '.join(needed)} not installed here. {how}")
         click.echo(f"Not measured: {name}, for which {', '.join(needed)} is not installed here.", err=True)
     return [name for name in reports if name not in lacking]

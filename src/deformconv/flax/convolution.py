@@ -13,16 +13,16 @@ import numpy as np
 from deformconv.errors import ShapeError
 from deformconv.jax import calls
 from deformconv.jax.functional import DEFORM_CONV
-from deformconv.jax.layers import PADDING_WORDS, padding_pairs, whole
-from deformconv.ops.conv.layer import Layer, LayerPadding, checked_layer
+from deformconv.jax.layers import PADDING_WORDS, offsets_and_mask, padding_pairs, whole
+from deformconv.ops.conv.layer import Layer, LayerPadding, check_predictor, checked_layer, predicted
 from deformconv.ops.operator import Operand
 from deformconv.ops.taps.spec import Words, output_size_of
 from deformconv.ops.window import axes, by, n_of
 from deformconv.ops.words import in_words
 
 __all__ = [
-    "Images", "check_inputs", "checked", "convolve", "images_of", "kernel_shape", "not_unused", "predictor_window",
-    "with_batch",
+    "Images", "check_inputs", "checked", "convolve", "images_of", "kernel_shape", "not_unused", "prediction",
+    "predictor_window", "with_batch",
 ]  # fmt: skip
 
 # Flax's names of our arguments; NNX says out_features, Linen features.
@@ -173,6 +173,13 @@ def _pairs(layer: Layer, sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         spans = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
         return tuple(((span - 1) // 2, span // 2) for span in spans)
     return padding_pairs(word, sizes, layer.kernel_size, layer.stride, layer.dilation)
+
+
+def prediction(layer: Layer, modulated: bool, predictor: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The offsets and the mask, channels first, of what a layer's predictor gives for (N, *S, C); raise if it has none."""
+    raw = jnp.moveaxis(check_predictor(predictor)(pixels), -1, 1)
+    channels = predicted(layer.kernel_size, layer.offset_groups or 1, modulated)
+    return offsets_and_mask(raw, channels, 1, layer.mask_scale, layer.max_offset)
 
 
 def convolve(

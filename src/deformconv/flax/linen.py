@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen
 
 from deformconv.flax.convolution import (
@@ -15,11 +15,12 @@ from deformconv.flax.convolution import (
     images_of,
     kernel_shape,
     not_unused,
+    prediction,
     predictor_window,
     with_batch,
 )
-from deformconv.jax.layers import offsets_and_mask, whole
-from deformconv.ops.conv.layer import MASK_SCALE, Layer, check_passed, check_predictor, predicted
+from deformconv.jax.layers import whole
+from deformconv.ops.conv.layer import MASK_SCALE, Layer, check_passed, predicted
 from deformconv.ops.words import unexpected
 
 __all__ = ["DeformConv"]
@@ -103,12 +104,7 @@ class DeformConv(linen.Conv):
         predictor = self._predictor(layer) if self.predict_offsets else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         images = images_of(layer, inputs)
-
-        def predicting(pixels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-            raw = jnp.moveaxis(check_predictor(predictor)(pixels), -1, 1)
-            channels = predicted(layer.kernel_size, self.offset_groups, self.modulated)
-            return offsets_and_mask(raw, channels, 1, layer.mask_scale, layer.max_offset)
-
+        predicting = partial(prediction, layer, self.modulated, predictor)
         if predict:
             return tuple(None if array is None else with_batch(array, images) for array in predicting(images.pixels))
         if offset is not None and predictor is not None and self.is_initializing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -21,11 +22,12 @@ from deformconv.flax.convolution import (
     images_of,
     kernel_shape,
     not_unused,
+    prediction,
     predictor_window,
     with_batch,
 )
-from deformconv.jax.layers import offsets_and_mask, whole
-from deformconv.ops.conv.layer import MASK_SCALE, Layer, check_passed, check_predictor, predicted
+from deformconv.jax.layers import whole
+from deformconv.ops.conv.layer import MASK_SCALE, Layer, check_passed, predicted
 from deformconv.ops.words import unexpected
 
 __all__ = ["DeformConv"]
@@ -132,16 +134,19 @@ class DeformConv(nnx.Conv):
         """Convolve with predicted offsets and masks, or with exactly those passed: without mask, v1."""
         check_passed(offset, mask, self.modulated)
         not_unused({"out_sharding": None}, {"out_sharding": out_sharding})
-        layer, (images, kernel, bias) = self._layer, self._promoted(inputs)
-        return convolve(layer, self.boundary, images, kernel, bias, self._predict, offset, mask)
+        layer = self._layer
+        images, kernel, bias = self._promoted(layer, inputs)
+        predict = partial(prediction, layer, self.modulated, self.offset_conv)
+        return convolve(layer, self.boundary, images, kernel, bias, predict, offset, mask)
 
     def offsets_and_mask(self, inputs: Any) -> tuple[jax.Array, jax.Array | None]:
         """Return what the layer predicts for `inputs`: offsets in input pixels, and the mask or, in v1, None; channels first.
 
         `layer(inputs, *layer.offsets_and_mask(inputs))` computes what `layer(inputs)` computes.
         """
-        images, *_ = self._promoted(inputs)
-        offset, mask = self._predict(images.pixels)
+        layer = self._layer
+        images, *_ = self._promoted(layer, inputs)
+        offset, mask = prediction(layer, self.modulated, self.offset_conv, images.pixels)
         return with_batch(offset, images), None if mask is None else with_batch(mask, images)
 
     @property
@@ -153,19 +158,13 @@ class DeformConv(nnx.Conv):
             boundary=self.boundary,
         )  # fmt: skip
 
-    def _promoted(self, inputs: Any) -> tuple[Images, jax.Array, jax.Array | None]:
+    def _promoted(self, layer: Layer, inputs: Any) -> tuple[Images, jax.Array, jax.Array | None]:
         """The images, the kernel and the bias in one dtype, as nnx.Conv makes it."""
-        layer = self._layer
         check_inputs(layer, inputs)
         kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         return images_of(layer, inputs), kernel, bias
-
-    def _predict(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        raw = jnp.moveaxis(check_predictor(self.offset_conv)(pixels), -1, 1)
-        channels = predicted(tuple(self.kernel_size), self.offset_groups or 1, self.modulated)
-        return offsets_and_mask(raw, channels, 1, self.mask_scale, self.max_offset)
 
 
 def _no_module() -> Any:

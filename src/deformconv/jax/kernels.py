@@ -6,7 +6,7 @@ A call travels as text, in an attribute of the program: programs that are saved 
 from __future__ import annotations
 
 from ast import literal_eval
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -102,6 +102,12 @@ class _Call(NamedTuple):
         """What makes an array (N, C, *S) of an address."""
         return ffi.memory(self.shape(name), self.spec.dtype, self.last(name))
 
+    def reader(self, given: Iterable[str], names: Sequence[str]) -> Callable[[list[int]], list[np.ndarray | None]]:
+        """What makes arrays of the addresses of those given: one for each of `names`, None for one that is not given."""
+        views, places = [self.memory(name) for name in given], {name: place for place, name in enumerate(given)}
+        chosen = [places.get(name) for name in names]
+        return lambda addresses: [None if place is None else views[place](addresses[place]) for place in chosen]
+
 
 def _read(text: bytes) -> _Call:
     form, *content = literal_eval(text.decode())
@@ -130,13 +136,10 @@ def _forward_of(text: bytes) -> Computation:
     call = _read(text)
     operator, spec = call.operator, call.spec
     module = dispatch.choose(operator, spec, "numpy", "cpu", False)
-    given = {name: call.memory(name) for name in spec.shapes}
-    places = [list(given).index(name) if name in given else None for name in operator.names]
-    views, output = list(given.values()), call.memory("output")
+    arrays, output = call.reader(spec.shapes, operator.names), call.memory("output")
 
     def compute(arguments: list[int], results: list[int]) -> None:
-        arrays = [None if place is None else views[place](arguments[place]) for place in places]
-        run.forward_on(operator, module, spec, arrays, output(results[0]))
+        run.forward_on(operator, module, spec, arrays(arguments), output(results[0]))
 
     return compute
 
@@ -146,16 +149,13 @@ def _backward_of(text: bytes) -> Computation:
     call = _read(text)
     operator, spec, wanted = call.operator, call.spec, call.results
     module = dispatch.choose(operator, spec, "numpy", "cpu", True)
-    given = {name: call.memory(name) for name in operator.given_in_backward(spec)}
-    names = [argument.name for argument in operator.in_backward]
-    places = [list(given).index(name) if name in given else None for name in names]
-    views, output, found = list(given.values()), call.memory("output"), [call.memory(name) for name in wanted]
+    arrays = call.reader(operator.given_in_backward(spec), [argument.name for argument in operator.in_backward])
+    output, found = call.memory("output"), [call.memory(name) for name in wanted]
 
     def compute(arguments: list[int], results: list[int]) -> None:
         grad_output, *others = arguments
-        arrays = [None if place is None else views[place](others[place]) for place in places]
         out = {name: view(address) for name, view, address in zip(wanted, found, results, strict=True)}
-        run.backward_on(operator, module, spec, output(grad_output), arrays, wanted, out)
+        run.backward_on(operator, module, spec, output(grad_output), arrays(others), wanted, out)
 
     return compute
 
