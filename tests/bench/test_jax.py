@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.bench import made_up
 
+from deformconv import installation
 from deformconv.bench import jax as bench
 from deformconv.bench import jax_rows
 from deformconv.bench.cases import Case
@@ -195,7 +196,8 @@ def test_the_command_measures_the_same(monkeypatch, capsys):
     assert "the report jax measures a case of its own, and --case names none" in capsys.readouterr().err
     monkeypatch.setattr(command, "missing", lambda packages: [name for name in packages if name == "jax"])
     assert main(["bench", "jax"]) == 1
-    assert "the report jax cannot be measured: jax not installed here. pip install" in capsys.readouterr().err
+    how = installation.command("jax", "jax")
+    assert f"the report jax cannot be measured: jax not installed here. {how}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
