@@ -1,9 +1,9 @@
 """A call of any operator on plain tensors: checked, given to a backend, and brought to the dtype and memory format expected.
 
-All ways to an operator's kernels end here, so that they give the same bits. Half precision is handed to a backend that takes it,
-or brought to the dtype that the backend asks for, and rounded once, at the end. The output has the memory format of the first argument, a gradient that of its
-argument: a channels_last weight beside a contiguous input gives a contiguous output; nn.ConvNd gives a channels_last one. What
-an argument that keeps no format gives is contiguous.
+All ways to an operator's kernels end here, so that they give the same bits. Half precision is handed to a backend that takes
+it, or brought to the dtype that the backend asks for and rounded once, at the end. The output has the memory format of the
+first argument, a gradient that of its argument: a channels_last weight beside a contiguous input gives a contiguous output;
+nn.ConvNd gives a channels_last one. What an argument that keeps no format gives is contiguous.
 """
 
 from __future__ import annotations

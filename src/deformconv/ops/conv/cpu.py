@@ -260,7 +260,7 @@ def _backward_of_half_places(
     spec: ConvSpec, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any, wanted: Collection[str], library: str,
     out: Mapping[str, np.ndarray],
 ) -> Gradients:  # fmt: skip
-    """As `backward`, where offsets or masks come in half precision: they and their gradients are brought to and from float32."""
+    """As `backward`, of offsets or masks in half precision: they are brought to float32, and their gradients back."""
     places = {name: array for name, array in (("offset", offset), ("mask", mask)) if array is not None}
     whole = {"mask": None} | {name: arrays.widened(array) for name, array in places.items()}
     others = {name: array for name, array in out.items() if name not in places}
