@@ -386,7 +386,7 @@ def test_half_precision_is_the_same_for_any_number_of_threads(half: str, monkeyp
 
 @by_half
 def test_half_precision_without_pixels_or_images(half: str) -> None:
-    for case in (Case("", (0, 5), (3, 3), padding=2), Case("", (6, 5), (3, 3), batch=0)):
+    for case in (Case("", (0, 5), (3, 3), padding=2, batch=0), Case("", (6, 5), (3, 3), batch=0)):
         call, whole = halved(make(case, "float32"), half)
         assert_rounded(output(call), output(whole), HALVES[half])
         for name, found, one in zip(GRADIENTS, gradients(call), gradients(whole), strict=True):
