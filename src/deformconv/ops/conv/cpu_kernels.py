@@ -320,6 +320,7 @@ class BackwardCut(NamedTuple):
     part_size: Any  # positions
     replicas: Any
     whole: Any  # whether an item does all parts of its images
+    bunch: Any  # images that an item goes through for some taps before it takes the next taps
     row: Any  # numbers of a row of a replica: the input channels of a weight group
     sums: Any  # numbers of a replica for one tap and weight group
     column_row: Any
@@ -344,7 +345,8 @@ class BackwardArrays(NamedTuple):
     """The arrays of a backward pass, all flat; results that are not wanted are empty, the others overwritten.
 
     As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more; d_x
-    (parts, as x), or where items do whole images, each thread's (parts, an item of x), which goes into d_input (N, C, P);
+    (parts, as x), or where items do whole images, room of each thread (bunch, parts, an item of x), from which it goes into
+    d_input (N, C, P);
     d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for each item that
     shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
     """
@@ -391,6 +393,7 @@ class Place(NamedTuple):
     """Where an item is: a part of an image, and the replica of d_weight that its sums go to."""
 
     n: Any
+    room: Any  # of those that a thread has for the input's gradient, if items do whole images
     part: Any
     replica: Any
     begun: Any  # whether the replica holds sums of another image
@@ -475,16 +478,24 @@ def one_block(counter, task, number, item):
     start = number // blocks_a_span * layout.span + number % blocks_a_span * cut.block
     block = Block(number, start, block_end(start, shape.channels, layout.span, cut.block))
     step, before = cut.replicas // cut.parts, task.samples.order.first_image
-    first, parts = (item, cut.parts) if cut.whole else (item // cut.parts, 1)
     # Images are counted from the first of the batch, so that it does not matter how many of them the kernel gets at once.
-    for n in range((first - before) % step, shape.images, step):
-        for number_of_part in range(parts):
-            part = number_of_part if cut.whole else item % cut.parts
-            one_part(counter, task, block, Place(n, part, first * cut.parts + part, before + n >= step))
+    first, images = (item if cut.whole else item // cut.parts), shape.images
+    for n in range((first - before) % step, images, step * cut.bunch):
+        last = min(n + step * cut.bunch, images)
+        for image in range(n, last, step):
+            clear_gradient(task, block, item, image, (image - n) // step)
+        # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
+        for first_tap in range(0, shape.taps, cut.taps_at_once):
+            last_tap = min(first_tap + cut.taps_at_once, shape.taps)
+            for image in range(n, last, step):
+                for part in range(0 if cut.whole else item % cut.parts, cut.parts if cut.whole else item % cut.parts + 1):
+                    place = Place(image, (image - n) // step, part, first * cut.parts + part, before + image >= step)
+                    one_part(counter, task, block, place, first_tap, last_tap)
         if counter[STOP]:
             return
         if arrays.d_input.size > 0:
-            write_gradient(task, block, n)
+            for image in range(n, last, step):
+                write_gradient(task, block, image, (image - n) // step)
 
 
 @device
@@ -493,17 +504,30 @@ def gradient_of(task, block, place):
     shape, layout, cut = task.samples.shape, task.samples.layout, task.cut
     size = layout.pitch * layout.width
     if cut.whole:
-        return (task.thread * cut.parts + place.part) * ((cut.block + layout.width - 1) // layout.width) * size, size
+        image = task.thread * cut.bunch + place.room
+        return (image * cut.parts + place.part) * ((cut.block + layout.width - 1) // layout.width) * size, size
     first_block = place.part * layout.blocks + block_of(layout, block.start)[0]
     return (first_block * shape.images + place.n) * size, shape.images * size
 
 
 @device
-def write_gradient(task, block, n):
-    """Bring an item's gradient of the input from the thread's room into the result: the sum of its parts."""
+def clear_gradient(task, block, item, n, room):
+    """Make zeros of an image's gradient of the input in an item's channels and parts."""
+    layout, cut = task.samples.layout, task.cut
+    for part in range(cut.parts if task.arrays.d_x.size > 0 else 0):
+        if cut.whole or part == item % cut.parts:
+            start, step = gradient_of(task, block, Place(n, room, part, 0, False))
+            for _ in range(block.start, block.end, layout.width):
+                zero(task.arrays.d_x, start, start + layout.pitch * layout.width)
+                start += step
+
+
+@device
+def write_gradient(task, block, n, room):
+    """Bring an image's gradient of the input from the thread's room into the result: the sum of its parts."""
     shape, layout, cut, arrays = task.samples.shape, task.samples.layout, task.cut, task.arrays
-    start, step = gradient_of(task, block, Place(n, 0, 0, False))
-    distance = gradient_of(task, block, Place(n, 1, 0, False))[0] - start
+    start, step = gradient_of(task, block, Place(n, room, 0, 0, False))
+    distance = gradient_of(task, block, Place(n, room, 1, 0, False))[0] - start
     for c in range(block.start, block.end, layout.width):
         width = block_end(c, block.end, layout.span, layout.width) - c
         for first in range(0, layout.pixels, RUN):
@@ -517,26 +541,18 @@ def write_gradient(task, block, n):
 
 
 @device
-def one_part(counter, task, block, place):
-    """Do a block's work in one part of an image."""
-    samples, layout, cut = task.samples, task.samples.layout, task.cut
-    if task.arrays.d_x.size > 0:
-        gradient, step = gradient_of(task, block, place)
-        for _ in range(block.start, block.end, layout.width):
-            zero(task.arrays.d_x, gradient, gradient + layout.pitch * layout.width)
-            gradient += step
+def one_part(counter, task, block, place, first_tap, last_tap):
+    """Do a block's work for some taps in one part of an image."""
+    samples, cut = task.samples, task.cut
     start = place.part * cut.part_size
     end = min(start + cut.part_size, samples.shape.positions)
-    # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
-    for first_tap in range(0, samples.shape.taps, cut.taps_at_once):
-        last_tap = min(first_tap + cut.taps_at_once, samples.shape.taps)
-        for first in range(start, end, cut.tile):
-            if counter[STOP]:
-                return
-            tile = Tile(place.n, first, min(cut.tile, samples.shape.positions - first))
-            place_tile(samples.size, samples.geometry, first, tile.count, samples.table)
-            for tap in range(first_tap, last_tap):
-                one_tap(task, block, place, tile, tap, place.begun or first > start)
+    for first in range(start, end, cut.tile):
+        if counter[STOP]:
+            return
+        tile = Tile(place.n, first, min(cut.tile, samples.shape.positions - first))
+        place_tile(samples.size, samples.geometry, first, tile.count, samples.table)
+        for tap in range(first_tap, last_tap):
+            one_tap(task, block, place, tile, tap, place.begun or first > start)
 
 
 @device

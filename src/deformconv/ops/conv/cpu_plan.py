@@ -43,6 +43,7 @@ _ITEMS = 4  # work for this many threads in the backward pass, if it takes repli
 _MOST_ITEMS = 32  # work for as many, where it costs no more than _REPLICA_BYTES
 _REPLICA_BYTES = 8 << 20
 _MOST_PARTS = 2  # of an image: each is another gradient of the input to clear and to add
+_BUNCH = 1024  # positions, of several images if need be, that are worth a part, a replica or a look at the weight
 _BATCH_BYTES = 24 << 20  # of copies of input and output's gradient, in which a backward pass goes through a batch
 
 
@@ -275,9 +276,11 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
     tile, parts = _backward_tile(spec, blocks.blocks)
     # A replica has the size of the weight: many of them where that is little, few where it is much.
     affordable = _REPLICA_BYTES // max(1, taps * group_channels * spec.out_channels * item)
-    replicas = max(ceil(_ITEMS / blocks.blocks), min(ceil(_MOST_ITEMS / blocks.blocks), affordable))
+    worthwhile = min(ceil(_MOST_ITEMS / blocks.blocks), affordable, batch * spec.positions // _BUNCH)
+    replicas = max(ceil(_ITEMS / blocks.blocks), worthwhile)
     classes = max(1, min(batch, replicas // parts))  # of images
     whole = blocks.blocks * min(classes, spec.batch) >= 2 * threads
+    bunch = min(ceil(_BUNCH / max(1, spec.positions)), ceil(batch / classes))
     rows, row = (1, 1) if depthwise else (up(group_outputs, FEW_ROWS), up(group_channels, vector))
     cut = BackwardCut(
         block=blocks.width,
@@ -288,6 +291,7 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
         part_size=up(ceil(spec.positions / parts), tile),
         replicas=classes * parts,
         whole=whole,
+        bunch=bunch,
         row=row,
         sums=rows * row,
         column_row=up(blocks.width, vector) + vector,
@@ -298,7 +302,7 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
     integers, reals = table_sizes(spec.rank, tile)
     scratch = integers, up(reals, vector) + 2 * tile * cut.column_row
     shared = share(blocks.blocks * classes * (1 if whole else parts), threads, 2 * multiplications, spec.dtype, scratch)
-    room_of_a_thread = parts * ceil(blocks.width / x.width) * x.pitch * x.width
+    room_of_a_thread = bunch * parts * ceil(blocks.width / x.width) * x.pitch * x.width
     return Backward(
         arguments=(*common, _numbers(cut)),
         x_size=x_size,
@@ -316,7 +320,8 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
 def _backward_tile(spec: ConvSpec, blocks: int) -> tuple[int, int]:
     """Positions of a tile, and the parts of an image: by an image's shape alone, since sums depend on them."""
     tile = _even(spec.positions, _TILE)
-    parts = max(1, min(ceil(_ITEMS / max(1, blocks)), _MOST_PARTS, spec.positions // (4 * FEW_ROWS)))
+    most = _MOST_PARTS if blocks == 1 or spec.positions > _BUNCH else 1
+    parts = max(1, min(ceil(_ITEMS / max(1, blocks)), most, spec.positions // (4 * FEW_ROWS)))
     tile = min(tile, up(ceil(spec.positions / parts), FEW_ROWS))
     return tile, max(1, ceil(spec.positions / max(tile, up(ceil(spec.positions / parts), tile))))
 
