@@ -2,8 +2,8 @@
 
 The input is copied once with its channels last, in blocks, the weight once in panels for the matrix product; offsets, masks and
 the output stay as they are. Half precision is read and written as it is, by the copies: all between is float32, as offsets and
-masks are. How the work is cut depends on shapes alone, and partial sums are added in a fixed order: a result
-is the same bit for bit whatever the number of threads.
+masks are. How the work is cut depends on shapes alone, and partial sums are added in a fixed order: a result is the same bit for
+bit whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import product
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
 
 
 def computes_in(dtype: str, library: str) -> str:
-    """The dtype of the arrays that are taken. JAX's are brought to float32, since XLA's own casts cost no pass of their own."""
+    """The dtype of the arrays that are taken. JAX's half precision is brought to float32 by XLA."""
     return half_in_float32(dtype, library) if library == "jax" else dtype
 
 
@@ -91,8 +91,19 @@ def _layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _plan(spec: ConvSpec, number: int) -> Any:
-    return _plans().plan(_planned(spec), number, _multiplications(spec))
+def _forward_plan(spec: ConvSpec, number: int) -> Any:
+    return _plans().forward_plan(_planned(spec), number, _multiplications(spec))
+
+
+@lru_cache(maxsize=256)
+def _backward_plans(spec: ConvSpec, number: int) -> list[tuple[int, int, Any]]:
+    """A batch in parts: the first image, the end, and the plan of each."""
+    spec = _planned(spec)
+    at_once = _plans().images_at_once(spec, number)
+    ends = [(first, min(first + at_once, spec.batch)) for first in range(0, spec.batch, at_once)]
+    specs = [replace(spec, batch=end - first) for first, end in ends]
+    plans = [_plans().backward_plan(part, spec.batch, number, _multiplications(part)) for part in specs]
+    return [(*pair, plan) for pair, plan in zip(ends, plans, strict=True)]
 
 
 def _multiplications(spec: ConvSpec) -> int:
@@ -113,11 +124,10 @@ def forward(
     if output.size == 0:
         return output
     team, inner = team_for(library), _inner(spec.dtype)
-    plan = _plan(spec, team.threads)
-    cut, kernels = plan.forward, _kernels()
+    cut, kernels = _forward_plan(spec, team.threads), _kernels()
     offset, mask, *distances = _samples(inner, offset, mask)
     with arena(cut.bytes) as memory:
-        own = memory.empty(plan.x_size, inner), memory.empty(cut.weight_size, inner)
+        own = memory.empty(cut.x_size, inner), memory.empty(cut.weight_size, inner)
         given, weight_last = _forward_arrays(spec, own, input, offset, weight, bias, mask, flat_output)
         order = input_last, weight_last, output_last, *distances
         arguments = cut.arguments, order, given, *cut.share.scratch(memory, inner)
@@ -220,39 +230,18 @@ def backward(
         return Gradients(**results)
 
     team, inner = team_for(library), _inner(spec.dtype)
-    plan = _plan(spec, team.threads)
-    cut, kernels = plan.backward, _kernels()
+    parts = _backward_plans(spec, team.threads)
     grad_output, output_last = arrays.flat_channels(grad_output)
     weight, weight_last = arrays.flat_channels(weight)
     offset, mask, image_offset, image_mask = _samples(inner, offset, mask)
-    sizes = _backward_sizes(spec, plan, flat)
-    with arena(sum(room(size, inner) for size in sizes.values()) + cut.share.bytes) as memory:
+    sizes = _backward_sizes(spec, parts, flat)
+    with arena(sum(room(size, inner) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
         own = {name: memory.empty(size, inner) for name, size in sizes.items()}
-        own["d_output"][spec.batch * spec.positions * spec.out_channels :] = 0
-        slots = {name: own[name] if cut.slots > 1 else flat[name] for name in ("offset", "mask")}
-        if cut.slots > 1:  # an offset group may have fewer blocks than another
-            own["offset"][...] = own["mask"][...] = 0
-        given = kernels.BackwardArrays(
-            grad_output=arrays.bits(grad_output),
-            d_output=own["d_output"],
-            input=arrays.bits(input),
-            x=own["x"],
-            offset=offset,
-            mask=mask,
-            weight=arrays.bits(weight),
-            packed=own["packed"],
-            d_x=own["d_x"],
-            d_offset=slots["offset"],
-            d_mask=slots["mask"],
-            d_weight=own["replicas"],
-            d_bias=flat["bias"],
-            empty=arrays.none_of(inner),
-        )
+        scratch = parts[0][2].share.scratch(memory, inner)
         order = input_last, weight_last, output_last, image_offset, image_mask
-        arguments = cut.arguments, order, tuple(given), *cut.share.scratch(memory, inner)
-        shared = cut.share if results.keys() != {"bias"} else cut.share._replace(items=1)
-        run(kernels.backward, arguments, shared, team, (spec.dtype, spec.rank))
-        _collect(spec, plan, own, flat, d_input_last, team)
+        given = _Given(arrays.bits(grad_output), arrays.bits(input), offset, arrays.bits(weight), mask)
+        for part in parts:
+            _backward_part(spec, part, given, (*order, part[0], d_input_last), own, flat, scratch, team)
     return Gradients(**results)
 
 
@@ -272,6 +261,76 @@ def _backward_of_half_places(
         out[name][...] = rounded[name]
         rounded[name] = out[name]
     return found._replace(**rounded)
+
+
+class _Given(NamedTuple):
+    """What a backward pass is given, flat."""
+
+    grad_output: np.ndarray
+    input: np.ndarray
+    offset: np.ndarray
+    weight: np.ndarray
+    mask: np.ndarray
+
+
+def _backward_part(
+    spec: ConvSpec,
+    part: tuple[int, int, Any],
+    given: _Given,
+    order: tuple[int, ...],
+    own: dict[str, np.ndarray],
+    flat: dict[str, np.ndarray],
+    scratch: tuple[np.ndarray, np.ndarray],
+    team: Any,
+) -> None:
+    """Go backwards through some images: write their gradients, and add to the sums over the batch, or finish these."""
+    (first, end, cut), kernels, none, nothing = part, _kernels(), arrays.none_of(_inner(spec.dtype)), given.input[:0]
+    own["d_output"][(end - first) * spec.positions * spec.out_channels :] = 0
+    # Results of these images; each image has the same share of a result's array.
+    ours = {name: _images(flat[name], spec, first, end) for name in ("input", "offset", "mask")}
+    slots = {name: own[name][: cut.slots * ours[name].size] if cut.slots > 1 else ours[name] for name in ("offset", "mask")}
+    if cut.slots > 1:  # an offset group may have fewer blocks than another
+        slots["offset"][...] = slots["mask"][...] = 0
+    d_input, d_x = ours["input"] if cut.whole else nothing, own["d_x"][: cut.gradient_size]
+    arguments = kernels.BackwardArrays(
+        grad_output=given.grad_output[first * spec.positions * spec.out_channels :],
+        d_output=own["d_output"],
+        input=given.input[first * spec.pixels * spec.in_channels :],
+        x=own["x"],
+        offset=given.offset[first * order[3] :],
+        mask=given.mask[first * order[4] :],
+        weight=given.weight,
+        packed=own["packed"],
+        d_x=d_x,
+        d_input=d_input,
+        d_offset=slots["offset"],
+        d_mask=slots["mask"],
+        d_weight=own["replicas"],
+        d_bias=nothing if first else flat["bias"],
+        empty=none,
+    )
+    wanted = any(flat[name].size for name in GRADIENTS if name != "bias")
+    shared = cut.share if wanted else cut.share._replace(items=1)
+    run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, (spec.dtype, spec.rank))
+    last = end == spec.batch
+    collected = kernels.CollectArrays(
+        d_x=none if d_input.size else d_x,
+        d_input=nothing if d_input.size else ours["input"],
+        replicas=own["replicas"] if last else none,
+        d_weight=flat["weight"] if last else nothing,
+        offset_slots=slots["offset"] if cut.slots > 1 else none,
+        d_offset=ours["offset"] if cut.slots > 1 else none,
+        mask_slots=slots["mask"] if cut.slots > 1 else none,
+        d_mask=ours["mask"] if cut.slots > 1 else none,
+        empty=none,
+    )
+    _collect(spec, end - first, cut, collected, order[-1], team)
+
+
+def _images(result: np.ndarray, spec: ConvSpec, first: int, end: int) -> np.ndarray:
+    """The numbers of some images in a flat result, which may be empty."""
+    image = result.size // spec.batch
+    return result[first * image : end * image]
 
 
 def _samples(inner: str, offset: Any, mask: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
@@ -304,44 +363,34 @@ def _results(
     return results, {name: arrays.bits(array) for name, array in flat.items()}, last
 
 
-def _backward_sizes(spec: ConvSpec, plan: Any, flat: dict[str, np.ndarray]) -> dict[str, int]:
+def _backward_sizes(spec: ConvSpec, parts: list[tuple[int, int, Any]], flat: dict[str, np.ndarray]) -> dict[str, int]:
     """How many numbers each array takes that a backward pass needs for itself."""
-    cut = plan.backward
+    first, end, cut = parts[0]  # of no part there are more images
     return {
-        "x": plan.x_size,
+        "x": cut.x_size,
         "packed": cut.weight_size,
         "d_output": cut.output_size,
-        "d_x": cut.parts * plan.x_size if flat["input"].size else 0,
+        "d_x": max(part.gradient_size for *_, part in parts) if flat["input"].size else 0,
         "replicas": cut.replicas * cut.replica_size if flat["weight"].size else 0,
         # Where a gradient that blocks of channels share is summed, if there are several.
-        "offset": cut.slots * flat["offset"].size if cut.slots > 1 else 0,
-        "mask": cut.slots * flat["mask"].size if cut.slots > 1 else 0,
+        "offset": cut.slots * _images(flat["offset"], spec, first, end).size if cut.slots > 1 else 0,
+        "mask": cut.slots * _images(flat["mask"], spec, first, end).size if cut.slots > 1 else 0,
     }
 
 
-def _collect(spec: ConvSpec, plan: Any, own: dict[str, np.ndarray], flat: dict[str, np.ndarray], last: bool, team: Any) -> None:
+def _collect(spec: ConvSpec, images: int, cut: Any, given: Any, last: int, team: Any) -> None:
     """Bring what a backward pass has left in its own arrays into the flat results.
 
     `last` says whether the channels of the input's gradient come last in memory.
     """
-    inner = _inner(spec.dtype)
-    kernels, cut, none = _kernels(), plan.backward, arrays.none_of(inner)
-    shared = cut.slots > 1
-    given = kernels.CollectArrays(
-        d_x=own["d_x"],
-        d_input=flat["input"],
-        replicas=own["replicas"],
-        d_weight=flat["weight"],
-        offset_slots=own["offset"],
-        d_offset=flat["offset"] if shared else none,
-        mask_slots=own["mask"],
-        d_mask=flat["mask"] if shared else none,
-        empty=none,
-    )
-    items = _plans().collect_items(spec, given.d_input.size, given.d_weight.size, given.d_offset.size, given.d_mask.size)
+    sizes = given.d_input.size, given.d_weight.size, given.d_offset.size, given.d_mask.size
+    items = _plans().collect_items(spec, images, *sizes)
+    if not items:
+        return
     moved = given.d_x.size + given.replicas.size + given.offset_slots.size + given.mask_slots.size
     arguments = cut.arguments[2:], last, tuple(given)
-    run(kernels.collect, arguments, share(items, team.threads, moved * COPY, inner), team, (spec.dtype, spec.rank))
+    shared = share(items, team.threads, moved * COPY, _inner(spec.dtype))
+    run(_kernels().collect, arguments, shared, team, (spec.dtype, spec.rank))
 
 
 def warmup(
