@@ -454,10 +454,8 @@ for case in TAILS[:1] + TAILS[3:6]:
     for one, two in zip(gradients(call), in_float64(call, reference_backward)):
         if two is not None:
             errors.append(error(one, two))
-for half, dtype in HALVES.items():
-    call, whole = halved(make(TAILS[0], "float32"), half)
-    assert_rounded(output(call), output(whole), dtype)
-    assert_rounded(gradients(call).input, gradients(whole).input, dtype)
+call, whole = halved(make(TAILS[0], "float32"), "float16")  # these processors do not convert it
+assert_rounded(output(call), output(whole), HALVES["float16"])
 print(json.dumps([[*BLOCK, VECTOR_BYTES], errors]))
 """
 
