@@ -302,7 +302,7 @@ def test_which_models_of_transformers_are_recorded():
     assert seen == {name for name, holder in MODELS.items() if holder == "MultiScaleDeformableAttention"}
     assert models.keys() - seen == {"mask2former", "oneformer", "rt_detr_v2", "d_fine", "deimv2"}
     for name in models.keys() - seen:
-        with pytest.raises(ValueError, match="a module MultiScaleDeformableAttention of transformers. Calls of functions"):
+        with pytest.raises(ValueError, match=r"a module MultiScaleDeformableAttention of transformers\. Calls of functions"):
             record(models[name]).__enter__()
 
 
