@@ -161,6 +161,17 @@ def test_aggregation_in_half_precision(rank):
     assert found.dtype == expected.dtype and np.abs(found - expected).max() < 8e-3 * np.abs(expected).max()
 
 
+def test_aggregation_from_an_onnx_file(tmp_path):
+    net, x, larger = aggregate(2)
+    model = by_onnx(net, x, tmp_path)
+    for image in (x, larger):
+        assert_close(run(model, image), net(image).detach(), "float32")
+    net, x, _ = aggregate(3)
+    torch.onnx.export(net, (x,), tmp_path / "volumes.onnx", dynamo=True, opset_version=20, verbose=False)
+    with pytest.raises(Exception, match="GridSample"):  # of OpenVINO's own reader, for 2 axes
+        openvino.convert_model(tmp_path / "volumes.onnx", extension=openvino_extensions())
+
+
 class Sum(nn.Module):
     def __init__(self, boundary):
         super().__init__()
