@@ -23,6 +23,7 @@ from torch import nn  # noqa: E402
 from deformconv.convert import openvino as rules  # noqa: E402
 from deformconv.convert import openvino_extensions, to_torchvision  # noqa: E402
 from deformconv.torch import DeformConv2d, DeformConv3d, deform_aggregate3d, deform_conv2d  # noqa: E402
+from deformconv.vision import DCNv3, DCNv4  # noqa: E402
 
 # What PyTorch's exporters and OpenVINO warn of on their own account.
 pytestmark = [
@@ -170,6 +171,36 @@ def test_aggregation_from_an_onnx_file(tmp_path):
     torch.onnx.export(net, (x,), tmp_path / "volumes.onnx", dynamo=True, opset_version=20, verbose=False)
     with pytest.raises(Exception, match="GridSample"):  # of OpenVINO's own reader, for 2 axes
         openvino.convert_model(tmp_path / "volumes.onnx", extension=openvino_extensions())
+
+
+class Both(nn.Module):
+    """The layers of InternImage and of FlashInternImage, whose offsets are no longer 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.v3, self.v4 = DCNv3(16, group=2, center_feature_scale=True), DCNv4(16, group=2, remove_center=True)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x):
+        return self.v4(self.v3(x).flatten(1, 2), shape=(8, 10))
+
+
+@pytest.mark.parametrize("road", ["the net", "a program", "an ONNX file"])
+def test_internimages_layers(road, tmp_path):
+    torch.manual_seed(0)
+    net, x = Both().eval(), torch.rand(2, 8, 10, 16)
+    given, how = net, {"example_input": x}
+    if road == "a program":
+        given, how = torch.export.export(net, (x,)), {}
+    elif road == "an ONNX file":
+        given, how = tmp_path / "net.onnx", {}
+        torch.onnx.export(net, (x,), given, dynamo=True, verbose=False)
+        session = pytest.importorskip("onnxruntime").InferenceSession(given, providers=["CPUExecutionProvider"])
+        assert_close(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], net(x).detach(), "float32")
+    model = openvino.convert_model(given, extension=openvino_extensions(), **how)
+    assert sum(node.get_type_name() == "GridSample" for node in model.get_ops()) == 2
+    assert_close(run(model, x), net(x).detach(), "float32")
 
 
 class Sum(nn.Module):
