@@ -10,7 +10,7 @@ import sys
 import pytest
 from tests.bench import made_up
 
-from deformconv.bench import document
+from deformconv.bench import document, reports
 from deformconv.bench.cases import CASES
 from deformconv.cli import bench
 from deformconv.cli.main import main
@@ -87,6 +87,17 @@ def test_missing_libraries_are_named_with_how_to_get_them(measures, absent, caps
     text = capsys.readouterr().out
     assert f"Not installed, so not compared: ONNX Runtime, kornia. {INSTALL} brings all of them." in text
     assert measures[0][1] == ["deformconv", "openvino", "torchvision", "dense"]
+
+
+def test_another_operators_missing_libraries_are_named_with_how_to_get_them(measures, capsys, monkeypatch):
+    monkeypatch.setattr(reports, "missing", lambda packages: [name for name in packages if name in ("transformers", "mmcv")])
+    monkeypatch.setitem(bench.REPORTS, "attention", bench.REPORTS["attention"]._replace(measure=lambda plan, progress: []))
+    assert main(["bench", "attention"]) == 0
+    text = capsys.readouterr().out
+    named = "transformers, eager (pip install transformers); mmcv, on a CPU (pip install mmcv-lite)"
+    assert f"\nNot installed, so not compared in the report attention: {named}.\n" in text
+    assert main(["bench", "--quick"]) == 0
+    assert "Not installed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

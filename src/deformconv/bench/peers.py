@@ -57,6 +57,7 @@ class Peer(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
+    installs: ClassVar[str | None] = None  # what to ask pip for, where that is not the packages' names
     ranks: ClassVar[tuple[int, ...]] = (1, 2, 3)
     trains: ClassVar[bool] = True
     deforms: ClassVar[bool] = True  # whether its results are those of deformable convolution

@@ -364,8 +364,8 @@ def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) 
     """Split a model's parameters into groups for an optimizer, in which predictors of offsets train slower.
 
     Args:
-        model: any module; the predictors are the `offset_conv` of deformable convolutions within, and the `sampling_offsets`
-            of deformable attention.
+        model: any module; the predictors are the `offset_conv` of deformable convolutions within, the `sampling_offsets` of
+            deformable attention, the `offset` of DCNv3 and the `offset_mask` of DCNv4.
         lr: the learning rate of all other parameters.
         offset_lr_scale: the predictors' learning rate is lr*offset_lr_scale.
 
