@@ -24,7 +24,7 @@ def fetch_add(builder, _, counters, which):
 def wait_for(builder, _, counters, which, number):
     """Wait until other threads have brought a counter to `number`; `counters` are those of `threads.counters`.
 
-    It does not sleep, but after some microseconds threads that have work, if any has no processor, get this one's each time.
+    It does not sleep. But after some microseconds it offers its processor, after each look, to threads that have none.
     """
     place, lend = element(builder, counters, which), builder.load(element(builder, counters, INT(YIELD)))
     begin = builder.block
@@ -40,10 +40,10 @@ def wait_for(builder, _, counters, which, number):
     looks.add_incoming(more, again)
     builder.cbranch(builder.icmp_signed("<", more, INT(_LOOKS)), look, long)
     builder.position_at_end(long)
-    looks.add_incoming(INT(0), long)
+    looks.add_incoming(more, long)
     builder.cbranch(builder.icmp_signed("==", lend, INT(0)), look, lending)
     builder.position_at_end(lending)
-    looks.add_incoming(INT(0), lending)
+    looks.add_incoming(more, lending)
     builder.call(builder.inttoptr(lend, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
     builder.branch(look)
     builder.position_at_end(done)
