@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from deformconv.bench import document
-from deformconv.bench.cases import CASES, Case, case_of, make, named
+from deformconv.bench.cases import CASES, Case, case_of, named, spec_of
 from deformconv.bench.figures import digits, markdown
 from deformconv.bench.measure import Entry, Pace, Progress, compare, processes
 from deformconv.bench.peers import DIRECTIONS, Truth
@@ -174,7 +174,7 @@ def items(case: Case, direction: str, number: int) -> int:
     """How many items a call is cut into for a number of threads."""
     from deformconv.ops.conv.cpu_plan import plan
 
-    spec = make(case._replace(size=case.size))[0]
+    spec = spec_of(case)
     cut = plan(spec, number, spec.batch * spec.positions * spec.taps * spec.in_channels * spec.out_channels // spec.groups)
     if direction != DIRECTIONS[0]:
         return int(cut.backward.share.items)
