@@ -43,8 +43,8 @@ def figures(load: float = 0.1) -> dict[str, Any]:
         ],
         "counter": [{"threads": 2, "one number": 30.0, "side by side": 20.0, "apart": 3.0}],
         "items": [
-            {"case": "c64-56", "direction": "forward", "items": {"16": 48, "64": 96}},
-            {"case": "edvr", "direction": "forward", "items": {"16": 4, "64": 4}},
+            {"case": "c64-56", "direction": "forward", "items": {"16": [48], "64": [96]}},
+            {"case": "edvr", "direction": "forward", "items": {"16": [4, 3], "64": [4, 3]}},
         ],
         "speed": [row],
     }  # fmt: skip
@@ -57,8 +57,9 @@ def test_the_document_quotes_the_committed_figures():
 
 
 def test_whole_rounds_of_items_bound_the_speed():
-    assert handover._bound(64, 64) == 64 and handover._bound(96, 64) == 48 and handover._bound(4, 64) == 4
-    assert handover._bound(63, 64) == 63 and handover._bound(65, 64) == 32.5
+    assert handover._bound([64], 64) == 64 and handover._bound([96], 64) == 48 and handover._bound([4], 64) == 4
+    assert handover._bound([63], 64) == 63 and handover._bound([65], 64) == 32.5
+    assert handover._bound([4, 3], 64) == 3.5  # one part after the other
 
 
 def test_the_model_adds_the_hand_over_to_what_items_allow():
@@ -74,7 +75,7 @@ def test_what_was_not_measured_is_not_modelled():
     assert {row["openmp"] for row in handover.estimates(found)} == {None}
     found["speed"][0]["results"]["1"] = {"reason": "failed: no luck"}
     assert {row["own"] for row in handover.estimates(found)} == {None}
-    assert "| edvr   | forward   |         4 |        4.00 |       - |" in handover.tables(found)
+    assert "| edvr   | forward   |       4+3 |        3.50 |       - |" in handover.tables(found)
 
 
 def test_the_tables():
@@ -92,9 +93,9 @@ def test_the_tables():
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_has_items_for_some_threads(case, direction):
-    assert 1 < handover.items(case, direction, 16) < 100_000
-    if direction == "forward+backward":  # results must not depend on the number of threads
-        assert handover.items(case, direction, 16) == handover.items(case, direction, 64)
+    found = handover.items(case, direction, 16)
+    assert 1 < sum(found) < 100_000 and min(found) > 0
+    assert len(found) == 1 or direction == "forward+backward"
 
 
 def repository(folder: Path) -> Path:

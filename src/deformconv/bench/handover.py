@@ -29,6 +29,7 @@ from deformconv.bench.figures import digits, markdown
 from deformconv.bench.measure import Entry, Pace, Progress, compare, processes
 from deformconv.bench.peers import DIRECTIONS, Truth
 from deformconv.bench.readme import replaced
+from deformconv.ops.conv import cpu
 from deformconv.runtime import threads
 from deformconv.runtime.atomics import fetch_add, wait_for
 from deformconv.runtime.cache import kernel
@@ -170,15 +171,13 @@ def _counter(numbers: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def items(case: Case, direction: str, number: int) -> int:
-    """How many items a call is cut into for a number of threads."""
-    from deformconv.ops.conv.cpu_plan import plan
-
+def items(case: Case, direction: str, number: int) -> list[int]:
+    """How many items a call is cut into for a number of threads; backward, those of each of the batch's parts."""
     spec = spec_of(case)
-    cut = plan(spec, number, spec.batch * spec.positions * spec.taps * spec.in_channels * spec.out_channels // spec.groups)
     if direction != DIRECTIONS[0]:
-        return int(cut.backward.share.items)
-    return spec.batch * ceil(spec.positions / _tile(cut.forward.arguments[-1]))
+        return [int(plan.share.items) for _, _, plan in cpu._backward_plans(spec, number)]
+    tile = _tile(cpu._forward_plan(spec, number).arguments[-1])
+    return [spec.batch * ceil(spec.positions / tile)]
 
 
 def _tile(cut: np.ndarray) -> int:
@@ -255,9 +254,9 @@ def _load() -> float:
 # What is said of it
 
 
-def _bound(count: int, number: int) -> float:
-    """How many times as fast `number` threads are at the most with so many equal items: whole rounds of items."""
-    return count / ceil(count / number)
+def _bound(parts: Sequence[int], number: int) -> float:
+    """How many times as fast `number` threads are at the most with so many equal items, part after part: whole rounds."""
+    return sum(parts) / sum(ceil(count / number) for count in parts)
 
 
 def estimates(figures: Figures) -> list[dict[str, Any]]:
@@ -340,8 +339,8 @@ def _items_table(figures: Figures) -> str:
     for row in figures["items"]:
         cells = []
         for number in MODELLED:
-            count, estimate = row["items"][str(number)], modelled.get((row["case"], row["direction"], number), {})
-            cells += [str(count), digits(_bound(count, number)), *(digits(estimate.get(kind)) for kind in KINDS)]
+            parts, estimate = row["items"][str(number)], modelled.get((row["case"], row["direction"], number), {})
+            cells += ["+".join(map(str, parts)), digits(_bound(parts, number)), *(digits(estimate.get(kind)) for kind in KINDS)]
         rows.append([row["case"], row["direction"], *cells])
     head = [f"{what}, {number}" for number in MODELLED for what in ("items", "at most", "own", "OpenMP")]
     return markdown(["case", "direction", *head], rows, 2)
