@@ -105,7 +105,6 @@ class TestWarmup:
         [
             (["--gpu", "--rank", "2", "--cpu", "native"], "--rank, --cpu: of the CPU's kernels alone, not of --gpu"),
             (["--gpu", "--cpu", "native"], "--cpu: of the CPU's kernels alone, not of --gpu"),
-            (["--dtype", "bfloat16"], "--dtype bfloat16 is of --gpu; the CPU computes it in float32, so pass --dtype float32"),
         ],
     )
     def test_what_does_not_go_together(self, arguments, message, capsys):

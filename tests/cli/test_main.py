@@ -149,9 +149,11 @@ class TestWarmup:
         main(["warmup", "--dtype", "all", "--rank", "3", "--rank", "1", "--rois"])
         main(["warmup", "--rank", "2", "--attention"])
         main(["warmup", "--rank", "3", "--aggregate"])
+        main(["warmup", "--dtype", "bfloat16", "--rank", "2", "--rois"])
+        every = ["float16", "bfloat16", "float32", "float64"]
         assert calls == [
-            (["float32"], [1, 2, 3]), (["float32", "float64"], [3, 1]), ["float32", "float64"], (["float32"], [2]),
-            ("attention", ["float32"]), (["float32"], [3]), (["float32"], [3]),
+            (["float32"], [1, 2, 3]), (every, [3, 1]), ["float32", "float64"], (["float32"], [2]),
+            ("attention", ["float32"]), (["float32"], [3]), (["float32"], [3]), (["bfloat16"], [2]), ["float32"],
         ]  # fmt: skip
         assert "this and that ...\n" in capsys.readouterr().out
 

@@ -84,6 +84,9 @@ def test_a_kernel_is_described_by_its_name_dtype_and_axes() -> None:
     assert str(notices.kind_of(forward, (counts, plan, types.UniTuple(reals, 4)))) == "conv.cpu_kernels.forward (float32, 3-D)"
     assert str(notices.kind_of(forward, (counts, types.UniTuple(reals, 4)))) == "conv.cpu_kernels.forward (float32)"
     assert str(notices.kind_of(forward, (types.int64,))) == "conv.cpu_kernels.forward"
+    for bits, name in ((types.int16, "float16"), (types.uint16, "bfloat16")):
+        mixed = types.Tuple((reals, types.Array(bits, 1, "C")))
+        assert str(notices.kind_of(forward, (counts, plan, mixed))) == f"conv.cpu_kernels.forward ({name}, 3-D)"
 
 
 def test_the_log_says_what_compiles_and_how_long_it_took(program: Path, tmp_path: Path) -> None:

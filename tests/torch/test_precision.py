@@ -1,4 +1,4 @@
-"""Half precision: computed in float32, rounded once, also beside float32 offsets, under autocast and with a GradScaler."""
+"""Half precision: read and written, computed in float32, rounded once; beside float32 offsets, autocast, a GradScaler."""
 
 from __future__ import annotations
 
@@ -59,8 +59,76 @@ def test_it_is_near_float64(half):
 def test_explain_says_so(half):
     _, coarse, _, keywords, _ = half_call(half, mixed=True)
     lines = deformconv.explain(**coarse, **keywords).splitlines()
-    assert f"{str(half).removeprefix('torch.')} computed in float32, torch on cpu" in lines[0]
+    name = str(half).removeprefix("torch.")
+    assert lines[0].endswith(f"; {name}, torch on cpu")
     assert lines[1] == "forward: cpu"
+    assert lines.count(f"  cpu: it reads and writes {name}, and computes in float32") == 2
+
+
+@halves
+def test_it_is_converted_by_no_pass_over_memory(half, monkeypatch):
+    """Neither of the arguments nor of the results, but for offsets and masks in half precision."""
+    function, coarse, _, keywords, grad_output = half_call(half, mixed=True)
+    monkeypatch.setattr(torch.Tensor, "to", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr(torch.Tensor, "float", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr("deformconv.runtime.arrays.narrowed", lambda *_: pytest.fail("converted"))
+    function(**coarse, **keywords).backward(grad_output)
+    assert all(coarse[name].grad.dtype == coarse[name].dtype for name in GRADIENTS)
+
+
+@halves
+@pytest.mark.parametrize("form", ["channels last", "sliced", "without a bias", "v1", "read-only"])
+def test_the_memory_of_arguments_does_not_matter(half, form):
+    function, coarse, _, keywords, grad_output = half_call(half, mixed=True)
+    arrays = {name: t.detach() for name, t in coarse.items()}
+    if form in ("without a bias", "v1"):
+        arrays["bias" if form == "without a bias" else "mask"] = None
+    changes = {
+        "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
+        "sliced": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+        "read-only": lambda t: t.expand(1, *t.shape)[0],
+    }
+    changed = {name: t if t is None or form not in changes else changes[form](t) for name, t in arrays.items()}
+    changed = {name: None if t is None else t.requires_grad_() for name, t in changed.items()}
+    whole = {name: None if t is None else t.detach().float().requires_grad_() for name, t in arrays.items()}
+    y, expected = function(**changed, **keywords), function(**whole, **keywords)
+    assert torch.equal(y, expected.to(half))
+    y.backward(grad_output)
+    expected.backward(grad_output.float())
+    for name in GRADIENTS:
+        if arrays[name] is not None:
+            assert torch.equal(changed[name].grad, whole[name].grad.to(changed[name].dtype)), name
+
+
+@halves
+def test_odd_numbers(half):
+    """Subnormal numbers, infinities, NaN and zeros of both signs are what they are in float32, rounded."""
+    tiny, largest = torch.finfo(half).smallest_normal / 4, torch.finfo(half).max
+    numbers = [tiny, -tiny, 0.0, -0.0, float("inf"), -float("inf"), float("nan"), largest, -largest, 1.0]
+    x = torch.tensor(numbers).to(half).reshape(1, 1, 1, -1)
+    for factor in (1.0, -0.5, 3.0, 0.0):
+        weight, offset = torch.full((1, 1, 1, 1), factor).to(half), torch.zeros(1, 2, 1, len(numbers))
+        y = deform_conv2d(x, offset, weight)
+        expected = deform_conv2d(x.float(), offset, weight.float()).to(half)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.nan_to_num(0.0), expected.nan_to_num(0.0))
+        assert torch.equal(y.nan_to_num(0.0).signbit(), expected.nan_to_num(0.0).signbit())
+
+
+@halves
+@pytest.mark.parametrize("padding", [0, 1])
+def test_zero_offsets_give_the_plain_convolution(half, padding):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 19, 12, 13).to(half), torch.randn(21, 19, 3, 3).to(half), torch.randn(21).to(half)
+    rows, columns = 10 + 2 * padding, 11 + 2 * padding
+    offset, mask = torch.zeros(2, 18, rows, columns), torch.ones(2, 9, rows, columns)
+    exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+    y = deform_conv2d(x, offset, weight, bias, padding=padding, mask=mask)
+    # One rounding of the result, and what sums in float32 lose, relative to the largest.
+    bound = torch.finfo(half).eps / 2 * exact.abs() + TOLERANCE["float32"] * exact.abs().max()
+    assert ((y.double() - exact).abs() <= bound).all()
+    plain = nn.functional.conv2d(x, weight, bias, padding=padding).double()
+    assert error(y.double(), exact) <= max(error(plain, exact), torch.finfo(half).eps / 2)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "portable"])

@@ -199,15 +199,28 @@ def test_modes_see_the_predictor_and_the_operator(taken: list[int]) -> None:
         assert_close(other, expected, "float64")
 
 
-def test_half_precision_and_one_image_take_the_other_way(taken: list[int]) -> None:
+def test_autocast_and_one_image_take_the_other_way(taken: list[int]) -> None:
     layer, x = ready()
     with torch.no_grad():
         assert_close(layer(x[0]), layer(x)[0], "float64")
-        half = copy.deepcopy(layer).bfloat16()
-        assert half(x.bfloat16()).dtype is torch.bfloat16
         with torch.autocast("cpu"):
             layer.float()(x.float())
     assert len(taken) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_predicts_in_float32(taken: list[int], dtype: torch.dtype) -> None:
+    """As in two steps: the predictor's numbers are never rounded to half precision, and the output once."""
+    layer, x = ready()
+    half, x = layer.to(dtype), x.to(dtype)
+    with torch.no_grad():
+        found = half(x)
+        offset, mask = half.offsets_and_mask(x)
+        assert len(taken) == 1 and found.dtype is dtype
+        apart = half(x, offset, mask)
+        whole = copy.deepcopy(half).float()(x.float())
+    assert torch.equal(found, whole.to(dtype))
+    assert_close(found.float(), apart.float(), str(dtype).removeprefix("torch."))
 
 
 def test_mixed_dtypes_are_refused_as_ever() -> None:

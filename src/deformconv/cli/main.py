@@ -234,7 +234,8 @@ def detect(arms: str | None, output: Path, **options: Any) -> int:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float64", "float16", "bfloat16", "all"]),
-    help="The dtype of the calls to come.  [default: float32; with --gpu also float16 and bfloat16]",
+    help="The dtype of the calls to come; on a CPU, half precision has kernels of its own for convolution alone, and is "
+    "computed by those for float32 elsewhere.  [default: float32; with --gpu also float16 and bfloat16]",
 )
 @click.option(
     "--rank",
@@ -278,9 +279,7 @@ def warmup(
             raise click.UsageError(f"{', '.join(given)}: of the CPU's kernels alone, not of --gpu")
         dtypes = {None: HALF + WHOLE[:1], "all": HALF + WHOLE}.get(dtype, (str(dtype),))
         return warmup.run_on_gpus(dtypes, rois, attention, aggregate)
-    if dtype in HALF:
-        raise click.UsageError(f"--dtype {dtype} is of --gpu; the CPU computes it in float32, so pass --dtype float32")
-    dtypes = WHOLE if dtype == "all" else (dtype or "float32",)
+    dtypes = HALF + WHOLE if dtype == "all" else (dtype or "float32",)
     return warmup.run(dtypes, [int(rank) for rank in ranks or "123"], cpu_name, rois, attention, aggregate)
 
 

@@ -13,6 +13,7 @@ import click
 
 from deformconv.cli.progress import progress
 from deformconv.errors import BackendError
+from deformconv.ops.operator import half_in_float32
 
 __all__ = ["run", "run_on_gpus"]
 
@@ -58,17 +59,18 @@ def run(
     folder, before, started = cache.cache_folder(), len(cache.cached_files()), time.perf_counter()
     if folder is None and not before:
         return _nothing_is_kept()
-    each_rank = EACH_RANK + EACH_AGGREGATE * aggregate
-    kernels = len(dtypes) * (EACH_DTYPE + each_rank * len(ranks) + EACH_ROIS * rois + EACH_ATTENTION * attention)
+    whole = list(dict.fromkeys(half_in_float32(dtype, "torch") for dtype in dtypes))  # all but convolution know no others
+    kernels = len(dtypes) * (EACH_DTYPE + EACH_RANK * len(ranks))
+    kernels += len(whole) * (EACH_AGGREGATE * aggregate * len(ranks) + EACH_ROIS * rois + EACH_ATTENTION * attention)
     with progress(kernels) as is_shown, _counted() as compiled:
         notify = None if is_shown else lambda line: click.echo(f"{line} ...")
         cpu.warmup(dtypes, ranks, notify=notify)
         if rois:
-            roi_cpu.warmup(dtypes, notify=notify)
+            roi_cpu.warmup(whole, notify=notify)
         if attention:
-            attention_cpu.warmup(dtypes, notify=notify)
+            attention_cpu.warmup(whole, notify=notify)
         if aggregate:
-            aggregate_cpu.warmup(dtypes, ranks, notify=notify)
+            aggregate_cpu.warmup(whole, ranks, notify=notify)
     seconds, files = time.perf_counter() - started, cache.cached_files()
     if not files or (folder is None and compiled):
         return _nothing_is_kept()

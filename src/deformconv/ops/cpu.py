@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
-from deformconv.ops.operator import half_in_float32
+from deformconv.ops.operator import HALF, half_in_float32
 from deformconv.runtime.openmp import team_for
 from deformconv.runtime.work import is_shared
 
@@ -15,8 +15,11 @@ __all__ = ["DTYPES", "how", "reasons_against", "warm"]
 DTYPES = ("float32", "float64")
 
 
-def reasons_against(dtype: str, library: str, device: str) -> list[str]:
-    """Why kernels cannot run a call on such arrays, as sentences; none if they can."""
+def reasons_against(dtype: str, library: str, device: str, takes_half: bool = False) -> list[str]:
+    """Why kernels cannot run a call on such arrays, as sentences; none if they can.
+
+    `takes_half` says that they read and write half precision themselves.
+    """
     reasons = []
     if find_spec("numba") is None:
         reasons.append("Numba is not installed")
@@ -24,7 +27,7 @@ def reasons_against(dtype: str, library: str, device: str) -> list[str]:
         reasons.append(f"its kernels run on the CPU and the arrays are on {device}")
     if library not in ("numpy", "torch", "jax"):
         reasons.append(f"it reads NumPy arrays and what shares memory with them, not {library}'s")
-    if half_in_float32(dtype, library) not in DTYPES:
+    if half_in_float32(dtype, library) not in (*DTYPES, *(HALF if takes_half else ())):
         reasons.append(f"it computes in float32 and float64, not {dtype}")
     return reasons
 

@@ -97,8 +97,9 @@ class Backend(Protocol):
     """What a backend is: a module with these functions and values.
 
     `forward(spec, *operands)` and `backward(spec, grad_output, *operands, wanted=...)` get the spec in the dtype that the
-    backend computes in, and arrays of that dtype. Beside half precision, arguments that are `precise` may be float32. Results
-    are new arrays; backward returns them in the order of the operator's arguments, None for each that is not wanted. If a
+    backend computes in, and arrays of that dtype. Beside half precision, arguments that are `precise` may be float32; NumPy's
+    arrays of bfloat16, which NumPy does not have, may be its bits as uint16. Results are new arrays of the arguments' dtypes;
+    backward returns them in the order of the operator's arguments, None for each that is not wanted. If a
     backend takes NumPy's memory and can run another library's calls, the keyword `library` says whose the arrays are. If it
     can write results into the caller's arrays, it takes them by the keyword `out`: an array, or backward's by name. Native
     arrays carry no graph, and their GPU is the current one. A backend of native arrays may have no `backward`: then PyTorch
@@ -133,7 +134,7 @@ class Backend(Protocol):
         ...
 
     def computes_in(self, dtype: str, library: str) -> str:
-        """The dtype that arrays of `dtype` are brought to before, and results brought back from."""
+        """The dtype that arrays of `dtype` are brought to before, and results brought back from: `dtype` if it takes them."""
         ...
 
 

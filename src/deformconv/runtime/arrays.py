@@ -11,13 +11,38 @@ import numpy as np
 from deformconv.runtime.memory import aligned
 
 __all__ = [
-    "aligned_empty", "empty_channels", "flat", "flat_axes", "flat_channels", "flat_images", "none_of", "result",
-    "result_channels",
+    "aligned_empty", "bits", "empty_channels", "flat", "flat_axes", "flat_channels", "flat_images", "narrowed", "none_of",
+    "result", "result_channels", "widened",
 ]  # fmt: skip
 
 
+def bits(array: np.ndarray) -> np.ndarray:
+    """The array as `runtime.half` has it: half precision as its bits. bfloat16, which NumPy has not, may come as uint16."""
+    return array if array.itemsize > 2 else array.view(np.int16 if array.dtype == np.float16 else np.uint16)
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """Half precision in float32, anything else as it is."""
+    if array.itemsize > 2:
+        return array
+    if array.dtype == np.float16:
+        return array.astype(np.float32)
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def narrowed(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Float32 rounded to half precision as NumPy holds it; as it is for any other dtype."""
+    if dtype.itemsize > 2:
+        return array
+    if dtype == np.float16:
+        return array.astype(np.float16)
+    words = array.view(np.uint32)
+    rounded = words + (0x7FFF + (words >> 16 & 1)) >> 16
+    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16).view(dtype)
+
+
 @cache
-def none_of(dtype: str) -> np.ndarray:
+def none_of(dtype: Any) -> np.ndarray:
     """An empty array, which kernels take for an array that was not given."""
     return np.empty(0, dtype)
 
@@ -109,13 +134,13 @@ def _even_distances(array: np.ndarray) -> tuple[int, int, int] | None:
     return (image, channel, position) if 1 in (channel, position) and min(image, channel, position) >= 0 else None
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """np.empty at the beginning of a cache line. Vectors that cross cache lines can cost a fifth of a forward call."""
     size = prod(shape) * np.dtype(dtype).itemsize
     return aligned(size).view(dtype).reshape(shape)
 
 
-def empty_channels(shape: tuple[int, ...], dtype: str, last: bool) -> tuple[np.ndarray, np.ndarray]:
+def empty_channels(shape: tuple[int, ...], dtype: Any, last: bool) -> tuple[np.ndarray, np.ndarray]:
     """An uninitialised array (N, C, ...), with its channels last in memory if so wished, and the same flat."""
     numbers = aligned_empty((prod(shape),), dtype)
     if not last:
@@ -123,7 +148,7 @@ def empty_channels(shape: tuple[int, ...], dtype: str, last: bool) -> tuple[np.n
     return numbers.reshape((shape[0], *shape[2:], shape[1])).transpose(_SECOND[len(shape)]), numbers
 
 
-def result(shape: tuple[int, ...], dtype: str, out: np.ndarray | None = None) -> np.ndarray:
+def result(shape: tuple[int, ...], dtype: Any, out: np.ndarray | None = None) -> np.ndarray:
     """The array that a call writes into: the caller's `out`, or a new one."""
     if out is None:
         return aligned_empty(shape, dtype)
@@ -133,7 +158,7 @@ def result(shape: tuple[int, ...], dtype: str, out: np.ndarray | None = None) ->
     return out
 
 
-def result_channels(shape: tuple[int, ...], dtype: str, last: bool, out: Any = None) -> tuple[np.ndarray, np.ndarray, bool]:
+def result_channels(shape: tuple[int, ...], dtype: Any, last: bool, out: Any = None) -> tuple[np.ndarray, np.ndarray, bool]:
     """As `result`, of an array (N, C, ...), the same flat, and whether its channels come last in memory.
 
     `last` says so for a new array; the caller's has them where it has them.
@@ -152,6 +177,6 @@ def result_channels(shape: tuple[int, ...], dtype: str, last: bool, out: Any = N
 _LAYOUT = "`out` does not lie side by side in writable memory; expected an array {}, as `numpy.empty` makes it."
 
 
-def _check_out(out: Any, shape: tuple[int, ...], dtype: str) -> None:
+def _check_out(out: Any, shape: tuple[int, ...], dtype: Any) -> None:
     if out.shape != shape or out.dtype != dtype:
         raise ValueError(f"`out` has shape {out.shape}, {out.dtype}; expected the result's, {shape}, {dtype}.")

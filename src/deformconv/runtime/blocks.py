@@ -2,7 +2,7 @@
 
 `rows` is flat, with the axes [block, n, p, c]. A block has `width` channels. Every `span` channels begin a new block, so that
 the block before may have fewer. An image has `pitch` rows: one for each pixel, and then zeros. The caller's arrays are flat,
-too. Their axes are (N, C, P), or (N, P, C) where `last` is set.
+too. Their axes are (N, C, P), or (N, P, C) where `last` is set. They may hold half precision: blocks never do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from deformconv.runtime.cache import device
-from deformconv.runtime.simd import INT, VECTOR_BYTES, Rows, emits, for_channels, for_each, transpose_block
+from deformconv.runtime.simd import INT, VECTOR_BYTES, Rows, emits, for_channels, for_each, read, transpose_block, write
 
 __all__ = [
     "RUN", "SUMS", "Layout", "add_sets", "block_end", "block_of", "copy_in", "copy_out", "copy_rows", "copy_run_out",
@@ -38,14 +38,14 @@ class Layout(NamedTuple):
 @device
 def transpose(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
     """into[c, r] = source[r, c] + bias[c], or without a bias if it is empty; element (r, c) at `start + r * row + c`."""
-    lanes = VECTOR_BYTES // source.itemsize
+    lanes = VECTOR_BYTES // max(source.itemsize, into.itemsize)
     if bias.size > 0:
         _transpose_and_add(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start)
         return
     if min(rows, columns) < lanes:
         for c in range(columns):
             for r in range(rows):
-                into[into_start + c * into_row + r] = source[start + r * row + c]
+                write(into, into_start + c * into_row + r, read(source, start + r * row + c))
         return
     # Along the rows that lie further apart: a line that two blocks share is still in the cache when the second one comes.
     along_source = row > into_row
@@ -62,7 +62,7 @@ def transpose(rows, columns, source, start, row, into, into_start, into_row, bia
 
 @device
 def _transpose_and_add(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
-    lanes = VECTOR_BYTES // source.itemsize
+    lanes = VECTOR_BYTES // max(source.itemsize, into.itemsize)
     whole_rows, whole_columns = rows // lanes * lanes, columns // lanes * lanes
     along_source = row > into_row
     outer, inner = (whole_rows, whole_columns) if along_source else (whole_columns, whole_rows)
@@ -74,7 +74,7 @@ def _transpose_and_add(rows, columns, source, start, row, into, into_start, into
             )  # fmt: skip
     for c in range(columns):
         for r in range(whole_rows if c < whole_columns else 0, rows):
-            into[into_start + c * into_row + r] = source[start + r * row + c] + bias[bias_start + c]
+            write(into, into_start + c * into_row + r, read(source, start + r * row + c) + read(bias, bias_start + c))
 
 
 @emits

@@ -17,6 +17,8 @@ __all__ = ["Kind", "kind_of", "log", "must_not_compile", "notice", "tell", "warn
 
 log = logging.getLogger("deformconv")
 
+_HALF = {"int16": "float16", "uint16": "bfloat16"}  # as arrays hold it (`half`)
+
 
 class Kind(NamedTuple):
     """A kernel, the dtype of its reals and the number of axes that it is compiled for; None where it is for any."""
@@ -32,13 +34,17 @@ class Kind(NamedTuple):
 
 def kind_of(function: Callable[..., Any], signature: Iterable[Any]) -> Kind:
     kinds = list(_kinds(signature))
-    dtypes = (str(kind.dtype) for kind in kinds if isinstance(kind, types.Array) and isinstance(kind.dtype, types.Float))
+    numbers = [kind.dtype for kind in kinds if isinstance(kind, types.Array)]
+    dtypes = [
+        _HALF[str(number)] for number in numbers if str(number) in _HALF
+    ]  # what is computed in float32 for half precision
+    dtypes += [str(number) for number in numbers if isinstance(number, types.Float)]
     # A plan begins with the sizes of the input: a tuple within a tuple.
     inner = (kind.types[0] for kind in kinds if isinstance(kind, types.BaseTuple) and len(kind))
     ranks = (kind.count for kind in inner if isinstance(kind, types.UniTuple) and isinstance(kind.dtype, types.Integer))
     folder = function.__module__.split(".")[-2:]  # the operator's, for several have a file of that name
     name = ".".join([*folder, function.__name__.strip("_")])
-    return Kind(name, next(dtypes, None), next(ranks, None))
+    return Kind(name, next(iter(dtypes), None), next(ranks, None))
 
 
 def _kinds(signature: Iterable[Any]) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
+from deformconv.runtime import half
 from deformconv.runtime.cache import device
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "lanes_of",
     "named",
     "prefetch",
+    "read",
     "round_up",
     "transpose_block",
+    "write",
 ]
 
 INT = ir.IntType(64)
@@ -67,6 +70,8 @@ def _vector_bytes(features: frozenset[str]) -> int:
 
 
 VECTOR_BYTES = _vector_bytes(host_features())
+# Whether the processor converts float16. For others LLVM would call functions that are not there.
+CONVERTS = not {"f16c", "avx512f", "neon"}.isdisjoint(host_features())
 
 
 def data_and_type(context: Any, builder: Any, array_type: Any, array: Any) -> tuple[Any, Any]:
@@ -79,7 +84,10 @@ def element(builder: Any, data: Any, index: Any) -> Any:
 
 
 class Lanes:
-    """Emits operations on vectors of `width` numbers, of which loads and stores take the first `lanes`; the others are 0."""
+    """Emits operations on vectors of `width` numbers, of which loads and stores take the first `lanes`; the others are 0.
+
+    Half precision in memory is float32 in a vector.
+    """
 
     def __init__(self, builder: Any, scalar: Any, width: int, lanes: int | None = None) -> None:
         self.builder, self.scalar, self.width, self.lanes = builder, scalar, width, lanes or width
@@ -90,23 +98,29 @@ class Lanes:
         return self.builder.shuffle_vector(value, ir.Constant(value.type, None), _mask(lanes))
 
     def load(self, data: Any, index: Any) -> Any:
-        place = element(self.builder, data, index)
         if self.lanes == 1:
-            number = self.builder.load(place)
+            number = self.number(data, index)
             return self.builder.insert_element(self.zero, number, _lane(0)) if self.width > 1 else self._one(number)
-        value = self.builder.load(self.builder.bitcast(place, ir.VectorType(self.scalar, self.lanes).as_pointer()))
-        value.align = _bytes(self.scalar)
+        place, stored = element(self.builder, data, index), data.type.pointee
+        value = self.builder.load(self.builder.bitcast(place, ir.VectorType(stored, self.lanes).as_pointer()))
+        value.align = _bytes(stored)
+        value = value if stored == self.scalar else half.widened(self.builder, value, CONVERTS)
         rest = range(self.lanes, self.width)
         return value if not rest else self._pick(value, [*range(self.lanes), *(self.lanes for _ in rest)])
 
+    def number(self, data: Any, index: Any) -> Any:
+        """One number."""
+        number = self.builder.load(element(self.builder, data, index))
+        return number if number.type == self.scalar else half.widened(self.builder, number, CONVERTS)
+
     def store(self, value: Any, data: Any, index: Any) -> None:
-        place = element(self.builder, data, index)
+        place, stored = element(self.builder, data, index), data.type.pointee
         if self.lanes == 1:
-            self.builder.store(self.builder.extract_element(value, _lane(0)), place)
-            return
-        if self.lanes < self.width:
+            value = self.builder.extract_element(value, _lane(0))
+        elif self.lanes < self.width:
             value = self._pick(value, list(range(self.lanes)))
-        self.builder.store(value, self.builder.bitcast(place, value.type.as_pointer())).align = _bytes(self.scalar)
+        value = value if stored == self.scalar else half.narrowed(self.builder, value, stored, CONVERTS)
+        self.builder.store(value, self.builder.bitcast(place, value.type.as_pointer())).align = _bytes(stored)
 
     def _one(self, number: Any) -> Any:
         return self.builder.insert_element(ir.Constant(self.type, ir.Undefined), number, _lane(0))
@@ -126,7 +140,8 @@ class Lanes:
 
 
 def _bytes(scalar: Any) -> int:
-    return 4 if isinstance(scalar, ir.FloatType) else 8 if isinstance(scalar, ir.DoubleType) else scalar.width // 8
+    sizes = {ir.HalfType(): 2, ir.FloatType(): 4, ir.DoubleType(): 8}
+    return sizes[scalar] if scalar in sizes else scalar.width // 8
 
 
 def _lane(number: int) -> Any:
@@ -166,7 +181,7 @@ def emits(emit: Any) -> Any:
     """Make an intrinsic without a result of the function that emits its code, `emit(builder, scalar, *operands)`.
 
     Of an array `emit` gets the address of its numbers, of a tuple its elements, under their names if they have some, and of
-    anything else the value. `scalar` is the type of the arrays' reals.
+    anything else the value. `scalar` is the type of the arrays' reals, where some are no half precision.
     """
     return _intrinsic(types.void, emit)
 
@@ -194,7 +209,7 @@ def _intrinsic(result: Any, emit: Any) -> Any:
 
 def _operand(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.Array):
-        return data_and_type(context, builder, kind, value)[0]
+        return half.address(builder, kind.dtype, data_and_type(context, builder, kind, value)[0])
     if not isinstance(kind, types.BaseTuple):
         return value
     pairs = zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True)
@@ -353,6 +368,32 @@ def named(typing, kind, numbers):
     return result(kind, numbers), generate
 
 
+@intrinsic
+def read(typing, array, index):
+    """The number `array[index]`, which is not counted from the end; half precision as float32."""
+    result = types.float32 if half.is_half(array.dtype) else array.dtype
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = _operand(context, builder, signature.args[0], arguments[0])
+        return Lanes(builder, context.get_data_type(result), 1).number(data, arguments[1])
+
+    return result(array, types.int64), generate
+
+
+@intrinsic
+def write(typing, array, index, number):
+    """`array[index] = number`, rounded where the array holds half precision."""
+    given = types.float32 if half.is_half(array.dtype) else array.dtype
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = _operand(context, builder, signature.args[0], arguments[0])
+        do = Lanes(builder, context.get_data_type(given), 1)
+        do.store(do.spread(arguments[2]), data, arguments[1])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, given), generate
+
+
 @emits
 def transpose_block(builder, scalar, source, start, row, into, into_start, into_row, bias, bias_start, biased):
     """into[c, r] = source[r, c] for a square of a vector's lanes, plus bias[c] if `biased`.
@@ -376,7 +417,7 @@ def transpose_block(builder, scalar, source, start, row, into, into_start, into_
     with builder.if_else(biased) as (adding, copying):
         with adding:
             for c, (value, place) in enumerate(zip(rows, places, strict=True)):
-                number = builder.load(element(builder, bias, builder.add(bias_start, INT(c))))
+                number = do.number(bias, builder.add(bias_start, INT(c)))
                 do.store(builder.fadd(value, do.spread(number)), into, place)
         with copying:
             for value, place in zip(rows, places, strict=True):

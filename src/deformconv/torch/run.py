@@ -1,9 +1,9 @@
 """A call of any operator on plain tensors: checked, given to a backend, and brought to the dtype and memory format expected.
 
-All ways to an operator's kernels end here, so that they give the same bits. Half precision is computed in the dtype that the
-backend asks for, and rounded once, at the end. The output has the memory format of the first argument, a gradient that of its
-argument: a channels_last weight beside a contiguous input gives a contiguous output; nn.ConvNd gives a channels_last one. What
-an argument that keeps no format gives is contiguous.
+All ways to an operator's kernels end here, so that they give the same bits. Half precision is handed to a backend that takes
+it, or brought to the dtype that the backend asks for and rounded once, at the end. The output has the memory format of the
+first argument, a gradient that of its argument: a channels_last weight beside a contiguous input gives a contiguous output;
+nn.ConvNd gives a channels_last one. What an argument that keeps no format gives is contiguous.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deformconv.errors import ShapeError
 from deformconv.ops.operator import HALF, Argument, Operand, Operator, Spec, checked_spec
 from deformconv.runtime.lenders import Lender, lend
 from deformconv.torch import modes, native
-from deformconv.torch.tensors import array_of, in_dtype, memory_format
+from deformconv.torch.tensors import array_of, in_dtype, memory_format, memory_of, tensor_of
 
 __all__ = [
     "Plan", "backward", "checked", "forward", "in_memory_format", "plan_for", "plan_of", "raise_of_one_image",
@@ -137,10 +137,9 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
             tensors = [_brought(*pair, inner) for pair in zip(op.operator.arguments, operands, strict=True)]
             output = native.forward_in_parts(op.operator, module, inner, tensors).to(first.dtype)
     elif inner is spec:
-        arrays: list[Any] = [None if tensor is None else tensor.numpy(force=True) for tensor in operands]
-        output = torch.from_numpy(module.forward(spec, *arrays, library="torch"))
+        output = tensor_of(module.forward(spec, *map(memory_of, operands), library="torch"))
     else:
-        arrays = [array_of(inner.dtype, tensor) for tensor in operands]
+        arrays: list[Any] = [array_of(inner.dtype, tensor) for tensor in operands]
         output = torch.from_numpy(module.forward(inner, *arrays, library="torch")).to(first.dtype)
     return in_memory_format(output, first) if op.operator.arguments[0].keeps_format else output.contiguous()
 
@@ -176,12 +175,12 @@ def backward(plan: Plan, grad_output: Tensor, operands: Sequence[Tensor | None],
                 found = native.backward_in_parts(operator, module, inner, grad, arrays, wanted)  # type: ignore[arg-type]
     else:
         if inner is spec:
-            arrays = [None if tensor is None else tensor.numpy(force=True) for tensor in (grad_output, *operands)]
+            arrays = [memory_of(tensor) for tensor in (grad_output, *operands)]
         else:
             arrays = [array_of(inner.dtype, tensor) for tensor in (grad_output, *operands)]
         with np.errstate(invalid="ignore", over="ignore"):  # infinities and NaN are data here
             found = module.backward(inner, *arrays, wanted=wanted, library="torch")
-        found = [None if array is None else torch.from_numpy(array) for array in found]
+        found = [None if array is None else tensor_of(array) for array in found]
     like = dict(zip((argument.name for argument in operator.in_backward), operands, strict=True))
     gradients = []
     for argument, gradient in zip(operator.arguments, found, strict=True):

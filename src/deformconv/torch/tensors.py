@@ -14,7 +14,7 @@ from deformconv.ops.operator import Operand, Operator
 
 __all__ = [
     "HALF", "PLAIN", "array_of", "check_tensor", "check_tensors", "described", "device_of", "dtype_name", "in_dtype",
-    "memory_format", "operand", "requires_grad", "with_batch",
+    "memory_format", "memory_of", "operand", "requires_grad", "tensor_of", "with_batch",
 ]  # fmt: skip
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass may have functions of its own, or no memory
@@ -65,6 +65,24 @@ def array_of(dtype: str, tensor: Tensor | None) -> np.ndarray | None:
         return None
     array: np.ndarray = brought.numpy(force=True)
     return array
+
+
+def memory_of(tensor: Tensor | None) -> np.ndarray | None:
+    """The tensor's memory; that of bfloat16, which NumPy does not have, as its bits in uint16."""
+    if tensor is None:
+        return None
+    if tensor.dtype is torch.bfloat16:
+        bits: np.ndarray = tensor.detach().view(torch.int16).numpy(force=True).view(np.uint16)
+        return bits
+    array: np.ndarray = tensor.numpy(force=True)
+    return array
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """The tensor of an array's memory, as `memory_of` has it."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def check_tensors(operator: Operator, **operands: Any) -> None:

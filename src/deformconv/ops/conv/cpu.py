@@ -1,8 +1,9 @@
 """Deformable convolution on the CPU: a call's arrays, brought to the kernels of `cpu_kernels` as `cpu_plan` has cut the work.
 
 The input is copied once with its channels last, in blocks, the weight once in panels for the matrix product; offsets, masks and
-the output stay as they are. How the work is cut depends on shapes alone, and partial sums are added in a fixed order: a result
-is the same bit for bit whatever the number of threads.
+the output stay as they are. Half precision is read and written as it is, by the copies: all between is float32, as offsets and
+masks are. How the work is cut depends on shapes alone, and partial sums are added in a fixed order: a result is the same bit
+for bit whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from deformconv.ops import cpu as on_cpu
 from deformconv.ops.conv.spec import GRADIENTS, ConvSpec, Gradients, Operand, conv_spec
-from deformconv.ops.operator import half_in_float32 as computes_in
+from deformconv.ops.operator import HALF, half_in_float32
 from deformconv.ops.taps.reach import reasons_against_int32
 from deformconv.runtime import arrays, threads
 from deformconv.runtime.memory import arena, room
@@ -36,12 +37,28 @@ DETERMINISTIC = True
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """Why this backend cannot run a call, as sentences; none if it can."""
-    return on_cpu.reasons_against(spec.dtype, library, device) + reasons_against_int32(spec)
+    return on_cpu.reasons_against(spec.dtype, library, device, takes_half=True) + reasons_against_int32(spec)
+
+
+def computes_in(dtype: str, library: str) -> str:
+    """The dtype of the arrays that are taken. JAX's half precision is brought to float32 by XLA."""
+    return half_in_float32(dtype, library) if library == "jax" else dtype
 
 
 def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    return on_cpu.how(_multiplications(spec), library)
+    halves = [f"it reads and writes {spec.dtype}, and computes in float32"] if computes_in(spec.dtype, library) in HALF else []
+    return [*on_cpu.how(_multiplications(spec), library), *halves]
+
+
+def _inner(dtype: str) -> str:
+    """The dtype of everything but the caller's arrays."""
+    return "float32" if dtype in HALF else dtype
+
+
+def _planned(spec: ConvSpec) -> ConvSpec:
+    """The call whose work is cut: its copies are of the dtype that is computed in."""
+    return replace(spec, dtype=_inner(spec.dtype))
 
 
 @cache
@@ -70,17 +87,18 @@ def _layer_kernel() -> Any:
 @lru_cache(maxsize=256)
 def _layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
     predictor = spec.batch * spec.positions * spec.taps * spec.in_channels * channels
-    return _plans().layer_plan(spec, channels, number, _multiplications(spec) + predictor)
+    return _plans().layer_plan(_planned(spec), channels, number, _multiplications(spec) + predictor)
 
 
 @lru_cache(maxsize=256)
 def _forward_plan(spec: ConvSpec, number: int) -> Any:
-    return _plans().forward_plan(spec, number, _multiplications(spec))
+    return _plans().forward_plan(_planned(spec), number, _multiplications(spec))
 
 
 @lru_cache(maxsize=256)
 def _backward_plans(spec: ConvSpec, number: int) -> list[tuple[int, int, Any]]:
     """A batch in parts: the first image, the end, and the plan of each."""
+    spec = _planned(spec)
     at_once = _plans().images_at_once(spec, number)
     ends = [(first, min(first + at_once, spec.batch)) for first in range(0, spec.batch, at_once)]
     specs = [replace(spec, batch=end - first) for first, end in ends]
@@ -102,17 +120,17 @@ def forward(
     that is given, and this returned: an array of its own memory, with its channels second or last in it.
     """
     input, input_last = arrays.flat_channels(input)
-    output, flat_output, output_last = arrays.result_channels(spec.output_shape, spec.dtype, input_last, out)
+    output, flat_output, output_last = arrays.result_channels(spec.output_shape, input.dtype, input_last, out)
     if output.size == 0:
         return output
-    team = team_for(library)
+    team, inner = team_for(library), _inner(spec.dtype)
     cut, kernels = _forward_plan(spec, team.threads), _kernels()
-    offset, mask, *distances = _samples(spec, offset, mask)
+    offset, mask, *distances = _samples(inner, offset, mask)
     with arena(cut.bytes) as memory:
-        own = memory.empty(cut.x_size, spec.dtype), memory.empty(cut.weight_size, spec.dtype)
+        own = memory.empty(cut.x_size, inner), memory.empty(cut.weight_size, inner)
         given, weight_last = _forward_arrays(spec, own, input, offset, weight, bias, mask, flat_output)
         order = input_last, weight_last, output_last, *distances
-        arguments = cut.arguments, order, given, *cut.share.scratch(memory, spec.dtype)
+        arguments = cut.arguments, order, given, *cut.share.scratch(memory, inner)
         run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank))
     return output
 
@@ -122,13 +140,24 @@ def _forward_arrays(
 ) -> tuple[tuple[np.ndarray, ...], bool]:
     """A forward kernel's arrays, and whether the weight's channels come last; `own` is room for copies of input and weight."""
     weight, weight_last = arrays.flat_channels(weight)
-    none = arrays.none_of(spec.dtype)
     x, packed = own
-    bias = none if bias is None else arrays.flat(bias)
     given = _kernels().ForwardArrays(
-        input=input, x=x, offset=offset, mask=mask, weight=weight, packed=packed, bias=bias, output=output, empty=none
+        input=arrays.bits(input),
+        x=x,
+        offset=offset,
+        mask=mask,
+        weight=arrays.bits(weight),
+        packed=packed,
+        bias=arrays.bits(_bias(bias, input.dtype)),
+        output=arrays.bits(output),
+        empty=arrays.none_of(_inner(spec.dtype)),
     )
     return tuple(given), weight_last
+
+
+def _bias(bias: Any, dtype: np.dtype) -> np.ndarray:
+    """A bias as a flat array, an empty one if there is none."""
+    return arrays.none_of(dtype) if bias is None else arrays.flat(bias)
 
 
 def forward_layer(
@@ -147,24 +176,24 @@ def forward_layer(
     `activation` are the scale of masks, and the bound of offsets or None.
     """
     input, input_last = arrays.flat_channels(input)
-    output, flat_output = arrays.empty_channels(spec.output_shape, spec.dtype, input_last)
+    output, flat_output = arrays.empty_channels(spec.output_shape, input.dtype, input_last)
     if output.size == 0:
         return output
-    team = team_for(library)
-    channels, none, (mask_scale, max_offset) = len(predictor_weight), arrays.none_of(spec.dtype), activation
+    team, inner = team_for(library), _inner(spec.dtype)
+    channels, (mask_scale, max_offset) = len(predictor_weight), activation
     plan = _layer_plan(spec, channels, team.threads)
     image, offsets = channels * spec.positions, prod(spec.offset_shape[1:])
     with arena(plan.bytes) as memory:
         predicted, *own, packed = (
-            memory.empty(size, spec.dtype) for size in (plan.predicted_size, plan.x_size, plan.weight_size, plan.predictor_size)
+            memory.empty(size, inner) for size in (plan.predicted_size, plan.x_size, plan.weight_size, plan.predictor_size)
         )
-        mask = predicted[offsets:] if spec.masked else none
+        mask = predicted[offsets:] if spec.masked else arrays.none_of(inner)
         given, weight_last = _forward_arrays(spec, own, input, predicted, weight, bias, mask, flat_output)
         order = input_last, weight_last, input_last, image, image
-        predictor_bias = none if predictor_bias is None else arrays.flat(predictor_bias)
-        predictor = arrays.flat(predictor_weight), packed, predictor_bias
-        squash = np.array((mask_scale, max_offset or 0), spec.dtype)
-        scratch = plan.share.scratch(memory, spec.dtype)
+        predictor_bias = arrays.bits(_bias(predictor_bias, input.dtype))
+        predictor = arrays.bits(arrays.flat(predictor_weight)), packed, predictor_bias
+        squash = np.array((mask_scale, max_offset or 0), inner)
+        scratch = plan.share.scratch(memory, inner)
         arguments = plan.arguments, order, (given, predictor), squash, *scratch
         run(_layer_kernel(), arguments, plan.share, team, (spec.dtype, spec.rank))
     return output
@@ -186,31 +215,52 @@ def backward(
     A gradient is written into the array that `out` has for it, if any, as in `forward`; only the input's may have its channels
     last there.
     """
+    if spec.dtype in HALF and 2 in {array.itemsize for array in (offset, mask) if array is not None}:
+        return _backward_of_half_places(spec, grad_output, input, offset, weight, mask, wanted, library, out or {})
     input, input_last = arrays.flat_channels(input)
-    results, flat, d_input_last = _results(spec, wanted, input_last, out or {})
+    results, flat, d_input_last = _results(spec, wanted, input, input_last, out or {})
     if not results:
         return Gradients()
     if spec.batch * spec.positions * spec.in_channels * spec.out_channels * spec.pixels == 0:
         for result in results.values():
             result[...] = 0
         if "bias" in results and grad_output.size:
-            results["bias"][...] = grad_output.reshape(spec.batch, spec.out_channels, -1).sum(axis=(0, 2))
+            total = arrays.widened(grad_output).reshape(spec.batch, spec.out_channels, -1).sum(axis=(0, 2))
+            results["bias"][...] = arrays.narrowed(total, grad_output.dtype)
         return Gradients(**results)
 
-    team = team_for(library)
+    team, inner = team_for(library), _inner(spec.dtype)
     parts = _backward_plans(spec, team.threads)
     grad_output, output_last = arrays.flat_channels(grad_output)
     weight, weight_last = arrays.flat_channels(weight)
-    offset, mask, image_offset, image_mask = _samples(spec, offset, mask)
+    offset, mask, image_offset, image_mask = _samples(inner, offset, mask)
     sizes = _backward_sizes(spec, parts, flat)
-    with arena(sum(room(size, spec.dtype) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
-        own = {name: memory.empty(size, spec.dtype) for name, size in sizes.items()}
-        scratch = parts[0][2].share.scratch(memory, spec.dtype)
+    with arena(sum(room(size, inner) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
+        own = {name: memory.empty(size, inner) for name, size in sizes.items()}
+        scratch = parts[0][2].share.scratch(memory, inner)
         order = input_last, weight_last, output_last, image_offset, image_mask
-        given = _Given(grad_output, input, offset, weight, mask)
+        given = _Given(arrays.bits(grad_output), arrays.bits(input), offset, arrays.bits(weight), mask)
         for part in parts:
             _backward_part(spec, part, given, (*order, part[0], d_input_last), own, flat, scratch, team)
     return Gradients(**results)
+
+
+def _backward_of_half_places(
+    spec: ConvSpec, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any, wanted: Collection[str], library: str,
+    out: Mapping[str, np.ndarray],
+) -> Gradients:  # fmt: skip
+    """As `backward`, of offsets or masks in half precision: they are brought to float32, and their gradients back."""
+    places = {name: array for name, array in (("offset", offset), ("mask", mask)) if array is not None}
+    whole = {"mask": None} | {name: arrays.widened(array) for name, array in places.items()}
+    others = {name: array for name, array in out.items() if name not in places}
+    found = backward(
+        spec, grad_output, input, whole["offset"], weight, whole["mask"], wanted, library=library, out=others
+    )  # fmt: skip
+    rounded = {name: arrays.narrowed(getattr(found, name), places[name].dtype) for name in places if name in wanted}
+    for name in rounded.keys() & out.keys():
+        out[name][...] = rounded[name]
+        rounded[name] = out[name]
+    return found._replace(**rounded)
 
 
 class _Given(NamedTuple):
@@ -234,14 +284,14 @@ def _backward_part(
     team: Any,
 ) -> None:
     """Go backwards through some images: write their gradients, and add to the sums over the batch, or finish these."""
-    (first, end, cut), kernels, none = part, _kernels(), arrays.none_of(spec.dtype)
+    (first, end, cut), kernels, none, nothing = part, _kernels(), arrays.none_of(_inner(spec.dtype)), given.input[:0]
     own["d_output"][(end - first) * spec.positions * spec.out_channels :] = 0
     # Results of these images; each image has the same share of a result's array.
     ours = {name: _images(flat[name], spec, first, end) for name in ("input", "offset", "mask")}
     slots = {name: own[name][: cut.slots * ours[name].size] if cut.slots > 1 else ours[name] for name in ("offset", "mask")}
     if cut.slots > 1:  # an offset group may have fewer blocks than another
         slots["offset"][...] = slots["mask"][...] = 0
-    d_input, d_x = ours["input"] if cut.whole else none, own["d_x"][: cut.gradient_size]
+    d_input, d_x = ours["input"] if cut.whole else nothing, own["d_x"][: cut.gradient_size]
     arguments = kernels.BackwardArrays(
         grad_output=given.grad_output[first * spec.positions * spec.out_channels :],
         d_output=own["d_output"],
@@ -256,7 +306,7 @@ def _backward_part(
         d_offset=slots["offset"],
         d_mask=slots["mask"],
         d_weight=own["replicas"],
-        d_bias=none if first else flat["bias"],
+        d_bias=nothing if first else flat["bias"],
         empty=none,
     )
     wanted = any(flat[name].size for name in GRADIENTS if name != "bias")
@@ -265,9 +315,9 @@ def _backward_part(
     last = end == spec.batch
     collected = kernels.CollectArrays(
         d_x=none if d_input.size else d_x,
-        d_input=none if d_input.size else ours["input"],
+        d_input=nothing if d_input.size else ours["input"],
         replicas=own["replicas"] if last else none,
-        d_weight=flat["weight"] if last else none,
+        d_weight=flat["weight"] if last else nothing,
         offset_slots=slots["offset"] if cut.slots > 1 else none,
         d_offset=ours["offset"] if cut.slots > 1 else none,
         mask_slots=slots["mask"] if cut.slots > 1 else none,
@@ -283,30 +333,34 @@ def _images(result: np.ndarray, spec: ConvSpec, first: int, end: int) -> np.ndar
     return result[first * image : end * image]
 
 
-def _samples(spec: ConvSpec, offset: Any, mask: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
+def _samples(inner: str, offset: Any, mask: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Offsets and masks as flat arrays, the latter empty for v1, and how many numbers apart their images are."""
-    offset, image_offset = arrays.flat_images(offset)
+    offset, image_offset = arrays.flat_images(arrays.widened(offset))
     if mask is None:
-        return offset, arrays.none_of(spec.dtype), image_offset, 0
-    mask, image_mask = arrays.flat_images(mask)
+        return offset, arrays.none_of(inner), image_offset, 0
+    mask, image_mask = arrays.flat_images(arrays.widened(mask))
     return offset, mask, image_offset, image_mask
 
 
 def _results(
-    spec: ConvSpec, wanted: Collection[str], input_last: bool, out: Mapping[str, np.ndarray]
+    spec: ConvSpec, wanted: Collection[str], input: np.ndarray, input_last: bool, out: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], bool]:
     """The arrays for the wanted gradients, and all gradients' arrays flat, empty ones for those not wanted.
 
-    And whether the channels of the input's gradient come last in memory.
+    And whether the channels of the input's gradient come last in memory. All are of the input's dtype, but those of offset and
+    mask of that which is computed in.
     """
-    results, flat, last = {}, dict.fromkeys(GRADIENTS, arrays.none_of(spec.dtype)), input_last
+    places, last = np.dtype(_inner(spec.dtype)), input_last
+    dtypes = dict.fromkeys(GRADIENTS, input.dtype) | {"offset": places, "mask": places}
+    results, flat = {}, {name: arrays.none_of(dtype) for name, dtype in dtypes.items()}
     if "input" in wanted:
-        results["input"], flat["input"], last = arrays.result_channels(spec.input_shape, spec.dtype, last, out.get("input"))
+        results["input"], flat["input"], last = arrays.result_channels(spec.input_shape, input.dtype, last, out.get("input"))
     shapes = {"offset": spec.offset_shape, "weight": spec.weight_shape}
     shapes |= {"bias": (spec.out_channels,)} if spec.biased else {}
     shapes |= {"mask": spec.mask_shape} if spec.masked else {}
-    results |= {name: arrays.result(shape, spec.dtype, out.get(name)) for name, shape in shapes.items() if name in wanted}
-    return results, flat | {name: results[name].reshape(-1) for name in shapes if name in results}, last
+    results |= {name: arrays.result(shape, dtypes[name], out.get(name)) for name, shape in shapes.items() if name in wanted}
+    flat |= {name: results[name].reshape(-1) for name in shapes if name in results}
+    return results, {name: arrays.bits(array) for name, array in flat.items()}, last
 
 
 def _backward_sizes(spec: ConvSpec, parts: list[tuple[int, int, Any]], flat: dict[str, np.ndarray]) -> dict[str, int]:
@@ -335,7 +389,7 @@ def _collect(spec: ConvSpec, images: int, cut: Any, given: Any, last: int, team:
         return
     moved = given.d_x.size + given.replicas.size + given.offset_slots.size + given.mask_slots.size
     arguments = cut.arguments[2:], last, tuple(given)
-    shared = share(items, team.threads, moved * COPY, spec.dtype)
+    shared = share(items, team.threads, moved * COPY, _inner(spec.dtype))
     run(_kernels().collect, arguments, shared, team, (spec.dtype, spec.rank))
 
 
@@ -357,11 +411,12 @@ def _warm(dtype: str, rank: int) -> None:
     """Calls of an operator, in both directions, and of a layer."""
     ones = (1,) * rank
     shapes = [(1, 1, *ones), (1, rank, *ones), (1, 1, *ones), (1, 1, *ones)]
-    x, offset, depthwise, mask = (np.zeros(shape, dtype) for shape in shapes)
-    for weight in (depthwise, np.zeros((2, 1, *ones), dtype)):
+    held = "uint16" if dtype == "bfloat16" else dtype  # as NumPy holds it
+    x, offset, depthwise, mask = (np.zeros(shape, held) for shape in shapes)
+    for weight in (depthwise, np.zeros((2, 1, *ones), held)):
         x_, offset_, weight_, mask_ = (Operand(array.shape, dtype) for array in (x, offset, weight, mask))
         spec = conv_spec(x_, offset_, weight_, mask=mask_)
         y = forward(spec, x, offset, weight, None, mask)
         backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
-        predictor = np.zeros((rank + 1, 1, *ones), dtype)
+        predictor = np.zeros((rank + 1, 1, *ones), held)
         forward_layer(spec, x, weight, None, predictor, None, (1.0, None))

@@ -34,7 +34,7 @@ from deformconv.runtime.blocks import (
 )
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
-from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up
+from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up, write
 from deformconv.runtime.threads import NEXT, STOP
 from deformconv.sampling.corners import blend, blend_products, differentiate, pull_back, table_in
 from deformconv.sampling.windows import place_tap, place_tile
@@ -100,7 +100,8 @@ class ForwardArrays(NamedTuple):
     """The arrays of a forward pass, all flat.
 
     input (N, C, P); `x` room for it in blocks; offset and mask, an image's (offset_groups, K, D, P) and (offset_groups, K, P),
-    mask empty for v1; weight (C_out, C / groups, K), `packed` room for it; bias (C_out,) or empty; output (N, C_out, P).
+    mask empty for v1; weight (C_out, C / groups, K), `packed` room for it; bias (C_out,) or empty; output (N, C_out, P). Input,
+    weight, bias and output may hold half precision (`runtime.half`): all others are float32 then, `empty` too.
     """
 
     input: Any
@@ -340,9 +341,9 @@ class BackwardArrays(NamedTuple):
 
     As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more; d_x
     (parts, as x), or where items do whole images, room of each thread (bunch, parts, an item of x), from which it goes into
-    d_input (N, C, P);
-    d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for each item that
-    shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
+    d_input (N, C, P); d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for
+    each item that shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
+    Beside half precision grad_output, d_input and d_bias hold it, too.
     """
 
     grad_output: Any
@@ -452,9 +453,10 @@ def copy_for_backward(item, context):
         )  # fmt: skip
     elif item >= biases:
         o = item - biases
-        arrays.d_bias[o] = sum_positions(
-            o, arrays.grad_output, order.output_last, shape.outputs, shape.positions, cut.batch
+        total = sum_positions(
+            o, arrays.grad_output, order.output_last, shape.outputs, shape.positions, cut.batch, arrays.empty.dtype.type(0)
         )  # fmt: skip
+        write(arrays.d_bias, o, total)
     elif shape.depthwise:
         pack_depthwise(arrays.weight, shape.channels, shape.taps, arrays.packed)
     else:
@@ -647,7 +649,10 @@ def add_weight(task, block, replica, tile, tap, begun):
 
 
 class CollectArrays(NamedTuple):
-    """What `backward` has left, and the caller's arrays for it, all flat and empty where there is nothing to do."""
+    """What `backward` has left, and the caller's arrays for it, all flat and empty where there is nothing to do.
+
+    `d_input` and `d_weight` may hold half precision.
+    """
 
     d_x: Any
     d_input: Any

@@ -1,6 +1,7 @@
 """Copies of the weight into panels for the matrix product, and of results into the caller's arrays.
 
-All arrays are flat. A weight is (C_out, C / groups, K), or with `last` set (C_out, K, C / groups).
+All arrays are flat. A weight is (C_out, C / groups, K), or with `last` set (C_out, K, C / groups). The caller's arrays may hold
+half precision.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from deformconv.runtime.blocks import transpose
 from deformconv.runtime.cache import device, in_order
 from deformconv.runtime.matmul import VECTORS
-from deformconv.runtime.simd import VECTOR_BYTES, round_up, transpose_block
+from deformconv.runtime.simd import VECTOR_BYTES, read, round_up, transpose_block, write
 
 __all__ = [
     "pack_backward",
@@ -35,7 +36,8 @@ def write_output(sums, group_row, groups, group_outputs, n, first, count, output
         for t in range(count):
             into = (n * positions + first + t) * outputs + o
             for i in range(group_outputs):
-                output[into + i] = sums[source + t * sum_row + i] + bias[o + i] if bias.size else sums[source + t * sum_row + i]
+                total = sums[source + t * sum_row + i]
+                write(output, into + i, total + read(bias, o + i) if bias.size else total)
 
 
 @device
@@ -44,7 +46,7 @@ def pack_forward(item, weight, last, groups, outputs, channels, taps, packed, sq
 
     `square` is scratch of a vector's lanes squared.
     """
-    lanes = VECTOR_BYTES // weight.itemsize
+    lanes = VECTOR_BYTES // packed.itemsize
     panel, depth = VECTORS * lanes, taps * channels
     panels = (outputs + panel - 1) // panel
     group, first = item // panels, item % panels * panel
@@ -63,7 +65,7 @@ def pack_forward(item, weight, last, groups, outputs, channels, taps, packed, sq
         for step in range(whole, depth):
             row = start + _weight_row(step, last, channels, taps) * width + vector
             for lane in range(used):
-                packed[row + lane] = weight[source + lane * depth + step]
+                packed[row + lane] = read(weight, source + lane * depth + step)
             for lane in range(used, lanes):
                 packed[row + lane] = 0
 
@@ -80,7 +82,7 @@ def pack_backward(item, weight, last, groups, outputs, channels, taps, packed, w
 
     A block has `width` channels of a group, the last one what is left.
     """
-    lanes = VECTOR_BYTES // weight.itemsize
+    lanes = VECTOR_BYTES // packed.itemsize
     panel = VECTORS * lanes
     size = round_up(channels, lanes) * outputs
     group, o = item // outputs, item % outputs
@@ -94,7 +96,7 @@ def pack_backward(item, weight, last, groups, outputs, channels, taps, packed, w
             for tap in range(taps):
                 row = (tap * groups + group) * size + first * outputs + o * row_size
                 for lane in range(used):
-                    packed[row + lane] = weight[source + lane * channel_step + tap * tap_step]
+                    packed[row + lane] = read(weight, source + lane * channel_step + tap * tap_step)
                 for lane in range(used, row_size):
                     packed[row + lane] = 0
 
@@ -104,40 +106,39 @@ def pack_depthwise(weight, channels, taps, packed):
     """packed[tap, c] = weight[c, 0, tap]."""
     for tap in range(taps):
         for c in range(channels):
-            packed[tap * channels + c] = weight[c * taps + tap]
+            packed[tap * channels + c] = read(weight, c * taps + tap)
 
 
 @in_order
-def sum_positions(o, array, last, outputs, positions, images):
-    """The sum over images and positions of one channel.
+def sum_positions(o, array, last, outputs, positions, images, zero):
+    """The sum over images and positions of one channel, in the dtype of `zero`.
 
     Sums of sums: their error grows with the square root of the positions and not with the positions.
     """
-    step, total = outputs if last else 1, array.dtype.type(0)
+    step, total = outputs if last else 1, zero
     for n in range(images):
         start = n * outputs * positions + (o if last else o * positions)
         for first in range(0, positions, 512):
-            total += _sum_run(array, start + first * step, step, min(512, positions - first))
+            total += _sum_run(array, start + first * step, step, min(512, positions - first), zero)
     return total
 
 
 @in_order
-def _sum_run(array, start, step, count):
+def _sum_run(array, start, step, count, zero):
     """The sum of a run of numbers: eight sums side by side, which a vector can hold, and these two by two."""
-    zero = array.dtype.type(0)
     a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
     for eight in range(0, count - 7, 8):
         p = start + eight * step
-        a += array[p]
-        b += array[p + step]
-        c += array[p + 2 * step]
-        d += array[p + 3 * step]
-        e += array[p + 4 * step]
-        f += array[p + 5 * step]
-        g += array[p + 6 * step]
-        h += array[p + 7 * step]
+        a += read(array, p)
+        b += read(array, p + step)
+        c += read(array, p + 2 * step)
+        d += read(array, p + 3 * step)
+        e += read(array, p + 4 * step)
+        f += read(array, p + 5 * step)
+        g += read(array, p + 6 * step)
+        h += read(array, p + 7 * step)
     for p in range(start + count // 8 * 8 * step, start + count * step, step):
-        a += array[p]
+        a += read(array, p)
     return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
@@ -155,4 +156,4 @@ def unpack_weight(item, sums, replicas, rows, row, groups, outputs, channels, ta
             total = sums[source + c]
             for replica in range(1, replicas):
                 total += sums[source + c + replica * (sums.size // replicas)]
-            d_weight[into + c * taps] = total
+            write(d_weight, into + c * taps, total)

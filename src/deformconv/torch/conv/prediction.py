@@ -20,7 +20,7 @@ from deformconv.ops.operator import Operand
 from deformconv.torch import modes, run
 from deformconv.torch.conv.functional import DEFORM_CONV
 from deformconv.torch.run import Plan
-from deformconv.torch.tensors import PLAIN, dtype_name, requires_grad
+from deformconv.torch.tensors import PLAIN, dtype_name, memory_of, requires_grad, tensor_of
 
 __all__ = ["forward", "is_plain"]
 
@@ -54,9 +54,8 @@ def forward(
     plan = _plan(tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors), predicted, window)
     if plan is None:
         return None
-    arrays: list[Any] = [None if tensor is None else tensor.numpy(force=True) for tensor in tensors]
-    output = plan.module.forward_layer(plan.spec, *arrays, activation, library="torch")
-    return run.in_memory_format(torch.from_numpy(output), input)
+    output = plan.module.forward_layer(plan.spec, *map(memory_of, tensors), activation, library="torch")
+    return run.in_memory_format(tensor_of(output), input)
 
 
 @lru_cache(maxsize=1024)
