@@ -86,7 +86,7 @@ def _plan(
             continue
         shape, dtype, device = key
         operands[name] = Operand(tuple(shape), dtype_name(dtype), "cpu" if device is True else str(device))
-    return run.plan_of(op, rank, backend, differentiable, _named(op.operator, parameters), operands)
+    return run.with_small(run.plan_of(op, rank, backend, differentiable, _named(op.operator, parameters), operands))
 
 
 def _are_plain(op: Registered, types: tuple[type, ...], parameters: tuple[Any, ...]) -> bool:

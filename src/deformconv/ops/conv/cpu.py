@@ -22,11 +22,11 @@ from deformconv.ops.taps.reach import reasons_against_int32
 from deformconv.runtime import arrays, threads
 from deformconv.runtime.memory import arena, room
 from deformconv.runtime.openmp import team_for
-from deformconv.runtime.work import COPY, run, share
+from deformconv.runtime.work import COPY, is_shared, run, share
 
 __all__ = [
     "DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "forward_layer", "how", "reasons_against",
-    "warmup",
+    "small", "warmup",
 ]  # fmt: skip
 
 TAKES: Literal["numpy"] = "numpy"
@@ -60,6 +60,13 @@ def _plans() -> Any:
 
 
 @cache
+def _small() -> Any:
+    with threads.importing:
+        from deformconv.ops.conv import cpu_small
+    return cpu_small
+
+
+@cache
 def _layer_kernel() -> Any:
     with threads.importing:
         from deformconv.ops.conv import cpu_layer
@@ -75,6 +82,18 @@ def _layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
 @lru_cache(maxsize=256)
 def _plan(spec: ConvSpec, number: int) -> Any:
     return _plans().plan(spec, number, _multiplications(spec))
+
+
+@lru_cache(maxsize=256)
+def small(spec: ConvSpec) -> Callable[..., None] | None:
+    """What computes a small call from the addresses of its contiguous arrays, the output's first, 0 for None.
+
+    None where the call is large, so that it is worth to share it out.
+    """
+    if is_shared(_multiplications(spec)) or prod(spec.output_shape) == 0:
+        return None
+    plan = _plan(spec, 1)
+    return _small().small_forward(spec, plan.forward, plan.x_size)
 
 
 def _multiplications(spec: ConvSpec) -> int:
