@@ -25,8 +25,8 @@ from deformconv.runtime.openmp import team_for
 from deformconv.runtime.work import COPY, is_shared, run, share
 
 __all__ = [
-    "DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "forward_layer", "how", "reasons_against",
-    "small", "warmup",
+    "DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "forward_layer", "how", "pack", "pack_predictor",
+    "reasons_against", "small", "warmup",
 ]  # fmt: skip
 
 TAKES: Literal["numpy"] = "numpy"
@@ -60,6 +60,13 @@ def _plans() -> Any:
 
 
 @cache
+def _prepack() -> Any:
+    with threads.importing:
+        from deformconv.ops.conv import cpu_prepack
+    return cpu_prepack
+
+
+@cache
 def _small() -> Any:
     with threads.importing:
         from deformconv.ops.conv import cpu_small
@@ -85,6 +92,32 @@ def _plan(spec: ConvSpec, number: int) -> Any:
 
 
 @lru_cache(maxsize=256)
+def _packed_cut(spec: ConvSpec, number: int) -> Any:
+    """`_plan`'s forward pass, for a weight that is packed already."""
+    cut = _plan(spec, number).forward
+    return cut._replace(arguments=_prepack().without_panels(cut.arguments, (4,)))
+
+
+@lru_cache(maxsize=256)
+def _packed_layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
+    """`_layer_plan`, for weights that are packed already."""
+    plan = _layer_plan(spec, channels, number)
+    return plan._replace(arguments=_prepack().without_panels(plan.arguments, (4, 6)))
+
+
+def pack(spec: ConvSpec, weight: Any) -> np.ndarray:
+    """What a forward pass makes of the weight first, for all calls with the same channels, groups and taps."""
+    cut = _plan(spec, 1).forward
+    return _prepack().packed_weight(weight, cut.arguments[2], cut.arguments[4], cut.weight_size)
+
+
+def pack_predictor(spec: ConvSpec, channels: int, weight: Any) -> np.ndarray:
+    """As `pack`, of the weight of a predictor with so many channels."""
+    plan = _layer_plan(spec, channels, 1)
+    return _prepack().packed_weight(weight, plan.arguments[5], plan.arguments[6], plan.predictor_size)
+
+
+@lru_cache(maxsize=256)
 def small(spec: ConvSpec) -> Callable[..., None] | None:
     """What computes a small call from the addresses of its contiguous arrays, the output's first, 0 for None.
 
@@ -102,12 +135,21 @@ def _multiplications(spec: ConvSpec) -> int:
 
 
 def forward(
-    spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, library: str = "numpy", out: Any = None
+    spec: ConvSpec,
+    input: Any,
+    offset: Any,
+    weight: Any,
+    bias: Any,
+    mask: Any,
+    library: str = "numpy",
+    out: Any = None,
+    packed: np.ndarray | None = None,
 ) -> np.ndarray:
     """The output (N, C_out, *O) for arrays that `spec` describes; in memory its channels come last if the input's do.
 
     `library` is where the arrays came from: its threads, if it lends them, do the work. The output is written into `out`, if
-    that is given, and this returned: an array of its own memory, with its channels second or last in it.
+    that is given, and this returned: an array of its own memory, with its channels second or last in it. `packed` is what
+    `pack` has made of the weight, which is not read then.
     """
     input, input_last = arrays.flat_channels(input)
     output, flat_output, output_last = arrays.result_channels(spec.output_shape, spec.dtype, input_last, out)
@@ -115,11 +157,12 @@ def forward(
         return output
     team = team_for(library)
     plan = _plan(spec, team.threads)
-    cut, kernels = plan.forward, _kernels()
+    cut, kernels = plan.forward if packed is None else _packed_cut(spec, team.threads), _kernels()
     offset, mask, *distances = _samples(spec, offset, mask)
     with arena(cut.bytes) as memory:
-        own = memory.empty(plan.x_size, spec.dtype), memory.empty(cut.weight_size, spec.dtype)
-        given, weight_last = _forward_arrays(spec, own, input, offset, weight, bias, mask, flat_output)
+        x = memory.empty(plan.x_size, spec.dtype)
+        panels = memory.empty(cut.weight_size, spec.dtype) if packed is None else packed
+        given, weight_last = _forward_arrays(spec, (x, panels), input, offset, weight, bias, mask, flat_output)
         order = input_last, weight_last, output_last, *distances
         arguments = cut.arguments, order, given, *cut.share.scratch(memory, spec.dtype)
         run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank))
@@ -129,9 +172,12 @@ def forward(
 def _forward_arrays(
     spec: ConvSpec, own: Sequence[np.ndarray], input: Any, offset: Any, weight: Any, bias: Any, mask: Any, output: Any
 ) -> tuple[tuple[np.ndarray, ...], bool]:
-    """A forward kernel's arrays, and whether the weight's channels come last; `own` is room for copies of input and weight."""
-    weight, weight_last = arrays.flat_channels(weight)
+    """A forward kernel's arrays, and whether the weight's channels come last.
+
+    `own` is room for copies of input and weight; the latter's may be filled already, and the weight None.
+    """
     none = arrays.none_of(spec.dtype)
+    weight, weight_last = (none, False) if weight is None else arrays.flat_channels(weight)
     x, packed = own
     bias = none if bias is None else arrays.flat(bias)
     given = _kernels().ForwardArrays(
@@ -149,11 +195,13 @@ def forward_layer(
     predictor_bias: Any,
     activation: tuple[float, float | None],
     library: str = "numpy",
+    packed: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """The output of a layer that predicts its offsets and, if the call is masked, its masks.
 
     The predictor is a convolution over the same window of the input: weight (channels, C_in, *kernel), and a bias or None.
-    `activation` are the scale of masks, and the bound of offsets or None.
+    `activation` are the scale of masks, and the bound of offsets or None. `packed` is what `pack` has made of the weight and
+    `pack_predictor` of the predictor's, which are not read then.
     """
     input, input_last = arrays.flat_channels(input)
     output, flat_output = arrays.empty_channels(spec.output_shape, spec.dtype, input_last)
@@ -161,17 +209,17 @@ def forward_layer(
         return output
     team = team_for(library)
     channels, none, (mask_scale, max_offset) = len(predictor_weight), arrays.none_of(spec.dtype), activation
-    plan = _layer_plan(spec, channels, team.threads)
+    plan = (_layer_plan if packed is None else _packed_layer_plan)(spec, channels, team.threads)
     image, offsets = channels * spec.positions, prod(spec.offset_shape[1:])
     with arena(plan.bytes) as memory:
-        predicted, *own, packed = (
-            memory.empty(size, spec.dtype) for size in (plan.predicted_size, plan.x_size, plan.weight_size, plan.predictor_size)
-        )
+        predicted, x = memory.empty(plan.predicted_size, spec.dtype), memory.empty(plan.x_size, spec.dtype)
+        sizes = plan.weight_size, plan.predictor_size
+        panels, predictor_panels = packed or (memory.empty(size, spec.dtype) for size in sizes)
         mask = predicted[offsets:] if spec.masked else none
-        given, weight_last = _forward_arrays(spec, own, input, predicted, weight, bias, mask, flat_output)
+        given, weight_last = _forward_arrays(spec, (x, panels), input, predicted, weight, bias, mask, flat_output)
         order = input_last, weight_last, input_last, image, image
         predictor_bias = none if predictor_bias is None else arrays.flat(predictor_bias)
-        predictor = arrays.flat(predictor_weight), packed, predictor_bias
+        predictor = arrays.flat(predictor_weight), predictor_panels, predictor_bias
         squash = np.array((mask_scale, max_offset or 0), spec.dtype)
         scratch = plan.share.scratch(memory, spec.dtype)
         arguments = plan.arguments, order, (given, predictor), squash, *scratch
