@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import deformconv
-from deformconv.convert import prepack
+from deformconv.convert import prepack, to_torchvision
 from deformconv.ops.conv import cpu
 from deformconv.runtime import work
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, PrepackedDeformConv, calls
@@ -43,7 +43,7 @@ def nothing_is_small(monkeypatch):
 
     forget()
     monkeypatch.setattr(work, "SHARED_FROM", 0)
-    yield
+    yield forget
     forget()
 
 
@@ -300,11 +300,12 @@ def test_threads_that_begin_together():
     assert len(found) == 8 and all(torch.equal(each, expected) for each in found)
 
 
-def test_small_calls_and_other_devices_take_the_plain_weight(monkeypatch):
+def test_small_calls_and_other_devices_take_the_plain_weight(monkeypatch, nothing_is_small):
     layer, x = layer_of()
     packed = layer.prepack()
     assert packed.to("meta")(x.to("meta")).shape == layer(x).shape
     monkeypatch.setattr(work, "SHARED_FROM", 1e9)
+    nothing_is_small()
     packed = layer.prepack()
     monkeypatch.setattr(cpu, "pack", None)
     offset, mask = layer.offsets_and_mask(x)
@@ -312,6 +313,15 @@ def test_small_calls_and_other_devices_take_the_plain_weight(monkeypatch):
         assert torch.equal(packed(x, offset, mask), layer(x, offset, mask))
 
 
+def test_torchvision_has_none():
+    with pytest.raises(
+        ValueError, match=r"`model` is a deformconv.torch.conv.prepacked.PrepackedDeformConv; expected DeformConv2d"
+    ):
+        to_torchvision(layer_of()[0].prepack())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_export_and_trace():
     layer, x = layer_of()
     packed = layer.prepack()

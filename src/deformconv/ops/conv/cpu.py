@@ -379,6 +379,9 @@ def _warm(dtype: str, rank: int) -> None:
         x_, offset_, weight_, mask_ = (Operand(array.shape, dtype) for array in (x, offset, weight, mask))
         spec = conv_spec(x_, offset_, weight_, mask=mask_)
         y = forward(spec, x, offset, weight, None, mask)
+        forward(spec, x, offset, None, None, mask, packed=pack(spec, weight))
+        if (compute := small(spec)) is not None:
+            compute(y.ctypes.data, x.ctypes.data, offset.ctypes.data, weight.ctypes.data, 0, mask.ctypes.data)
         backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
         predictor = np.zeros((rank + 1, 1, *ones), dtype)
         forward_layer(spec, x, weight, None, predictor, None, (1.0, None))

@@ -185,7 +185,7 @@ def _checked(layer: Any) -> _DeformConvNd:
             f"`layer` is a {kind.__module__}.{kind.__qualname__}; expected a DeformConv1d, DeformConv2d or DeformConv3d "
             "itself, since any other class may compute something else."
         )
-    found: _DeformConvNd = layer
+    found: Any = layer
     return found
 
 
