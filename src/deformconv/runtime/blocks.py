@@ -13,7 +13,8 @@ from deformconv.runtime.cache import device
 from deformconv.runtime.simd import INT, VECTOR_BYTES, Rows, emits, for_channels, for_each, transpose_block
 
 __all__ = [
-    "RUN", "SUMS", "Layout", "block_end", "block_of", "copy_in", "copy_out", "copy_rows", "sum_slots", "transpose", "zero",
+    "RUN", "SUMS", "Layout", "add_sets", "block_end", "block_of", "copy_in", "copy_out", "copy_rows", "copy_run_out",
+    "sum_slots", "transpose", "zero",
 ]  # fmt: skip
 
 RUN = 64  # positions that an item of a copy takes
@@ -141,21 +142,27 @@ def copy_out(item, rows, layout, sets, array, last, channels, images, empty):
     while start < channels:
         end = block_end(start, channels, layout.span, width)
         source = ((block * images + n) * layout.pitch + first) * width
-        _add_sets(rows, source, count * width, sets)
-        if last:
-            into = Rows(array, (n * positions + first) * channels + start, channels)
-            copy_rows(Rows(rows, source, width), into, count, end - start)
-        else:
-            into = (n * channels + start) * positions + first
-            transpose(count, end - start, rows, source, width, array, into, positions, empty, 0)
+        add_sets(rows, source, count * width, sets, rows.size // sets)
+        copy_run_out(rows, source, width, count, end - start, array, last, channels, positions, n, start, first, empty)
         start, block = end, block + 1
 
 
 @device
-def _add_sets(rows, start, size, sets):
-    """Add the other sets' numbers to those of the first set."""
+def copy_run_out(rows, source, row, count, width, array, last, channels, positions, n, channel, first, empty):
+    """Copy `count` rows of `width` channels, `row` apart from `source` on, to an image's positions from `first` on."""
+    if last:
+        into = Rows(array, (n * positions + first) * channels + channel, channels)
+        copy_rows(Rows(rows, source, row), into, count, width)
+    else:
+        into = (n * channels + channel) * positions + first
+        transpose(count, width, rows, source, row, array, into, positions, empty, 0)
+
+
+@device
+def add_sets(rows, start, size, sets, distance):
+    """Add the other sets' numbers to those of the first set; they lie `distance` apart."""
     for number in range(1, sets):
-        more = number * (rows.size // sets)
+        more = number * distance
         for index in range(start, start + size):
             rows[index] += rows[index + more]
 

@@ -26,7 +26,9 @@ from deformconv.runtime.simd import (
     element,
     emits,
     for_channels,
+    for_each,
     for_positions,
+    for_usual_widths,
     lanes_of,
 )
 
@@ -230,6 +232,49 @@ def add_samples(size, table, first, end, x, column, width):
         _add_position(size, table, t, x, column, width)
 
 
+@emits
+def _blend(builder, scalar, size, table, count, x, mask, mask_start, masked, column, width):
+    def one_width(vectors):
+        def position(t, _):
+            starts, factors = _corners(builder, size, table, t, x)
+            scale = _scale(builder, scalar, mask, builder.add(mask_start, t), masked)
+            into = builder.add(column.start, builder.mul(t, column.row))
+
+            def step(do, c, sums):
+                values = [do.load(x.array, builder.add(corner, c)) for corner in starts]
+                do.store(_blended(do, values, factors, scale), column.array, builder.add(into, c))
+                return sums
+
+            _over_channels(builder, scalar, width, vectors, [], step)
+            return []
+
+        for_each(builder, INT(0), count, 1, [], position)
+
+    for_usual_widths(builder, lanes_of(scalar), width, one_width)
+
+
+def _over_channels(builder, scalar, width, vectors, sums, step):
+    """`step` over the channels of some whole vectors, without a loop, or of any width for 0 vectors."""
+    if not vectors:
+        return for_channels(builder, scalar, width, sums, step)
+    do = Lanes(builder, scalar, lanes_of(scalar))
+    for vector in range(vectors):
+        sums = step(do, INT(vector * do.width), sums)
+    return sums
+
+
+def _scale(builder, scalar, mask, index, masked):
+    """A position's mask, or 1 where there are none."""
+    before = builder.block
+    with builder.if_then(masked):
+        number = builder.load(element(builder, mask, index))
+        loading = builder.block
+    scale = builder.phi(scalar)
+    scale.add_incoming(ir.Constant(scalar, 1.0), before)
+    scale.add_incoming(number, loading)
+    return scale
+
+
 @device
 def blend(size, table, count, x, mask, mask_start, column, width):
     """column[t, c] = mask[t] * sum over corners of weight * x[corner, c] for c < width.
@@ -237,36 +282,56 @@ def blend(size, table, count, x, mask, mask_start, column, width):
     `x` and `column` are Rows, of pixels and of positions; `mask` is flat, and empty for masks of 1. The mask multiplies the sum
     and not the weights: an infinite mask must not turn a weight of 0 into NaN.
     """
-    for t in range(count):
-        scale = mask[mask_start + t] if mask.size else mask.dtype.type(1)
-        _blend_position(size, table, t, x, scale, column, width)
+    _blend(size, table, count, x, mask, mask_start, mask.size > 0, column, width)
 
 
-@emits
-def _pull_back_position(builder, scalar, size, table, t, x, scale, column, d_column, d_x, scatter, width):
+def _pull_back_one(builder, scalar, size, table, t, x, scale, column, d_column, d_x, scattering, width, vectors):
+    """Emit one position's pass over its corners' rows; `vectors` as in `_over_channels`."""
     add = builder.add
     starts, factors = _corners(builder, size, table, t, x)
     into, source = add(column.start, builder.mul(t, column.row)), add(d_column.start, builder.mul(t, d_column.row))
     shift = builder.sub(d_x.start, x.start)
     zero = ir.Constant(ir.VectorType(scalar, lanes_of(scalar)), None)
 
-    def pass_over(scattering):
-        def step(do, c, dots):
-            values = [do.load(x.array, add(corner, c)) for corner in starts]
-            d = do.load(d_column.array, add(source, c))
-            do.store(_blended(do, values, factors, scale), column.array, add(into, c))
-            if scattering:
-                scaled = do.multiply(do.spread(scale), d)
-                # In turn, each read after the one before is written: two corners may be the same row.
-                for corner, factor in zip(starts, factors, strict=True):
-                    index = add(add(corner, shift), c)
-                    do.store(do.multiply_add(do.spread(factor), scaled, do.load(d_x.array, index)), d_x.array, index)
-            return [do.multiply_add(d, value, dot) for value, dot in zip(values, dots, strict=True)]
+    def step(do, c, dots):
+        values = [do.load(x.array, add(corner, c)) for corner in starts]
+        d = do.load(d_column.array, add(source, c))
+        do.store(_blended(do, values, factors, scale), column.array, add(into, c))
+        if scattering:
+            scaled = do.multiply(do.spread(scale), d)
+            # In turn, each read after the one before is written: two corners may be the same row.
+            for corner, factor in zip(starts, factors, strict=True):
+                index = add(add(corner, shift), c)
+                do.store(do.multiply_add(do.spread(factor), scaled, do.load(d_x.array, index)), d_x.array, index)
+        return [do.multiply_add(d, value, dot) for value, dot in zip(values, dots, strict=True)]
 
-        dots = add_lanes(builder, for_channels(builder, scalar, width, [zero] * len(starts), step))
-        for corner, dot in enumerate(dots):
-            index = add(builder.mul(INT((1 << len(size)) + len(size) + corner), table.tile), t)
-            builder.store(dot, element(builder, table.weights, index))
+    dots = add_lanes(builder, _over_channels(builder, scalar, width, vectors, [zero] * len(starts), step))
+    for corner, dot in enumerate(dots):
+        index = add(builder.mul(INT((1 << len(size)) + len(size) + corner), table.tile), t)
+        builder.store(dot, element(builder, table.weights, index))
+
+
+@emits
+def _pull_back_position(builder, scalar, size, table, t, x, scale, column, d_column, d_x, scatter, width):
+    with builder.if_else(scatter) as (scattering, reading):
+        with scattering:
+            _pull_back_one(builder, scalar, size, table, t, x, scale, column, d_column, d_x, True, width, 0)
+        with reading:
+            _pull_back_one(builder, scalar, size, table, t, x, scale, column, d_column, d_x, False, width, 0)
+
+
+@emits
+def _pull_back(builder, scalar, size, table, count, x, mask, mask_start, masked, column, d_column, d_x, scatter, width):
+    def pass_over(scattering):
+        def one_width(vectors):
+            def position(t, _):
+                scale = _scale(builder, scalar, mask, builder.add(mask_start, t), masked)
+                _pull_back_one(builder, scalar, size, table, t, x, scale, column, d_column, d_x, scattering, width, vectors)
+                return []
+
+            for_each(builder, INT(0), count, 1, [], position)
+
+        for_usual_widths(builder, lanes_of(scalar), width, one_width)
 
     with builder.if_else(scatter) as (scattering, reading):
         with scattering:
@@ -283,10 +348,7 @@ def pull_back(size, table, count, x, mask, mask_start, column, d_column, d_x, wi
     offset and mask need nothing else. And it adds mask * weight * d_column[t] to the corners' rows of `d_x`, unless that is
     empty; its rows are as far apart as the rows of `x`.
     """
-    scatter = d_x.array.size > 0
-    for t in range(count):
-        scale = mask[mask_start + t] if mask.size else mask.dtype.type(1)
-        _pull_back_position(size, table, t, x, scale, column, d_column, d_x, scatter, width)
+    _pull_back(size, table, count, x, mask, mask_start, mask.size > 0, column, d_column, d_x, d_x.array.size > 0, width)
 
 
 @device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -102,6 +103,45 @@ def test_results_are_the_same_for_any_number_of_threads(case: Case, monkeypatch:
             np.testing.assert_array_equal(one, two)
 
 
+BATCHES = [
+    *TAILS,
+    Case("narrow offset groups", (9, 12), (3, 3), padding=1, in_channels=64, out_channels=9, offset_groups=8),
+    Case("narrow offset groups, a rest", (9, 12), (3, 3), padding=1, in_channels=96, out_channels=9, offset_groups=6),
+    Case("several parts and blocks", (30, 31), (3, 3), padding=1, in_channels=130, out_channels=12),
+]
+
+
+@pytest.mark.parametrize("case", BATCHES, ids=lambda case: case.name)
+def test_an_image_does_not_depend_on_its_batch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the sums over a batch on how many images are done at once, for which memory and threads decide."""
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
+    call = make(dataclasses.replace(case, batch=7), "float32")
+    deformconv.set_num_threads(3)
+    expected = [output(call), *gradients(call)]
+    for size, threads in ((7, 1), (3, 2), (1, 8)):
+        deformconv.set_num_threads(threads)
+        for first in range(0, 7, size):
+            part = slice(first, first + size)
+            images = call.but(
+                **{
+                    name: None if getattr(call, name) is None else getattr(call, name)[part]
+                    for name in ("input", "offset", "mask", "grad_output")
+                }
+            )
+            images = images.but(spec=dataclasses.replace(call.spec, batch=len(images.input)))
+            found = [output(images), *gradients(images)]
+            for name, one, other in zip(("output", *GRADIENTS), expected, found, strict=True):
+                if name in ("output", "input", "offset", "mask") and one is not None:
+                    np.testing.assert_array_equal(other, one[part], name)
+    monkeypatch.setattr(cpu._plans(), "_BATCH_BYTES", 1)
+    for threads in (1, 3):
+        cpu._backward_plans.cache_clear()
+        deformconv.set_num_threads(threads)
+        for one, other in zip(expected[1:], gradients(call), strict=True):
+            np.testing.assert_array_equal(one, other)
+    cpu._backward_plans.cache_clear()
+
+
 @pytest.mark.slow
 def test_float32_at_width_1333_and_depth_4608() -> None:
     """The paper's image width, where adding base and offset in float32 alone costs 5e-5; then the largest layer's sum."""
@@ -173,19 +213,19 @@ def _peak(run: Callable[[], Any]) -> tuple[Any, int]:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, 4, 32])
 def test_backward_grows_with_the_batch_by_what_must_exist(batch: int) -> None:
-    """Beside the gradients: copies of input, its gradient and the output's, sums for the weight, 2 MB a thread."""
+    """Beside the gradients: copies of a few images and their output's gradient, sums for the weight, 2 MB a thread."""
     case = Case("", (60, 60), (3, 3), padding=1, in_channels=128, out_channels=128, batch=batch)
     call = make(case, "float32")
     found, peak = _peak(lambda: gradients(call))
     results = sum(gradient.nbytes for gradient in found)
-    # One image is cut in two parts, each with a gradient of the input; two blocks of channels each sum offsets and masks.
-    parts = 2 if batch == 1 else 1
-    own = call.input.nbytes * (1 + parts) + call.grad_output.nbytes + 2 * (call.offset.nbytes + call.mask.nbytes)
-    lanes = 8  # of sums, and the packed weight
-    rows = 4 * (case.in_channels * (1 + parts) * batch + case.out_channels * 16)
-    assert peak <= results + own + rows + (1 + lanes) * call.weight.nbytes + 2 * 2**20
+    # Two blocks of channels each sum offsets and masks; one block of an image has a gradient of the input, in two parts.
+    images = min(batch, 24 * 2**20 // (call.input[0].nbytes + call.grad_output[0].nbytes))
+    own = images * (call.input[0].nbytes + call.grad_output[0].nbytes + 2 * (call.offset[0].nbytes + call.mask[0].nbytes))
+    rows = 4 * (case.in_channels * images + case.out_channels * 16)
+    replicas = 14  # of the weight's gradient at the most, and the packed weight
+    assert peak <= results + own + call.input[0].nbytes + rows + (1 + replicas) * call.weight.nbytes + 2 * 2**20
     columns = 9 * call.input.nbytes
     assert peak - results <= columns
 

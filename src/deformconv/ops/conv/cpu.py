@@ -8,10 +8,11 @@ is the same bit for bit whatever the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import product
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -87,14 +88,24 @@ def _layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _plan(spec: ConvSpec, number: int) -> Any:
-    return _plans().plan(spec, number, _multiplications(spec))
+def _forward_plan(spec: ConvSpec, number: int) -> Any:
+    return _plans().forward_plan(spec, number, _multiplications(spec))
 
 
 @lru_cache(maxsize=256)
-def _packed_cut(spec: ConvSpec, number: int) -> Any:
-    """`_plan`'s forward pass, for a weight that is packed already."""
-    cut = _plan(spec, number).forward
+def _backward_plans(spec: ConvSpec, number: int) -> list[tuple[int, int, Any]]:
+    """A batch in parts: the first image, the end, and the plan of each."""
+    at_once = _plans().images_at_once(spec, number)
+    ends = [(first, min(first + at_once, spec.batch)) for first in range(0, spec.batch, at_once)]
+    specs = [replace(spec, batch=end - first) for first, end in ends]
+    plans = [_plans().backward_plan(part, spec.batch, number, _multiplications(part)) for part in specs]
+    return [(*pair, plan) for pair, plan in zip(ends, plans, strict=True)]
+
+
+@lru_cache(maxsize=256)
+def _packed_plan(spec: ConvSpec, number: int) -> Any:
+    """`_forward_plan`, for a weight that is packed already."""
+    cut = _forward_plan(spec, number)
     return cut._replace(arguments=_prepack().without_panels(cut.arguments, (4,)))
 
 
@@ -107,7 +118,7 @@ def _packed_layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
 
 def pack(spec: ConvSpec, weight: Any) -> np.ndarray:
     """What a forward pass makes of the weight first, for all calls with the same channels, groups and taps."""
-    cut = _plan(spec, 1).forward
+    cut = _forward_plan(spec, 1)
     return _prepack().packed_weight(weight, cut.arguments[2], cut.arguments[4], cut.weight_size)
 
 
@@ -125,8 +136,7 @@ def small(spec: ConvSpec) -> Callable[..., None] | None:
     """
     if is_shared(_multiplications(spec)) or prod(spec.output_shape) == 0:
         return None
-    plan = _plan(spec, 1)
-    return _small().small_forward(spec, plan.forward, plan.x_size)
+    return _small().small_forward(spec, _forward_plan(spec, 1))
 
 
 def _multiplications(spec: ConvSpec) -> int:
@@ -156,11 +166,10 @@ def forward(
     if output.size == 0:
         return output
     team = team_for(library)
-    plan = _plan(spec, team.threads)
-    cut, kernels = plan.forward if packed is None else _packed_cut(spec, team.threads), _kernels()
+    cut, kernels = (_forward_plan if packed is None else _packed_plan)(spec, team.threads), _kernels()
     offset, mask, *distances = _samples(spec, offset, mask)
     with arena(cut.bytes) as memory:
-        x = memory.empty(plan.x_size, spec.dtype)
+        x = memory.empty(cut.x_size, spec.dtype)
         panels = memory.empty(cut.weight_size, spec.dtype) if packed is None else packed
         given, weight_last = _forward_arrays(spec, (x, panels), input, offset, weight, bias, mask, flat_output)
         order = input_last, weight_last, output_last, *distances
@@ -255,40 +264,89 @@ def backward(
         return Gradients(**results)
 
     team = team_for(library)
-    plan = _plan(spec, team.threads)
-    cut, kernels = plan.backward, _kernels()
+    parts = _backward_plans(spec, team.threads)
     grad_output, output_last = arrays.flat_channels(grad_output)
     weight, weight_last = arrays.flat_channels(weight)
     offset, mask, image_offset, image_mask = _samples(spec, offset, mask)
-    sizes = _backward_sizes(spec, plan, flat)
-    with arena(sum(room(size, spec.dtype) for size in sizes.values()) + cut.share.bytes) as memory:
+    sizes = _backward_sizes(spec, parts, flat)
+    with arena(sum(room(size, spec.dtype) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
         own = {name: memory.empty(size, spec.dtype) for name, size in sizes.items()}
-        own["d_output"][spec.batch * spec.positions * spec.out_channels :] = 0
-        slots = {name: own[name] if cut.slots > 1 else flat[name] for name in ("offset", "mask")}
-        if cut.slots > 1:  # an offset group may have fewer blocks than another
-            own["offset"][...] = own["mask"][...] = 0
-        given = kernels.BackwardArrays(
-            grad_output=grad_output,
-            d_output=own["d_output"],
-            input=input,
-            x=own["x"],
-            offset=offset,
-            mask=mask,
-            weight=weight,
-            packed=own["packed"],
-            d_x=own["d_x"],
-            d_offset=slots["offset"],
-            d_mask=slots["mask"],
-            d_weight=own["replicas"],
-            d_bias=flat["bias"],
-            empty=arrays.none_of(spec.dtype),
-        )
+        scratch = parts[0][2].share.scratch(memory, spec.dtype)
         order = input_last, weight_last, output_last, image_offset, image_mask
-        arguments = cut.arguments, order, tuple(given), *cut.share.scratch(memory, spec.dtype)
-        shared = cut.share if results.keys() != {"bias"} else cut.share._replace(items=1)
-        run(kernels.backward, arguments, shared, team, (spec.dtype, spec.rank))
-        _collect(spec, plan, own, flat, d_input_last, team)
+        given = _Given(grad_output, input, offset, weight, mask)
+        for part in parts:
+            _backward_part(spec, part, given, (*order, part[0], d_input_last), own, flat, scratch, team)
     return Gradients(**results)
+
+
+class _Given(NamedTuple):
+    """What a backward pass is given, flat."""
+
+    grad_output: np.ndarray
+    input: np.ndarray
+    offset: np.ndarray
+    weight: np.ndarray
+    mask: np.ndarray
+
+
+def _backward_part(
+    spec: ConvSpec,
+    part: tuple[int, int, Any],
+    given: _Given,
+    order: tuple[int, ...],
+    own: dict[str, np.ndarray],
+    flat: dict[str, np.ndarray],
+    scratch: tuple[np.ndarray, np.ndarray],
+    team: Any,
+) -> None:
+    """Go backwards through some images: write their gradients, and add to the sums over the batch, or finish these."""
+    (first, end, cut), kernels, none = part, _kernels(), arrays.none_of(spec.dtype)
+    own["d_output"][(end - first) * spec.positions * spec.out_channels :] = 0
+    # Results of these images; each image has the same share of a result's array.
+    ours = {name: _images(flat[name], spec, first, end) for name in ("input", "offset", "mask")}
+    slots = {name: own[name][: cut.slots * ours[name].size] if cut.slots > 1 else ours[name] for name in ("offset", "mask")}
+    if cut.slots > 1:  # an offset group may have fewer blocks than another
+        slots["offset"][...] = slots["mask"][...] = 0
+    d_input, d_x = ours["input"] if cut.whole else none, own["d_x"][: cut.gradient_size]
+    arguments = kernels.BackwardArrays(
+        grad_output=given.grad_output[first * spec.positions * spec.out_channels :],
+        d_output=own["d_output"],
+        input=given.input[first * spec.pixels * spec.in_channels :],
+        x=own["x"],
+        offset=given.offset[first * order[3] :],
+        mask=given.mask[first * order[4] :],
+        weight=given.weight,
+        packed=own["packed"],
+        d_x=d_x,
+        d_input=d_input,
+        d_offset=slots["offset"],
+        d_mask=slots["mask"],
+        d_weight=own["replicas"],
+        d_bias=none if first else flat["bias"],
+        empty=none,
+    )
+    wanted = any(flat[name].size for name in GRADIENTS if name != "bias")
+    shared = cut.share if wanted else cut.share._replace(items=1)
+    run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, (spec.dtype, spec.rank))
+    last = end == spec.batch
+    collected = kernels.CollectArrays(
+        d_x=none if d_input.size else d_x,
+        d_input=none if d_input.size else ours["input"],
+        replicas=own["replicas"] if last else none,
+        d_weight=flat["weight"] if last else none,
+        offset_slots=slots["offset"] if cut.slots > 1 else none,
+        d_offset=ours["offset"] if cut.slots > 1 else none,
+        mask_slots=slots["mask"] if cut.slots > 1 else none,
+        d_mask=ours["mask"] if cut.slots > 1 else none,
+        empty=none,
+    )
+    _collect(spec, end - first, cut, collected, order[-1], team)
+
+
+def _images(result: np.ndarray, spec: ConvSpec, first: int, end: int) -> np.ndarray:
+    """The numbers of some images in a flat result, which may be empty."""
+    image = result.size // spec.batch
+    return result[first * image : end * image]
 
 
 def _samples(spec: ConvSpec, offset: Any, mask: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
@@ -317,43 +375,34 @@ def _results(
     return results, flat | {name: results[name].reshape(-1) for name in shapes if name in results}, last
 
 
-def _backward_sizes(spec: ConvSpec, plan: Any, flat: dict[str, np.ndarray]) -> dict[str, int]:
+def _backward_sizes(spec: ConvSpec, parts: list[tuple[int, int, Any]], flat: dict[str, np.ndarray]) -> dict[str, int]:
     """How many numbers each array takes that a backward pass needs for itself."""
-    cut = plan.backward
+    first, end, cut = parts[0]  # of no part there are more images
     return {
-        "x": plan.x_size,
+        "x": cut.x_size,
         "packed": cut.weight_size,
         "d_output": cut.output_size,
-        "d_x": cut.parts * plan.x_size if flat["input"].size else 0,
+        "d_x": max(part.gradient_size for *_, part in parts) if flat["input"].size else 0,
         "replicas": cut.replicas * cut.replica_size if flat["weight"].size else 0,
         # Where a gradient that blocks of channels share is summed, if there are several.
-        "offset": cut.slots * flat["offset"].size if cut.slots > 1 else 0,
-        "mask": cut.slots * flat["mask"].size if cut.slots > 1 else 0,
+        "offset": cut.slots * _images(flat["offset"], spec, first, end).size if cut.slots > 1 else 0,
+        "mask": cut.slots * _images(flat["mask"], spec, first, end).size if cut.slots > 1 else 0,
     }
 
 
-def _collect(spec: ConvSpec, plan: Any, own: dict[str, np.ndarray], flat: dict[str, np.ndarray], last: bool, team: Any) -> None:
+def _collect(spec: ConvSpec, images: int, cut: Any, given: Any, last: int, team: Any) -> None:
     """Bring what a backward pass has left in its own arrays into the flat results.
 
     `last` says whether the channels of the input's gradient come last in memory.
     """
-    kernels, cut, none = _kernels(), plan.backward, arrays.none_of(spec.dtype)
-    shared = cut.slots > 1
-    given = kernels.CollectArrays(
-        d_x=own["d_x"],
-        d_input=flat["input"],
-        replicas=own["replicas"],
-        d_weight=flat["weight"],
-        offset_slots=own["offset"],
-        d_offset=flat["offset"] if shared else none,
-        mask_slots=own["mask"],
-        d_mask=flat["mask"] if shared else none,
-        empty=none,
-    )
-    items = _plans().collect_items(spec, given.d_input.size, given.d_weight.size, given.d_offset.size, given.d_mask.size)
+    sizes = given.d_input.size, given.d_weight.size, given.d_offset.size, given.d_mask.size
+    items = _plans().collect_items(spec, images, *sizes)
+    if not items:
+        return
     moved = given.d_x.size + given.replicas.size + given.offset_slots.size + given.mask_slots.size
     arguments = cut.arguments[2:], last, tuple(given)
-    run(kernels.collect, arguments, share(items, team.threads, moved * COPY, spec.dtype), team, (spec.dtype, spec.rank))
+    shared = share(items, team.threads, moved * COPY, spec.dtype)
+    run(_kernels().collect, arguments, shared, team, (spec.dtype, spec.rank))
 
 
 def warmup(

@@ -19,7 +19,19 @@ from deformconv.ops.conv.cpu_pack import (
     write_output,
 )
 from deformconv.runtime.atomics import all_together, fetch_add
-from deformconv.runtime.blocks import RUN, SUMS, Layout, block_end, block_of, copy_in, copy_out, sum_slots, zero
+from deformconv.runtime.blocks import (
+    RUN,
+    SUMS,
+    Layout,
+    add_sets,
+    block_end,
+    block_of,
+    copy_in,
+    copy_out,
+    copy_run_out,
+    sum_slots,
+    zero,
+)
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
 from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up
@@ -30,6 +42,7 @@ from deformconv.sampling.windows import place_tap, place_tile
 __all__ = [
     "BackwardArrays",
     "BackwardCut",
+    "BackwardOrder",
     "CollectArrays",
     "ForwardArrays",
     "ForwardCut",
@@ -299,24 +312,43 @@ def multiply_chunk(shape, group_row, tile, chunk, column, packed, sums):
 class BackwardCut(NamedTuple):
     """How a backward pass is cut (`cpu_plan`)."""
 
+    block: Any  # channels of an item, one or several blocks of the input's copy
+    blocks: Any
     taps_at_once: Any
     tile: Any
     parts: Any  # of an image
     part_size: Any  # positions
     replicas: Any
+    whole: Any  # whether an item does all parts of its images
+    bunch: Any  # images that an item goes through for some taps before it takes the next taps
     row: Any  # numbers of a row of a replica: the input channels of a weight group
     sums: Any  # numbers of a replica for one tap and weight group
     column_row: Any
     packed: Any  # numbers of the packed weight for one tap and weight group
     packs: Any  # items that pack the weight
+    batch: Any  # images of the whole call
+
+
+class BackwardOrder(NamedTuple):
+    """As Order; where the images lie in the batch, if the kernel gets some of them at a time; the input's gradient."""
+
+    input_last: Any
+    weight_last: Any
+    output_last: Any
+    image_offset: Any
+    image_mask: Any
+    first_image: Any
+    gradient_last: Any
 
 
 class BackwardArrays(NamedTuple):
     """The arrays of a backward pass, all flat; results that are not wanted are empty, the others overwritten.
 
     As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more; d_x
-    (parts, as x); d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for each
-    block that shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
+    (parts, as x), or where items do whole images, room of each thread (bunch, parts, an item of x), from which it goes into
+    d_input (N, C, P);
+    d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for each item that
+    shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
     """
 
     grad_output: Any
@@ -328,6 +360,7 @@ class BackwardArrays(NamedTuple):
     weight: Any
     packed: Any
     d_x: Any
+    d_input: Any
     d_offset: Any
     d_mask: Any
     d_weight: Any
@@ -341,6 +374,7 @@ class Task(NamedTuple):
     samples: Any
     cut: Any
     arrays: Any
+    thread: Any
     column: Any  # a tap's samples of a block at a tile's positions
     d_column: Any  # and their gradients
     for_samples: Any  # whether a gradient through the samples is wanted
@@ -348,24 +382,34 @@ class Task(NamedTuple):
 
 
 class Block(NamedTuple):
-    """An item: a block of channels, and the replica of d_weight that its sums go to."""
+    """An item's channels."""
 
     number: Any
     start: Any
     end: Any
+
+
+class Place(NamedTuple):
+    """Where an item is: a part of an image, and the replica of d_weight that its sums go to."""
+
+    n: Any
+    room: Any  # of those that a thread has for the input's gradient, if items do whole images
+    part: Any
     replica: Any
+    begun: Any  # whether the replica holds sums of another image
 
 
 @kernel
 def backward(counter, limit, thread, plan, order, arrays, reals, integers):
-    """One item is a block of channels in every `replicas`-th part of all images.
+    """One item is a block of channels in some images, or in one part of each.
 
     Parts are copies of d_x and replicas are copies of d_weight, so that no two threads add to the same number.
 
-    Arguments as in `forward`, with a BackwardCut and BackwardArrays. At first everybody together makes the copies.
+    Arguments as in `forward`, with a BackwardCut, BackwardOrder and BackwardArrays. At first everybody together makes the
+    copies.
     """
     shape, layout, cut = named(Shape, plan[2]), named(Layout, plan[3]), named(BackwardCut, plan[4])
-    order, arrays = Order(*order), BackwardArrays(*arrays)
+    order, arrays = BackwardOrder(*order), BackwardArrays(*arrays)
     table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
     column = reals[thread, round_up(table.weights.size, VECTOR_BYTES // reals.itemsize) :]
     d_column = Rows(column[cut.tile * cut.column_row :], 0, cut.column_row)
@@ -373,30 +417,35 @@ def backward(counter, limit, thread, plan, order, arrays, reals, integers):
     samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
     for_places = arrays.d_offset.size > 0 or arrays.d_mask.size > 0
     for_samples = for_places or arrays.d_x.size > 0
-    task = Task(samples, cut, arrays, Rows(column, 0, cut.column_row), d_column, for_samples, for_places)
-    copies = backward_copies(shape, layout, cut, arrays)[3]
+    task = Task(samples, cut, arrays, thread, Rows(column, 0, cut.column_row), d_column, for_samples, for_places)
+    copies = backward_copies(shape, order, layout, cut, arrays)[3]
     all_together(counter, copies, copy_for_backward, (shape, order, layout, cut, arrays))
-    items = layout.blocks * cut.replicas if for_samples or arrays.d_weight.size > 0 else 0
+    classes = cut.replicas // cut.parts if cut.whole else cut.replicas
+    items = cut.blocks * classes if for_samples or arrays.d_weight.size > 0 else 0
     for _ in range(limit):
         item = fetch_add(counter, NEXT)
         if item >= items:
             return
-        one_block(counter, task, item % layout.blocks, item // layout.blocks)
+        one_block(counter, task, item % cut.blocks, item // cut.blocks)
 
 
 @device
-def backward_copies(shape, layout, cut, arrays):
-    """Where the items of `copy_for_backward` begin that sum for the bias, copy grad_output and copy the input; the end."""
-    outputs = cut.packs + arrays.d_bias.size
+def backward_copies(shape, order, layout, cut, arrays):
+    """Where the items of `copy_for_backward` begin that sum for the bias, copy grad_output and copy the input; the end.
+
+    The weight is packed and the bias' gradient summed with the first images.
+    """
+    packs = cut.packs if order.first_image == 0 else 0
+    outputs = packs + arrays.d_bias.size
     inputs = outputs + shape.images * ((shape.positions + RUN - 1) // RUN)
-    return cut.packs, outputs, inputs, inputs + shape.images * ((layout.pixels + RUN - 1) // RUN)
+    return packs, outputs, inputs, inputs + shape.images * ((layout.pixels + RUN - 1) // RUN)
 
 
 @device
 def copy_for_backward(item, context):
     """Pack the weight, sum the bias' gradient, or copy a run of one of both arrays with their channels last."""
     shape, order, layout, cut, arrays = context
-    biases, outputs, inputs, _ = backward_copies(shape, layout, cut, arrays)
+    biases, outputs, inputs, _ = backward_copies(shape, order, layout, cut, arrays)
     if item >= inputs:
         copy_in(
             item - inputs, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
@@ -410,56 +459,104 @@ def copy_for_backward(item, context):
     elif item >= biases:
         o = item - biases
         arrays.d_bias[o] = sum_positions(
-            o, arrays.grad_output, order.output_last, shape.outputs, shape.positions, shape.images
+            o, arrays.grad_output, order.output_last, shape.outputs, shape.positions, cut.batch
         )  # fmt: skip
     elif shape.depthwise:
         pack_depthwise(arrays.weight, shape.channels, shape.taps, arrays.packed)
     else:
         pack_backward(
             item, arrays.weight, order.weight_last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps,
-            arrays.packed, layout.width,
+            arrays.packed, cut.block,
         )  # fmt: skip
 
 
 @device
-def one_block(counter, task, number, replica):
-    """Do a block's work in all parts of images that belong to a replica."""
+def one_block(counter, task, number, item):
+    """Do a block's work in some images: every `replicas / parts`-th of the batch, in all parts or in one."""
+    shape, layout, cut, arrays = task.samples.shape, task.samples.layout, task.cut, task.arrays
+    blocks_a_span = (layout.span + cut.block - 1) // cut.block
+    start = number // blocks_a_span * layout.span + number % blocks_a_span * cut.block
+    block = Block(number, start, block_end(start, shape.channels, layout.span, cut.block))
+    step, before = cut.replicas // cut.parts, task.samples.order.first_image
+    # Images are counted from the first of the batch, so that it does not matter how many of them the kernel gets at once.
+    first, images = (item if cut.whole else item // cut.parts), shape.images
+    for n in range((first - before) % step, images, step * cut.bunch):
+        last = min(n + step * cut.bunch, images)
+        for image in range(n, last, step):
+            clear_gradient(task, block, item, image, (image - n) // step)
+        # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
+        for first_tap in range(0, shape.taps, cut.taps_at_once):
+            last_tap = min(first_tap + cut.taps_at_once, shape.taps)
+            for image in range(n, last, step):
+                for part in range(0 if cut.whole else item % cut.parts, cut.parts if cut.whole else item % cut.parts + 1):
+                    place = Place(image, (image - n) // step, part, first * cut.parts + part, before + image >= step)
+                    one_part(counter, task, block, place, first_tap, last_tap)
+        if counter[STOP]:
+            return
+        if arrays.d_input.size > 0:
+            for image in range(n, last, step):
+                write_gradient(task, block, image, (image - n) // step)
+
+
+@device
+def gradient_of(task, block, place):
+    """Where a part's gradient of the input begins in d_x for an item's channels, and how far apart its blocks are."""
     shape, layout, cut = task.samples.shape, task.samples.layout, task.cut
-    blocks_a_span = (layout.span + layout.width - 1) // layout.width
-    start = number // blocks_a_span * layout.span + number % blocks_a_span * layout.width
-    block = Block(number, start, block_end(start, shape.channels, layout.span, layout.width), replica)
-    places = shape.images * cut.parts
-    if task.arrays.d_x.size > 0:
-        size = layout.pitch * layout.width
-        for place in range(replica, places, cut.replicas):
-            first = ((place % cut.parts * layout.blocks + number) * shape.images + place // cut.parts) * size
-            zero(task.arrays.d_x, first, first + size)
-    # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
-    for first_tap in range(0, shape.taps, cut.taps_at_once):
-        last_tap = min(first_tap + cut.taps_at_once, shape.taps)
-        for place in range(replica, places, cut.replicas):
-            one_part(counter, task, block, place, first_tap, last_tap)
+    size = layout.pitch * layout.width
+    if cut.whole:
+        image = task.thread * cut.bunch + place.room
+        return (image * cut.parts + place.part) * ((cut.block + layout.width - 1) // layout.width) * size, size
+    first_block = place.part * layout.blocks + block_of(layout, block.start)[0]
+    return (first_block * shape.images + place.n) * size, shape.images * size
+
+
+@device
+def clear_gradient(task, block, item, n, room):
+    """Make zeros of an image's gradient of the input in an item's channels and parts."""
+    layout, cut = task.samples.layout, task.cut
+    for part in range(cut.parts if task.arrays.d_x.size > 0 else 0):
+        if cut.whole or part == item % cut.parts:
+            start, step = gradient_of(task, block, Place(n, room, part, 0, False))
+            for _ in range(block.start, block.end, layout.width):
+                zero(task.arrays.d_x, start, start + layout.pitch * layout.width)
+                start += step
+
+
+@device
+def write_gradient(task, block, n, room):
+    """Bring an image's gradient of the input from the thread's room into the result: the sum of its parts."""
+    shape, layout, cut, arrays = task.samples.shape, task.samples.layout, task.cut, task.arrays
+    start, step = gradient_of(task, block, Place(n, room, 0, 0, False))
+    distance = gradient_of(task, block, Place(n, room, 1, 0, False))[0] - start
+    for c in range(block.start, block.end, layout.width):
+        width = block_end(c, block.end, layout.span, layout.width) - c
+        for first in range(0, layout.pixels, RUN):
+            count, source = min(RUN, layout.pixels - first), start + first * layout.width
+            add_sets(arrays.d_x, source, count * layout.width, cut.parts, distance)
+            copy_run_out(
+                arrays.d_x, source, layout.width, count, width, arrays.d_input, task.samples.order.gradient_last,
+                shape.channels, layout.pixels, n, c, first, arrays.empty,
+            )  # fmt: skip
+        start += step
 
 
 @device
 def one_part(counter, task, block, place, first_tap, last_tap):
     """Do a block's work for some taps in one part of an image."""
     samples, cut = task.samples, task.cut
-    n, part = place // cut.parts, place % cut.parts
-    start = part * cut.part_size
+    start = place.part * cut.part_size
     end = min(start + cut.part_size, samples.shape.positions)
     for first in range(start, end, cut.tile):
         if counter[STOP]:
             return
-        tile = Tile(n, first, min(cut.tile, samples.shape.positions - first))
+        tile = Tile(place.n, first, min(cut.tile, samples.shape.positions - first))
         place_tile(samples.size, samples.geometry, first, tile.count, samples.table)
-        begun = place > block.replica or first > start
         for tap in range(first_tap, last_tap):
-            one_tap(task, block, tile, part, tap, begun)
+            one_tap(task, block, place, tile, tap, place.begun or first > start)
 
 
 @device
-def one_tap(task, block, tile, part, tap, begun):
+def one_tap(task, block, place, tile, tap, begun):
     """Add what a tap contributes at a tile's positions to all wanted gradients."""
     shape = task.samples.shape
     if task.for_samples:
@@ -468,34 +565,40 @@ def one_tap(task, block, tile, part, tap, begun):
     while c < block.end:
         group = c // shape.offset_channels
         end = min((group + 1) * shape.offset_channels, block.end)
-        sample_group(task, block, tile, part, tap, group, c, end - c)
+        sample_group(task, block, place, tile, tap, group, c, end - c)
         c = end
     if task.arrays.d_weight.size > 0:
-        add_weight(task, block, tile, tap, begun)
+        add_weight(task, block, place.replica, tile, tap, begun)
 
 
 @device
-def sample_group(task, block, tile, part, tap, group, channel, width):
+def sample_group(task, block, place, tile, tap, group, channel, width):
     """Sample the channels of an offset group, forwards and, if it is wanted, backwards."""
     samples, arrays = task.samples, task.arrays
     size, shape, layout, table = samples.size, samples.shape, samples.layout, samples.table
     mask_start = place_group(samples, tile, tap, group)
-    pixels, at = pixels_of(samples, tile.n, channel), channel - block.start
-    column = Rows(task.column.array, at, task.column.row)
+    at = channel - block.start
+    column, d_column = Rows(task.column.array, at, task.column.row), Rows(task.d_column.array, at, task.d_column.row)
+    pixels = pixels_of(samples, tile.n, channel)
     if task.for_samples:
-        part_size = layout.blocks * shape.images * layout.pitch * layout.width
-        d_x = Rows(arrays.d_x, pixels.start + part * part_size, layout.width)
-        d_column = Rows(task.d_column.array, at, task.d_column.row)
+        start, step = gradient_of(task, block, place)
+        start += (block_of(layout, channel)[0] - block_of(layout, block.start)[0]) * step + block_of(layout, channel)[1]
+        d_x = Rows(arrays.d_x, start, layout.width)
         pull_back(size, table, tile.count, pixels, samples.mask, mask_start, column, d_column, d_x, width)
     else:
         blend(size, table, tile.count, pixels, samples.mask, mask_start, column, width)
     if task.for_places:
-        slot = block.number - block_of(layout, group * shape.offset_channels)[0]
-        place = (((slot * shape.images + tile.n) * shape.offset_groups + group) * shape.taps + tap) * shape.positions
-        d_offset = Rows(arrays.d_offset, place * len(size) + tile.first, shape.positions)
-        differentiate(
-            size, table, tile.count, samples.mask, mask_start, d_offset, arrays.d_mask, place + tile.first
-        )  # fmt: skip
+        slot = block.number - block_of(work_layout(task), group * shape.offset_channels)[0]
+        row = (((slot * shape.images + tile.n) * shape.offset_groups + group) * shape.taps + tap) * shape.positions
+        d_offset = Rows(arrays.d_offset, row * len(size) + tile.first, shape.positions)
+        differentiate(size, table, tile.count, samples.mask, mask_start, d_offset, arrays.d_mask, row + tile.first)
+
+
+@device
+def work_layout(task):
+    """The input's layout, if each item were a block of it."""
+    layout, cut = task.samples.layout, task.cut
+    return Layout(layout.span, cut.block, cut.blocks, layout.pixels, layout.pitch)
 
 
 @device
@@ -524,11 +627,11 @@ def project_outputs(task, block, tile, tap):
 
 
 @device
-def add_weight(task, block, tile, tap, begun):
+def add_weight(task, block, replica, tile, tap, begun):
     """d_weight[o, c] (+)= sum over t of d_output[t, o] * column[t, c], for the channels of a block."""
     shape, cut, arrays, column = task.samples.shape, task.cut, task.arrays, task.column
     position, outputs = tile.n * shape.positions + tile.first, shape.outputs
-    first = (block.replica * shape.taps + tap) * shape.groups
+    first = (replica * shape.taps + tap) * shape.groups
     if shape.depthwise:
         sums = arrays.d_weight[first + block.start : first + block.end]
         zero(sums, 0, 0 if begun else sums.size)

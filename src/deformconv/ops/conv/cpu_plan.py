@@ -29,7 +29,9 @@ from deformconv.runtime.simd import VECTOR_BYTES
 from deformconv.runtime.work import Share, share
 from deformconv.sampling.corners import table_sizes
 
-__all__ = ["Backward", "Forward", "LayerForward", "Plan", "collect_items", "layer_plan", "plan"]
+__all__ = [
+    "Backward", "Forward", "LayerForward", "backward_plan", "collect_items", "forward_plan", "images_at_once", "layer_plan",
+]  # fmt: skip
 
 _BLOCK_BYTES = 256  # a row of a block of channels
 _DEPTH = 288  # samples of a position that are multiplied at once
@@ -39,14 +41,18 @@ _TILE_BYTES = 1 << 20  # a tile's buffers stay in the second-level cache, and wi
 _TAPS_BYTES = 1 << 19  # so do the weights and sums of the taps that the backward pass takes at once
 _ITEMS = 4  # work for this many threads in the backward pass, if it takes replicas to make it
 _MOST_ITEMS = 32  # work for as many, where it costs no more than _REPLICA_BYTES
-_REPLICA_BYTES = 4 << 20
+_REPLICA_BYTES = 8 << 20
+_MOST_PARTS = 2  # of an image: each is another gradient of the input to clear and to add
+_BUNCH = 1024  # positions, of several images if need be, that are worth a part, a replica or a look at the weight
+_BATCH_BYTES = 24 << 20  # of copies of input and output's gradient, in which a backward pass goes through a batch
 
 
 class Forward(NamedTuple):
     """How a forward pass is cut."""
 
     arguments: tuple[Any, ...]  # the kernel's `plan`
-    weight_size: int  # numbers of the packed weight
+    x_size: int  # numbers of the input's copy
+    weight_size: int  # of the packed weight
     bytes: int  # of the copies of input and weight, and of scratch memory
     share: Share
 
@@ -55,9 +61,11 @@ class Backward(NamedTuple):
     """How a backward pass is cut."""
 
     arguments: tuple[Any, ...]  # the kernel's `plan`
-    weight_size: int  # numbers of the packed weight
+    x_size: int  # numbers of the input's copy
+    weight_size: int  # of the packed weight
     output_size: int  # of the copy of the output's gradient, with rows for the product's last block
-    parts: int  # of an image
+    gradient_size: int  # numbers of the input's gradient in parts, or of the threads' rooms for an item's
+    whole: bool  # whether an item does all parts of its images
     slots: int
     replicas: int
     replica_size: int  # numbers of a replica
@@ -76,30 +84,33 @@ class LayerForward(NamedTuple):
     share: Share
 
 
-class Plan(NamedTuple):
-    """How a call is cut, in both directions."""
+def forward_plan(spec: ConvSpec, threads: int, multiplications: int) -> Forward:
+    """The plan for a number of threads, on which no sum depends; `multiplications` are multiply-adds."""
+    x_size, common = _common(spec, _layout(spec))
+    product = _product(spec)
+    cut, scratch = _cut_forward(spec, threads, product)
+    packed = spec.taps * spec.in_channels * product.group_row
+    shared = share(cut.strands * cut.strand, threads, multiplications, spec.dtype, scratch)
+    size = room(x_size, spec.dtype) + room(packed, spec.dtype) + shared.bytes
+    return Forward((*common, _numbers(cut)), x_size, packed, size, shared)
 
-    x: Layout
-    x_size: int
-    forward: Forward
-    backward: Backward
 
-
-def plan(spec: ConvSpec, threads: int, multiplications: int) -> Plan:
-    """The plan for a number of threads; `multiplications` are the multiply-adds of a forward pass.
-
-    The number of threads matters to the forward pass alone, where no sum depends on how positions are cut.
-    """
-    x, x_size, common = _common(spec)
-    forward = _forward(spec, threads, multiplications, x, x_size, common)
-    return Plan(x, x_size, forward, _backward(spec, threads, multiplications, x, common))
+def images_at_once(spec: ConvSpec, threads: int) -> int:
+    """How many images a backward pass takes at once: their copies are few bytes, and every thread has work."""
+    x, blocks = _layout(spec), _wide_layout(spec).blocks
+    size = (x.blocks * x.pitch * x.width + spec.positions * spec.out_channels) * np.dtype(spec.dtype).itemsize
+    items = blocks * _backward_tile(spec, blocks)[1]
+    most = max(1, _BATCH_BYTES // max(1, size), ceil(2 * threads / items))
+    return ceil(spec.batch / max(1, ceil(spec.batch / most)))
 
 
 def layer_plan(spec: ConvSpec, channels: int, threads: int, multiplications: int) -> LayerForward:
     """The plan of a layer's forward pass; `channels` are those of the predictor."""
-    x, x_size, common = _common(spec)
+    # The predictor reads all channels of a pixel: its blocks stay wide.
+    x = _wide_layout(spec)
+    x_size, common = _common(spec, x)
     vector = VECTOR_BYTES // np.dtype(spec.dtype).itemsize
-    product, row = _product(spec, x), up(channels, vector)
+    product, row = _product(spec), up(channels, vector)
     cut, (integers, reals) = _cut_forward(spec, threads, product, row)
     taps_at_once = min(spec.taps, max(1, _DEPTH // x.width))
     predictor_cut = cut._replace(taps_at_once=taps_at_once, group_row=row, panels=ceil(channels / (VECTORS * vector)))
@@ -117,20 +128,19 @@ def layer_plan(spec: ConvSpec, channels: int, threads: int, multiplications: int
     )
 
 
-def collect_items(spec: ConvSpec, d_input: int, d_weight: int, d_offset: int, d_mask: int) -> int:
-    """The items of `collect` for results of these sizes."""
+def collect_items(spec: ConvSpec, images: int, d_input: int, d_weight: int, d_offset: int, d_mask: int) -> int:
+    """The items of `collect` for results of these sizes, of some images."""
     weights = spec.out_channels if d_weight else 0
-    runs = spec.batch * ceil(spec.pixels / RUN) if d_input else 0
+    runs = images * ceil(spec.pixels / RUN) if d_input else 0
     return weights + runs + ceil(d_offset / SUMS) + ceil(d_mask / SUMS)
 
 
-def _common(spec: ConvSpec) -> tuple[Layout, int, tuple[Any, ...]]:
-    """How the input's copy lies in memory, its size, and the beginning of every kernel's `plan`."""
+def _common(spec: ConvSpec, x: Layout) -> tuple[int, tuple[Any, ...]]:
+    """The size of the input's copy, which lies in memory as `x` says, and the beginning of every kernel's `plan`."""
     before = [before for before, _ in spec.padding]
     geometry = [spec.input_size, spec.kernel_size, spec.stride, before, spec.dilation, spec.output_size]
-    x = _layout(spec)
     x_size = x.blocks * spec.batch * x.pitch * x.width
-    return x, x_size, (spec.input_size, _numbers(geometry), _numbers(_shape(spec)), _numbers(x))
+    return x_size, (spec.input_size, _numbers(geometry), _numbers(_shape(spec)), _numbers(x))
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -156,6 +166,19 @@ def _shape(spec: ConvSpec) -> Shape:
 
 
 def _layout(spec: ConvSpec) -> Layout:
+    """How the input's copy lies in memory.
+
+    Offset groups that are narrow have blocks of their own, some vectors wide: each of them reads other pixels, and what the
+    pixels of wide blocks hold besides would take the cache's room.
+    """
+    wide, share = _wide_layout(spec), spec.in_channels // spec.offset_groups
+    width = up(share, VECTOR_BYTES // np.dtype(spec.dtype).itemsize)
+    if width >= wide.width or wide.width % width or width % share:
+        return wide
+    return wide._replace(width=width, blocks=spec.in_channels // wide.span * ceil(wide.span / width))
+
+
+def _wide_layout(spec: ConvSpec) -> Layout:
     item, channels = np.dtype(spec.dtype).itemsize, spec.in_channels
     vector, full, group_channels = VECTOR_BYTES // item, _BLOCK_BYTES // item, channels // spec.groups
     span = group_channels if group_channels >= full else channels
@@ -181,7 +204,8 @@ class _Product(NamedTuple):
         return self.groups * self.group_row
 
 
-def _product(spec: ConvSpec, x: Layout) -> _Product:
+def _product(spec: ConvSpec) -> _Product:
+    x = _wide_layout(spec)
     vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
     # Pieces of a large group that are about equal; of small ones as many as a block has, and all taps if possible.
     piece = up(ceil(x.span / ceil(x.span / _DEPTH)), vector)
@@ -195,15 +219,6 @@ def _product(spec: ConvSpec, x: Layout) -> _Product:
         groups=spec.groups,
         panels=1 if depthwise else spec.groups * ceil(group_outputs / (VECTORS * vector)),
     )
-
-
-def _forward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, x_size: int, common: tuple[Any, ...]) -> Forward:
-    product = _product(spec, x)
-    cut, scratch = _cut_forward(spec, threads, product)
-    packed = spec.taps * spec.in_channels * product.group_row
-    shared = share(cut.strands * cut.strand, threads, multiplications, spec.dtype, scratch)
-    size = room(x_size, spec.dtype) + room(packed, spec.dtype) + shared.bytes
-    return Forward((*common, _numbers(cut)), packed, size, shared)
 
 
 def _cut_forward(spec: ConvSpec, threads: int, product: _Product, most_sums: int = 0) -> tuple[ForwardCut, tuple[int, int]]:
@@ -250,45 +265,65 @@ def _forward_tile(spec: ConvSpec, threads: int) -> int:
     return _even(spec.positions, ceil(spec.positions / tiles))
 
 
-def _backward(spec: ConvSpec, threads: int, multiplications: int, x: Layout, common: tuple[Any, ...]) -> Backward:
-    item = np.dtype(spec.dtype).itemsize
+def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int) -> Backward:
+    """The plan of a backward pass through some images of a batch; its results do not depend on the number of threads."""
+    x, blocks, item = _layout(spec), _wide_layout(spec), np.dtype(spec.dtype).itemsize
+    x_size, common = _common(spec, x)
     vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
     group_share = spec.in_channels // spec.offset_groups
     ends = [(g * group_share, (g + 1) * group_share - 1) for g in range(spec.offset_groups)]
-    slots = max(_block(x, last) - _block(x, first) + 1 for first, last in ends)
-    tile = _even(spec.positions, _TILE)
-    parts = max(1, min(ceil(_ITEMS / max(1, spec.batch * x.blocks)), spec.positions // (4 * FEW_ROWS)))
-    tile = min(tile, up(ceil(spec.positions / parts), FEW_ROWS))
-    parts = max(1, ceil(spec.positions / max(tile, up(ceil(spec.positions / parts), tile))))
+    slots = max(_block(blocks, last) - _block(blocks, first) + 1 for first, last in ends)
+    tile, parts = _backward_tile(spec, blocks.blocks)
     # A replica has the size of the weight: many of them where that is little, few where it is much.
     affordable = _REPLICA_BYTES // max(1, taps * group_channels * spec.out_channels * item)
-    replicas = max(ceil(_ITEMS / x.blocks), min(ceil(_MOST_ITEMS / x.blocks), affordable))
-    replicas = max(1, min(spec.batch * parts, replicas))
+    worthwhile = min(ceil(_MOST_ITEMS / blocks.blocks), affordable, batch * spec.positions // _BUNCH)
+    replicas = max(ceil(_ITEMS / blocks.blocks), worthwhile)
+    classes = max(1, min(batch, replicas // parts))  # of images
+    whole = blocks.blocks * min(classes, spec.batch) >= 2 * threads
+    bunch = min(ceil(_BUNCH / max(1, spec.positions)), ceil(batch / classes))
     rows, row = (1, 1) if depthwise else (up(group_outputs, FEW_ROWS), up(group_channels, vector))
     cut = BackwardCut(
-        taps_at_once=min(taps, max(1, _TAPS_BYTES // max(1, 2 * x.width * group_outputs * item))),
+        block=blocks.width,
+        blocks=blocks.blocks,
+        taps_at_once=min(taps, max(1, _TAPS_BYTES // max(1, 2 * blocks.width * group_outputs * item))),
         tile=tile,
         parts=parts,
         part_size=up(ceil(spec.positions / parts), tile),
-        replicas=replicas,
+        replicas=classes * parts,
+        whole=whole,
+        bunch=bunch,
         row=row,
         sums=rows * row,
-        column_row=up(x.width, vector) + vector,
+        column_row=up(blocks.width, vector) + vector,
         packed=up(group_channels, vector) * group_outputs,
         packs=1 if depthwise else spec.out_channels,
+        batch=batch,
     )
     integers, reals = table_sizes(spec.rank, tile)
     scratch = integers, up(reals, vector) + 2 * tile * cut.column_row
+    shared = share(blocks.blocks * classes * (1 if whole else parts), threads, 2 * multiplications, spec.dtype, scratch)
+    room_of_a_thread = bunch * parts * ceil(blocks.width / x.width) * x.pitch * x.width
     return Backward(
         arguments=(*common, _numbers(cut)),
+        x_size=x_size,
         weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * up(group_channels, vector)),
         output_size=(spec.batch * spec.positions + FEW_ROWS) * spec.out_channels,
-        parts=parts,
+        gradient_size=shared.threads * room_of_a_thread if whole else parts * x_size,
+        whole=whole,
         slots=slots,
-        replicas=replicas,
+        replicas=classes * parts,
         replica_size=taps * spec.groups * cut.sums,
-        share=share(x.blocks * replicas, threads, 2 * multiplications, spec.dtype, scratch),
+        share=shared,
     )
+
+
+def _backward_tile(spec: ConvSpec, blocks: int) -> tuple[int, int]:
+    """Positions of a tile, and the parts of an image: by an image's shape alone, since sums depend on them."""
+    tile = _even(spec.positions, _TILE)
+    most = _MOST_PARTS if blocks == 1 or spec.positions > _BUNCH else 1
+    parts = max(1, min(ceil(_ITEMS / max(1, blocks)), most, spec.positions // (4 * FEW_ROWS)))
+    tile = min(tile, up(ceil(spec.positions / parts), FEW_ROWS))
+    return tile, max(1, ceil(spec.positions / max(tile, up(ceil(spec.positions / parts), tile))))
 
 
 def _groups(spec: ConvSpec) -> tuple[int, int, int, int, bool]:

@@ -18,7 +18,7 @@ from deformconv.ops.conv.spec import ConvSpec
 from deformconv.runtime.addresses import address_of, array_at, call_at, machine_code
 from deformconv.runtime.arrays import none_of
 from deformconv.runtime.cache import kernel
-from deformconv.runtime.memory import ALIGNMENT, arena, room
+from deformconv.runtime.memory import arena, room
 from deformconv.runtime.simd import named
 from deformconv.runtime.threads import counters
 
@@ -46,15 +46,13 @@ class Sizes(NamedTuple):
 
 
 @kernel
-def forward(function, plan, order, sizes, none, memory, output, input, offset, weight, bias, mask):
+def forward(function, counter, plan, order, sizes, none, memory, output, input, offset, weight, bias, mask):
     """`cpu_kernels.forward`, whose machine code is at the address `function`, on the caller's thread.
 
-    `sizes` are a Sizes, as an int64 array, and `none` an empty array of the call's dtype. `memory`, an array of bytes, begins
-    with the counters. All others are addresses of contiguous arrays.
+    `sizes` are a Sizes, as an int64 array, and `none` an empty array of the call's dtype. `memory` is an array of bytes, all
+    others are addresses of contiguous arrays.
     """
     size, own = named(Sizes, sizes), address_of(memory)
-    counter = array_at(own, (5,), np.int64)
-    counter[:] = 0
     arrays = (
         array_at(input, (size.input,), none.dtype),
         array_at(own + size.x_at, (size.x,), none.dtype),
@@ -71,13 +69,13 @@ def forward(function, plan, order, sizes, none, memory, output, input, offset, w
     call_at(function, (counter, size.items, 0, plan, order, arrays, reals, integers))
 
 
-def small_forward(spec: ConvSpec, cut: Forward, x_size: int) -> Callable[..., None]:
+def small_forward(spec: ConvSpec, cut: Forward) -> Callable[..., None]:
     """What computes a call of one thread: (the addresses of output, input, offset, weight, bias, mask), 0 for None."""
     shared = cut.share
     shapes = {"output": spec.output_shape, **spec.shapes}
     numbers = {name: prod(shape) for name, shape in shapes.items()}
-    own = {"x": x_size, "packed": cut.weight_size, "reals": shared.reals, "integers": shared.integers}
-    places, end = {}, ALIGNMENT
+    own = {"x": cut.x_size, "packed": cut.weight_size, "reals": shared.reals, "integers": shared.integers}
+    places, end = {}, 0
     for name, size in own.items():
         places[f"{name}_at"] = end
         end += room(size, "int32" if name == "integers" else spec.dtype)
@@ -91,6 +89,6 @@ def small_forward(spec: ConvSpec, cut: Forward, x_size: int) -> Callable[..., No
 
     def compute(*addresses: int) -> None:
         with arena(end) as memory:
-            forward(function, cut.arguments, order, sizes, none, memory.bytes, *addresses)
+            forward(function, counters(), cut.arguments, order, sizes, none, memory.bytes, *addresses)
 
     return compute
