@@ -191,7 +191,7 @@ def by_address(monkeypatch):
     seen, real = [], cpu_small.forward
 
     def spy(*arguments):
-        seen.append(arguments[-6:])
+        seen.append(arguments[-1])
         real(*arguments)
 
     monkeypatch.setattr(cpu_small, "forward", spy)

@@ -46,13 +46,14 @@ class Sizes(NamedTuple):
 
 
 @kernel
-def forward(function, counter, plan, order, sizes, none, memory, output, input, offset, weight, bias, mask):
+def forward(function, counter, plan, order, sizes, none, memory, addresses):
     """`cpu_kernels.forward`, whose machine code is at the address `function`, on the caller's thread.
 
-    `sizes` are a Sizes, as an int64 array, and `none` an empty array of the call's dtype. `memory` is an array of bytes, all
-    others are addresses of contiguous arrays.
+    `sizes` are a Sizes, as an int64 array, `none` an empty array of the call's dtype, `memory` an array of bytes, and
+    `addresses` those of the contiguous arrays output, input, offset, weight, bias and mask.
     """
     size, own = named(Sizes, sizes), address_of(memory)
+    output, input, offset, weight, bias, mask = addresses
     arrays = (
         array_at(input, (size.input,), none.dtype),
         array_at(own + size.x_at, (size.x,), none.dtype),
@@ -89,6 +90,6 @@ def small_forward(spec: ConvSpec, cut: Forward) -> Callable[..., None]:
 
     def compute(*addresses: int) -> None:
         with arena(end) as memory:
-            forward(function, counters(), cut.arguments, order, sizes, none, memory.bytes, *addresses)
+            forward(function, counters(), cut.arguments, order, sizes, none, memory.bytes, addresses)
 
     return compute
