@@ -85,14 +85,16 @@ def test_agreement(case: Case, direction: str, other: Process, truth: Process, o
 
 def test_what_they_cannot_run_they_say():
     volume, signal, plane = named("volume-3d"), named("signal-1d"), named("primes")
-    for name in OTHERS:
+    for name in set(OTHERS) - {"prepacked"}:
         assert PEERS[name].reason_against(volume, "forward") == "has no 3-D"
         assert PEERS[name].reason_against(signal, "forward") is None and PEERS[name].embeds(signal)
         assert PEERS[name].reason_against(plane, "forward") is None and not PEERS[name].embeds(plane)
     for name in ("deformconv", "dense"):
         for case in (volume, signal, plane):
             assert PEERS[name].reason_against(case, "forward+backward") is None and not PEERS[name].embeds(case)
-    for name in ("onnxruntime", "openvino", "ncnn"):
+    for case in (volume, signal, plane):
+        assert PEERS["prepacked"].reason_against(case, "forward") is None and not PEERS["prepacked"].embeds(case)
+    for name in ("onnxruntime", "openvino", "ncnn", "prepacked"):
         assert PEERS[name].reason_against(plane, "forward+backward") == "has no gradients"
     for name, reason in (("resnext-c4", "has no groups"), ("depthwise", "has no groups"), ("edvr", "has no offset groups")):
         assert PEERS["ncnn"].reason_against(named(name), "forward") == reason

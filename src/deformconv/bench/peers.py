@@ -218,6 +218,33 @@ class Deformconv(Ours):
         return call
 
 
+class Prepacked(Ours):
+    """A layer that has packed its weight beforehand, as the runtimes for trained nets may."""
+
+    name, title = "prepacked", "deformconv, prepacked"
+    trains = False
+
+    @classmethod
+    def reason_against(cls, case: Any, direction: str) -> str | None:
+        return None if direction == "forward" else cls.no_gradients
+
+    def operator(self, case: Case) -> Callable[..., Any]:
+        from deformconv import torch as front
+
+        kind = (front.DeformConv1d, front.DeformConv2d, front.DeformConv3d)[case.rank - 1]
+        layer = kind(
+            case.in_channels, case.out_channels, case.kernel, case.stride, case.padding, case.dilation, case.groups,
+            modulated=case.masked, offset_groups=case.offset_groups, predict_offsets=False,
+        )  # fmt: skip
+        layer.load_state_dict({name: self.tensors[name] for name in ("weight", "bias")})
+        packed = layer.prepack()
+
+        def call(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> Any:
+            return packed(input, offset, mask)
+
+        return call
+
+
 class Truth(Deformconv):
     """What the results are compared with: array operations in float64, which share nothing with the kernels.
 
@@ -468,5 +495,5 @@ class Ncnn(_Inference):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (Deformconv, OnnxRuntime, OpenVino, Ncnn, Torchvision, Kornia, Dense)
+    peer.name: peer for peer in (Deformconv, Prepacked, OnnxRuntime, OpenVino, Ncnn, Torchvision, Kornia, Dense)
 }
