@@ -49,7 +49,9 @@ class Fake:
 
 
 # Milliseconds: every ratio of the goals is a power of two.
-FORWARD = {"deformconv": 4.0, "onnxruntime": 16.0, "openvino": 8.0, "torchvision": 64.0, "kornia": 128.0, "dense": 2.0}
+FORWARD = {
+    "deformconv": 4.0, "onnxruntime": 16.0, "openvino": 8.0, "ncnn": 32.0, "torchvision": 64.0, "kornia": 128.0, "dense": 2.0,
+}  # fmt: skip
 TRAINING = {"deformconv": 10.0, "torchvision": 320.0, "kornia": 80.0, "dense": 20.0}
 
 MACHINE: dict[str, Any] = {

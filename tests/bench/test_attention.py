@@ -53,9 +53,10 @@ def test_points_lie_around_their_query_and_on_no_row_or_column(case: AttentionCa
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", ["deformconv-attention", "transformers-attention"])
+@pytest.mark.parametrize("name", [name for name in ATTENTION_PEERS if name != TruthAttention.name])
 def test_results_are_those_of_array_operations(name: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(name.partition("-")[0])
+    for package in ATTENTION_PEERS[name].packages:
+        pytest.importorskip(package)
     found = []
     for peer in (ATTENTION_PEERS[name](1), TruthAttention(1)):
         monkeypatch.setattr(TruthAttention, "at_once", 7)
@@ -94,7 +95,6 @@ class Fake(made_up.Fake):
 
 
 def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
     begun = []
 
     @contextmanager
@@ -103,18 +103,29 @@ def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         yield [Fake(library, made_up.RIGHT) for library in libraries]
 
     monkeypatch.setattr(reports, "processes", processes)
+    monkeypatch.setattr(reports, "missing", lambda packages: [])
     progress = made_up.Counting()
-    plan = Plan([], ["deformconv", "torchvision"], DIRECTIONS, 4, Pace(1, 1e-3))
+    plan = Plan([], ["deformconv", "kornia"], DIRECTIONS, 4, Pace(1, 1e-3))
     rows = REPORTS["attention"].measure(plan, progress)
-    assert len(progress.steps) == progress.expected == 10
-    both = ["deformconv", "transformers"]
-    assert [list(row["results"]) for row in rows] == [both] * 4 + [["1", "2"]] * 2 + [both] * 2
+    assert len(progress.steps) == progress.expected == 14
+    labels = ["deformconv", "transformers", "kornia", "mmcv"]
+    assert [list(row["results"]) for row in rows] == [labels] * 4 + [["1", "2"]] * 2 + [labels] * 2
     assert all(result["milliseconds"] == 1 for row in rows[:6] for result in row["results"].values())
     assert all(result["bytes"] == 2**20 for row in rows[6:] for result in row["results"].values())
-    ours, theirs, truth = "deformconv-attention", "transformers-attention", "truth-attention"
-    assert begun == [
-        ([truth, ours, theirs], 4), ([truth], 4), ([ours], 1), ([ours], 2), *[([ours], 4), ([theirs], 4)] * 2,
-    ]  # fmt: skip
+    truth, ours, *_ = names = [f"{label}-attention" for label in ("truth", *labels)]
+    assert begun == [(names, 4), ([truth], 4), ([ours], 1), ([ours], 2), *[([name], 4) for name in names[1:]] * 2]
     text = REPORTS["attention"].write(rows)
-    assert text.count("| detr-") == 8 and "transformers / ours" in text
+    assert text.count("| detr-") == 8 and all(f"{label} / ours" in text for label in labels[1:])
     assert len(REPORTS["attention"].measure(plan._replace(quick=True), progress)) == 2 + 2 + 1
+
+
+def test_libraries_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no column, and the reader learns what to install."""
+    other = next(other for other in reports.OTHERS if other.word == "attention")
+    text = REPORTS["attention"].write(rows(made_up.result(2.0), made_up.result(32.0)))
+    assert "transformers / ours" in text and "kornia" not in text and "mmcv" not in text
+    monkeypatch.setattr(reports, "missing", lambda packages: [name for name in packages if name in ("transformers", "mmcv")])
+    assert other.absent() == {"transformers, eager": "transformers", "mmcv, on a CPU": "mmcv-lite"}
+    plan = Plan([], ["deformconv", "torchvision"], DIRECTIONS, 1, Pace(1, 1e-3))
+    assert list(other.chosen(plan)) == ["deformconv"]  # kornia has a convolution too, and was not asked for
+    assert list(other.chosen(plan._replace(libraries=["deformconv", "kornia"]))) == ["deformconv", "kornia"]

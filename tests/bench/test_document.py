@@ -82,9 +82,16 @@ class TestReadme:
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\|.*", text, re.M)]
         cells = {line[0]: line[1:] for line in lines}
         assert len(cells) == 2 + len(CASES)
-        assert cells["2x64x56x56 -> 64"] == ["4.00", "8.00", "64.0", "2.00", "10.0", "320", "20.0"]
+        assert cells["2x64x56x56 -> 64"] == ["4.00", "8.00", "32.0", "64.0", "2.00", "10.0", "320", "20.0"]
         assert cells["4x64x4096 -> 64, kernel 9"][1] == "128*" and r"\* as 2-D of height 1" in text
         assert cells["1x32x16x28x28 -> 32, kernel 3x3x3"][1:3] == ["-", "-"]
+        assert "ncnn (weights packed at load) computes the images of a batch one after the other" in text
+
+    def test_what_was_measured_without_ncnn_has_no_column_for_it(self):
+        found = made_up.document()
+        for row in found["speed"]["rows"]:
+            del row["results"]["ncnn"]
+        assert "ncnn" not in readme.everything(found)
 
     def test_what_a_net_costs_comes_first(self):
         found = made_up.document()
@@ -140,7 +147,15 @@ class TestChart:
         labels = [label.get_text().strip() for label in forward.get_yticklabels()]
         assert labels == [*(case.name for case in CASES), "geometric mean"]
         shown = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert shown == ["deformconv", "ONNX Runtime", "OpenVINO", "torchvision", "kornia", "plain convolution"]
+        assert shown == [
+            "deformconv",
+            "ONNX Runtime",
+            "OpenVINO",
+            "ncnn (weights packed at load)",
+            "torchvision",
+            "kornia",
+            "plain convolution",
+        ]
         assert forward.get_xscale() == "log"
         low, high = forward.get_xlim()
         assert low < 0.5 and high > 32

@@ -97,18 +97,22 @@ def test_the_table_of_one_direction():
     assert len(lines) == 2 + len(CASES) and len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == [
-        "case", "layer", "deformconv", "ONNX Runtime", "OpenVINO", "torchvision", "kornia", "plain convolution",
-        "inference's best / ours", "torchvision / ours", "ours / plain",
+        "case", "layer", "deformconv", "ONNX Runtime", "OpenVINO", "ncnn (weights packed at load)", "torchvision", "kornia",
+        "plain convolution", "inference's best / ours", "ncnn / ours", "torchvision / ours", "ours / plain",
     ]  # fmt: skip
     found = {line[0]: line[1:] for line in cells[2:]}
-    assert found["c64-56"] == ["2x64x56x56 -> 64", "4.00", "16.0", "8.00", "64.0", "128", "2.00", "2.00", "16.0", "2.00"]
-    assert found["volume-3d"][1:] == ["68.0", "-", "-", "-", "-", "34.0", "-", "-", "2.00"]
+    assert found["c64-56"] == [
+        "2x64x56x56 -> 64", "4.00", "16.0", "8.00", "32.0", "64.0", "128", "2.00", "2.00", "8.00", "16.0", "2.00",
+    ]  # fmt: skip
+    assert found["volume-3d"][1:] == ["68.0", "-", "-", "-", "-", "-", "34.0", "-", "-", "-", "2.00"]
+    assert found["edvr"][4] == "-" and found["edvr"][9] == "-"
     assert found["signal-1d"][2] == "256*" and found["signal-1d"][1] == "64.0"
 
 
 def test_training_has_no_columns_for_runtimes():
     head = figures.speed_table(made_up.rows(), "forward+backward").splitlines()[0]
-    assert "torchvision" in head and "ONNX" not in head and "OpenVINO" not in head and "best" not in head
+    assert "torchvision" in head and "best" not in head
+    assert not any(name in head for name in ("ONNX", "OpenVINO", "ncnn"))
 
 
 def test_what_is_wrong_or_failed_is_said_in_place_of_a_time():
@@ -125,9 +129,26 @@ def test_what_is_wrong_or_failed_is_said_in_place_of_a_time():
 
 def test_notes_name_the_cases_once():
     notes = figures.notes(made_up.rows())
-    assert notes[0] == "* as 2-D of height 1, with every dy 0 (signal-1d)"
-    assert "torchvision has no 3-D (volume-3d)" in notes and len(notes) == 1 + 4
+    assert "* as 2-D of height 1, with every dy 0 (signal-1d)" in notes
+    assert "torchvision has no 3-D (volume-3d)" in notes and len(notes) == 1 + 5 + 2 + 1
+    assert "ncnn (weights packed at load) has no groups (resnext-c4, depthwise)" in notes
+    assert "ncnn (weights packed at load) has no offset groups (edvr)" in notes
     assert not any("gradients" in note for note in notes)
+
+
+def test_what_times_must_not_be_read_without():
+    row = made_up.row(PRIMES, deformconv=1.0, ncnn=3.0)
+    (remark,) = figures.notes([row, row])
+    assert remark.startswith("ncnn (weights packed at load) computes the images of a batch one after the other")
+    row["results"]["ncnn"] = {"reason": "failed: RuntimeError: no luck"}
+    assert figures.notes([row]) == ["ncnn (weights packed at load) failed: RuntimeError: no luck, forward (primes)"]
+
+
+def test_weights_packed_beforehand_do_not_count_as_inference_s_best():
+    row = made_up.row(PRIMES, deformconv=1.0, openvino=3.0, ncnn=0.5)
+    assert mean([row], 0).most == (3.0, "primes")
+    line = figures.speed_table([row], "forward").splitlines()[2]
+    assert [cell.strip() for cell in line.split("|")][3:-1] == ["1.00", "3.00", "0.500", "3.00", "0.500"]
 
 
 def test_the_summary_names_extremes():

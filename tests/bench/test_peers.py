@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,10 @@ def results(process: Process, case: Case, direction: str, folder: Path) -> dict[
 @pytest.mark.parametrize("case", random_cases(), ids=lambda case: case.name)
 def test_agreement(case: Case, direction: str, other: Process, truth: Process, ours: Process, tmp_path: Path):
     if PEERS[other.library].reason_against(case, direction) is not None:
-        assert direction == "forward+backward" and not PEERS[other.library].trains
+        if direction == "forward+backward":
+            assert not PEERS[other.library].trains
+        else:
+            assert other.library == "ncnn" and (case.groups > 1 or case.offset_groups > 1)
         return
     theirs = results(other, case, direction, tmp_path)
     exact = results(truth, case, direction, tmp_path)
@@ -81,15 +85,47 @@ def test_agreement(case: Case, direction: str, other: Process, truth: Process, o
 
 def test_what_they_cannot_run_they_say():
     volume, signal, plane = named("volume-3d"), named("signal-1d"), named("primes")
-    for name in OTHERS:
+    for name in set(OTHERS) - {"prepacked"}:
         assert PEERS[name].reason_against(volume, "forward") == "has no 3-D"
         assert PEERS[name].reason_against(signal, "forward") is None and PEERS[name].embeds(signal)
         assert PEERS[name].reason_against(plane, "forward") is None and not PEERS[name].embeds(plane)
     for name in ("deformconv", "dense"):
         for case in (volume, signal, plane):
             assert PEERS[name].reason_against(case, "forward+backward") is None and not PEERS[name].embeds(case)
-    for name in ("onnxruntime", "openvino"):
+    for case in (volume, signal, plane):
+        assert PEERS["prepacked"].reason_against(case, "forward") is None and not PEERS["prepacked"].embeds(case)
+    for name in ("onnxruntime", "openvino", "ncnn", "prepacked"):
         assert PEERS[name].reason_against(plane, "forward+backward") == "has no gradients"
+    for name, reason in (("resnext-c4", "has no groups"), ("depthwise", "has no groups"), ("edvr", "has no offset groups")):
+        assert PEERS["ncnn"].reason_against(named(name), "forward") == reason
+        assert PEERS["openvino"].reason_against(named(name), "forward") is None
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_ncnn_computes_in_float32_with_every_number_in_its_place(masked: bool):
+    """Kernel, stride, padding and dilation of two axes that differ, v1 and v2, and images that differ."""
+    pytest.importorskip("ncnn")
+    case = Case("odd", 2, 5, 7, (11, 9), (2, 3), (1, 2), (2, 1), (3, 1), masked=masked)
+    theirs, exact = PEERS["ncnn"](1), Truth(1)
+    for peer in (theirs, exact):
+        peer.prepare(case)
+    found = theirs.results("forward")
+    assert not np.allclose(found["output"][0], found["output"][1])
+    assert differences(found, exact.results("forward"))["output"] < 5e-6
+
+
+def test_ncnn_says_what_it_could_not_do():
+    pytest.importorskip("ncnn")
+    peer: Any = PEERS["ncnn"](1)
+    peer.prepare(Case("small", 1, 4, 6, (7, 6)))
+    extractor = SimpleNamespace(input=lambda name, array: 0, extract=lambda name: (-100, None))
+    peer.net = SimpleNamespace(create_extractor=lambda: extractor)
+    with pytest.raises(RuntimeError, match="ncnn failed with -100"):
+        peer.forward()
+    described = peer._described
+    peer._described = lambda case, weights: described(case, weights).replace("DeformableConv2D", "NoSuchLayer")
+    with pytest.raises(RuntimeError, match="ncnn does not read the net's description"):
+        peer.prepare(Case("small", 1, 4, 6, (7, 6)))
 
 
 def test_openvino_runs_before_2025_too(monkeypatch: pytest.MonkeyPatch):

@@ -10,13 +10,13 @@ import sys
 import pytest
 from tests.bench import made_up
 
-from deformconv.bench import document
+from deformconv.bench import document, reports
 from deformconv.bench.cases import CASES
 from deformconv.cli import bench
 from deformconv.cli.main import main
 from deformconv.installation import command
 
-INSTALL = command("bench", "kornia", "matplotlib", "numba", "onnx", "onnxruntime", "openvino", "torch", "torchvision")
+INSTALL = command("bench", "kornia", "matplotlib", "ncnn", "numba", "onnx", "onnxruntime", "openvino", "torch", "torchvision")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def absent(monkeypatch):
         (["--case", "c64"], "there is no case 'c64'; there are c64-56, c128-28, "),
         (["aggregate", "--case", "c64-56"], "the report aggregate measures cases of its own, and --case names none"),
         (["--case", "intern-7"], "the report speed measures layers, and --case names none"),
-        (["--library", "mmcv"], "there is no library 'mmcv'; there are deformconv, onnxruntime, openvino, torchvision, "),
+        (["--library", "mmcv"], "there is no library 'mmcv'; there are deformconv, onnxruntime, openvino, ncnn, "),
         (["--direction", "sideways"], "there is no direction 'sideways'; there are forward, forward+backward"),
         (
             ["loudness"],
@@ -86,7 +86,18 @@ def test_missing_libraries_are_named_with_how_to_get_them(measures, absent, caps
     assert main(["bench", "--quick"]) == 0
     text = capsys.readouterr().out
     assert f"Not installed, so not compared: ONNX Runtime, kornia. {INSTALL} brings all of them." in text
-    assert measures[0][1] == ["deformconv", "openvino", "torchvision", "dense"]
+    assert measures[0][1] == ["deformconv", "openvino", "ncnn", "torchvision", "dense"]
+
+
+def test_another_operators_missing_libraries_are_named_with_how_to_get_them(measures, capsys, monkeypatch):
+    monkeypatch.setattr(reports, "missing", lambda packages: [name for name in packages if name in ("transformers", "mmcv")])
+    monkeypatch.setitem(bench.REPORTS, "attention", bench.REPORTS["attention"]._replace(measure=lambda plan, progress: []))
+    assert main(["bench", "attention"]) == 0
+    text = capsys.readouterr().out
+    named = "transformers, eager (pip install transformers); mmcv, on a CPU (pip install mmcv-lite)"
+    assert f"\nNot installed, so not compared in the report attention: {named}.\n" in text
+    assert main(["bench", "--quick"]) == 0
+    assert "Not installed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

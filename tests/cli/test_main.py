@@ -255,7 +255,7 @@ class TestDoctor:
         for package in ("torch", "mxnet", "jax", "flax", "equinox", "keras"):
             assert re.search(rf"^  {package}  +\S", text, re.M)
         # Their versions decide whether an exported net runs.
-        assert re.search(r"^  onnx  .*\n  onnxruntime  .*\n  openvino  ", text, re.M)
+        assert re.search(r"^  onnx  .*\n  onnxruntime  .*\n  openvino  .*\n  ncnn  ", text, re.M)
 
     def test_kernels_in_a_folder_that_cannot_be_written_are_found(self, monkeypatch, capsys):
         from deformconv.runtime import cache

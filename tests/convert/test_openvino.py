@@ -22,7 +22,8 @@ from torch import nn  # noqa: E402
 
 from deformconv.convert import openvino as rules  # noqa: E402
 from deformconv.convert import openvino_extensions, to_torchvision  # noqa: E402
-from deformconv.torch import DeformConv2d, DeformConv3d, deform_conv2d  # noqa: E402
+from deformconv.torch import DeformConv2d, DeformConv3d, deform_aggregate3d, deform_conv2d  # noqa: E402
+from deformconv.vision import DCNv3, DCNv4  # noqa: E402
 
 # What PyTorch's exporters and OpenVINO warn of on their own account.
 pytestmark = [
@@ -140,21 +141,90 @@ def test_attention_in_half_precision(exported):
 
 
 @pytest.mark.parametrize("road", [by_tracing, by_export])
-@pytest.mark.parametrize(("rank", "boundary", "masked"), [(1, "zeros", True), (2, "zeros", True), (2, "inside", False)])
+@pytest.mark.parametrize(
+    ("rank", "boundary", "masked"),
+    [(1, "zeros", True), (2, "zeros", True), (2, "inside", False), (3, "zeros", True), (3, "inside", False)],
+)
 def test_aggregation(rank, boundary, masked, road, tmp_path):
     net, x, larger = aggregate(rank, boundary, masked)
     openvino.save_model(road(net, x, None), tmp_path / "net.xml", compress_to_fp16=False)
     model = openvino.Core().read_model(tmp_path / "net.xml")  # with no rules
-    assert sum(node.get_type_name() == "GridSample" for node in model.get_ops()) == 1
+    assert sum(node.get_type_name() == "GridSample" for node in model.get_ops()) == (rank < 3)
     for image in (x, larger):
         assert_close(run(model, image), net(image).detach(), "float32")
 
 
-def test_aggregation_in_half_precision():
-    net, x, larger = aggregate(2)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_aggregation_in_half_precision(rank):
+    net, x, larger = aggregate(rank)
     found = run(by_tracing(net.half(), x.half(), None), larger.half())
     expected = net(larger.half()).detach().numpy()
     assert found.dtype == expected.dtype and np.abs(found - expected).max() < 8e-3 * np.abs(expected).max()
+
+
+def test_aggregation_from_an_onnx_file(tmp_path):
+    net, x, larger = aggregate(2)
+    model = by_onnx(net, x, tmp_path)
+    for image in (x, larger):
+        assert_close(run(model, image), net(image).detach(), "float32")
+    net, x, _ = aggregate(3)
+    torch.onnx.export(net, (x,), tmp_path / "volumes.onnx", dynamo=True, opset_version=20, verbose=False)
+    with pytest.raises(Exception, match="GridSample"):  # of OpenVINO's own reader, for 2 axes
+        openvino.convert_model(tmp_path / "volumes.onnx", extension=openvino_extensions())
+
+
+class Both(nn.Module):
+    """The layers of InternImage and of FlashInternImage, whose offsets are no longer 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.v3, self.v4 = DCNv3(16, group=2, center_feature_scale=True), DCNv4(16, group=2, remove_center=True)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x):
+        return self.v4(self.v3(x).flatten(1, 2), shape=(8, 10))
+
+
+@pytest.mark.parametrize("road", ["the net", "a program", "an ONNX file"])
+def test_internimages_layers(road, tmp_path):
+    torch.manual_seed(0)
+    net, x = Both().eval(), torch.rand(2, 8, 10, 16)
+    given, how = net, {"example_input": x}
+    if road == "a program":
+        given, how = torch.export.export(net, (x,)), {}
+    elif road == "an ONNX file":
+        given, how = tmp_path / "net.onnx", {}
+        torch.onnx.export(net, (x,), given, dynamo=True, verbose=False)
+        session = pytest.importorskip("onnxruntime").InferenceSession(given, providers=["CPUExecutionProvider"])
+        assert_close(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], net(x).detach(), "float32")
+    model = openvino.convert_model(given, extension=openvino_extensions(), **how)
+    assert sum(node.get_type_name() == "GridSample" for node in model.get_ops()) == 2
+    assert_close(run(model, x), net(x).detach(), "float32")
+
+
+class Sum(nn.Module):
+    def __init__(self, boundary):
+        super().__init__()
+        self.boundary = boundary
+
+    def forward(self, x, offset):
+        return deform_aggregate3d(x, offset, None, 2, padding=1, boundary=self.boundary)
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "inside"])
+def test_aggregation_over_3_axes_far_outside_and_at_the_edge(boundary):
+    """A corner of the map that is no number is not read by samples that lie outside and next to it."""
+    torch.manual_seed(0)
+    x, offset = torch.rand(2, 2, 3, 4, 5), torch.randint(-6, 7, (2, 24, 4, 5, 6)) / 2
+    x[..., -1, -1, -1] = torch.nan
+    offset[..., 0], offset[..., 1] = torch.inf, -3e38
+    model = openvino.convert_model(Sum(boundary), example_input=(x, offset), extension=openvino_extensions())
+    found, expected = torch.from_numpy(run(model, x, offset)), Sum(boundary)(x, offset)
+    assert expected.isfinite().any() and not expected.isfinite().all() and (expected[..., 0] == 0).all()
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    assert_close(found[finite], expected[finite], "float32")
 
 
 class Function(nn.Module):
@@ -222,9 +292,8 @@ def test_offsets_far_outside_and_at_the_edge():
             'boundary="inside" cannot be converted: OpenVINO\'s',
         ),
         (DeformConv3d(4, 3, 3), torch.rand(1, 4, 5, 5, 5), "A deformable convolution over 3 axes cannot be converted"),
-        (*aggregate(3)[:2], "An aggregation over 3 axes cannot be converted: OpenVINO's GridSample has 2"),
     ],
-    ids=["inside", "3-D", "3-D aggregation"],
+    ids=["inside", "3-D"],
 )
 @pytest.mark.parametrize("exported", [False, True])
 def test_what_openvino_cannot_do_is_refused(layer, x, text, exported):

@@ -26,6 +26,7 @@ from deformconv.plots import (  # noqa: E402
     style,
     unit_points,
 )  # fmt: skip
+from deformconv.plots.attending import attention_layers  # noqa: E402
 from deformconv.torch import DeformAttention, DeformConv2d, deform_attention  # noqa: E402
 
 LEVELS = [(6, 8), (3, 4)]
@@ -287,6 +288,22 @@ def test_attention_of_transformers_is_seen_with_our_kernels_and_without(accelera
     assert call.locations.shape == (1, 16, 2, 2, 4, 2) and call.weights.sum().item() == pytest.approx(32, abs=1e-4)
     assert query_points(trace, "encoder.layers.0.self_attn", at=(24, 24)).at == pytest.approx((23.5, 23.5), abs=1e-4)
     assert trace.attention("decoder.layers.1.encoder_attn").reference.shape == (1, 7, 2, 2)
+
+
+def test_which_models_of_transformers_are_recorded():
+    """Those that have the class, as docs/looking.md has it; what calls a function has nothing to look at."""
+    pytest.importorskip("transformers", minversion="5.24")  # whose models are listed, in its words for backbones
+    from tests.convert import attention_models
+
+    from deformconv.convert.transformers_attention import MODELS
+
+    models = {name: attention_models.MAKERS[name]() for name in MODELS}
+    seen = {name for name, model in models.items() if attention_layers(model)}
+    assert seen == {name for name, holder in MODELS.items() if holder == "MultiScaleDeformableAttention"}
+    assert models.keys() - seen == {"mask2former", "oneformer", "rt_detr_v2", "d_fine", "deimv2"}
+    for name in models.keys() - seen:
+        with pytest.raises(ValueError, match=r"a module MultiScaleDeformableAttention of transformers\. Calls of functions"):
+            record(models[name]).__enter__()
 
 
 class TestDrawn:

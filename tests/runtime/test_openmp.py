@@ -36,7 +36,7 @@ from deformconv.runtime.cache import OPTIONS
 from deformconv.runtime.launch import run_on_team
 from deformconv.runtime.lenders import LENDERS, Lender
 from deformconv.runtime.openmp import Runtime, Team, runtime_of, team_for
-from deformconv.runtime.threads import BEGUN, NEXT, STOP
+from deformconv.runtime.threads import BEGUN, NEXT, STOP, counters
 from deformconv.torch import deform_conv2d
 
 pytestmark = pytest.mark.skipif(
@@ -310,7 +310,7 @@ def test_kernels_count_no_references() -> None:
 
 
 def run_on_own(kernel: Any, arguments: tuple[Any, ...], *_: Any, **__: Any) -> None:
-    kernel(np.zeros(5, np.int64), 1, 0, *arguments)
+    kernel(counters(), 1, 0, *arguments)
 
 
 @pytest.mark.parametrize("guilty", [0, 1, 2])

@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from tests.frontends.suite import OperatorSuite
-from tests.ops.conv.cases import ARGUMENTS, CASES
+from tests.ops.conv.cases import ARGUMENTS, CASES, make
 from tests.tolerances import assert_close
-from tests.torch.tensors import FUNCTIONS, call_of
+from tests.torch.tensors import FUNCTIONS, PLAIN, call_of
 from tests.torch.tensors import tensors as tensors_of
 
 import deformconv
 from deformconv import BackendError, ShapeError
+from deformconv.ops.conv import cpu, cpu_small
 from deformconv.ops.window import paddings, same_padding
-from deformconv.torch import deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.runtime import work
+from deformconv.torch import calls, deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.conv import functional
 
 LAYOUTS = {
@@ -26,6 +28,7 @@ LAYOUTS = {
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "negative bit": lambda t: torch.complex(t, -t).conj().imag,
     "a parameter": torch.nn.Parameter,
+    "not aligned": lambda t: torch.frombuffer(bytearray(b"1" + t.numpy().tobytes()), dtype=t.dtype, offset=1).view(t.shape),
     "an offset in storage": lambda t: torch.cat([t.flatten()[:3], t.flatten()])[3:].view(t.shape),
 }
 MISTAKES = {
@@ -155,9 +158,21 @@ def test_backends_by_name():
         function(**arrays, **keywords, backend="reference")
 
 
-def test_the_kernel_reads_the_tensors_memory(monkeypatch):
-    from deformconv.ops.conv import cpu
+@pytest.fixture
+def nothing_is_small(monkeypatch):
+    """Within it every call is worth sharing out."""
 
+    def forget():
+        calls._plan.cache_clear()
+        cpu.small.cache_clear()
+
+    forget()
+    monkeypatch.setattr(work, "SHARED_FROM", 0)
+    yield
+    forget()
+
+
+def test_the_kernel_reads_the_tensors_memory(monkeypatch, nothing_is_small):
     function, arrays, keywords, _ = call_of()
     seen, real = [], cpu.forward
 
@@ -168,6 +183,37 @@ def test_the_kernel_reads_the_tensors_memory(monkeypatch):
     monkeypatch.setattr(cpu, "forward", spy)
     function(**arrays, **keywords)
     assert [array.ctypes.data for array in seen] == [arrays[name].data_ptr() for name in ARGUMENTS]
+
+
+@pytest.fixture
+def by_address(monkeypatch):
+    """The addresses that small calls were made with, the output's first."""
+    seen, real = [], cpu_small.forward
+
+    def spy(*arguments):
+        seen.append(arguments[-1])
+        real(*arguments)
+
+    monkeypatch.setattr(cpu_small, "forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_small_call_takes_addresses_alone(by_address, requires_grad):
+    function, arrays, keywords, _ = call_of(requires_grad=requires_grad)
+    y = function(**arrays, **keywords)
+    assert by_address == [(y.data_ptr(), *(arrays[name].data_ptr() for name in ARGUMENTS))]
+    call = make(PLAIN, "float64")
+    assert (y.detach().numpy() == cpu.forward(call.spec, *call.arrays)).all()
+
+
+@pytest.mark.parametrize("name", ["every other element", "negative bit", "not aligned"])
+def test_memory_that_an_address_does_not_describe(by_address, name):
+    function, arrays, keywords, _ = call_of()
+    expected = function(**arrays, **keywords)
+    for argument in ARGUMENTS:
+        assert torch.equal(function(**arrays | {argument: LAYOUTS[name](arrays[argument])}, **keywords), expected)
+    assert len(by_address) == 1
 
 
 def test_expanded_tensors():

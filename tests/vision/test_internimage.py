@@ -15,7 +15,7 @@ from tests.vision import internimage_oracle as oracle
 from torch import nn
 from torch.nn import functional as F
 
-from deformconv.torch import reset_predictors
+from deformconv.torch import parameter_groups, reset_predictors
 from deformconv.vision import DCNv3, DCNv4, aggregates, dcnv3, dcnv4
 
 SIZE = (5, 7)
@@ -318,6 +318,16 @@ def test_gradients_of_one_image_by_torch_func() -> None:
 def test_scripts_are_refused(make: Any) -> None:
     with pytest.raises(NotImplementedError, match=rf"torch\.jit\.script cannot compile a {make.__name__}; expected torch"):
         torch.jit.script(nn.ModuleList([make(8, group=2)]))
+
+
+def test_predictors_of_offsets_train_slower() -> None:
+    net = nn.ModuleDict({"v3": DCNv3(6, group=2), "v4": DCNv4(6, group=2, dw_kernel_size=3)})
+    groups = parameter_groups(net, lr=0.5, offset_lr_scale=0.2)
+    assert [group["lr"] for group in groups] == [0.5, 0.1]
+    slow = {id(parameter) for parameter in groups[1]["params"]}
+    names = [name for name, parameter in net.named_parameters() if id(parameter) in slow]
+    assert names == ["v3.offset.weight", "v3.offset.bias", "v4.offset_mask.weight", "v4.offset_mask.bias"]
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
 
 
 def test_copies_and_what_they_say_of_themselves() -> None:

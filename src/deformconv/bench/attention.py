@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention beside transformers': the operator of Deformable DETR's encoder and decoder."""
+"""Multi-scale deformable attention beside other libraries': the operator of Deformable DETR's encoder and decoder."""
 
 from __future__ import annotations
 
@@ -145,6 +145,35 @@ class TransformersAttention(_AttentionPeer):
         return lambda value, locations, weights: attention(value, sizes, levels, starts, locations, weights, 64)
 
 
+class KorniaAttention(_AttentionPeer):
+    """The function of kornia's RT-DETR: grid_sample, level by level."""
+
+    name, title = "kornia-attention", "kornia"
+    packages = ("torch", "kornia")
+
+    def operator(self, case: Any) -> Callable[..., Any]:
+        from kornia.models.rt_detr.architecture.rtdetr_head import _deformable_attention_kernel as attention
+
+        levels = [*case.levels]
+        return lambda value, locations, weights: attention(value, levels, locations, weights)
+
+
+class MmcvAttention(_AttentionPeer):
+    """mmcv's function for CPUs, which mmcv-lite has as well: grid_sample, level by level."""
+
+    name, title = "mmcv-attention", "mmcv, on a CPU"
+    packages = ("torch", "torchvision", "mmcv")
+    installs = "mmcv-lite"
+
+    def operator(self, case: Any) -> Callable[..., Any]:
+        from deformconv.convert.mmcv import accelerate_mmcv
+
+        with accelerate_mmcv():  # without its extension, mmcv.ops can be imported only so
+            from mmcv.ops import multi_scale_deform_attn as theirs
+        attention, levels = theirs.multi_scale_deformable_attn_pytorch, [*case.levels]  # its own again, not ours
+        return lambda value, locations, weights: attention(value, levels, locations, weights)
+
+
 ATTENTION_PEERS: dict[str, type[_AttentionPeer]] = {
-    peer.name: peer for peer in (DeformconvAttention, TransformersAttention, TruthAttention)
+    peer.name: peer for peer in (DeformconvAttention, TransformersAttention, KorniaAttention, MmcvAttention, TruthAttention)
 }

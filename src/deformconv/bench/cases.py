@@ -9,7 +9,7 @@ import numpy as np
 from deformconv.ops.conv.spec import ConvSpec, Operand, conv_spec
 from deformconv.ops.window import by, positions_along
 
-__all__ = ["CASES", "QUICK", "TOLERANCE", "Case", "away_from_integers", "case_of", "make", "named", "shapes_of"]
+__all__ = ["CASES", "QUICK", "TOLERANCE", "Case", "away_from_integers", "case_of", "make", "named", "shapes_of", "spec_of"]
 
 TOLERANCE = 1e-4  # of another library in float32, which adds up thousands of numbers in its own order
 
@@ -123,6 +123,17 @@ def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
     }
 
 
+def spec_of(case: Case, dtype: str = "float32") -> ConvSpec:
+    """The case's checked call, without its arrays."""
+    shapes = shapes_of(case)
+    input, offset, weight, bias = (Operand(shapes[name], dtype) for name in ("input", "offset", "weight", "bias"))
+    mask = Operand(shapes["mask"], dtype) if case.masked else None
+    return conv_spec(
+        input, offset, weight, bias, mask, stride=case.stride, padding=case.padding, dilation=case.dilation,
+        groups=case.groups, offset_groups=case.offset_groups,
+    )  # fmt: skip
+
+
 def make(case: Case, dtype: str = "float32") -> tuple[ConvSpec, dict[str, Any]]:
     """The case's checked call and its arrays, `grad_output` among them; the same in every process."""
     rng = np.random.default_rng(0)
@@ -131,13 +142,7 @@ def make(case: Case, dtype: str = "float32") -> tuple[ConvSpec, dict[str, Any]]:
     arrays["offset"] = away_from_integers(arrays["offset"] * case.sigma) if case.sigma else np.zeros_like(arrays["offset"])
     arrays["weight"] /= np.sqrt(np.prod(shapes["weight"][1:])).astype(dtype)
     arrays["mask"] = rng.random(shapes["mask"]).astype(dtype) if case.masked else None
-    input, offset, weight, bias = (Operand(arrays[name].shape, dtype) for name in ("input", "offset", "weight", "bias"))
-    mask = Operand(shapes["mask"], dtype) if case.masked else None
-    spec = conv_spec(
-        input, offset, weight, bias, mask, stride=case.stride, padding=case.padding, dilation=case.dilation,
-        groups=case.groups, offset_groups=case.offset_groups,
-    )  # fmt: skip
-    return spec, arrays
+    return spec_of(case, dtype), arrays
 
 
 def away_from_integers(offset: Any) -> Any:

@@ -22,6 +22,7 @@ __all__ = ["draw", "relative", "save"]
 LOOKS = {
     "onnxruntime": ("#0072B2", "o"),
     "openvino": ("#56B4E9", "s"),
+    "ncnn": ("#E69F00", "X"),
     "torchvision": ("#D55E00", "D"),
     "kornia": ("#CC79A7", "^"),
     "dense": ("#000000", "|"),

@@ -15,7 +15,7 @@ from deformconv.runtime.host import processor_name
 __all__ = ["join", "machine", "packages", "read", "section"]
 
 PACKAGES = (
-    "deformconv", "numpy", "numba", "torch", "torchvision", "kornia", "onnxruntime", "onnx", "openvino",
+    "deformconv", "numpy", "numba", "torch", "torchvision", "kornia", "onnxruntime", "onnx", "openvino", "ncnn",
 )  # fmt: skip
 # LLVM's names for the features of a processor that are about vectors.
 VECTORS = ("sse4.2", "avx", "amx", "fma", "f16c", "neon", "sve", "dotprod", "vsx")

@@ -122,6 +122,8 @@ def speed_table(rows: Sequence[Row], direction: str) -> str:
     ratios: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     if able & {*INFERENCE}:
         ratios.append(("inference's best / ours", INFERENCE, OURS))
+    if "ncnn" in able:
+        ratios.append(("ncnn / ours", ("ncnn",), OURS))
     if "torchvision" in able:
         ratios.append(("torchvision / ours", ("torchvision",), OURS))
     if "dense" in able:
@@ -137,16 +139,20 @@ def speed_table(rows: Sequence[Row], direction: str) -> str:
 def notes(rows: Sequence[Row]) -> list[str]:
     """What the tables' signs stand for, and why a time is missing."""
     found: dict[str, dict[str, None]] = {}  # with the order kept
+    timed: dict[str, None] = {}
     for row in rows:
         name = case_of(row["layer"]).name
         for library, result in row["results"].items():
             title = PEERS[library].title
+            if "milliseconds" in result:
+                timed[library] = None
             if result.get("as 2-D"):
                 found.setdefault("* as 2-D of height 1, with every dy 0", {})[name] = None
             elif "reason" in result and result["reason"] != PEERS[library].no_gradients:
                 where = "" if result["reason"].startswith("has") else f", {row['direction']}"
                 found.setdefault(f"{title} {result['reason']}{where}", {})[name] = None
-    return [f"{what} ({', '.join(names)})" for what, names in found.items()]
+    remarks = [f"{PEERS[name].title} {PEERS[name].remark}" for name in timed if PEERS[name].remark]
+    return [*(f"{what} ({', '.join(names)})" for what, names in found.items()), *remarks]
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -57,10 +57,12 @@ class Peer(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
+    installs: ClassVar[str | None] = None  # what to ask pip for, where that is not the packages' names
     ranks: ClassVar[tuple[int, ...]] = (1, 2, 3)
     trains: ClassVar[bool] = True
     deforms: ClassVar[bool] = True  # whether its results are those of deformable convolution
     no_gradients: ClassVar[str] = "has no gradients"
+    remark: ClassVar[str] = ""  # what its times must not be read without, as the rest of a sentence that its title begins
 
     @abstractmethod
     def __init__(self, threads: int) -> None:
@@ -212,6 +214,33 @@ class Deformconv(Ours):
                 input, offset, weight, bias, case.stride, case.padding, case.dilation, mask,
                 groups=case.groups, offset_groups=case.offset_groups, backend=self.backend,
             )  # fmt: skip
+
+        return call
+
+
+class Prepacked(Ours):
+    """A layer that has packed its weight beforehand, as the runtimes for trained nets may."""
+
+    name, title = "prepacked", "deformconv, prepacked"
+    trains = False
+
+    @classmethod
+    def reason_against(cls, case: Any, direction: str) -> str | None:
+        return None if direction == "forward" else cls.no_gradients
+
+    def operator(self, case: Case) -> Callable[..., Any]:
+        from deformconv import torch as front
+
+        kind = (front.DeformConv1d, front.DeformConv2d, front.DeformConv3d)[case.rank - 1]
+        layer = kind(
+            case.in_channels, case.out_channels, case.kernel, case.stride, case.padding, case.dilation, case.groups,
+            modulated=case.masked, offset_groups=case.offset_groups, predict_offsets=False,
+        )  # fmt: skip
+        layer.load_state_dict({name: self.tensors[name] for name in ("weight", "bias")})
+        packed = layer.prepack()
+
+        def call(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> Any:
+            return packed(input, offset, mask)
 
         return call
 
@@ -405,4 +434,66 @@ class OpenVino(_Inference):
         self.request.infer()
 
 
-PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Deformconv, OnnxRuntime, OpenVino, Torchvision, Kornia, Dense)}
+class Ncnn(_Inference):
+    """A net as ncnn loads one: it packs the weights then, for its matrix product, and no call pays for that."""
+
+    name, title = "ncnn", "ncnn (weights packed at load)"
+    packages = ("ncnn",)
+    remark = "computes the images of a batch one after the other, since its arrays have no batch"
+
+    @classmethod
+    def reason_against(cls, case: Any, direction: str) -> str | None:
+        reason = super().reason_against(case, direction)
+        if reason is None and case.groups > 1:
+            return "has no groups"
+        return "has no offset groups" if reason is None and case.offset_groups > 1 else reason
+
+    def compile(self, case: Case, weight: Any, bias: Any) -> None:
+        import ncnn
+
+        self.net = ncnn.Net()
+        # By itself it would compute in half precision where the processor can. Older versions have fewer of these options.
+        for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_packed", "bf16_storage"):
+            if hasattr(self.net.opt, f"use_{option}"):
+                setattr(self.net.opt, f"use_{option}", False)
+        self.net.opt.num_threads = self.threads
+        if self.net.load_param_mem(self._described(case, weight.size)):
+            raise RuntimeError("ncnn does not read the net's description")
+        # Four zeros say that the weights that follow are of float32.
+        self.net.load_model_mem(bytes(4) + weight.tobytes() + bias.tobytes())
+        # Copies, whose channels begin where ncnn's own would.
+        self.images = [
+            {name: ncnn.Mat(np.ascontiguousarray(array[n])).clone() for name, array in self.inputs.items()}
+            for n in range(case.batch)
+        ]
+
+    def _described(self, case: Case, weights: int) -> str:
+        """The net's text: a number that every such text begins with, how many layers and arrays, and a line for each layer."""
+        names = " ".join(self.inputs)
+        (kh, kw), (dh, dw), (sh, sw), (ph, pw) = case.kernel, case.dilation, case.stride, case.padding
+        # The numbers of the parameters are those of ncnn's convolution.
+        window = f"1={kw} 11={kh} 2={dw} 12={dh} 3={sw} 13={sh} 4={pw} 15={pw} 14={ph} 16={ph}"
+        layer = f"DeformableConv2D layer {len(self.inputs)} 1 {names} output 0={case.out_channels} {window} 5=1 6={weights}"
+        count = len(self.inputs) + 1
+        return "\n".join(["7767517", f"{count} {count}", *(f"Input {name} 0 1 {name}" for name in self.inputs), layer, ""])
+
+    def forward(self) -> None:
+        self.outputs = []
+        for image in self.images:
+            extractor = self.net.create_extractor()
+            for name, array in image.items():
+                extractor.input(name, array)
+            failed, output = extractor.extract("output")
+            if failed:
+                raise RuntimeError(f"ncnn failed with {failed}")
+            self.outputs.append(output)
+
+    def results(self, direction: str) -> Arrays:
+        self.forward()
+        self.output[:] = [np.array(output) for output in self.outputs]
+        return _unembedded(self.asked, {"output": self.output})
+
+
+PEERS: dict[str, type[Peer]] = {
+    peer.name: peer for peer in (Deformconv, Prepacked, OnnxRuntime, OpenVino, Ncnn, Torchvision, Kornia, Dense)
+}

@@ -13,7 +13,7 @@ from typing import Any
 
 from deformconv.bench import chart, document, figures
 from deformconv.bench.cases import case_of
-from deformconv.bench.peers import DIRECTIONS
+from deformconv.bench.peers import DIRECTIONS, PEERS
 from deformconv.bench.reports import REPORTS, net_means
 
 __all__ = ["RESULTS", "everything", "replaced", "section"]
@@ -100,7 +100,7 @@ def _nets(found: Document) -> str:
 def _where(found: Document) -> str:
     machine, threads = found["machine"], found["speed"]["threads"]
     packages = machine["packages"]
-    names = ("torch", "torchvision", "onnxruntime", "openvino")
+    names = ("torch", "torchvision", "onnxruntime", "openvino", "ncnn")
     versions = ", ".join(f"{name} {packages[name]}" for name in names if name in packages)
     return f"float32 on {machine['processor']}, {threads} threads; {versions}; {found['speed']['date']}."
 
@@ -122,6 +122,7 @@ def _table(rows: Sequence[figures.Row]) -> str:
     columns = [
         ("forward: ours", forward, figures.OURS),
         ("ONNX Runtime or OpenVINO", forward, figures.INFERENCE),
+        *([(PEERS["ncnn"].title, forward, ("ncnn",))] if any("ncnn" in row["results"] for row in rows) else []),
         ("torchvision", forward, ("torchvision",)),
         ("plain convolution", forward, ("dense",)),
         ("forward+backward: ours", training, figures.OURS),

@@ -174,6 +174,12 @@ class Other(NamedTuple):
         labels = {name.rpartition("-")[0]: name for name, peer in self.peers.items() if not missing(peer.packages)}
         return {label: name for label, name in labels.items() if label in plan.libraries or label not in (*PEERS, "truth")}
 
+    def absent(self) -> dict[str, str]:
+        """What pip would install, by the titles of the libraries that have no convolution and are not installed."""
+        peers = {label: self.peers[self.of(label)] for label in self.others if label not in PEERS}
+        lacking = {label: missing(peer.packages) for label, peer in peers.items()}
+        return {peers[label].title: peers[label].installs or " ".join(names) for label, names in lacking.items() if names}
+
     def wanted(self, plan: Plan) -> Sequence[Any]:
         """The cases that are to be measured."""
         cases = [case for case in self.cases if not plan.named or case.name in plan.named]
@@ -224,7 +230,8 @@ def operator(other: Other, plan: Plan, progress: Progress) -> Rows:
 def write_operator(other: Other, rows: Sequence[Row]) -> str:
     """The tables of an operator."""
     beside, threads, peaks = [], [], []
-    names = ("deformconv", *other.others)
+    others = {name: title for name, title in other.others.items() if any(name in row["results"] for row in rows)}
+    names = ("deformconv", *others)
     for row in rows:
         case = other.read(row[other.word])
         if "1" in row["results"]:
@@ -238,12 +245,12 @@ def write_operator(other: Other, rows: Sequence[Row]) -> str:
             ours, *theirs = (_value(row, name) for name in names)
             ratios = [_over(value, ours) for value in theirs]
             beside.append([case.name, case.what, row["direction"], *(_cell(row, name) for name in names), *ratios])
-    titles = ("deformconv", *other.others.values())
-    head = ["case", "what", "direction", *titles, *(f"{name} / ours" for name in other.others)]
+    titles = ("deformconv", *others.values())
+    head = ["case", "what", "direction", *titles, *(f"{name} / ours" for name in others)]
     threads_head = ["case", "direction", "1 thread, ms", "2 threads, ms", "faster"]
     parts = [markdown(head, beside, 3), markdown(threads_head, threads, 2)]
     if peaks:
-        peaks_head = ["case", "what", *titles, *(f"ours / {name}" for name in other.others)]
+        peaks_head = ["case", "what", *titles, *(f"ours / {name}" for name in others)]
         parts += ["Peak extra memory of forward and backward, in MiB", markdown(peaks_head, peaks, 2)]
     return "\n\n".join(parts)
 

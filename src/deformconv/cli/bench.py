@@ -119,6 +119,8 @@ def run(options: Options) -> int:
                 _write(options.json, earlier)
     if absent:
         click.echo(f"\nNot installed, so not compared: {', '.join(absent)}. {_install()} brings all of them.")
+    for line in [] if options.base is not None else _absent_of(reports):
+        click.echo("\n" + line)
     click.echo("\n" + _machine_line(found, plan.threads))
     _draw(options.plot, earlier)
     if wrong:
@@ -130,6 +132,15 @@ def run(options: Options) -> int:
 
 def _install() -> str:
     return command("bench", *sorted({package for peer in PEERS.values() for package in peer.packages} | {"matplotlib"}))
+
+
+def _absent_of(reports: Sequence[str]) -> list[str]:
+    """What is to be said of libraries that have another operator than convolution and are not installed, report by report."""
+    lacking = {other.word: other.absent() for other in OTHERS if other.word in reports}
+    ways = {
+        word: "; ".join(f"{title} (pip install {name})" for title, name in found.items()) for word, found in lacking.items()
+    }
+    return [f"Not installed, so not compared in the report {word}: {text}." for word, text in ways.items() if text]
 
 
 def _installed(reports: Sequence[str], options: Options) -> list[str]:

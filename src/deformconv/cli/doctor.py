@@ -26,7 +26,7 @@ __all__ = ["run"]
 
 PACKAGES = (
     "numpy", "numba", "llvmlite", "array-api-compat", "torch", "torchvision", "mxnet", "jax", "flax", "equinox", "keras",
-    "onnx", "onnxruntime", "openvino", "matplotlib", "rich",
+    "onnx", "onnxruntime", "openvino", "ncnn", "matplotlib", "rich",
 )  # fmt: skip
 # The vector extensions that decide how fast kernels are.
 EXTENSIONS = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")

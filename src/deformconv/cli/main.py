@@ -320,12 +320,14 @@ def bench(**options: Any) -> int:
 
     \b
     REPORT is one or more of
-      speed     beside ONNX Runtime, OpenVINO, torchvision, kornia and a
-                plain convolution, whichever are installed (the default)
+      speed     beside ONNX Runtime, OpenVINO, ncnn, torchvision, kornia
+                and a plain convolution, whichever are installed (the
+                default)
       net       whole nets, beside those of plain convolutions,
                 torchvision's and kornia's layers; also on a busy machine
       rois      pooling of boxes, beside torchvision's RoI align
-      attention multi-scale deformable attention, beside transformers'
+      attention multi-scale deformable attention, beside transformers',
+                kornia's and mmcv's
       aggregate what DCNv3 and DCNv4 add up, beside torchvision's
                 deformable convolution and PyTorch's grid_sample
       offsets   with offsets of three kinds

@@ -6,6 +6,7 @@ from deformconv.convert.mmcv import accelerate_mmcv
 from deformconv.convert.mxnet import layer_from_mxnet, layer_to_mxnet, load_mxnet, mxnet_layers
 from deformconv.convert.openvino import openvino_extensions
 from deformconv.convert.params_file import read_params, write_params
+from deformconv.convert.prepacked_copy import prepack
 from deformconv.convert.state_dicts import convert_state_dict
 from deformconv.convert.torchvision import accelerate_torchvision
 from deformconv.convert.torchvision_copy import to_torchvision
@@ -25,6 +26,7 @@ __all__ = [
     "load_mxnet",
     "mxnet_layers",
     "openvino_extensions",
+    "prepack",
     "read_params",
     "replace_layers",
     "to_torch",

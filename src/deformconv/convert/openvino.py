@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ def openvino_extensions() -> list[Any]:
     PyTorch's modules and exported programs for `deformconv::deform_conv`. With these rules each is read as OpenVINO's
     DeformableConvolution-8, over 1 and 2 spatial axes, with boundary="zeros". What is beyond that raises, in words of
     OpenVINO's around ours. `deformconv::deform_attention` is read as a GridSample-9 for each level, and
-    `deformconv::deform_aggregate`, over 1 and 2 spatial axes, as one.
+    `deformconv::deform_aggregate` as one over 1 and 2 spatial axes, and over 3 as a Gather-8 for each corner.
 
     The converted model needs neither this library nor the rules: `openvino.save_model` writes OpenVINO's own operators alone.
 
@@ -154,33 +155,73 @@ def _attention(node: Any) -> list[Any]:
 
 
 def _aggregate(node: Any) -> list[Any]:
-    """The rule for deformable aggregation, of any sizes; half precision is computed in float32, and 1-D is 2-D of height 1."""
+    """The rule for deformable aggregation, of any sizes; half precision is computed in float32."""
     opset, given, offset, mask = _opset(), node.get_input(0), node.get_input(1), _optional(node, 2)
     kernel_size, *window, groups = (node.get_values_from_const_input(number) for number in range(3, 8))
     rank, taps, constant, boundary = len(kernel_size), math.prod(kernel_size), opset.constant, _text(node, 8)
-    if rank == 3:
-        raise BackendError("An aggregation over 3 axes cannot be converted: OpenVINO's GridSample has 2.")
     input, offset, mask = (None if tensor is None else opset.convert(tensor, "f32") for tensor in (given, offset, mask))
     sizes, places = ([_size(tensor, axis) for axis in range(2, 2 + rank)] for tensor in (input, offset))
     groups = opset.divide(_size(offset, 1), constant([rank * taps])) if groups is None else constant([groups])
     images, channels = opset.multiply(_size(input, 0), groups), opset.divide(_size(input, 1), groups)
-    pixels = _reshaped(input, images, channels, *[1] * (2 - rank), *sizes)
-    moves = _reshaped(offset, images, taps, rank, *places)
+    split = _reshaped(offset, images, taps, rank, *places)
+    moves = [opset.gather(split, constant(axis), constant(2)) for axis in range(rank)]  # (N*offset_groups, K, *O) each
+    bases = [_base(axis, kernel_size, window, places[axis]) for axis in range(rank)]
+    sample = _by_gather if rank == 3 else _by_grid_sample
+    samples = sample(_reshaped(input, images, channels, *sizes), sizes, bases, moves, boundary)
     factors = [] if mask is None else [_reshaped(mask, images, 1, taps, *places)]
-    grid: list[Any] = []
-    for axis in range(rank):
-        base, move = _base(axis, kernel_size, window, places[axis]), opset.gather(moves, constant(axis), constant(2))
-        size = opset.convert(sizes[axis], "f32")
-        if boundary == "inside":
-            factors.append(_within(opset.add(base, opset.floor(move)), size))
-        grid.insert(0, _normal(opset.add(base, move), size))  # x first
-    if rank == 1:
-        grid.append(opset.multiply(grid[0], _number(0)))
-    grid = _reshaped(opset.concat(grid, -1), images, -1, places[-1], 2)
-    samples = opset.grid_sample(pixels, grid, GRID | {"padding_mode": {"zeros": "zeros", "inside": "border"}[boundary]})
     samples = functools.reduce(opset.multiply, factors, _reshaped(samples, images, channels, taps, *places))
     output = _reshaped(opset.reduce_sum(samples, constant([2]), False), _size(input, 0), _size(input, 1), *places)
     return [opset.convert_like(output, given).output(0)]
+
+
+def _by_grid_sample(pixels: Any, sizes: Sequence[Any], bases: Sequence[Any], moves: Sequence[Any], boundary: str) -> Any:
+    """Samples (N, C, K, *O) of a map of 1 or 2 axes, of which 1-D is 2-D of height 1."""
+    opset, rank, sizes = _opset(), len(sizes), [_opset().convert(size, "f32") for size in sizes]
+    channels, taps_and_places = _size(pixels, 1), [_size(moves[0], axis) for axis in range(1, 2 + rank)]
+    if rank == 1:
+        pixels = opset.unsqueeze(pixels, opset.constant([2]))
+    grid = [_normal(opset.add(*place), size) for *place, size in zip(bases, moves, sizes, strict=True)]
+    grid = grid[::-1] if rank == 2 else [*grid, opset.multiply(grid[0], _number(0))]  # x first
+    grid = _reshaped(opset.concat(grid, -1), _size(pixels, 0), -1, taps_and_places[-1], 2)
+    samples = opset.grid_sample(pixels, grid, GRID | {"padding_mode": {"zeros": "zeros", "inside": "border"}[boundary]})
+    samples = _reshaped(samples, _size(pixels, 0), channels, *taps_and_places)
+    if boundary == "zeros":
+        return samples
+    lows = (opset.add(base, opset.floor(move)) for base, move in zip(bases, moves, strict=True))
+    is_within = functools.reduce(opset.logical_and, map(_within, lows, sizes))
+    return opset.multiply(samples, opset.unsqueeze(opset.convert(is_within, "f32"), opset.constant([1])))
+
+
+def _by_gather(pixels: Any, sizes: Sequence[Any], bases: Sequence[Any], moves: Sequence[Any], boundary: str) -> Any:
+    """Samples (N, C, K*O) of a map of any number of axes, corner by corner; there is no GridSample over 3."""
+    opset, zero = _opset(), _number(0)
+    lasts = [opset.subtract(opset.convert(size, "f32"), _number(1)) for size in sizes]
+    ends = [opset.add(last, _number(1)) for last in lasts]
+    # Beyond there every sample is outside, however far.
+    moves = [
+        opset.minimum(opset.maximum(move, opset.subtract(_number(-2), base)), opset.subtract(end, base))
+        for base, move, end in zip(bases, moves, ends, strict=True)
+    ]
+    wholes = [opset.floor(move) for move in moves]
+    parts = [opset.subtract(*pair) for pair in zip(moves, wholes, strict=True)]
+    lows = [opset.add(*pair) for pair in zip(bases, wholes, strict=True)]
+    flat = _reshaped(pixels, _size(pixels, 0), _size(pixels, 1), -1)
+    outside = _size(flat, 2)  # the number of a pixel of zeros, behind all others
+    flat = opset.pad(flat, opset.constant([0, 0, 0]), opset.constant([0, 0, 1]), "constant", zero)
+    total = None
+    for corner in itertools.product((0, 1), repeat=len(sizes)):
+        pixel = [opset.add(low, _number(bit)) for low, bit in zip(lows, corner, strict=True)]
+        is_there = functools.reduce(opset.logical_and, map(_within, pixel if boundary == "zeros" else lows, ends))
+        shares = (part if bit else opset.subtract(_number(1), part) for part, bit in zip(parts, corner, strict=True))
+        weight, index = functools.reduce(opset.multiply, shares), opset.constant(np.int64(0))
+        for place, size, last in zip(pixel, sizes, lasts, strict=True):
+            nearest = opset.convert(opset.minimum(opset.maximum(place, zero), last), "i64")
+            index = opset.add(opset.multiply(index, size), nearest)
+        index = opset.select(is_there, index, outside)
+        index, weight = _reshaped(index, _size(pixels, 0), -1), _reshaped(weight, _size(pixels, 0), 1, -1)
+        term = opset.multiply(opset.gather(flat, index, opset.constant(2), 1), weight)
+        total = term if total is None else opset.add(total, term)
+    return total
 
 
 def _base(axis: int, kernel_size: Sequence[int], window: Sequence[Sequence[int]], places: Any) -> Any:
@@ -202,10 +243,9 @@ def _normal(position: Any, size: Any) -> Any:
 
 
 def _within(pixel: Any, size: Any) -> Any:
-    """1 where there is such a pixel and 0 elsewhere, with an axis for the channels."""
+    """Whether there is such a pixel along an axis."""
     opset = _opset()
-    within = opset.logical_and(opset.greater_equal(pixel, _number(0)), opset.less(pixel, size))
-    return opset.unsqueeze(opset.convert(within, "f32"), opset.constant([1]))
+    return opset.logical_and(opset.greater_equal(pixel, _number(0)), opset.less(pixel, size))
 
 
 def _number(value: float) -> Any:

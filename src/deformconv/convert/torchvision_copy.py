@@ -33,8 +33,8 @@ def to_torchvision(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: a layer is none that torchvision has: one over 1 or 3 axes, with boundary="inside", or of a subclass; or
-            its weight is computed by a hook.
+        ValueError: a layer is none that torchvision has: one over 1 or 3 axes, with boundary="inside", prepacked, or of a
+            subclass; or its weight is computed by a hook.
         ModuleNotFoundError: PyTorch or torchvision is not installed.
 
     Example:
@@ -49,12 +49,12 @@ def to_torchvision(model: nn.Module) -> nn.Module:
     import deformconv.torch  # noqa: F401  (it says what to install where PyTorch is missing)
 
     # isort: split
-    from deformconv.torch import surgery
+    from deformconv.torch import PrepackedDeformConv, surgery
 
     import_for("to_torchvision", "torchvision", "torchvision")
     surgery.check_model(model)
     named = [(f"layer {name!r} of `model`" if name else "`model`", module) for name, module in model.named_modules()]
-    layers = [(name, module) for name, module in named if isinstance(module, _kinds())]
+    layers = [(name, module) for name, module in named if isinstance(module, (*_kinds(), PrepackedDeformConv))]
     for name, layer in layers:
         _check(name, layer)
     # deepcopy looks here for what it has copied already, wherever in the model it is referred to.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba import types
 
 from deformconv.runtime.cache import device
 from deformconv.runtime.simd import INT, element, emits, emits_result
-from deformconv.runtime.threads import BEGUN, ENDED
+from deformconv.runtime.threads import BEGUN, ENDED, YIELD
 
 __all__ = ["all_together", "fetch_add", "wait_for"]
+
+_LOOKS = 4096  # at a counter, some microseconds, before who waits for it lends its processor to others
 
 
 @emits_result(types.int64)
@@ -19,12 +22,30 @@ def fetch_add(builder, _, counters, which):
 
 @emits
 def wait_for(builder, _, counters, which, number):
-    """Wait, without sleeping, until other threads have brought a counter to `number`."""
-    place = element(builder, counters, which)
-    again, done = builder.append_basic_block("wait"), builder.append_basic_block("done")
-    builder.branch(again)
-    builder.position_at_end(again)
+    """Wait until other threads have brought a counter to `number`; `counters` are those of `threads.counters`.
+
+    It does not sleep. But after some microseconds it offers its processor, after each look, to threads that have none.
+    """
+    place, lend = element(builder, counters, which), builder.load(element(builder, counters, INT(YIELD)))
+    begin = builder.block
+    blocks = [builder.append_basic_block(f"wait.{name}") for name in ("look", "again", "long", "lend", "done")]
+    look, again, long, lending, done = blocks
+    builder.branch(look)
+    builder.position_at_end(look)
+    looks = builder.phi(INT)
+    looks.add_incoming(INT(0), begin)
     builder.cbranch(builder.icmp_signed("<", builder.load_atomic(place, "acquire", 8), number), again, done)
+    builder.position_at_end(again)
+    more = builder.add(looks, INT(1))
+    looks.add_incoming(more, again)
+    builder.cbranch(builder.icmp_signed("<", more, INT(_LOOKS)), look, long)
+    builder.position_at_end(long)
+    looks.add_incoming(more, long)
+    builder.cbranch(builder.icmp_signed("==", lend, INT(0)), look, lending)
+    builder.position_at_end(lending)
+    looks.add_incoming(more, lending)
+    builder.call(builder.inttoptr(lend, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
+    builder.branch(look)
     builder.position_at_end(done)
 
 

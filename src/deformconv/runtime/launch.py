@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.callconv import excinfo_ptr_t
 from numba.extending import intrinsic
 
+from deformconv.runtime.addresses import machine_code
 from deformconv.runtime.cache import kernel
 from deformconv.runtime.simd import INT, data_and_type, element
 from deformconv.runtime.threads import LEFT, NEXT, STOP, counters
@@ -62,7 +62,7 @@ def run_on_team(
     counter = counters()
     address = _addresses.get((compiled, *kind))
     if address is None:
-        address = _addresses[(compiled, *kind)] = _address_of(compiled, (counter, burst, 0, *arguments))
+        address = _addresses[(compiled, *kind)] = machine_code(compiled, (counter, burst, 0, *arguments))
     start = tuple(_Start(team.started, threads, runtime.parallel, runtime.thread_number, runtime.clock, address))
     first = 0
     while first < items:
@@ -71,14 +71,6 @@ def run_on_team(
         left = min(int(counter[LEFT]), items)
         runtime.note(waited, (time.perf_counter() - began - waited) * threads / (left - first))
         counter[NEXT] = first = left
-
-
-def _address_of(compiled: Any, arguments: tuple[Any, ...]) -> int:
-    """Where the machine code of a kernel for arguments of these types lies; it is compiled, or loaded, if need be."""
-    signature = tuple(map(numba.typeof, arguments))
-    compiled.compile(signature)
-    found = compiled.overloads[signature]
-    return int(found.library.get_pointer_to_function(found.fndesc.llvm_func_name))
 
 
 def compile_for_teams(compiled: Any) -> None:

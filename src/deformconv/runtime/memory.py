@@ -40,13 +40,13 @@ class Arena:
     """Uninitialised arrays, one after the other, out of one piece of memory."""
 
     def __init__(self, memory: np.ndarray) -> None:
-        self._memory, self._used = memory, 0
+        self.bytes, self._used = memory, 0
 
     def empty(self, shape: int | tuple[int, int], dtype: Any) -> np.ndarray:
         """An aligned array."""
         size = shape if isinstance(shape, int) else shape[0] * shape[1]
         first, self._used = self._used, self._used + room(size, dtype)
-        return np.ndarray(shape, dtype, self._memory, first)
+        return np.ndarray(shape, dtype, self.bytes, first)
 
 
 def room(size: int, dtype: Any) -> int:

@@ -6,6 +6,7 @@ survive a fork (OpenMP). The caller works too: with one thread, or for a small c
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -18,21 +19,41 @@ import numpy as np
 
 from deformconv.runtime.processors import get_num_threads
 
-__all__ = ["BEGUN", "ENDED", "LEFT", "NEXT", "STOP", "Work", "counters", "importing", "run"]
+__all__ = ["BEGUN", "ENDED", "LEFT", "NEXT", "STOP", "YIELD", "Work", "counters", "importing", "run"]
 
 # `work(counter, limit, thread)` does at most `limit` items and returns early when none is left. `thread` numbers the threads of
 # a call from 0. `counter` is an int64 array. counter[NEXT] is the number of the next item, which threads take atomically.
 # counter[STOP] is 1 once the call has failed; work whose items take long looks at it in between. counter[LEFT] is the first
 # item that a pause has left undone (`launch`). counter[BEGUN] and counter[ENDED] begin at 0 and are for the work's own use.
-NEXT, STOP, BEGUN, ENDED, LEFT = range(5)
+# counter[YIELD] is the address of the system's function by which a thread that waits lends others its processor, or 0.
+# Two of them are 128 bytes apart, wherever the array begins: they share no cache line, nor a pair of lines that a processor
+# fetches together. Who waits for one of them does not disturb those who add to another.
+NEXT, STOP, BEGUN, ENDED, LEFT, YIELD = range(0, 6 * 16, 16)
 Work = Callable[[np.ndarray, int, int], Any]
 
 IDLE = 10.0  # seconds without need of them, after which workers beyond the number that `set_num_threads` asks for end
 
 
+def _address_of_yield() -> int:
+    functions = ctypes.CDLL(None) if os.name == "posix" else getattr(ctypes, "windll", None)
+    found = getattr(functions, "sched_yield", None) or getattr(getattr(functions, "kernel32", None), "SwitchToThread", None)
+    return (ctypes.cast(found, ctypes.c_void_p).value or 0) if found is not None else 0
+
+
+_YIELD = _address_of_yield()
+
+
 def counters() -> np.ndarray:
     """The counters of a call that begins."""
-    return np.zeros(5, np.int64)
+    found = np.zeros(YIELD + 1, np.int64)
+    found[YIELD] = _YIELD
+    return found
+
+
+def _end_work(counter: np.ndarray, items: int) -> None:
+    """Leave no item to anybody, and say that the call has failed."""
+    counter[NEXT] = items
+    counter[STOP] = True
 
 
 class _Job:
@@ -59,7 +80,7 @@ class _Job:
             self.work(self.counter, self.items, self.thread)
         except BaseException as error:  # the caller raises it
             self.error = error
-            self.counter[: STOP + 1] = self.items, True
+            _end_work(self.counter, self.items)
         finally:
             self.ended = True
             self.done.release()
@@ -180,7 +201,7 @@ def run(work: Work, items: int, *, threads: int, burst: int) -> None:
 def _end(jobs: list[_Job], counter: np.ndarray, items: int) -> None:
     while True:
         try:
-            counter[: STOP + 1] = items, True
+            _end_work(counter, items)
             for job in jobs:
                 job.finish()
             return

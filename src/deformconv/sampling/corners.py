@@ -26,6 +26,7 @@ from deformconv.runtime.simd import (
     element,
     emits,
     for_channels,
+    for_chunks,
     for_each,
     for_positions,
     for_usual_widths,
@@ -251,6 +252,34 @@ def _blend(builder, scalar, size, table, count, x, mask, mask_start, masked, col
         for_each(builder, INT(0), count, 1, [], position)
 
     for_usual_widths(builder, lanes_of(scalar), width, one_width)
+
+
+@emits
+def _blend_products(builder, scalar, size, table, count, x, mask, mask_start, masked, weight, weight_start, sums, width):
+    def chunk(do, vectors, channel):
+        first = builder.add(weight_start, channel)
+        weights = [do.load(weight, builder.add(first, INT(v * do.width))) for v in range(vectors)]
+
+        def position(t, _):
+            starts, factors = _corners(builder, size, table, t, x)
+            scale = _scale(builder, scalar, mask, builder.add(mask_start, t), masked)
+            into = builder.add(builder.add(sums.start, builder.mul(t, sums.row)), channel)
+            for v, factor in enumerate(weights):
+                c, place = builder.add(channel, INT(v * do.width)), builder.add(into, INT(v * do.width))
+                values = [do.load(x.array, builder.add(corner, c)) for corner in starts]
+                total = do.multiply_add(factor, _blended(do, values, factors, scale), do.load(sums.array, place))
+                do.store(total, sums.array, place)
+            return []
+
+        for_each(builder, INT(0), count, 1, [], position)
+
+    for_chunks(builder, scalar, width, chunk)
+
+
+@device
+def blend_products(size, table, count, x, mask, mask_start, weight, weight_start, sums, width):
+    """sums[t, c] += weight[c] * what `blend` makes: a tap of a depthwise convolution."""
+    _blend_products(size, table, count, x, mask, mask_start, mask.size > 0, weight, weight_start, sums, width)
 
 
 def _over_channels(builder, scalar, width, vectors, sums, step):

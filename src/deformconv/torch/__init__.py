@@ -17,6 +17,7 @@ from deformconv.torch.aggregate import DEFORM_AGGREGATE  # noqa: F401
 from deformconv.torch.attention import DEFORM_ATTENTION  # noqa: F401
 from deformconv.torch.conv.functional import deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.conv.modules import DeformConv1d, DeformConv2d, DeformConv3d, parameter_groups, reset_predictors
+from deformconv.torch.conv.prepacked import PrepackedDeformConv
 from deformconv.torch.roi_pool import DEFORM_ROI_POOL  # noqa: F401
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "DeformConv2d",
     "DeformConv3d",
     "DeformRoIPool",
+    "PrepackedDeformConv",
     "deform_aggregate1d",
     "deform_aggregate2d",
     "deform_aggregate3d",

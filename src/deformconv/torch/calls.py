@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,8 +28,12 @@ def call(
     backend: str | None,
     parameters: tuple[Any, ...],
     operands: tuple[Tensor | None, ...],
+    compute: Callable[..., Tensor] = run.forward,
 ) -> Tensor:
-    """Check a call, of a function for `rank` axes, and compute it. Most of the time of a small call is spent here."""
+    """Check a call, of a function for `rank` axes, and compute it. Much of the time of a small call is spent here.
+
+    `compute` is what computes on plain tensors where no gradient is recorded.
+    """
     if modes.active():
         return _special_call(op, rank, backend, parameters, operands)
     keys: list[Any] = []
@@ -54,16 +58,18 @@ def call(
     plan = _plan(op, rank, backend, differentiable, parameters, tuple(keys))
     if plan is None or (not plan.module.DETERMINISTIC and modes.deterministic() is not None):
         return _special_call(op, rank, backend, parameters, operands)
-    return _plain_call(plan, differentiable, operands)
+    return _plain_call(plan, differentiable, operands, compute)
 
 
-def _plain_call(plan: Plan, differentiable: bool, operands: Sequence[Tensor | None]) -> Tensor:
+def _plain_call(
+    plan: Plan, differentiable: bool, operands: Sequence[Tensor | None], compute: Callable[..., Tensor] = run.forward
+) -> Tensor:
     if plan.unbatched:
         operands = _batched(plan.op.operator, operands)
     if differentiable:
         output: Tensor = plan.op.eager_function.apply(plan, *operands)
     else:
-        output = run.forward(plan, *operands)
+        output = compute(plan, *operands)
     return output[0] if plan.unbatched else output
 
 
@@ -86,7 +92,7 @@ def _plan(
             continue
         shape, dtype, device = key
         operands[name] = Operand(tuple(shape), dtype_name(dtype), "cpu" if device is True else str(device))
-    return run.plan_of(op, rank, backend, differentiable, _named(op.operator, parameters), operands)
+    return run.with_small(run.plan_of(op, rank, backend, differentiable, _named(op.operator, parameters), operands))
 
 
 def _are_plain(op: Registered, types: tuple[type, ...], parameters: tuple[Any, ...]) -> bool:

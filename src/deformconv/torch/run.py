@@ -26,7 +26,7 @@ from deformconv.torch.tensors import array_of, in_dtype, memory_format, memory_o
 
 __all__ = [
     "Plan", "backward", "checked", "forward", "in_memory_format", "plan_for", "plan_of", "raise_of_one_image",
-    "second_backward", "spec_of",
+    "second_backward", "spec_of", "with_small",
 ]  # fmt: skip
 
 # PyTorch's number of threads is that of its OpenMP team, where it has been built with OpenMP.
@@ -42,6 +42,7 @@ class Plan(NamedTuple):
     module: Any
     backend: str | None  # as it was asked for
     unbatched: bool = False
+    small: Any = None  # what computes a small call's output from its tensors' addresses, if there is such a thing
 
 
 def plan_of(
@@ -114,6 +115,12 @@ def plan_for(op: Any, spec: Spec, device: str, differentiable: bool, backend: st
     return Plan(op, spec, in_(spec, module.computes_in(spec.dtype, "torch")), module, backend)
 
 
+def with_small(plan: Plan) -> Plan:
+    """The plan, and what computes it from addresses, if it is small and its backend has such a thing."""
+    small = getattr(plan.module, "small", None)
+    return plan if small is None or plan.inner is not plan.spec else plan._replace(small=small(plan.spec))
+
+
 def in_(spec: Spec, dtype: str) -> Spec:
     """The call in another dtype."""
     return spec if spec.dtype == dtype else replace(spec, dtype=dtype)
@@ -128,8 +135,12 @@ def spec_of(
 
 def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
     """The output, for plain tensors with a batch axis; without a graph."""
-    op, spec, inner, module, _, _ = plan
+    op, spec, inner, module = plan[:4]
     first: Any = operands[0]
+    if plan.small is not None and (addresses := _addresses(operands, first.element_size())):
+        output: Tensor = first.new_empty(spec.output_shape)
+        plan.small(output.data_ptr(), *addresses)
+        return in_memory_format(output, first)
     if op.operator.has_values_to_check:
         _check_values(spec, op.operator.arguments, operands)
     if module.TAKES == "native":
@@ -144,6 +155,24 @@ def forward(plan: Plan, *operands: Tensor | None) -> Tensor:
     return in_memory_format(output, first) if op.operator.arguments[0].keeps_format else output.contiguous()
 
 
+def _addresses(operands: Sequence[Tensor | None], size: int) -> list[int]:
+    """Where the numbers of contiguous tensors begin, 0 for None; nothing if a tensor is anything else.
+
+    An address is a multiple of `size`, that of a number, unless memory of another library begins anywhere.
+    """
+    found, together = [], 0
+    for tensor in operands:
+        if tensor is None:
+            found.append(0)
+            continue
+        if not tensor.is_contiguous() or tensor.is_neg():
+            return []
+        address = tensor.data_ptr()
+        found.append(address)
+        together |= address
+    return found if together % size == 0 else []
+
+
 def _check_values(spec: Spec, arguments: Sequence[Argument], operands: Sequence[Tensor | None]) -> None:
     for argument, tensor in zip(arguments, operands, strict=True):
         if argument.check_values is not None and tensor is not None and tensor.is_cpu:
@@ -153,7 +182,9 @@ def _check_values(spec: Spec, arguments: Sequence[Argument], operands: Sequence[
 def in_memory_format(output: Tensor, first: Tensor) -> Tensor:
     """The output in the memory format of the call's first tensor."""
     # Only for speed: in a contiguous tensor of several channels and pixels, the stride of channels is 2 or more.
-    form = memory_format(first) if first.stride(1) == 1 else torch.contiguous_format
+    if first.stride(1) != 1:
+        return output.contiguous()
+    form = memory_format(first)
     return output if output.is_contiguous(memory_format=form) else output.contiguous(memory_format=form)
 
 

@@ -24,6 +24,8 @@ NORMS = ("LN", "BN")
 class _OffsetPredictor(VectorPredictor):
     """The projection to offsets: its rows have the authors' order, and its output has the operator's."""
 
+    is_slow = True  # a tenth, in the authors' trainings of InternImage-L and larger ones too
+
     def __init__(self, channels: int, taps: Taps, grid: Grid, **placed: Any) -> None:
         super().__init__(channels, taps.offsets, **placed)
         self.taps, self.grid = taps, grid

@@ -21,6 +21,8 @@ __all__ = ["DCNv4"]
 class _OffsetMaskPredictor(VectorPredictor):
     """The projection to offsets and masks: its rows have the authors' order, and its two outputs have the operator's."""
 
+    is_slow = True  # as DCNv3's offsets
+
     def __init__(self, channels: int, taps: Taps, grid: Grid, **placed: Any) -> None:
         super().__init__(channels, packed(taps), **placed)
         self.taps, self.grid = taps, grid

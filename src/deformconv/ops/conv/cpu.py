@@ -24,11 +24,11 @@ from deformconv.ops.taps.reach import reasons_against_int32
 from deformconv.runtime import arrays, threads
 from deformconv.runtime.memory import arena, room
 from deformconv.runtime.openmp import team_for
-from deformconv.runtime.work import COPY, run, share
+from deformconv.runtime.work import COPY, is_shared, run, share
 
 __all__ = [
-    "DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "forward_layer", "how", "reasons_against",
-    "warmup",
+    "DETERMINISTIC", "TAKES", "backward", "computes_in", "forward", "forward_layer", "how", "pack", "pack_predictor",
+    "reasons_against", "small", "warmup",
 ]  # fmt: skip
 
 TAKES: Literal["numpy"] = "numpy"
@@ -78,6 +78,20 @@ def _plans() -> Any:
 
 
 @cache
+def _prepack() -> Any:
+    with threads.importing:
+        from deformconv.ops.conv import cpu_prepack
+    return cpu_prepack
+
+
+@cache
+def _small() -> Any:
+    with threads.importing:
+        from deformconv.ops.conv import cpu_small
+    return cpu_small
+
+
+@cache
 def _layer_kernel() -> Any:
     with threads.importing:
         from deformconv.ops.conv import cpu_layer
@@ -106,29 +120,76 @@ def _backward_plans(spec: ConvSpec, number: int) -> list[tuple[int, int, Any]]:
     return [(*pair, plan) for pair, plan in zip(ends, plans, strict=True)]
 
 
+@lru_cache(maxsize=256)
+def _packed_plan(spec: ConvSpec, number: int) -> Any:
+    """`_forward_plan`, for a weight that is packed already."""
+    cut = _forward_plan(spec, number)
+    return cut._replace(arguments=_prepack().without_panels(cut.arguments, (4,)))
+
+
+@lru_cache(maxsize=256)
+def _packed_layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
+    """`_layer_plan`, for weights that are packed already."""
+    plan = _layer_plan(spec, channels, number)
+    return plan._replace(arguments=_prepack().without_panels(plan.arguments, (4, 6)))
+
+
+def pack(spec: ConvSpec, weight: Any) -> np.ndarray:
+    """What a forward pass makes of the weight first, for all calls with the same channels, groups and taps."""
+    cut = _forward_plan(spec, 1)
+    return _prepack().packed_weight(weight, _inner(spec.dtype), cut.arguments[2], cut.arguments[4], cut.weight_size)
+
+
+def pack_predictor(spec: ConvSpec, channels: int, weight: Any) -> np.ndarray:
+    """As `pack`, of the weight of a predictor with so many channels."""
+    plan = _layer_plan(spec, channels, 1)
+    return _prepack().packed_weight(weight, _inner(spec.dtype), plan.arguments[5], plan.arguments[6], plan.predictor_size)
+
+
+@lru_cache(maxsize=256)
+def small(spec: ConvSpec) -> Callable[..., None] | None:
+    """What computes a small call from the addresses of its contiguous arrays, the output's first, 0 for None.
+
+    None where the call is large, so that it is worth to share it out, and in half precision.
+    """
+    if is_shared(_multiplications(spec)) or prod(spec.output_shape) == 0 or spec.dtype in HALF:
+        return None
+    return _small().small_forward(spec, _forward_plan(spec, 1))
+
+
 def _multiplications(spec: ConvSpec) -> int:
     """Multiply-adds of a forward pass; to sample a corner counts as four."""
     return spec.batch * spec.positions * spec.taps * spec.in_channels * (spec.out_channels // spec.groups + 4 * 2**spec.rank)
 
 
 def forward(
-    spec: ConvSpec, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, library: str = "numpy", out: Any = None
+    spec: ConvSpec,
+    input: Any,
+    offset: Any,
+    weight: Any,
+    bias: Any,
+    mask: Any,
+    library: str = "numpy",
+    out: Any = None,
+    packed: np.ndarray | None = None,
 ) -> np.ndarray:
     """The output (N, C_out, *O) for arrays that `spec` describes; in memory its channels come last if the input's do.
 
     `library` is where the arrays came from: its threads, if it lends them, do the work. The output is written into `out`, if
-    that is given, and this returned: an array of its own memory, with its channels second or last in it.
+    that is given, and this returned: an array of its own memory, with its channels second or last in it. `packed` is what
+    `pack` has made of the weight, which is not read then.
     """
     input, input_last = arrays.flat_channels(input)
     output, flat_output, output_last = arrays.result_channels(spec.output_shape, input.dtype, input_last, out)
     if output.size == 0:
         return output
     team, inner = team_for(library), _inner(spec.dtype)
-    cut, kernels = _forward_plan(spec, team.threads), _kernels()
+    cut, kernels = (_forward_plan if packed is None else _packed_plan)(spec, team.threads), _kernels()
     offset, mask, *distances = _samples(inner, offset, mask)
     with arena(cut.bytes) as memory:
-        own = memory.empty(cut.x_size, inner), memory.empty(cut.weight_size, inner)
-        given, weight_last = _forward_arrays(spec, own, input, offset, weight, bias, mask, flat_output)
+        x = memory.empty(cut.x_size, inner)
+        panels = memory.empty(cut.weight_size, inner) if packed is None else packed
+        given, weight_last = _forward_arrays(spec, (x, panels), input, offset, weight, bias, mask, flat_output)
         order = input_last, weight_last, output_last, *distances
         arguments = cut.arguments, order, given, *cut.share.scratch(memory, inner)
         run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank))
@@ -138,8 +199,11 @@ def forward(
 def _forward_arrays(
     spec: ConvSpec, own: Sequence[np.ndarray], input: Any, offset: Any, weight: Any, bias: Any, mask: Any, output: Any
 ) -> tuple[tuple[np.ndarray, ...], bool]:
-    """A forward kernel's arrays, and whether the weight's channels come last; `own` is room for copies of input and weight."""
-    weight, weight_last = arrays.flat_channels(weight)
+    """A forward kernel's arrays, and whether the weight's channels come last.
+
+    `own` is room for copies of input and weight; the latter's may be filled already, and the weight None.
+    """
+    weight, weight_last = (arrays.none_of(input.dtype), False) if weight is None else arrays.flat_channels(weight)
     x, packed = own
     given = _kernels().ForwardArrays(
         input=arrays.bits(input),
@@ -169,11 +233,13 @@ def forward_layer(
     predictor_bias: Any,
     activation: tuple[float, float | None],
     library: str = "numpy",
+    packed: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """The output of a layer that predicts its offsets and, if the call is masked, its masks.
 
     The predictor is a convolution over the same window of the input: weight (channels, C_in, *kernel), and a bias or None.
-    `activation` are the scale of masks, and the bound of offsets or None.
+    `activation` are the scale of masks, and the bound of offsets or None. `packed` is what `pack` has made of the weight and
+    `pack_predictor` of the predictor's, which are not read then.
     """
     input, input_last = arrays.flat_channels(input)
     output, flat_output = arrays.empty_channels(spec.output_shape, input.dtype, input_last)
@@ -181,17 +247,17 @@ def forward_layer(
         return output
     team, inner = team_for(library), _inner(spec.dtype)
     channels, (mask_scale, max_offset) = len(predictor_weight), activation
-    plan = _layer_plan(spec, channels, team.threads)
+    plan = (_layer_plan if packed is None else _packed_layer_plan)(spec, channels, team.threads)
     image, offsets = channels * spec.positions, prod(spec.offset_shape[1:])
     with arena(plan.bytes) as memory:
-        predicted, *own, packed = (
-            memory.empty(size, inner) for size in (plan.predicted_size, plan.x_size, plan.weight_size, plan.predictor_size)
-        )
+        predicted, x = memory.empty(plan.predicted_size, inner), memory.empty(plan.x_size, inner)
+        sizes = plan.weight_size, plan.predictor_size
+        panels, predictor_panels = packed or (memory.empty(size, inner) for size in sizes)
         mask = predicted[offsets:] if spec.masked else arrays.none_of(inner)
-        given, weight_last = _forward_arrays(spec, own, input, predicted, weight, bias, mask, flat_output)
+        given, weight_last = _forward_arrays(spec, (x, panels), input, predicted, weight, bias, mask, flat_output)
         order = input_last, weight_last, input_last, image, image
         predictor_bias = arrays.bits(_bias(predictor_bias, input.dtype))
-        predictor = arrays.bits(arrays.flat(predictor_weight)), packed, predictor_bias
+        predictor = arrays.bits(arrays.flat(predictor_weight)), predictor_panels, predictor_bias
         squash = np.array((mask_scale, max_offset or 0), inner)
         scratch = plan.share.scratch(memory, inner)
         arguments = plan.arguments, order, (given, predictor), squash, *scratch
@@ -417,6 +483,9 @@ def _warm(dtype: str, rank: int) -> None:
         x_, offset_, weight_, mask_ = (Operand(array.shape, dtype) for array in (x, offset, weight, mask))
         spec = conv_spec(x_, offset_, weight_, mask=mask_)
         y = forward(spec, x, offset, weight, None, mask)
+        forward(spec, x, offset, None, None, mask, packed=pack(spec, weight))
+        if (compute := small(spec)) is not None:
+            compute(y.ctypes.data, x.ctypes.data, offset.ctypes.data, weight.ctypes.data, 0, mask.ctypes.data)
         backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
         predictor = np.zeros((rank + 1, 1, *ones), held)
         forward_layer(spec, x, weight, None, predictor, None, (1.0, None))

@@ -36,7 +36,7 @@ from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
 from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up, write
 from deformconv.runtime.threads import NEXT, STOP
-from deformconv.sampling.corners import blend, differentiate, pull_back, table_in
+from deformconv.sampling.corners import blend, blend_products, differentiate, pull_back, table_in
 from deformconv.sampling.windows import place_tap, place_tile
 
 __all__ = [
@@ -147,16 +147,6 @@ class Chunk(NamedTuple):
 
 
 @device
-def multiply_channelwise(column, count, width, weight, weight_start, sums, start, row):
-    """sums[t, c] += column[t, c] * weight[c]: the product of a depthwise convolution."""
-    for t in range(count):
-        add_products(
-            sums[start + t * row : start + t * row + width], column[t * width : (t + 1) * width],
-            weight[weight_start : weight_start + width],
-        )  # fmt: skip
-
-
-@device
 def add_products(total, a, b):
     for c in range(total.size):
         total[c] += a[c] * b[c]
@@ -234,11 +224,13 @@ def one_tile(samples, cut, arrays, sums, column, tile):
     start = 0
     while start < shape.channels:
         end = block_end(start, shape.channels, cut.chunk_span, cut.chunk)
-        for first_tap in range(0, shape.taps, cut.taps_at_once):
+        for tap in range(shape.taps if shape.depthwise else 0):
+            sample_tap(samples, tile, Chunk(start, end, tap, 1), tap, Rows(sums, start, shape.outputs), arrays.packed)
+        for first_tap in range(0, 0 if shape.depthwise else shape.taps, cut.taps_at_once):
             chunk = Chunk(start, end, first_tap, min(cut.taps_at_once, shape.taps - first_tap))
             rows = Rows(column, 0, chunk.taps * (end - start))
             for tap in range(first_tap, first_tap + chunk.taps):
-                sample_tap(samples, tile, chunk, tap, rows)
+                sample_tap(samples, tile, chunk, tap, rows, arrays.empty)
             # Rows that the product reads beyond the last sample: what lies there may be slow to multiply (see `zero`).
             zero(column, tile.count * rows.row, round_up(tile.count, FEW_ROWS) * rows.row)
             multiply_chunk(shape, cut.group_row, tile, chunk, rows, arrays.packed, sums)
@@ -250,8 +242,11 @@ def one_tile(samples, cut, arrays, sums, column, tile):
 
 
 @device
-def sample_tap(samples, tile, chunk, tap, column):
-    """Write a tap's samples of a chunk into its rows of (tap, channel)."""
+def sample_tap(samples, tile, chunk, tap, column, depthwise):
+    """Write a tap's samples of a chunk into its rows of (tap, channel).
+
+    With the weights of a depthwise convolution, (tap, channel), it adds their products to the rows.
+    """
     channels, layout = samples.shape.offset_channels, samples.layout
     shift = (tap - chunk.first_tap) * (chunk.end - chunk.start) - chunk.start
     c = chunk.start
@@ -261,10 +256,14 @@ def sample_tap(samples, tile, chunk, tap, column):
         mask_start = place_group(samples, tile, tap, group)
         while c < end:  # block by block
             stop = min(c - block_of(layout, c)[1] + layout.width, c - c % layout.span + layout.span, end)
-            blend(
-                samples.size, samples.table, tile.count, pixels_of(samples, tile.n, c),
-                samples.mask, mask_start, Rows(column.array, shift + c, column.row), stop - c,
-            )  # fmt: skip
+            pixels, rows = pixels_of(samples, tile.n, c), Rows(column.array, column.start + shift + c, column.row)
+            if depthwise.size > 0:
+                blend_products(
+                    samples.size, samples.table, tile.count, pixels, samples.mask, mask_start,
+                    depthwise, tap * samples.shape.channels + c, rows, stop - c,
+                )  # fmt: skip
+            else:
+                blend(samples.size, samples.table, tile.count, pixels, samples.mask, mask_start, rows, stop - c)
             c = stop
 
 
@@ -291,11 +290,6 @@ def pixels_of(samples, n, channel):
 def multiply_chunk(shape, group_row, tile, chunk, column, packed, sums):
     """Multiply a chunk's samples by its weights, and add the products to the tile's sums, or write those of the first chunk."""
     width, sum_row = chunk.end - chunk.start, shape.groups * group_row
-    if shape.depthwise:
-        for tap in range(chunk.first_tap, chunk.first_tap + chunk.taps):
-            weights = tap * shape.channels + chunk.start
-            multiply_channelwise(column.array, tile.count, width, packed, weights, sums, chunk.start, sum_row)
-        return
     group_channels, depth = shape.group_channels, shape.taps * shape.group_channels
     for group in range(chunk.start // group_channels, (chunk.end - 1) // group_channels + 1):
         c = max(chunk.start, group * group_channels)

@@ -25,6 +25,8 @@ __all__ = [
 def write_output(sums, group_row, groups, group_outputs, n, first, count, output, last, positions, bias):
     """output[n, o, first + t] = sums[t, o] + bias[o], of each group without the padding to `group_row`."""
     sum_row, outputs = groups * group_row, groups * group_outputs
+    if group_row == group_outputs:  # rows without padding are one group's
+        groups, group_outputs = 1, outputs
     for group in range(groups):
         o, source = group * group_outputs, group * group_row
         if not last:

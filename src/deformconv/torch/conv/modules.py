@@ -99,6 +99,8 @@ class _DeformConvNd(Observed, Loading, nn.modules.conv._ConvNd):
     _operator: ClassVar[Callable[..., Tensor]]
     _offset_convolution = OffsetPredictor
     _predictors = ("offset_conv",)
+    _prepacked: ClassVar[Callable[[_DeformConvNd], _DeformConvNd]]  # a class derived from this one, which puts itself here
+    _pack: Callable[..., Any] | None = None  # what has packed weights for the kernel that predicts and convolves
 
     padding: Any  # pairs as well
     offset_conv: OffsetPredictor | None
@@ -213,7 +215,7 @@ class _DeformConvNd(Observed, Loading, nn.modules.conv._ConvNd):
             # What is shown has a batch axis, and lies on the way to the output, so that it has a gradient.
             shown = offset[None], None if mask is None else mask[None]
             offset, mask = shown[0][0], None if shown[1] is None else shown[1][0]
-        output = type(self)._operator(
+        output = self._operator(
             padded, offset, weight, self.bias, self.stride, self._operator_padding, self.dilation, mask,
             groups=self.groups, offset_groups=self.offset_groups, boundary=self.boundary,
         )  # fmt: skip
@@ -234,7 +236,7 @@ class _DeformConvNd(Observed, Loading, nn.modules.conv._ConvNd):
         return prediction.forward(
             input, (weight, self.bias, predictor.weight, predictor.bias), self._predicted,
             (self.stride, self._operator_padding, self.dilation, self.groups, self.offset_groups, self.boundary),
-            (self.mask_scale, self.max_offset),
+            (self.mask_scale, self.max_offset), self._pack,
         )  # fmt: skip
 
     def offsets_and_mask(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -247,6 +249,21 @@ class _DeformConvNd(Observed, Loading, nn.modules.conv._ConvNd):
         offset, mask = self._predict(self._padded(input))
         # PyTorch lets nobody change one of the views that a split has made.
         return offset if mask is None or self.max_offset is not None else offset.clone(), mask
+
+    def prepack(self) -> _DeformConvNd:
+        """Return a copy for inference whose weight is packed once, and not at each call: a `PrepackedDeformConv`.
+
+        Its outputs have the same bits. The layer stays as it is, and shares nothing with the copy.
+
+        Example:
+            >>> import torch
+            >>> from deformconv.torch import DeformConv2d
+            >>> packed = DeformConv2d(64, 64, 3, padding=1).prepack()
+            >>> with torch.inference_mode():
+            ...     packed(torch.rand(1, 64, 28, 28)).shape
+            torch.Size([1, 64, 28, 28])
+        """
+        return type(self)._prepacked(self)
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
         """Say in the operator's words what the predictor or F.pad would say in theirs."""
@@ -364,8 +381,8 @@ def parameter_groups(model: nn.Module, lr: float, offset_lr_scale: float = 0.1) 
     """Split a model's parameters into groups for an optimizer, in which predictors of offsets train slower.
 
     Args:
-        model: any module; the predictors are the `offset_conv` of deformable convolutions within, and the `sampling_offsets`
-            of deformable attention.
+        model: any module; the predictors are the `offset_conv` of deformable convolutions within, the `sampling_offsets` of
+            deformable attention, the `offset` of DCNv3 and the `offset_mask` of DCNv4.
         lr: the learning rate of all other parameters.
         offset_lr_scale: the predictors' learning rate is lr*offset_lr_scale.
 

@@ -6,6 +6,7 @@ ways compute the same, within rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -39,11 +40,13 @@ def forward(
     predicted: Predicted,
     window: tuple[Any, ...],
     activation: tuple[float, float | None],
+    pack: Callable[..., Any] | None = None,
 ) -> Tensor | None:
     """The layer's output; None where this way is not open.
 
     `weights` are weight and bias of the layer and of the predictor, `window` (stride, padding, dilation, groups, offset groups,
-    boundary), and `activation` the mask's scale and the bound of offsets.
+    boundary), and `activation` the mask's scale and the bound of offsets. `pack` has the packed weights of layer and predictor,
+    if they are packed already.
     """
     tensors = (input, *weights)
     if modes.active() or has_torch_function(tensors):
@@ -54,7 +57,8 @@ def forward(
     plan = _plan(tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors), predicted, window)
     if plan is None:
         return None
-    output = plan.module.forward_layer(plan.spec, *map(memory_of, tensors), activation, library="torch")
+    packed = None if pack is None else pack(plan, weights[0], weights[2])
+    output = plan.module.forward_layer(plan.spec, *map(memory_of, tensors), activation, library="torch", packed=packed)
     return run.in_memory_format(tensor_of(output), input)
 
 
