@@ -51,7 +51,7 @@ def absent(monkeypatch):
         (["--case", "c64"], "there is no case 'c64'; there are c64-56, c128-28, "),
         (["aggregate", "--case", "c64-56"], "the report aggregate measures cases of its own, and --case names none"),
         (["--case", "intern-7"], "the report speed measures layers, and --case names none"),
-        (["--library", "mmcv"], "there is no library 'mmcv'; there are deformconv, onnxruntime, openvino, ncnn, "),
+        (["--library", "mmcv"], "there is no library 'mmcv'; there are deformconv, prepacked, onnxruntime, openvino, ncnn, "),
         (["--direction", "sideways"], "there is no direction 'sideways'; there are forward, forward+backward"),
         (
             ["loudness"],
@@ -86,7 +86,7 @@ def test_missing_libraries_are_named_with_how_to_get_them(measures, absent, caps
     assert main(["bench", "--quick"]) == 0
     text = capsys.readouterr().out
     assert f"Not installed, so not compared: ONNX Runtime, kornia. {INSTALL} brings all of them." in text
-    assert measures[0][1] == ["deformconv", "openvino", "ncnn", "torchvision", "dense"]
+    assert measures[0][1] == ["deformconv", "prepacked", "openvino", "ncnn", "torchvision", "dense"]
 
 
 def test_another_operators_missing_libraries_are_named_with_how_to_get_them(measures, capsys, monkeypatch):

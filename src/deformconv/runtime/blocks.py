@@ -7,14 +7,14 @@ too. Their axes are (N, C, P), or (N, P, C) where `last` is set. They may hold h
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deformconv.runtime.cache import device
 from deformconv.runtime.simd import INT, VECTOR_BYTES, Rows, emits, for_channels, for_each, read, transpose_block, write
 
 __all__ = [
-    "RUN", "SUMS", "Layout", "add_sets", "block_end", "block_of", "copy_in", "copy_out", "copy_rows", "copy_run_out",
-    "sum_slots", "transpose", "zero",
+    "RUN", "SUMS", "Images", "Layout", "add_sets", "block_end", "block_of", "copy_in", "copy_out", "copy_rows",
+    "copy_run_out", "sum_slots", "transpose", "zero",
 ]  # fmt: skip
 
 RUN = 64  # positions that an item of a copy takes
@@ -33,6 +33,15 @@ class Layout(NamedTuple):
     blocks: int
     pixels: int  # of an image
     pitch: int  # rows of an image, of zeros too
+
+
+class Images(NamedTuple):
+    """The caller's array of images, whose channels come last or second."""
+
+    array: Any
+    last: Any
+    channels: Any
+    positions: Any  # of an image
 
 
 @device
@@ -143,19 +152,20 @@ def copy_out(item, rows, layout, sets, array, last, channels, images, empty):
         end = block_end(start, channels, layout.span, width)
         source = ((block * images + n) * layout.pitch + first) * width
         add_sets(rows, source, count * width, sets, rows.size // sets)
-        copy_run_out(rows, source, width, count, end - start, array, last, channels, positions, n, start, first, empty)
+        images = Images(array, last, channels, positions)
+        copy_run_out(Rows(rows, source, width), count, end - start, images, n, start, first, empty)
         start, block = end, block + 1
 
 
 @device
-def copy_run_out(rows, source, row, count, width, array, last, channels, positions, n, channel, first, empty):
-    """Copy `count` rows of `width` channels, `row` apart from `source` on, to an image's positions from `first` on."""
-    if last:
-        into = Rows(array, (n * positions + first) * channels + channel, channels)
-        copy_rows(Rows(rows, source, row), into, count, width)
+def copy_run_out(rows, count, width, images, n, channel, first, empty):
+    """Copy `count` rows of `width` channels, those from `channel` on, to the positions of image `n` from `first` on."""
+    channels, positions = images.channels, images.positions
+    if images.last:
+        copy_rows(rows, Rows(images.array, (n * positions + first) * channels + channel, channels), count, width)
     else:
         into = (n * channels + channel) * positions + first
-        transpose(count, width, rows, source, row, array, into, positions, empty, 0)
+        transpose(count, width, rows.array, rows.start, rows.row, images.array, into, positions, empty, 0)
 
 
 @device

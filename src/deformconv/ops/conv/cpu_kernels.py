@@ -22,6 +22,7 @@ from deformconv.runtime.atomics import all_together, fetch_add
 from deformconv.runtime.blocks import (
     RUN,
     SUMS,
+    Images,
     Layout,
     add_sets,
     block_end,
@@ -524,15 +525,13 @@ def write_gradient(task, block, n, room):
     shape, layout, cut, arrays = task.samples.shape, task.samples.layout, task.cut, task.arrays
     start, step = gradient_of(task, block, Place(n, room, 0, 0, False))
     distance = gradient_of(task, block, Place(n, room, 1, 0, False))[0] - start
+    images = Images(arrays.d_input, task.samples.order.gradient_last, shape.channels, layout.pixels)
     for c in range(block.start, block.end, layout.width):
         width = block_end(c, block.end, layout.span, layout.width) - c
         for first in range(0, layout.pixels, RUN):
             count, source = min(RUN, layout.pixels - first), start + first * layout.width
             add_sets(arrays.d_x, source, count * layout.width, cut.parts, distance)
-            copy_run_out(
-                arrays.d_x, source, layout.width, count, width, arrays.d_input, task.samples.order.gradient_last,
-                shape.channels, layout.pixels, n, c, first, arrays.empty,
-            )  # fmt: skip
+            copy_run_out(Rows(arrays.d_x, source, layout.width), count, width, images, n, c, first, arrays.empty)
         start += step
 
 
