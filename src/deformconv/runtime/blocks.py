@@ -152,8 +152,8 @@ def copy_out(item, rows, layout, sets, array, last, channels, images, empty):
         end = block_end(start, channels, layout.span, width)
         source = ((block * images + n) * layout.pitch + first) * width
         add_sets(rows, source, count * width, sets, rows.size // sets)
-        images = Images(array, last, channels, positions)
-        copy_run_out(Rows(rows, source, width), count, end - start, images, n, start, first, empty)
+        result = Images(array, last, channels, positions)
+        copy_run_out(Rows(rows, source, width), count, end - start, result, n, start, first, empty)
         start, block = end, block + 1
 
 
