@@ -216,6 +216,17 @@ def test_memory_that_an_address_does_not_describe(by_address, name):
     assert len(by_address) == 1
 
 
+def test_zeros_without_memory(by_address):
+    """As PyTorch's forward-mode derivatives make them: they have the address 0."""
+    function, arrays, keywords, _ = call_of()
+    for argument in ARGUMENTS:
+        zeros = torch.zeros_like(arrays[argument])
+        without = torch._efficientzerotensor(zeros.shape, dtype=zeros.dtype)
+        expected = function(**arrays | {argument: zeros}, **keywords)
+        assert torch.equal(function(**arrays | {argument: without}, **keywords), expected)
+    assert len(by_address) == len(ARGUMENTS)
+
+
 def test_expanded_tensors():
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64).expand(2, 3, 5, 5)
     offset = torch.zeros(1, dtype=torch.float64).expand(2, 2, 5, 5)

@@ -168,6 +168,8 @@ def _addresses(operands: Sequence[Tensor | None], size: int) -> list[int]:
         if not tensor.is_contiguous() or tensor.is_neg():
             return []
         address = tensor.data_ptr()
+        if address == 0:  # PyTorch's zeros of forward-mode derivatives have no memory
+            return []
         found.append(address)
         together |= address
     return found if together % size == 0 else []
