@@ -42,7 +42,6 @@ class TestOperator(OperatorSuite):
     kind = type(jnp.zeros(()))
     expected = "a JAX array"
     backends = ("cpu", "portable")
-    half_gradients = True
     layouts = LAYOUTS
     mistakes = MISTAKES
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import deformconv
+from deformconv.runtime.threads import BEGUN, ENDED
 
 PACKAGE = Path(deformconv.__file__).parent
 
@@ -199,7 +200,7 @@ def test_a_file_depends_on_what_is_compiled_and_on_nothing_else(copy: Path) -> N
     first = folders(copy)
     assert first[0] == first[1] == first[2]
     # Constants from another module are compiled in: which counter says that a call's copies have begun, which that they ended.
-    assert edit("runtime/threads.py", "BEGUN, ENDED, LEFT = range", "ENDED, BEGUN, LEFT = range") == [True] * 4
+    assert edit("runtime/threads.py", "BEGUN, ENDED, LEFT, YIELD = range", "ENDED, BEGUN, LEFT, YIELD = range") == [True] * 4
     assert edit("ops/conv/cpu_kernels.py") == [True, True, True, False]
     for name in (
         "ops/conv/cpu.py",
@@ -395,16 +396,16 @@ def own(tmp_path: Path) -> OwnKernel:
 
 
 def test_a_kernel_outside_the_package(own: OwnKernel, copy: Path) -> None:
-    assert own.run(path=copy) == "45 2 False False"
-    assert own.run(path=copy) == "45 2 True False"
-    assert own.run(2, path=copy) == "45 3 True False"  # its function has caught a number that no file tells: not kept
+    assert own.run(path=copy) == f"{42 + ENDED} 2 False False"
+    assert own.run(path=copy) == f"{42 + ENDED} 2 True False"
+    assert own.run(2, path=copy) == f"{42 + ENDED} 3 True False"  # its function caught a number that no file tells: not kept
     (kept,) = own.files
     assert kept.name.startswith("scaled-")
     own.script.write_text(KERNEL.replace("FACTOR = 7", "FACTOR = 8"))
-    assert own.run(path=copy) == "51 2 False False"
+    assert own.run(path=copy) == f"{48 + ENDED} 2 False False"
     counters = copy / "deformconv" / "runtime" / "threads.py"
-    counters.write_text(counters.read_text().replace("BEGUN, ENDED, LEFT = range", "ENDED, BEGUN, LEFT = range"))
-    assert own.run(path=copy) == "50 2 False False"
+    counters.write_text(counters.read_text().replace("BEGUN, ENDED, LEFT, YIELD = range", "ENDED, BEGUN, LEFT, YIELD = range"))
+    assert own.run(path=copy) == f"{48 + BEGUN} 2 False False"
     assert len(own.files) == 3
 
 
@@ -437,15 +438,15 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_is_compiled_again(own: OwnKernel, damage: Callable[[bytes], bytes]) -> None:
-    assert own.run() == "45 2 False False" and own.warnings == ""
+    assert own.run() == f"{42 + ENDED} 2 False False" and own.warnings == ""
     (file,) = own.files
     sound = file.read_bytes()
     file.write_bytes(damage(sound))
     assert file.read_bytes() != sound
-    assert own.run() == "45 2 False False"
+    assert own.run() == f"{42 + ENDED} 2 False False"
     assert own.warnings == f"{file} is damaged: the kernel is compiled again\n"
     assert own.files == [file]
-    assert own.run() == "45 2 True False" and own.warnings == ""
+    assert own.run() == f"{42 + ENDED} 2 True False" and own.warnings == ""
 
 
 def test_another_kernel_s_file_is_no_kernel_s(own: OwnKernel) -> None:
@@ -457,7 +458,7 @@ def test_another_kernel_s_file_is_no_kernel_s(own: OwnKernel) -> None:
     assert len({one.parent, other.parent}) == 2
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
-    assert own.run() == "51 2 False False"
+    assert own.run() == f"{48 + ENDED} 2 False False"
     assert "is damaged" in own.warnings
 
 

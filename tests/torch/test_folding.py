@@ -32,7 +32,7 @@ def names_of(flags):
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def counted(monkeypatch, nothing_is_small):
     """How often the kernels run, and that the portable form does not."""
     calls = {"forward": 0, "backward": 0}
     forward, backward = cpu.forward, cpu.backward

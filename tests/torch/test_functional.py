@@ -18,8 +18,7 @@ import deformconv
 from deformconv import BackendError, ShapeError
 from deformconv.ops.conv import cpu, cpu_small
 from deformconv.ops.window import paddings, same_padding
-from deformconv.runtime import work
-from deformconv.torch import calls, deform_conv1d, deform_conv2d, deform_conv3d
+from deformconv.torch import deform_conv1d, deform_conv2d, deform_conv3d
 from deformconv.torch.conv import functional
 
 LAYOUTS = {
@@ -46,7 +45,6 @@ class TestOperator(OperatorSuite):
     kind = torch.Tensor
     expected = "a PyTorch tensor, as "
     backends = ("cpu", "portable")
-    half_gradients = True
     layouts = LAYOUTS
     mistakes = MISTAKES
 
@@ -156,20 +154,6 @@ def test_backends_by_name():
     assert "DeformConvFunction" in type(function(**arrays, **keywords, backend="portable").grad_fn).__name__
     with pytest.raises(BackendError, match="reference: it takes NumPy arrays"):
         function(**arrays, **keywords, backend="reference")
-
-
-@pytest.fixture
-def nothing_is_small(monkeypatch):
-    """Within it every call is worth sharing out."""
-
-    def forget():
-        calls._plan.cache_clear()
-        cpu.small.cache_clear()
-
-    forget()
-    monkeypatch.setattr(work, "SHARED_FROM", 0)
-    yield
-    forget()
 
 
 def test_the_kernel_reads_the_tensors_memory(monkeypatch, nothing_is_small):
