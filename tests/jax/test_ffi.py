@@ -160,7 +160,7 @@ def test_an_exception_in_a_kernel_arrives_with_its_text_and_the_next_call_works(
     function = how(call.ours)
     expected = np.asarray(function(*call.arrays))
     with monkeypatch.context() as broken:
-        broken.setattr(cpu, "_plan", failing)
+        broken.setattr(cpu, "_forward_plan", failing)
         with pytest.raises(Exception, match=re.escape(text)) as caught:
             jax.block_until_ready(function(*call.arrays))
     assert isinstance(caught.value, (RuntimeError, ValueError))

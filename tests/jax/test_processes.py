@@ -146,7 +146,7 @@ assert not xla_bridge.backends_are_initialized()
 INTERRUPTED = """
 from deformconv.ops.conv import cpu
 
-plan, function = cpu._plan, jax.jit(conv)
+plan, function = cpu._forward_plan, jax.jit(conv)
 function(*arguments).block_until_ready()
 
 def interrupted(*arguments):  # as a signal's handler is called in a kernel's pauses
@@ -154,7 +154,7 @@ def interrupted(*arguments):  # as a signal's handler is called in a kernel's pa
 
 seen = []
 for call in (function, conv):
-    cpu._plan = interrupted
+    cpu._forward_plan = interrupted
     try:
         try:
             call(*arguments).block_until_ready()
@@ -164,7 +164,7 @@ for call in (function, conv):
             time.sleep(0.01)
     except KeyboardInterrupt:
         seen.append("interrupted")
-    cpu._plan = plan
+    cpu._forward_plan = plan
     np.testing.assert_array_equal(call(*arguments), expected)
 print(seen)
 """
