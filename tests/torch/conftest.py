@@ -10,7 +10,7 @@ from deformconv.runtime import work
 
 @pytest.fixture
 def nothing_is_small(monkeypatch):
-    """Within it every call is worth sharing out."""
+    """Within it every call is worth sharing out; what it gives forgets how calls were planned."""
     from deformconv.torch import calls  # here, so that tests are collected where PyTorch is absent
 
     def forget():
@@ -19,5 +19,5 @@ def nothing_is_small(monkeypatch):
 
     forget()
     monkeypatch.setattr(work, "SHARED_FROM", 0)
-    yield
+    yield forget
     forget()

@@ -14,7 +14,10 @@ import deformconv
 from deformconv.convert import prepack, to_torchvision
 from deformconv.ops.conv import cpu
 from deformconv.runtime import work
-from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, PrepackedDeformConv, calls
+from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, PrepackedDeformConv
+
+# Small calls do not take packed weights.
+pytestmark = pytest.mark.usefixtures("nothing_is_small")
 
 KINDS = {1: DeformConv1d, 2: DeformConv2d, 3: DeformConv3d}
 SIZES = {1: (40,), 2: (13, 11), 3: (5, 6, 7)}
@@ -31,20 +34,6 @@ LAYERS = {
     "inside": {"boundary": "inside"},
     "39 outputs": {"out_channels": 39},
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch):
-    """Every call is worth sharing out, and takes packed weights."""
-
-    def forget():
-        calls._plan.cache_clear()
-        cpu.small.cache_clear()
-
-    forget()
-    monkeypatch.setattr(work, "SHARED_FROM", 0)
-    yield forget
-    forget()
 
 
 def layer_of(rank=2, dtype=torch.float32, **options):

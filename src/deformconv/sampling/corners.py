@@ -294,14 +294,19 @@ def _over_channels(builder, scalar, width, vectors, sums, step):
 
 def _scale(builder, scalar, mask, index, masked):
     """A position's mask, or 1 where there are none."""
+    return _loaded_or(ir.Constant(scalar, 1.0), builder, lambda: builder.load(element(builder, mask, index)), masked)
+
+
+def _loaded_or(one, builder, load, masked):
+    """What `load` gives where there are masks, and `one` elsewhere."""
     before = builder.block
     with builder.if_then(masked):
-        number = builder.load(element(builder, mask, index))
+        loaded = load()
         loading = builder.block
-    scale = builder.phi(scalar)
-    scale.add_incoming(ir.Constant(scalar, 1.0), before)
-    scale.add_incoming(number, loading)
-    return scale
+    found = builder.phi(one.type)
+    found.add_incoming(one, before)
+    found.add_incoming(loaded, loading)
+    return found
 
 
 @device
@@ -420,14 +425,7 @@ def _differentiate(
 
 def _mask_or_one(do, mask, index, masked):
     """The masks from an index on, or ones where there is no mask."""
-    builder, before = do.builder, do.builder.block
-    with builder.if_then(masked):
-        masks = do.load(mask, index)
-        loading = builder.block
-    scale = builder.phi(do.type)
-    scale.add_incoming(do.constant(1.0), before)
-    scale.add_incoming(masks, loading)
-    return scale
+    return _loaded_or(do.constant(1.0), do.builder, lambda: do.load(mask, index), masked)
 
 
 @device

@@ -476,16 +476,18 @@ def one_block(counter, task, number, item):
     block = Block(number, start, block_end(start, shape.channels, layout.span, cut.block))
     step, before = cut.replicas // cut.parts, task.samples.order.first_image
     # Images are counted from the first of the batch, so that it does not matter how many of them the kernel gets at once.
-    first, images = (item if cut.whole else item // cut.parts), shape.images
+    first, first_part, parts = (item, 0, cut.parts) if cut.whole else (item // cut.parts, item % cut.parts, 1)
+    images = shape.images
     for n in range((first - before) % step, images, step * cut.bunch):
         last = min(n + step * cut.bunch, images)
         for image in range(n, last, step):
-            clear_gradient(task, block, item, image, (image - n) // step)
+            for part in range(first_part, first_part + parts):
+                clear_gradient(task, block, Place(image, (image - n) // step, part, 0, False))
         # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
         for first_tap in range(0, shape.taps, cut.taps_at_once):
             last_tap = min(first_tap + cut.taps_at_once, shape.taps)
             for image in range(n, last, step):
-                for part in range(0 if cut.whole else item % cut.parts, cut.parts if cut.whole else item % cut.parts + 1):
+                for part in range(first_part, first_part + parts):
                     place = Place(image, (image - n) // step, part, first * cut.parts + part, before + image >= step)
                     one_part(counter, task, block, place, first_tap, last_tap)
         if counter[STOP]:
@@ -508,15 +510,13 @@ def gradient_of(task, block, place):
 
 
 @device
-def clear_gradient(task, block, item, n, room):
-    """Make zeros of an image's gradient of the input in an item's channels and parts."""
-    layout, cut = task.samples.layout, task.cut
-    for part in range(cut.parts if task.arrays.d_x.size > 0 else 0):
-        if cut.whole or part == item % cut.parts:
-            start, step = gradient_of(task, block, Place(n, room, part, 0, False))
-            for _ in range(block.start, block.end, layout.width):
-                zero(task.arrays.d_x, start, start + layout.pitch * layout.width)
-                start += step
+def clear_gradient(task, block, place):
+    """Make zeros of a part's gradient of the input in an item's channels, if it is wanted."""
+    layout = task.samples.layout
+    start, step = gradient_of(task, block, place)
+    for _ in range(block.start, block.end if task.arrays.d_x.size > 0 else block.start, layout.width):
+        zero(task.arrays.d_x, start, start + layout.pitch * layout.width)
+        start += step
 
 
 @device
