@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from deformconv.runtime import product  # noqa: E402
 
-# M, G, K, N: whole blocks, and rests of rows and of columns.
-SHAPES = [(64, 1, 64, 64), (67, 1, 96, 70), (5, 3, 64, 65), (130, 2, 32, 128)]
+# M, G, K, N: whole blocks, rests of rows and of columns, and sums that programs share out, equally and not.
+SHAPES = [(64, 1, 64, 64), (67, 1, 96, 70), (5, 3, 64, 65), (130, 2, 32, 128), (33, 1, 1056, 64), (20, 2, 2080, 65)]
 LAYER = (6272, 1, 576, 64)  # of 64 channels on two maps of 56 x 56
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -96,11 +96,11 @@ class TestWhereItPays:
         for dtype in ("bfloat16", "float16", "float64"):
             assert not product.pays(dtype, "cuda:0", LAYER)
 
-    def test_long_sums_of_few_tiles_are_pytorchs(self) -> None:
-        """Which divides them; with more rows, groups or columns there are enough for all of a card."""
-        assert not product.pays("float32", "cuda:0", (392, 1, 4608, 512))
+    def test_programs_share_out_long_sums_of_few_tiles(self) -> None:
+        """With more rows, groups or columns there are enough for all of a card, and of short sums nothing is to be shared out."""
+        assert product._parts((392, 1, 4608, 512)) == 4
         for more in ((6272, 1, 4608, 512), (392, 32, 4608, 64), (392, 1, 4608, 4608), (392, 1, 512, 512)):
-            assert product.pays("float32", "cuda:0", more)
+            assert product._parts(more) == 1
 
     def test_not_where_tf32_is_allowed(self) -> None:
         """It is asked at each call, by the newer setting too, after which PyTorch does not let the older one be read."""

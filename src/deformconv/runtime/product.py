@@ -18,17 +18,14 @@ Tensor = Any
 # Compute capabilities on which it was measured to be faster. Many others do TF32 no more than twice as fast as float32.
 _CAPABILITIES = ((9, 0),)
 _TILE = {"BM": 64, "BN": 64, "BK": 32}
-# One program sums up a tile, however long its sums are. Where tiles are few and sums long PyTorch's product is as fast, and
-# exact by itself: with 56 tiles of 4,608 numbers a forward pass took 147 microseconds by our kernel on an H100, 145 by its.
-_FEW, _LONG = 132, 1024
+# Where tiles are few and sums long, several programs share out a tile's sums, and what they have is added up in their order.
+_PROGRAMS, _SHARE = 264, 512  # so many programs are enough; the least numbers that one sums up
 
 
 def pays(dtype: str, device: str, shape: tuple[int, int, int, int]) -> bool:
     """Whether (M, G, K) times (G, K, N), group by group, is to be made here and not by PyTorch; `shape` is M, G, K, N."""
-    rows, groups, depth, across = shape
+    _rows, _groups, depth, across = shape
     enough = across >= _TILE["BN"] and depth >= 2 * _TILE["BK"] and depth % _TILE["BK"] == 0
-    tiles = groups * -(-rows // _TILE["BM"]) * -(-across // _TILE["BN"])
-    enough = enough and (tiles >= _FEW or depth <= _LONG)
     return dtype == "float32" and enough and _is_fast(device) and not _allows_tf32()
 
 
@@ -64,11 +61,30 @@ def multiply(left: Tensor, right: Tensor, bias: Tensor | None, to: Tensor) -> No
 
     Rows of `left` and `to` may lie apart, numbers of a row may not; `right` is contiguous.
     """
+    import torch
     import triton.language as tl
 
     (M, G, K), N = left.shape, right.shape[1]
-    index = tl.int32 if max(left.stride(0) * M, to.stride(0) * M, right.numel()) < 2**31 else tl.int64
-    _kernel()[-(-M // _TILE["BM"]) * -(-N // _TILE["BN"]), G](
-        left, right, left if bias is None else bias, to, M, N, K, left.stride(1), left.stride(0), right.stride(0),
-        to.stride(1), to.stride(0), BIASED=bias is not None, INDEX=index, **_TILE, num_warps=4, num_stages=3,
+    parts = _parts((M, G, K, N))
+    share = _share(K, parts)
+    sums = to[None] if parts == 1 else to.new_empty(parts, M, G, N)
+    index = tl.int32 if max(left.stride(0) * M, to.stride(0) * M, right.numel(), sums.numel()) < 2**31 else tl.int64
+    _kernel()[-(-M // _TILE["BM"]) * -(-N // _TILE["BN"]), G, parts](
+        left, right, left if bias is None else bias, sums, M, N, K, share, left.stride(1), left.stride(0), right.stride(0),
+        sums.stride(2), sums.stride(1), BIASED=bias is not None, INDEX=index, **_TILE, num_warps=4, num_stages=3,
     )  # fmt: skip
+    if parts > 1:
+        torch.sum(sums, dim=0, out=to)
+
+
+def _parts(shape: tuple[int, int, int, int]) -> int:
+    """Among how many programs a tile's sums are shared out; `shape` is M, G, K, N."""
+    rows, groups, depth, across = shape
+    tiles = groups * -(-rows // _TILE["BM"]) * -(-across // _TILE["BN"])
+    parts = max(1, min(_PROGRAMS // tiles, depth // _SHARE))
+    return -(-depth // _share(depth, parts))  # without parts that would have nothing
+
+
+def _share(depth: int, parts: int) -> int:
+    """How many numbers of a sum a program adds up, of one that is shared out among so many."""
+    return -(-depth // (parts * _TILE["BK"])) * _TILE["BK"]

@@ -10,10 +10,12 @@ __all__ = ["multiply"]
 
 @triton.jit(do_not_specialize=["M"])
 def multiply(
-    a_ptr, b_ptr, bias_ptr, c_ptr, M, N, K, a_group, a_row, b_group, c_group, c_row,
+    a_ptr, b_ptr, bias_ptr, c_ptr, M, N, K, share, a_group, a_row, b_group, c_group, c_row,
     BIASED: tl.constexpr, INDEX: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """C[g, m, n] = bias[g, n] + sum over k of A[g, m, k] * B[g, n, k]; BK divides K, and k is each array's last axis in memory.
+    """C[s, g, m, n] = bias[g, n] + sum of A[g, m, k] * B[g, n, k] over the `share` numbers k of part s; s = 0 has the bias.
+
+    BK divides K and `share`, and k is each array's last axis in memory.
 
     Each number is split into one that TF32 holds and a rest, and three products of these are summed, so that what is lost is no
     more than float32 loses itself.
@@ -27,11 +29,12 @@ def multiply(
     a_at = a_ptr + group * a_group + m.to(INDEX)[:, None] * a_row + k[None, :]
     b_at = b_ptr + group * b_group + n.to(INDEX)[None, :] * K + k[:, None]
     sums = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, K, BK):
+    part = tl.program_id(2)
+    for start in range(part * share, tl.minimum(part * share + share, K), BK):
         a = tl.load(a_at + start, mask=is_m[:, None], other=0.0)
         b = tl.load(b_at + start, mask=is_n[None, :], other=0.0)
         sums = tl.dot(a, b, sums, input_precision="tf32x3")
     if BIASED:
-        sums += tl.load(bias_ptr + group * N + n, mask=is_n, other=0.0)[None, :]
-    c_at = c_ptr + group * c_group + m.to(INDEX)[:, None] * c_row + n[None, :]
+        sums += tl.load(bias_ptr + group * N + n, mask=n < tl.where(part == 0, N, 0), other=0.0)[None, :]
+    c_at = c_ptr + group * c_group + (part.to(INDEX) * M + m)[:, None] * c_row + n[None, :]
     tl.store(c_at, sums, mask=is_m[:, None] & is_n[None, :])
