@@ -181,11 +181,12 @@ def backward(
     import torch
 
     found: dict[str, Any] = {}
-    if "bias" in wanted and spec.biased:
-        found["bias"] = grad_output.sum(dim=(0, *range(2, spec.rank + 2)))
+    summed = "bias" in wanted and spec.biased
     given = {"input": input, "offset": offset, "weight": weight} | ({} if mask is None else {"mask": mask})
     given = {name: value for name, value in given.items() if name in wanted}
     if spec.batch * spec.positions * spec.in_channels * spec.out_channels * spec.pixels == 0 or not given:
+        if summed:
+            found["bias"] = grad_output.sum(dim=(0, *range(2, spec.rank + 2)))
         return Gradients(**found, **{name: torch.zeros_like(value) for name, value in given.items()})
     positions, adds = given.keys() & {"offset", "mask"}, "input" in given and _adds(spec, str(input.device))
     shape_of_rows = (spec.batch, *spec.input_size, spec.in_channels)
@@ -198,6 +199,8 @@ def backward(
         d_offset=torch.empty_like(offset, memory_format=torch.contiguous_format) if positions else None,
         d_mask=torch.empty_like(mask, memory_format=torch.contiguous_format) if positions and mask is not None else None,
     )
+    if summed:  # of rows, in a quarter of the time that PyTorch takes for planes
+        found["bias"] = whole.grad.flatten(0, -2).sum(dim=0)
     matrix, d_weight = turned.rows(weight), None
     for part in on_taps.parts(whole, _images_of_piece(spec)):
         of_part = _backward_of(spec, part, matrix, "weight" in given, adds)
