@@ -19,6 +19,7 @@ class Poisoned(TorchDispatchMode):
         if func.overloadpacket in EMPTY and result.numel() and result.device.type != "meta":
             if result.is_floating_point():
                 result.fill_(torch.nan)
-            elif result.dtype in (torch.int32, torch.int64):
-                result.fill_(torch.iinfo(result.dtype).max // 2)
+            elif result.dtype in (torch.int16, torch.int32, torch.int64):
+                largest = torch.iinfo(result.dtype).max
+                result.fill_(largest if result.dtype == torch.int16 else largest // 2)
         return result

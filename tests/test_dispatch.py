@@ -33,7 +33,7 @@ def backends(monkeypatch):
 
         module = types.ModuleType(name)
         module.reasons_against = reasons_against
-        module.how = lambda spec, library, device: []
+        module.how = lambda spec, library, device, backward: []
         module.computes_in = lambda dtype, library: dtype
         return module
 
@@ -154,7 +154,7 @@ def test_how_a_backend_computes_may_depend_on_the_device(backends, monkeypatch):
 
     def load_another(operator, name):
         module = load(operator, name)
-        module.how = lambda spec, library, device: [f"it computes {spec.dtype} of {library} on {device}"]
+        module.how = lambda spec, library, device, backward: [f"it computes {spec.dtype} of {library} on {device}"]
         return module
 
     backends.reasons.update(cpu=["too warm"], gpu=[])

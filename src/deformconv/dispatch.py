@@ -95,7 +95,7 @@ def verdicts(
         elif not reasons and name != chosen:
             reasons = [f"can run it, but {chosen} comes first"]
         runs = name == chosen
-        found.append(Verdict(name, runs, (*module.how(spec, library, device), *reasons) if runs else tuple(reasons)))
+        found.append(Verdict(name, runs, (*module.how(spec, library, device, backward), *reasons) if runs else tuple(reasons)))
     return found
 
 

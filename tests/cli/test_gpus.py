@@ -9,7 +9,7 @@ import pytest
 from deformconv.cli import warmup
 from deformconv.cli.main import main
 from deformconv.ops import gpu as on_gpu
-from deformconv.runtime import toolchain
+from deformconv.runtime import product, toolchain
 
 torch = pytest.importorskip("torch")
 
@@ -207,7 +207,7 @@ class TestDoctor:
         right = portable.forward
 
         def forward(spec, *operands):
-            seen.append(torch.get_float32_matmul_precision())
+            seen.append(product._allows_tf32())
             return right(spec, *operands)
 
         monkeypatch.setattr(gpu, "forward", forward)
@@ -215,6 +215,16 @@ class TestDoctor:
         torch.set_float32_matmul_precision("high")
         try:
             assert main(["doctor"]) == 0
-            assert seen and set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+            assert seen and not any(seen)
+            assert product._allows_tf32() and torch.get_float32_matmul_precision() == "high"
         finally:
             torch.set_float32_matmul_precision(before)
+
+    def test_after_the_newer_setting_was_used(self, kernels, monkeypatch):
+        """PyTorch raises then where the older one is read."""
+        matmul = torch.backends.cuda.matmul
+        if not hasattr(matmul, "fp32_precision"):
+            pytest.skip("PyTorch 2.9 brought it")
+        monkeypatch.setattr(matmul, "fp32_precision", "tf32")
+        assert main(["doctor"]) == 0
+        assert matmul.fp32_precision == "tf32"

@@ -14,6 +14,7 @@ from deformconv.runtime import product  # noqa: E402
 # M, G, K, N: whole blocks, rests of rows and of columns, and sums that programs share out, equally and not.
 SHAPES = [(64, 1, 64, 64), (67, 1, 96, 70), (5, 3, 64, 65), (130, 2, 32, 128), (33, 1, 1056, 64), (20, 2, 2080, 65)]
 LAYER = (6272, 1, 576, 64)  # of 64 channels on two maps of 56 x 56
+SMALL_PRODUCTS: set[str] = set()
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -45,7 +46,6 @@ def check(shape: tuple[int, ...], device: str) -> None:
 @pytest.mark.interpreter
 @by_shape
 def test_it_is_right(shape: tuple[int, ...]) -> None:
-    """The interpreter ignores how exact a product is to be: see the test on a GPU."""
     check(shape, "cpu")
 
 
@@ -54,6 +54,18 @@ class TestOnAGpu:
     @by_shape
     def test_it_is_as_exact_as_float32(self, shape: tuple[int, ...]) -> None:
         check(shape, "cuda")
+
+    @pytest.mark.parametrize("shape", [LAYER, (392, 1, 4608, 512)], ids=["whole sums", "shared sums"])
+    def test_a_pipeline_changes_no_bit(self, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        """How many turns of the loop are in flight at once: loads made early see what they are to see."""
+        left, right, bias, to = factors(shape, "cuda")
+        found = []
+        for stages in (1, 2, 3, 4):
+            monkeypatch.setattr(product, "_STAGES", stages)
+            to.fill_(torch.nan)
+            product.multiply(left, right, bias, to)
+            found.append(to.clone())
+        assert all(torch.equal(one, found[0]) for one in found)
 
     def test_sums_of_many(self) -> None:
         left, right, _, to = factors((300, 1, 4608, 80), "cuda")
@@ -97,7 +109,7 @@ class TestWhereItPays:
             assert not product.pays(dtype, "cuda:0", LAYER)
 
     def test_programs_share_out_long_sums_of_few_tiles(self) -> None:
-        """With more rows, groups or columns there are enough for all of a card, and of short sums nothing is to be shared out."""
+        """With more rows, groups or columns there are enough for all of a card, and short sums are not worth it."""
         assert product._parts((392, 1, 4608, 512)) == 4
         for more in ((6272, 1, 4608, 512), (392, 32, 4608, 64), (392, 1, 4608, 4608), (392, 1, 512, 512)):
             assert product._parts(more) == 1
@@ -119,16 +131,43 @@ class TestWhereItPays:
             matmul.allow_tf32 = before
 
 
-@pytest.mark.slow
-def test_it_is_made_by_tensor_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def build_of(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, folder: Any) -> Any:
+    """What a product is compiled to for an H100."""
     from tests.compiled import built, launches_for
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     with launches_for("sm_90") as asked:
-        left, right, bias, to = factors((64, 1, 64, 64), "cpu")
+        left, right, bias, to = factors(shape, "cpu")
         product.multiply(left, right, bias, to)
     (build,) = map(built, asked)
+    return build
+
+
+@pytest.mark.slow
+def test_matrices_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Where elements are counted in 64 bits no product of 32 bits becomes a part of an address."""
+    monkeypatch.setattr(product, "_WIDE", 0)
+    build = build_of(SHAPES[0], monkeypatch, tmp_path)
+    assert str(build.launch.constant("INDEX")) == "int64"
+    assert build.stack == 0
+    assert set(build.narrow_products) <= SMALL_PRODUCTS, build.narrow_products
+
+
+def test_a_product_of_many_sizes_is_compiled_twice_at_most() -> None:
+    from tests.compiled import launches_for
+
+    with launches_for("sm_90") as asked:
+        for rows in range(7, 7 + 20 * 37, 37):
+            left, right, bias, to = factors((rows, 1, 1152, 256), "cpu")
+            product.multiply(left, right, bias, to)
+    assert 1 <= len(set(asked)) <= 2
+
+
+@pytest.mark.slow
+def test_it_is_made_by_tensor_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    build = build_of((64, 1, 64, 64), monkeypatch, tmp_path)
     assert build.launch.constant("BK") == 32
-    assert build.count("HGMMA") >= 3 and build.count("FFMA") == 0  # three products for one
+    # Three products for one: a tile's 32 numbers of depth are 4 of TF32's instructions.
+    assert build.count("HGMMA") == 3 * 4 and build.count("FFMA") == 0
     assert build.stack == 0 and build.registers <= 255 and build.shared <= 99 << 10
     assert not build.float_atomics

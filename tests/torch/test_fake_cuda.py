@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import deformconv
 from deformconv import dispatch
 from deformconv.ops import gpu
-from deformconv.runtime import toolchain
+from deformconv.runtime import product, toolchain
 from deformconv.torch import DeformConv2d, deform_conv2d
 from deformconv.torch.conv.functional import DEFORM_CONV
 
@@ -105,6 +105,16 @@ class TestExplain:
         assert [line for line in lines if not line.startswith(" ")][1:] == ["forward: gpu", "backward: gpu"]
         assert lines.count("  cpu: its kernels run on the CPU and the arrays are on cuda:0") == 2
         assert lines.count("  portable: can run it, but gpu comes first") == 2
+
+    def test_products_of_float32_ask_no_card(self, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With 256 channels a card of compute capability 9.0 has products of ours: here is none, and CUDA is not started."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: pytest.fail("CUDA was started"))
+        shapes = {"input": (2, 256, 56, 56), "offset": (2, 18, 56, 56), "weight": (256, 256, 3, 3)}
+        given = {name: torch.zeros(shape, device="cuda") for name, shape in shapes.items()}
+        monkeypatch.setattr(product, "_is_fast", product._is_fast.__wrapped__)
+        lines = deformconv.explain(**given, padding=1).splitlines()
+        assert "forward: gpu" in lines and "  gpu: a kernel samples, and PyTorch multiplies" in lines
 
     def test_what_is_missing_is_told_and_pytorchs_operations_run(
         self, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch

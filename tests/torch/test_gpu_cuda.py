@@ -22,7 +22,10 @@ from torch import nn
 from torch.library import opcheck
 
 import deformconv
+import deformconv.convert
+from deformconv.cli import doctor
 from deformconv.ops import gpu as on_gpu
+from deformconv.ops.conv import gpu
 from deformconv.ops.conv.spec import GRADIENTS
 from deformconv.torch import DeformConv1d, DeformConv2d, DeformConv3d, deform_conv2d
 from deformconv.torch.conv.functional import DEFORM_CONV
@@ -198,6 +201,13 @@ class TestSameBits:
         assert "added up" not in deformconv.explain(**call[1], **call[2])
 
 
+class TestSameBitsUnasked:
+    def test_where_offset_groups_have_many_channels(self):
+        call = gpu_call()
+        first = results(*call)
+        assert all(same(results(*call), first) for _ in range(5))
+
+
 class TestAddedUp:
     """Without being told so, where offset groups have few channels: the input's gradient is summed in no certain order."""
 
@@ -241,6 +251,45 @@ class TestGraphs:
                 t.copy_(other[name].flip(0) * 0.75)
         graph.replay()
         assert same(recorded, results(function, leaves, keywords, grad_output))
+
+
+class TestWhatElseRunsThem:
+    def test_torchvision_s_operator(self):
+        torchvision = pytest.importorskip("torchvision")
+        function, leaves, keywords, grad_output = gpu_call(LAYER.but(batch=1))
+        padding = {"padding": keywords["padding"]}
+        expected = results(function, leaves, keywords, grad_output)
+        with deformconv.convert.accelerate_torchvision():
+            y = torchvision.ops.deform_conv2d(**leaves, **padding)
+            found = [y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad_output)]
+        assert same(found, expected)
+
+    def test_doctor_tries_them(self):
+        lines = dict(doctor._launch("cuda:0"))
+        assert set(lines) == {"cuda:0 float32", "cuda:0 bfloat16"}
+        assert all(line.startswith("ok") for line in lines.values()), lines
+
+    @pytest.mark.slow
+    def test_after_warmup_a_usual_call_compiles_nothing(self, tmp_path, monkeypatch):
+        """In a folder of its own, and in this process, whose kernels are as if new."""
+        from triton import knobs
+
+        compiled = []
+        gpu.warmup(["float32"], "cuda:0")
+        monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **what: compiled.append(what["fn"].name) and False)
+        for size, channels in ((56, 64), (28, 256), (14, 256), (25, 256)):
+            results(*gpu_call(Case("", (size, size), (3, 3), padding=1, in_channels=channels, out_channels=channels)))
+        assert compiled == []
+
+    def test_graphs_of_the_compiler(self):
+        """torch.compile(mode="reduce-overhead") records a graph: a net of small layers does not wait for Python."""
+        net = nn.Sequential(DeformConv2d(8, 16, 3, padding=1), nn.ReLU(), DeformConv2d(16, 4, 3, padding=1)).cuda()
+        compiled, x = torch.compile(net, mode="reduce-overhead"), torch.rand(2, 8, 20, 18, device="cuda")
+        with torch.no_grad():
+            expected = net(x)
+            for _ in range(4):
+                torch.compiler.cudagraph_mark_step_begin()
+                assert_close(compiled(x).cpu(), expected.cpu(), "float32")
 
 
 class TestDevices:

@@ -7,6 +7,7 @@ import platform
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -218,11 +219,8 @@ def _what_pytorch_is_for() -> str:
 
 def _launch(device: str) -> Lines:
     """Our kernels on a GPU, forward and backward, beside the reference."""
-    import torch
 
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32, which an environment may ask for, has no error of float32
-    try:
+    with _exact_products():  # TF32, which an environment may ask for, has no error of float32
         for dtype in ("float32", "bfloat16"):
             reasons = dispatch.load(DEFORM_CONV, "gpu").reasons_against(trial.tiny_call()[0], "torch", device, True)
             if reasons:
@@ -232,8 +230,22 @@ def _launch(device: str) -> Lines:
                 yield f"{device} {dtype}", trial.verdict(*trial.gpu_values(device, dtype), dtype)
             except Exception as error:  # what a driver, a compiler or a kernel says
                 yield f"{device} {dtype}", f"FAILED: {type(error).__name__}: {error}"
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """PyTorch's products of float32 on a GPU are of float32, whichever of its settings said otherwise."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    # After the newer setting was used, PyTorch raises where the older one is read.
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        setattr(matmul, name, before)
 
 
 def _self_test() -> Lines:

@@ -24,7 +24,7 @@ def as_given(dtype: str, library: str) -> str:
     return dtype
 
 
-def nothing_to_say(spec: Any, library: str, device: str) -> list[str]:
+def nothing_to_say(spec: Any, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a reference computes a call."""
     return []
 

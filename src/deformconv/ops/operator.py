@@ -129,7 +129,7 @@ class Backend(Protocol):
         """Why this backend cannot run a call, as sentences; none if it can."""
         ...
 
-    def how(self, spec: Any, library: str, device: str) -> list[str]:
+    def how(self, spec: Any, library: str, device: str, backward: bool) -> list[str]:
         """What there is to say of how a call is computed on a device, as sentences."""
         ...
 

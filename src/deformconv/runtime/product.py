@@ -17,7 +17,8 @@ Tensor = Any
 
 # Compute capabilities on which it was measured to be faster. Many others do TF32 no more than twice as fast as float32.
 _CAPABILITIES = ((9, 0),)
-_TILE = {"BM": 64, "BN": 64, "BK": 32}
+_TILE, _STAGES = {"BM": 64, "BN": 64, "BK": 32}, 3
+_WIDE = 2**31  # from so many numbers on elements are counted in 64 bits
 # Where tiles are few and sums long, several programs share out a tile's sums, and what they have is added up in their order.
 _PROGRAMS, _SHARE = 264, 512  # so many programs are enough; the least numbers that one sums up
 
@@ -35,7 +36,10 @@ def _is_fast(device: str) -> bool:
 
     if toolchain.is_interpreted() or not device.startswith("cuda") or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) in _CAPABILITIES
+    # Asked first: beside fake tensors there may be no such GPU, and whatever asks for a capability starts CUDA.
+    index = int(device.partition(":")[2] or 0)
+    there = torch.cuda.is_available() and index < torch.cuda.device_count()
+    return there and torch.cuda.get_device_capability(device) in _CAPABILITIES
 
 
 def _allows_tf32() -> bool:
@@ -68,10 +72,10 @@ def multiply(left: Tensor, right: Tensor, bias: Tensor | None, to: Tensor) -> No
     parts = _parts((M, G, K, N))
     share = _share(K, parts)
     sums = to[None] if parts == 1 else to.new_empty(parts, M, G, N)
-    index = tl.int32 if max(left.stride(0) * M, to.stride(0) * M, right.numel(), sums.numel()) < 2**31 else tl.int64
+    index = tl.int32 if max(left.stride(0) * M, to.stride(0) * M, right.numel(), sums.numel()) < _WIDE else tl.int64
     _kernel()[-(-M // _TILE["BM"]) * -(-N // _TILE["BN"]), G, parts](
         left, right, left if bias is None else bias, sums, M, N, K, share, left.stride(1), left.stride(0), right.stride(0),
-        sums.stride(2), sums.stride(1), BIASED=bias is not None, INDEX=index, **_TILE, num_warps=4, num_stages=3,
+        sums.stride(2), sums.stride(1), BIASED=bias is not None, INDEX=index, **_TILE, num_warps=4, num_stages=_STAGES,
     )  # fmt: skip
     if parts > 1:
         torch.sum(sums, dim=0, out=to)

@@ -156,10 +156,10 @@ def test_reasons(library: str, backward: bool, reason: str | None) -> None:
 
 def test_what_is_said_of_a_call() -> None:
     spec = make(SMALL).spec
-    assert portable.how(spec, "numpy", "cpu") == []
-    assert portable.how(spec, "torch", "cpu") == ["PyTorch's own operations compute the call at once"]
+    assert portable.how(spec, "numpy", "cpu", False) == []
+    assert portable.how(spec, "torch", "cpu", False) == ["PyTorch's own operations compute the call at once"]
     large = dataclasses.replace(spec, batch=64, output_size=(512, 512), input_size=(512, 512))
-    assert portable.how(large, "torch", "cpu") == [
+    assert portable.how(large, "torch", "cpu", False) == [
         f"PyTorch's own operations compute the call in {len(list(portable.parts(large)))} parts, one after the other, so that "
         "memory stays bounded"
     ]

@@ -137,9 +137,9 @@ class TestWhereItIsAddedUp:
     def test_few_channels_of_an_offset_group(self) -> None:
         few, many = (make(Case("", (3, 4), (1, 1), in_channels=64, offset_groups=groups), "float32").spec for groups in (8, 1))
         assert gpu._adds(few, "cuda:0")
-        assert "added up in another order each time" in " ".join(gpu.how(few, "torch", "cuda:0"))
+        assert "added up in another order each time" in " ".join(gpu.how(few, "torch", "cuda:0", True))
         assert not gpu._adds(many, "cuda:0")
-        assert "order" not in " ".join(gpu.how(many, "torch", "cuda:0"))
+        assert "order" not in " ".join(gpu.how(many, "torch", "cuda:0", True))
         assert not gpu._adds(few, "cuda:1")  # where it was not measured
         assert not gpu._adds(few, "cpu")
 

@@ -9,9 +9,6 @@ and the same with racecheck.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,8 +18,6 @@ from tests.ops.conv.gpu_suite import HALF_CASES, TAILS, GpuSuite, assert_near, b
 from tests.ops.conv.suite import configurations, in_float64, odd, reference_backward
 
 from deformconv.ops.conv import gpu, reference
-from deformconv.ops.conv.spec import GRADIENTS
-from deformconv.sampling import lists
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.cuda
@@ -61,76 +56,6 @@ def test_odd_numbers_beside_half_precision(half: str, boundary: str) -> None:
         case = Case("", (9, 11), (3, 3), padding=1, in_channels=channels, out_channels=32, offset_groups=2, boundary=boundary)
         for name, result, expected in half_results(half_call(case, half, True, "cuda", odd)):
             assert_near(name, result, expected, half)
-
-
-# Rests and several turns of every loop.
-LARGE = Case("large", (47, 50), (3, 3), padding=1, batch=4, in_channels=192, out_channels=272, offset_groups=3)
-PIPELINED = [
-    LARGE,
-    LARGE.but(name="one image", batch=1, out_channels=120),
-    LARGE.but(name="groups", groups=3, out_channels=96),
-    LARGE.but(name="depthwise", groups=192, out_channels=192),
-    Case("volume", (6, 14, 15), (3, 3, 3), padding=1, batch=1, in_channels=64, out_channels=48),
-]
-
-
-class Staged:
-    """The kernels, compiled for another number of stages: how many turns of a loop are in flight at once."""
-
-    def __init__(self, stages: int) -> None:
-        kernels = {name: kernel for module in (gpu, lists) for name, kernel in vars(module._kernels()).items()}
-        self.kernels, self.stages, self.launched = SimpleNamespace(**kernels), stages, set[str]()
-
-    def __getattr__(self, name: str) -> Any:
-        return _StagedKernel(self, name)
-
-
-class _StagedKernel:
-    def __init__(self, staged: Staged, name: str) -> None:
-        self.staged, self.name = staged, name
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*arguments: Any, **options: Any) -> None:
-            self.staged.launched.add(self.name)
-            getattr(self.staged.kernels, self.name)[grid](*arguments, **options | {"num_stages": self.staged.stages})
-
-        return launch
-
-
-def results(call: Any) -> list[Any]:
-    """The output and the gradients of a call of `half_call`'s kind."""
-    t = call.tensors
-    output = gpu.forward(call.spec, *(t[name] for name in ("input", "offset", "weight", "bias", "mask")))
-    operands = (t[name] for name in ("grad_output", "input", "offset", "weight", "mask"))
-    return [output, *gpu.backward(call.spec, *operands, wanted=GRADIENTS)]
-
-
-def single_call(case: Case, dtype: str) -> Any:
-    call = make(case, dtype)
-    names = ("grad_output", "input", "offset", "weight", "bias", "mask")
-    return SimpleNamespace(spec=call.spec, tensors={name: torch.from_numpy(getattr(call, name)).cuda() for name in names})
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("case", PIPELINED, ids=lambda case: case.name)
-def test_a_pipeline_changes_no_bit(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loads of the next turn, made early, must not see what this turn has yet to write, nor miss it."""
-    call = half_call(case, dtype, True, "cuda") if dtype == "bfloat16" else single_call(case, dtype)
-    found = []
-    for stages in (1, 2, 3):
-        staged = Staged(stages)
-        with monkeypatch.context() as patch:
-            for module in (gpu, lists):
-                patch.setattr(module, "_kernels", lambda staged=staged: staged)
-            try:
-                found.append(results(call))
-            except Exception as error:
-                # Three stages of a large tile may ask for more shared memory than the card has.
-                assert stages == 3 and type(error).__name__ == "OutOfResources", error
-        assert {"sample_backward", "collect"} <= staged.launched
-    for others in found[1:]:
-        for name, one, other in zip(("output", *GRADIENTS), found[0], others, strict=True):
-            assert torch.equal(one, other), name
 
 
 class TestLargeSums:

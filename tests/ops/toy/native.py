@@ -16,7 +16,7 @@ def reasons_against(spec: ScaleSpec, library: str, device: str, backward: bool) 
     return [] if library == "torch" else [f"it takes PyTorch's tensors, not {library}'s arrays"]
 
 
-def how(spec: ScaleSpec, library: str, device: str) -> list[str]:
+def how(spec: ScaleSpec, library: str, device: str, backward: bool) -> list[str]:
     return []
 
 

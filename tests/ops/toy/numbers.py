@@ -20,7 +20,7 @@ def reasons_against(spec: ScaleSpec, library: str, device: str, backward: bool) 
     return reasons
 
 
-def how(spec: ScaleSpec, library: str, device: str) -> list[str]:
+def how(spec: ScaleSpec, library: str, device: str, backward: bool) -> list[str]:
     return [f"it multiplies {spec.power} times"]
 
 

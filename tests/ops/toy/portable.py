@@ -16,7 +16,7 @@ def reasons_against(spec: ScaleSpec, library: str, device: str, backward: bool) 
     return ["NumPy has no automatic derivative."] if backward and library == "numpy" else []
 
 
-def how(spec: ScaleSpec, library: str, device: str) -> list[str]:
+def how(spec: ScaleSpec, library: str, device: str, backward: bool) -> list[str]:
     return []
 
 

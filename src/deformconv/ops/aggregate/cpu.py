@@ -46,7 +46,7 @@ def reasons_against(spec: AggregateSpec, library: str, device: str, backward: bo
     return reasons
 
 
-def how(spec: AggregateSpec, library: str, device: str) -> list[str]:
+def how(spec: AggregateSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return on_cpu.how(_multiplications(spec), library)
 

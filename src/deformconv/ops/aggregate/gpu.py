@@ -43,9 +43,9 @@ def reasons_against(spec: AggregateSpec, library: str, device: str, backward: bo
     return on_taps.reasons_against(spec, library, device)
 
 
-def how(spec: AggregateSpec, library: str, device: str) -> list[str]:
+def how(spec: AggregateSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    return ["one kernel samples and sums" + on_gpu.words_of_adding(_adds(spec, device))]
+    return ["one kernel samples and sums" + on_gpu.words_of_adding(backward and _adds(spec, device))]
 
 
 def _adds(spec: AggregateSpec, device: str) -> bool:

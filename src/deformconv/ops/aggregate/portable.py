@@ -30,7 +30,7 @@ def reasons_against(spec: AggregateSpec, library: str, device: str, backward: bo
     return reasons_against_arrays("deform_aggregate", library, backward)
 
 
-def how(spec: AggregateSpec, library: str, device: str) -> list[str]:
+def how(spec: AggregateSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return taps.in_words(sum(1 for _ in parts(spec)), library)
 

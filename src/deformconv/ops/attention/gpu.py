@@ -54,7 +54,7 @@ def reasons_against(spec: AttentionSpec, library: str, device: str, backward: bo
     return reasons
 
 
-def how(spec: AttentionSpec, library: str, device: str) -> list[str]:
+def how(spec: AttentionSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return ["one kernel samples and sums"]
 

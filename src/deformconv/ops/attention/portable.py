@@ -31,7 +31,7 @@ def reasons_against(spec: AttentionSpec, library: str, device: str, backward: bo
     return reasons_against_arrays("deform_attention", library, backward)
 
 
-def how(spec: AttentionSpec, library: str, device: str) -> list[str]:
+def how(spec: AttentionSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return ["PyTorch's own operations compute the call at once"] if library == "torch" else []
 

@@ -45,7 +45,7 @@ def computes_in(dtype: str, library: str) -> str:
     return half_in_float32(dtype, library) if library == "jax" else dtype
 
 
-def how(spec: ConvSpec, library: str, device: str) -> list[str]:
+def how(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     halves = [f"it reads and writes {spec.dtype}, and computes in float32"] if computes_in(spec.dtype, library) in HALF else []
     return [*on_cpu.how(_multiplications(spec), library), *halves]

@@ -49,14 +49,26 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
     return on_taps.reasons_against(spec, library, device)
 
 
-def how(spec: ConvSpec, library: str, device: str) -> list[str]:
+def how(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    adds = on_gpu.words_of_adding(_adds(spec, device))
+    ours = "another multiplies, by TF32 and as exactly as float32"
+    if not backward:
+        if _is_depthwise(spec):
+            return ["each channel is a group: one kernel samples and sums"]
+        pieces = -(-spec.batch * spec.positions // _rows_of_piece(spec))
+        return [f"a kernel samples, and {ours if _multiplies(spec, device) else 'PyTorch multiplies'}{_in_pieces(pieces)}"]
+    images = min(spec.batch, _images_of_piece(spec))
+    end = _in_pieces(-(-spec.batch // max(1, images))) + on_gpu.words_of_adding(_adds(spec, device))
     if _is_depthwise(spec):
-        return ["each channel is a group: one kernel samples and sums" + adds]
-    pieces = -(-spec.batch * spec.positions // _rows_of_piece(spec))
-    second = "another multiplies, by TF32 and as exactly as float32" if _multiplies(spec, device) else "PyTorch multiplies"
-    return [f"a kernel samples, and {second}" + (f", {pieces} pieces one after the other" if pieces > 1 else "") + adds]
+        return [f"a kernel samples, and PyTorch multiplies and sums{end}"]
+    matrix = spec.groups, spec.out_channels // spec.groups, spec.taps * spec.in_channels // spec.groups
+    if product.pays(spec.dtype, device, (images * spec.positions, *matrix)):
+        return [f"a kernel samples, and {ours}, but for the weight's gradient, which PyTorch multiplies{end}"]
+    return [f"a kernel samples, and PyTorch multiplies{end}"]
+
+
+def _in_pieces(pieces: int) -> str:
+    return f", {pieces} pieces one after the other" if pieces > 1 else ""
 
 
 @cache
@@ -215,7 +227,7 @@ def backward(
 
 def _images_of_piece(spec: ConvSpec) -> int:
     """As many images as bound the memory of the columns' gradient, one at the least."""
-    return max(1, _PIECE // (spec.positions * spec.taps * spec.in_channels * _BYTES[spec.dtype]))
+    return max(1, _PIECE // max(1, spec.positions * spec.taps * spec.in_channels * _BYTES[spec.dtype]))
 
 
 def _backward_of(spec: ConvSpec, part: on_taps.Part, weight: Tensor, weight_wanted: bool, adds: bool) -> Tensor | None:
@@ -294,18 +306,27 @@ def _is_depthwise(spec: ConvSpec) -> bool:
 
 
 def warmup(dtypes: Collection[str], device: str) -> None:
-    """Compile the kernels that usual 3 x 3 calls take on a device, forward and backward; Triton keeps them on disk."""
+    """Compile the kernels that 3 x 3 layers of a ResNet take on a device, forward and backward; Triton keeps them on disk.
+
+    Kernels differ by how many rows surely are of one image, so by three kinds of sizes, and by few channels or many.
+    """
+    for name, stride, masked, channels, size in product_of(dtypes, (1, 2), (False, True), (64, 256), (16, 18, 15)):
+        _warm(name, stride, masked, channels, size, device)
+
+
+def _warm(name: str, stride: int, masked: bool, channels: int, size: int, device: str) -> None:
+    """Call both directions once, with a bias and without."""
     import torch
 
-    for name, stride, masked in product_of(dtypes, (1, 2), (False, True)):
-        dtype, precise = getattr(torch, name), torch.float64 if name == "float64" else torch.float32
-        size = 16 // stride
-        x, weight, grad_output = (
-            torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 64, 16, 16), (64, 64, 3, 3), (1, 64, size, size))
-        )
-        offset, mask = (torch.zeros(1, channels, size, size, device=device, dtype=precise) for channels in (18, 9))
-        of_x, of_offset, of_weight, of_mask = (Operand(tuple(tensor.shape), name) for tensor in (x, offset, weight, mask))
-        spec = conv_spec(of_x, of_offset, of_weight, mask=of_mask if masked else None, stride=stride, padding=1)
-        forward(spec, x, offset, weight, None, mask if masked else None)
-        wanted = ("input", "offset", "weight", "mask") if masked else ("input", "offset", "weight")
-        backward(spec, grad_output, x, offset, weight, mask if masked else None, wanted)
+    dtype, precise, to = getattr(torch, name), torch.float64 if name == "float64" else torch.float32, (size - 1) // stride + 1
+    x, weight, grad_output, bias = (
+        torch.zeros(shape, device=device, dtype=dtype)
+        for shape in ((1, channels, size, size), (channels, channels, 3, 3), (1, channels, to, to), (channels,))
+    )
+    offset, mask = (torch.zeros(1, planes, to, to, device=device, dtype=precise) for planes in (18, 9))
+    of_x, of_offset, of_weight, of_mask = (Operand(tuple(tensor.shape), name) for tensor in (x, offset, weight, mask))
+    spec = conv_spec(of_x, of_offset, of_weight, mask=of_mask if masked else None, stride=stride, padding=1)
+    for given in (None, bias):
+        forward(spec, x, offset, weight, given, mask if masked else None)
+    wanted = ("input", "offset", "weight", "mask") if masked else ("input", "offset", "weight")
+    backward(spec, grad_output, x, offset, weight, mask if masked else None, wanted)

@@ -30,7 +30,7 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
     return reasons_against_arrays("deform_conv", library, backward)
 
 
-def how(spec: ConvSpec, library: str, device: str) -> list[str]:
+def how(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return taps.in_words(sum(1 for _ in parts(spec)), library)
 

@@ -40,7 +40,7 @@ def reasons_against(spec: RoiSpec, library: str, device: str, backward: bool) ->
     return reasons
 
 
-def how(spec: RoiSpec, library: str, device: str) -> list[str]:
+def how(spec: RoiSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return on_cpu.how(_multiplications(spec), library)
 

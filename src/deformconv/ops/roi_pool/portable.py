@@ -35,7 +35,7 @@ def reasons_against(spec: RoiSpec, library: str, device: str, backward: bool) ->
     return reasons_against_arrays("deform_roi_pool", library, backward)
 
 
-def how(spec: RoiSpec, library: str, device: str) -> list[str]:
+def how(spec: RoiSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return ["PyTorch's own operations compute the call at once"] if library == "torch" else []
 
