@@ -220,11 +220,14 @@ class TestDoctor:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def test_after_the_newer_setting_was_used(self, kernels, monkeypatch):
+    def test_after_the_newer_setting_was_used(self, kernels):
         """PyTorch raises then where the older one is read."""
         matmul = torch.backends.cuda.matmul
         if not hasattr(matmul, "fp32_precision"):
             pytest.skip("PyTorch 2.9 brought it")
-        monkeypatch.setattr(matmul, "fp32_precision", "tf32")
-        assert main(["doctor"]) == 0
-        assert matmul.fp32_precision == "tf32"
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            assert main(["doctor"]) == 0
+            assert matmul.fp32_precision == "tf32"
+        finally:
+            matmul.fp32_precision = before

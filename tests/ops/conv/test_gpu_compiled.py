@@ -113,7 +113,7 @@ def test_registers_and_shared_memory(builds: list[Build]) -> None:
 
 
 def test_float32_is_never_rounded_to_tf32(builds: list[Build]) -> None:
-    """Products are PyTorch's, by its settings; Triton's own would be TF32 unless told otherwise."""
+    """Where a kernel of ours multiplies, tests/runtime/test_product.py looks at it; all other products are PyTorch's."""
     assert any(build.launch.signature.get("x_ptr") == "*fp32" for build in builds)
     assert [build.launch for build in builds if build.tensor_core] == []
 
@@ -174,3 +174,14 @@ def test_20_sizes_are_compiled_at_most_4_times(dtype: str) -> None:
             keys[launch.name].add(launch)
     assert {"sample_backward", "collect"} <= set(keys)
     assert max(map(len, keys.values())) <= 4, {name: len(launches) for name, launches in keys.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_after_warmup_usual_calls_ask_for_nothing_new(dtype: str) -> None:
+    with launches_for("sm_90") as warm:
+        gpu.warmup([dtype], "cpu")
+    known = set(warm)
+    for channels, size in ((64, 56), (64, 50), (256, 28), (256, 25), (512, 7)):
+        usual = DENSE.but(size=(size, size), batch=2, in_channels=channels, out_channels=channels)
+        missing = [launch for launch in asked_for("sm_90", usual, dtype) if launch not in known]
+        assert not missing, (channels, size, [launch.name for launch in missing])
