@@ -11,7 +11,7 @@ from tests.torch.hostile import KINDS
 
 PROGRAM = Path(__file__).with_name("hostile.py")
 # Some kinds in a process, since a process takes seconds to start: the last line tells how far one that crashed came.
-GROUPS = [KINDS[i : i + 5] for i in range(0, len(KINDS), 5)]
+GROUPS = [KINDS[i : i + 10] for i in range(0, len(KINDS), 10)]
 
 
 @pytest.mark.slow
