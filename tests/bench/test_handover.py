@@ -62,6 +62,13 @@ def test_whole_rounds_of_items_bound_the_speed():
     assert handover._bound([4, 3], 64) == 3.5  # one part after the other
 
 
+@pytest.mark.parametrize("threads", [4, 8, 16])
+def test_a_forward_pass_leaves_no_thread_without_a_tile(threads: int) -> None:
+    """The last round of the named cases' tiles has work for nearly all."""
+    for case in CASES[:5]:
+        assert handover._bound(handover.items(case, DIRECTIONS[0], threads), threads) >= 0.87 * threads, case.name
+
+
 def test_the_model_adds_the_hand_over_to_what_items_allow():
     few, many = handover.estimates(figures())
     assert (few["threads"], few["bound"], many["threads"], many["bound"]) == (16, 16.0, 64, 48.0)
