@@ -56,6 +56,19 @@ def _inner(dtype: str) -> str:
     return "float32" if dtype in HALF else dtype
 
 
+def _in_pairs(spec: ConvSpec) -> tuple[bool, bool]:
+    """Whether the products of the forward and the backward pass are of pairs of bfloat16."""
+    if spec.dtype != "bfloat16" or not _plans().PAIRS:
+        return False, False
+    found: tuple[bool, bool] = _plans().in_pairs(_planned(spec))
+    return found
+
+
+def _packed_in(spec: ConvSpec, pairs: bool) -> str:
+    """The dtype of the packed weight, for products that are of pairs or not."""
+    return "uint32" if pairs else _inner(spec.dtype)
+
+
 def _planned(spec: ConvSpec) -> ConvSpec:
     """The call whose work is cut: its copies are of the dtype that is computed in."""
     return replace(spec, dtype=_inner(spec.dtype))
@@ -101,12 +114,12 @@ def _layer_kernel() -> Any:
 @lru_cache(maxsize=256)
 def _layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
     predictor = spec.batch * spec.positions * spec.taps * spec.in_channels * channels
-    return _plans().layer_plan(_planned(spec), channels, number, _multiplications(spec) + predictor)
+    return _plans().layer_plan(_planned(spec), channels, number, _multiplications(spec) + predictor, _in_pairs(spec)[0])
 
 
 @lru_cache(maxsize=256)
 def _forward_plan(spec: ConvSpec, number: int) -> Any:
-    return _plans().forward_plan(_planned(spec), number, _multiplications(spec))
+    return _plans().forward_plan(_planned(spec), number, _multiplications(spec), _in_pairs(spec)[0])
 
 
 @lru_cache(maxsize=256)
@@ -137,13 +150,15 @@ def _packed_layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
 def pack(spec: ConvSpec, weight: Any) -> np.ndarray:
     """What a forward pass makes of the weight first, for all calls with the same channels, groups and taps."""
     cut = _forward_plan(spec, 1)
-    return _prepack().packed_weight(weight, _inner(spec.dtype), cut.arguments[2], cut.arguments[4], cut.weight_size)
+    panels = arrays.aligned_empty((cut.weight_size,), _packed_in(spec, cut.pairs))
+    return _prepack().pack(weight, panels, _inner(spec.dtype), cut.arguments[2], cut.arguments[4])
 
 
 def pack_predictor(spec: ConvSpec, channels: int, weight: Any) -> np.ndarray:
     """As `pack`, of the weight of a predictor with so many channels."""
-    plan = _layer_plan(spec, channels, 1)
-    return _prepack().packed_weight(weight, _inner(spec.dtype), plan.arguments[5], plan.arguments[6], plan.predictor_size)
+    plan, inner = _layer_plan(spec, channels, 1), _inner(spec.dtype)
+    panels = arrays.aligned_empty((plan.predictor_size,), inner)
+    return _prepack().pack(weight, panels, inner, plan.arguments[5], plan.arguments[6])
 
 
 @lru_cache(maxsize=256)
@@ -188,11 +203,11 @@ def forward(
     offset, mask, *distances = _samples(inner, offset, mask)
     with arena(cut.bytes) as memory:
         x = memory.empty(cut.x_size, inner)
-        panels = memory.empty(cut.weight_size, inner) if packed is None else packed
+        panels = memory.empty(cut.weight_size, _packed_in(spec, cut.pairs)) if packed is None else packed
         given, weight_last = _forward_arrays(spec, (x, panels), input, offset, weight, bias, mask, flat_output)
         order = input_last, weight_last, output_last, *distances
         arguments = cut.arguments, order, given, *cut.share.scratch(memory, inner)
-        run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank))
+        run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank, cut.pairs))
     return output
 
 
@@ -214,6 +229,7 @@ def _forward_arrays(
         packed=packed,
         bias=arrays.bits(_bias(bias, input.dtype)),
         output=arrays.bits(output),
+        samples=arrays.none_of("uint16" if packed.dtype == np.uint32 else _inner(spec.dtype)),
         empty=arrays.none_of(_inner(spec.dtype)),
     )
     return tuple(given), weight_last
@@ -251,8 +267,8 @@ def forward_layer(
     image, offsets = channels * spec.positions, prod(spec.offset_shape[1:])
     with arena(plan.bytes) as memory:
         predicted, x = memory.empty(plan.predicted_size, inner), memory.empty(plan.x_size, inner)
-        sizes = plan.weight_size, plan.predictor_size
-        panels, predictor_panels = packed or (memory.empty(size, inner) for size in sizes)
+        sizes = (plan.weight_size, _packed_in(spec, plan.pairs)), (plan.predictor_size, inner)
+        panels, predictor_panels = packed or (memory.empty(*size) for size in sizes)
         mask = predicted[offsets:] if spec.masked else arrays.none_of(inner)
         given, weight_last = _forward_arrays(spec, (x, panels), input, predicted, weight, bias, mask, flat_output)
         order = input_last, weight_last, input_last, image, image
@@ -261,7 +277,7 @@ def forward_layer(
         squash = np.array((mask_scale, max_offset or 0), inner)
         scratch = plan.share.scratch(memory, inner)
         arguments = plan.arguments, order, (given, predictor), squash, *scratch
-        run(_layer_kernel(), arguments, plan.share, team, (spec.dtype, spec.rank))
+        run(_layer_kernel(), arguments, plan.share, team, (spec.dtype, spec.rank, plan.pairs))
     return output
 
 

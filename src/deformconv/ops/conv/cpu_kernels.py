@@ -35,7 +35,7 @@ from deformconv.runtime.blocks import (
 )
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
-from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up, write
+from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, numbers_in, round_up, write
 from deformconv.runtime.threads import NEXT, STOP
 from deformconv.sampling.corners import blend, blend_products, differentiate, pull_back, table_in
 from deformconv.sampling.windows import place_tap, place_tile
@@ -102,7 +102,9 @@ class ForwardArrays(NamedTuple):
 
     input (N, C, P); `x` room for it in blocks; offset and mask, an image's (offset_groups, K, D, P) and (offset_groups, K, P),
     mask empty for v1; weight (C_out, C / groups, K), `packed` room for it; bias (C_out,) or empty; output (N, C_out, P). Input,
-    weight, bias and output may hold half precision (`runtime.half`): all others are float32 then, `empty` too.
+    weight, bias and output may hold half precision (`runtime.half`): all others are float32 then, `empty` too. But products may
+    be of pairs of bfloat16 (`runtime.pairs`): then `packed` are words, and `samples`, an empty array of the type that samples
+    are multiplied in, is one of bfloat16.
     """
 
     input: Any
@@ -113,6 +115,7 @@ class ForwardArrays(NamedTuple):
     packed: Any
     bias: Any
     output: Any
+    samples: Any
     empty: Any
 
 
@@ -171,7 +174,7 @@ def forward(counter, limit, thread, plan, order, arrays, reals, integers):
     table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
     lanes = VECTOR_BYTES // reals.itemsize
     sums = reals[thread, round_up(table.weights.size, lanes) :]
-    column = sums[round_up(cut.tile * shape.groups * cut.group_row, lanes) :]
+    column = sums[round_up(cut.tile * shape.groups * cut.group_row, lanes) :].view(arrays.samples.dtype)
     samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
     all_together(counter, cut.copies, copy_item, (shape, order, layout, cut, arrays, sums))
     for _ in range(limit):
@@ -226,7 +229,8 @@ def one_tile(samples, cut, arrays, sums, column, tile):
     while start < shape.channels:
         end = block_end(start, shape.channels, cut.chunk_span, cut.chunk)
         for tap in range(shape.taps if shape.depthwise else 0):
-            sample_tap(samples, tile, Chunk(start, end, tap, 1), tap, Rows(sums, start, shape.outputs), arrays.packed)
+            weights = arrays.packed.view(arrays.empty.dtype)
+            sample_tap(samples, tile, Chunk(start, end, tap, 1), tap, Rows(sums, start, shape.outputs), weights)
         for first_tap in range(0, 0 if shape.depthwise else shape.taps, cut.taps_at_once):
             chunk = Chunk(start, end, first_tap, min(cut.taps_at_once, shape.taps - first_tap))
             rows = Rows(column, 0, chunk.taps * (end - start))
@@ -291,7 +295,8 @@ def pixels_of(samples, n, channel):
 def multiply_chunk(shape, group_row, tile, chunk, column, packed, sums):
     """Multiply a chunk's samples by its weights, and add the products to the tile's sums, or write those of the first chunk."""
     width, sum_row = chunk.end - chunk.start, shape.groups * group_row
-    group_channels, depth = shape.group_channels, shape.taps * shape.group_channels
+    numbers, group_channels = numbers_in(packed), shape.group_channels
+    depth = shape.taps * group_channels // numbers
     for group in range(chunk.start // group_channels, (chunk.end - 1) // group_channels + 1):
         c = max(chunk.start, group * group_channels)
         within = c - group * group_channels
@@ -299,8 +304,8 @@ def multiply_chunk(shape, group_row, tile, chunk, column, packed, sums):
         if run == width:  # the taps of the chunk lie side by side, in the column as in the weight
             run, runs = runs * run, 1
         multiply(
-            Factor(column.array, c - chunk.start, column.row, 1, width, run, runs), tile.count,
-            Panels(packed, group * group_row * depth, depth, 0, chunk.first_tap * group_channels + within),
+            Factor(column.array, c - chunk.start, column.row, numbers, width, run // numbers, runs), tile.count,
+            Panels(packed, group * group_row * depth, depth, 0, (chunk.first_tap * group_channels + within) // numbers),
             Rows(sums, group * group_row, sum_row), shape.group_outputs, chunk.first_tap + within > 0,
         )  # fmt: skip
 
