@@ -45,6 +45,7 @@ __all__ = [
     "row_writer",
     "transpose_block",
     "write",
+    "write_number",
     "write_row",
 ]
 
@@ -451,29 +452,36 @@ def transpose_block(builder, scalar, source, start, row, into, into_start, into_
                 do.store(value, into, place)
 
 
-def row_writer(builder: Any, rows: Any, number: Any) -> Any:
+def row_writer(builder: Any, rows: Any, row: Any) -> Any:
     """What stores factors of a product into a row of Rows: (lanes, vector, index in the row).
 
     In an array of words two rows that follow each other are a row of pairs (`runtime.pairs`), the first of them written first.
     """
     if pairs.are_in(rows.array):
-        start = builder.add(rows.start, builder.mul(builder.lshr(number, INT(1)), rows.row))
-        second = builder.and_(number, INT(1))
+        start = builder.add(rows.start, builder.mul(builder.lshr(row, INT(1)), rows.row))
+        second = builder.and_(row, INT(1))
         return lambda do, value, index: do.store_in_pairs(value, rows.array, builder.add(start, index), second)
-    start = builder.add(rows.start, builder.mul(number, rows.row))
+    start = builder.add(rows.start, builder.mul(row, rows.row))
     return lambda do, value, index: do.store_factors(value, rows.array, builder.add(start, index))
 
 
 @emits
-def write_row(builder, scalar, source, start, into, number, width):
+def write_row(builder, scalar, source, start, into, row, width):
     """Write `width` factors of a product, those of `source` from `start` on, into a row of Rows, as `row_writer` does."""
-    store = row_writer(builder, into, number)
+    store = row_writer(builder, into, row)
 
     def channels(do, channel, _):
         store(do, do.load(source, builder.add(start, channel)), channel)
         return []
 
     for_channels(builder, scalar, width, [], channels)
+
+
+@emits
+def write_number(builder, scalar, into, row, number):
+    """As `write_row`, of the first number of a row."""
+    do = Lanes(builder, scalar, 1)
+    row_writer(builder, into, row)(do, do.spread(number), INT(0))
 
 
 @intrinsic

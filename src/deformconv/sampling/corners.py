@@ -240,11 +240,11 @@ def _blend(builder, scalar, size, table, count, x, mask, mask_start, masked, col
         def position(t, _):
             starts, factors = _corners(builder, size, table, t, x)
             scale = _scale(builder, scalar, mask, builder.add(mask_start, t), masked)
-            into = builder.add(column.start, builder.mul(t, column.row))
+            store = row_writer(builder, column, t)
 
             def step(do, c, sums):
                 values = [do.load(x.array, builder.add(corner, c)) for corner in starts]
-                do.store(_blended(do, values, factors, scale), column.array, builder.add(into, c))
+                store(do, _blended(do, values, factors, scale), c)
                 return sums
 
             _over_channels(builder, scalar, width, vectors, [], step)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import product
-from math import prod
+from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -125,11 +125,11 @@ def _forward_plan(spec: ConvSpec, number: int) -> Any:
 @lru_cache(maxsize=256)
 def _backward_plans(spec: ConvSpec, number: int) -> list[tuple[int, int, Any]]:
     """A batch in parts: the first image, the end, and the plan of each."""
-    spec = _planned(spec)
+    spec, (_, pairs) = _planned(spec), _in_pairs(spec)
     at_once = _plans().images_at_once(spec, number)
     ends = [(first, min(first + at_once, spec.batch)) for first in range(0, spec.batch, at_once)]
     specs = [replace(spec, batch=end - first) for first, end in ends]
-    plans = [_plans().backward_plan(part, spec.batch, number, _multiplications(part)) for part in specs]
+    plans = [_plans().backward_plan(part, spec.batch, number, _multiplications(part), pairs) for part in specs]
     return [(*pair, plan) for pair, plan in zip(ends, plans, strict=True)]
 
 
@@ -317,8 +317,8 @@ def backward(
     weight, weight_last = arrays.flat_channels(weight)
     offset, mask, image_offset, image_mask = _samples(inner, offset, mask)
     sizes = _backward_sizes(spec, parts, flat)
-    with arena(sum(room(size, inner) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
-        own = {name: memory.empty(size, inner) for name, size in sizes.items()}
+    with arena(sum(room(*size) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
+        own = {name: memory.empty(*size) for name, size in sizes.items()}
         scratch = parts[0][2].share.scratch(memory, inner)
         order = input_last, weight_last, output_last, image_offset, image_mask
         given = _Given(arrays.bits(grad_output), arrays.bits(input), offset, arrays.bits(weight), mask)
@@ -368,6 +368,7 @@ def _backward_part(
     """Go backwards through some images: write their gradients, and add to the sums over the batch, or finish these."""
     (first, end, cut), kernels, none, nothing = part, _kernels(), arrays.none_of(_inner(spec.dtype)), given.input[:0]
     own["d_output"][(end - first) * spec.positions * spec.out_channels :] = 0
+    own["d_output_pairs"][(end - first) * ceil(spec.positions / 2) * spec.out_channels :] = 0
     # Results of these images; each image has the same share of a result's array.
     ours = {name: _images(flat[name], spec, first, end) for name in ("input", "offset", "mask")}
     slots = {name: own[name][: cut.slots * ours[name].size] if cut.slots > 1 else ours[name] for name in ("offset", "mask")}
@@ -377,6 +378,7 @@ def _backward_part(
     arguments = kernels.BackwardArrays(
         grad_output=given.grad_output[first * spec.positions * spec.out_channels :],
         d_output=own["d_output"],
+        d_output_pairs=own["d_output_pairs" if cut.pairs else "d_output"],
         input=given.input[first * spec.pixels * spec.in_channels :],
         x=own["x"],
         offset=given.offset[first * order[3] :],
@@ -393,7 +395,7 @@ def _backward_part(
     )
     wanted = any(flat[name].size for name in GRADIENTS if name != "bias")
     shared = cut.share if wanted else cut.share._replace(items=1)
-    run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, (spec.dtype, spec.rank))
+    run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, (spec.dtype, spec.rank, cut.pairs))
     last = end == spec.batch
     collected = kernels.CollectArrays(
         d_x=none if d_input.size else d_x,
@@ -445,19 +447,24 @@ def _results(
     return results, {name: arrays.bits(array) for name, array in flat.items()}, last
 
 
-def _backward_sizes(spec: ConvSpec, parts: list[tuple[int, int, Any]], flat: dict[str, np.ndarray]) -> dict[str, int]:
-    """How many numbers each array takes that a backward pass needs for itself."""
+def _backward_sizes(
+    spec: ConvSpec, parts: list[tuple[int, int, Any]], flat: dict[str, np.ndarray]
+) -> dict[str, tuple[int, str]]:
+    """How many numbers each array takes that a backward pass needs for itself, and of which dtype."""
     first, end, cut = parts[0]  # of no part there are more images
-    return {
+    sizes = {
         "x": cut.x_size,
         "packed": cut.weight_size,
         "d_output": cut.output_size,
+        "d_output_pairs": cut.output_pairs_size,
         "d_x": max(part.gradient_size for *_, part in parts) if flat["input"].size else 0,
         "replicas": cut.replicas * cut.replica_size if flat["weight"].size else 0,
         # Where a gradient that blocks of channels share is summed, if there are several.
         "offset": cut.slots * _images(flat["offset"], spec, first, end).size if cut.slots > 1 else 0,
         "mask": cut.slots * _images(flat["mask"], spec, first, end).size if cut.slots > 1 else 0,
     }
+    others = {"packed": "uint32", "d_output": "uint16", "d_output_pairs": "uint32"} if cut.pairs else {}
+    return {name: (size, others.get(name, _inner(spec.dtype))) for name, size in sizes.items()}
 
 
 def _collect(spec: ConvSpec, images: int, cut: Any, given: Any, last: int, team: Any) -> None:

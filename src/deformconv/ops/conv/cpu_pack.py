@@ -9,7 +9,17 @@ from __future__ import annotations
 from deformconv.runtime.blocks import transpose
 from deformconv.runtime.cache import device, in_order
 from deformconv.runtime.matmul import VECTORS
-from deformconv.runtime.simd import VECTOR_BYTES, Rows, numbers_in, read, round_up, transpose_block, write, write_row
+from deformconv.runtime.simd import (
+    VECTOR_BYTES,
+    Rows,
+    numbers_in,
+    read,
+    round_up,
+    transpose_block,
+    write,
+    write_number,
+    write_row,
+)
 
 __all__ = [
     "pack_backward",
@@ -82,25 +92,27 @@ def _weight_row(step, last, channels, taps):
 def pack_backward(item, weight, last, groups, outputs, channels, taps, packed, width):
     """Copy an output channel's weights: packed[tap, g, block, panel, o, lane] = weight[g, o, c, tap], in panels of inputs.
 
-    A block has `width` channels of a group, the last one what is left.
+    A block has `width` channels of a group, the last one what is left. Panels of words take the output channels of a pair.
     """
-    lanes = VECTOR_BYTES // packed.itemsize
+    lanes, numbers = VECTOR_BYTES // packed.itemsize, numbers_in(packed)
     panel = VECTORS * lanes
-    size = round_up(channels, lanes) * outputs
-    group, o = item // outputs, item % outputs
+    size = round_up(channels, lanes) * (outputs // numbers)
     tap_step, channel_step = (channels, 1) if last else (1, taps)
     for block in range(0, channels, width):
         end = min(block + width, channels)
         for first in range(block, end, panel):
             row_size = lanes if end - first <= lanes else panel
             used = min(row_size, end - first)
-            source = item * channels * taps + first * channel_step
-            for tap in range(taps):
-                row = (tap * groups + group) * size + first * outputs + o * row_size
-                for lane in range(used):
-                    packed[row + lane] = read(weight, source + lane * channel_step + tap * tap_step)
-                for lane in range(used, row_size):
-                    packed[row + lane] = 0
+            for output in range(item * numbers, (item + 1) * numbers):
+                group, o = output // outputs, output % outputs
+                source = output * channels * taps + first * channel_step
+                for tap in range(taps):
+                    row = (tap * groups + group) * size + first * (outputs // numbers)
+                    for lane in range(used):
+                        number = read(weight, source + lane * channel_step + tap * tap_step)
+                        write_number(Rows(packed, row + lane, row_size), o, number)
+                    for place in range(row + o // numbers * row_size + used, row + (o // numbers + 1) * row_size):
+                        packed[place] = 0
 
 
 @device

@@ -68,8 +68,10 @@ class Backward(NamedTuple):
 
     arguments: tuple[Any, ...]  # the kernel's `plan`
     x_size: int  # numbers of the input's copy
-    weight_size: int  # of the packed weight
+    weight_size: int  # of the packed weight, or words
+    pairs: bool  # whether products are of pairs of bfloat16
     output_size: int  # of the copy of the output's gradient, with rows for the product's last block
+    output_pairs_size: int  # words of the copy in pairs of positions, likewise; 0 if there is none
     gradient_size: int  # numbers of the input's gradient in parts, or of the threads' rooms for an item's
     whole: bool  # whether an item does all parts of its images
     slots: int
@@ -285,7 +287,7 @@ def _forward_tile(spec: ConvSpec, threads: int) -> int:
     return _even(spec.positions, ceil(spec.positions / tiles))
 
 
-def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int) -> Backward:
+def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int, pairs: bool) -> Backward:
     """The plan of a backward pass through some images of a batch; its results do not depend on the number of threads."""
     x, blocks, item = _layout(spec), _wide_layout(spec), np.dtype(spec.dtype).itemsize
     x_size, common = _common(spec, x)
@@ -293,7 +295,9 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
     group_share = spec.in_channels // spec.offset_groups
     ends = [(g * group_share, (g + 1) * group_share - 1) for g in range(spec.offset_groups)]
     slots = max(_block(blocks, last) - _block(blocks, first) + 1 for first, last in ends)
+    numbers = 2 if pairs else 1
     tile, parts = _backward_tile(spec, blocks.blocks)
+    tile = up(tile, numbers)
     # A replica has the size of the weight: many of them where that is little, few where it is much.
     affordable = _REPLICA_BYTES // max(1, taps * group_channels * spec.out_channels * item)
     worthwhile = min(ceil(_MOST_ITEMS / blocks.blocks), affordable, batch * spec.positions // _BUNCH)
@@ -315,8 +319,8 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
         row=row,
         sums=rows * row,
         column_row=up(blocks.width, vector) + vector,
-        packed=up(group_channels, vector) * group_outputs,
-        packs=1 if depthwise else spec.out_channels,
+        packed=up(group_channels, vector) * group_outputs // numbers,
+        packs=1 if depthwise else spec.out_channels // numbers,
         batch=batch,
     )
     integers, reals = table_sizes(spec.rank, tile)
@@ -326,8 +330,10 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
     return Backward(
         arguments=(*common, _numbers(cut)),
         x_size=x_size,
-        weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * up(group_channels, vector)),
+        weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * up(group_channels, vector)) // numbers,
+        pairs=pairs,
         output_size=(spec.batch * spec.positions + FEW_ROWS) * spec.out_channels,
+        output_pairs_size=(spec.batch * ceil(spec.positions / 2) + FEW_ROWS) * spec.out_channels if pairs else 0,
         gradient_size=shared.threads * room_of_a_thread if whole else parts * x_size,
         whole=whole,
         slots=slots,
