@@ -336,7 +336,11 @@ def test_an_error_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPatch
 
 
 HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}  # as NumPy holds them
-by_half = pytest.mark.parametrize("half", HALVES)
+
+
+def by_half(test: Callable[..., None]) -> Any:
+    """In both kinds of half precision, with products in float32 on every processor."""
+    return pytest.mark.usefixtures("float32_products")(pytest.mark.parametrize("half", HALVES)(test))
 
 
 def halved(call: Call, half: str, places: bool = False) -> tuple[Call, Call]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
 from tests.ops.conv.cases import CASES, Call, Case, make
 from tests.ops.conv.suite import in_float64, reference_backward
 from tests.ops.conv.test_cpu import (
-    BATCHES,
     TAILS,
     _peak,
     assert_rounded,
@@ -185,6 +183,22 @@ def test_numbers_that_are_not_finite(case: Case, number: float) -> None:
                 infinite = np.isinf(other)
                 np.testing.assert_array_equal(one[infinite], other[infinite], f"{what} of {name}")
                 assert np.array_equal(np.isinf(one), infinite)
+
+
+def test_it_is_said() -> None:
+    pairs = "it reads and writes bfloat16, rounds samples to it, and adds up their products in float32"
+    floats = "it reads and writes bfloat16, and computes in float32"
+    for case, said in (
+        (EVEN[0], [pairs]),
+        (TAILS[0], [floats]),
+        (ONE_WAY[0], [f"forward, {pairs}", f"backward, {floats}"]),
+        (ONE_WAY[1], [f"forward, {floats}", f"backward, {pairs}"]),
+    ):
+        call, whole = call_of(case)
+        assert cpu.how(call.spec, "numpy", "cpu")[1:] == said, case.name
+        assert len(cpu.how(whole.spec, "numpy", "cpu")) == 1
+    half, _ = halved(make(EVEN[0], "float32"), "float16")
+    assert cpu.how(half.spec, "numpy", "cpu")[1:] == ["it reads and writes float16, and computes in float32"]
 
 
 def test_no_pixels_or_images() -> None:

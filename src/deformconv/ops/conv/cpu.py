@@ -47,8 +47,17 @@ def computes_in(dtype: str, library: str) -> str:
 
 def how(spec: ConvSpec, library: str, device: str) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    halves = [f"it reads and writes {spec.dtype}, and computes in float32"] if computes_in(spec.dtype, library) in HALF else []
-    return [*on_cpu.how(_multiplications(spec), library), *halves]
+    return [
+        *on_cpu.how(_multiplications(spec), library),
+        *(_how_half(spec) if computes_in(spec.dtype, library) in HALF else []),
+    ]
+
+
+def _how_half(spec: ConvSpec) -> list[str]:
+    """What there is to say of half precision, as sentences."""
+    computes = {False: "and computes in float32", True: "rounds samples to it, and adds up their products in float32"}
+    forwards, backwards = (f"it reads and writes {spec.dtype}, {computes[pairs]}" for pairs in _in_pairs(spec))
+    return [forwards] if forwards == backwards else [f"forward, {forwards}", f"backward, {backwards}"]
 
 
 def _inner(dtype: str) -> str:
