@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,17 @@ ONE_WAY = [
     Case("forward only", (7, 9), (3, 3), padding=1, in_channels=12, out_channels=15),
     Case("backward only", (7, 9), (3, 3), padding=1, in_channels=15, out_channels=12),
 ]
-by_even = pytest.mark.parametrize("case", EVEN, ids=lambda case: case.name)
+
+
+def by(cases: list[Case]) -> Any:
+    """Parametrises by cases; those that are not 2-D have kernels of their own to be compiled."""
+    marks = [[] if len(case.size) == 2 else [pytest.mark.slow] for case in cases]
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, marks=mark, id=case.name) for case, mark in zip(cases, marks, strict=True)]
+    )
+
+
+by_even = by(EVEN)
 
 
 def call_of(case: Case) -> tuple[Call, Call]:
@@ -61,7 +72,7 @@ def absolute(call: Call) -> Call:
     return call.but(**{name: np.abs(getattr(call, name)) for name in names if getattr(call, name) is not None})
 
 
-@pytest.mark.parametrize("case", [*EVEN, *ONE_WAY, *CASES], ids=lambda case: case.name)
+@by([*EVEN, *ONE_WAY, *CASES])
 def test_the_bound(case: Case) -> None:
     """Samples are rounded once, and so are results; between them sums lose what float32's lose."""
     call, whole = call_of(case)
@@ -83,7 +94,7 @@ def test_the_bound(case: Case) -> None:
         assert (np.abs(arrays.widened(found[name]).astype(np.float64) - exact) <= bound).all(), name
 
 
-@pytest.mark.parametrize("case", [*EVEN, *ONE_WAY], ids=lambda case: case.name)
+@by([*EVEN, *ONE_WAY])
 def test_samples_that_are_pixels_are_not_rounded(case: Case) -> None:
     """Then all is as in float32, but for the order of sums: they are rounded to the same number, or to its neighbour."""
     call, whole = call_of(case.but(masked=False))
@@ -96,7 +107,7 @@ def test_samples_that_are_pixels_are_not_rounded(case: Case) -> None:
         assert (error <= UNIT * np.abs(exact) + TOLERANCE["float32"] * np.abs(exact).max()).all()
 
 
-@pytest.mark.parametrize("case", [*TAILS, *ONE_WAY], ids=lambda case: case.name)
+@by([*TAILS, *ONE_WAY])
 def test_an_odd_number_is_multiplied_in_float32(case: Case) -> None:
     call, whole = call_of(case)
     forwards, backwards = cpu._in_pairs(call.spec)
@@ -251,3 +262,16 @@ def test_a_layer_s_kernel(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         deformconv.set_num_threads(number)
         again = cpu.forward_layer(short.spec, short.input, short.weight, short.bias, *weights, activation)
         np.testing.assert_array_equal(again, found)
+
+
+@pytest.mark.slow
+def test_warmup_compiles_all_that_calls_take() -> None:
+    cpu.warmup(("bfloat16",), (2,))
+    kernels = cpu._kernels().forward, cpu._kernels().backward, cpu._kernels().collect, cpu._layer_kernel()
+    before = [len(kernel.signatures) for kernel in kernels]
+    for case in (EVEN[0], TAILS[0], TAILS[5], *ONE_WAY):
+        call, _ = call_of(case)
+        output(call), gradients(call)
+        weights = np.zeros((3 * call.spec.taps, call.spec.in_channels, *call.spec.kernel_size), np.uint16)
+        cpu.forward_layer(call.spec, call.input, call.weight, call.bias, weights, None, (1.0, None))
+    assert [len(kernel.signatures) for kernel in kernels] == before

@@ -508,16 +508,19 @@ def warmup(
 def _warm(dtype: str, rank: int) -> None:
     """Calls of an operator, in both directions, and of a layer."""
     ones = (1,) * rank
-    shapes = [(1, 1, *ones), (1, rank, *ones), (1, 1, *ones), (1, 1, *ones)]
     held = "uint16" if dtype == "bfloat16" else dtype  # as NumPy holds it
-    x, offset, depthwise, mask = (np.zeros(shape, held) for shape in shapes)
-    for weight in (depthwise, np.zeros((2, 1, *ones), held)):
-        x_, offset_, weight_, mask_ = (Operand(array.shape, dtype) for array in (x, offset, weight, mask))
+    # Depthwise, in float32, and in pairs of bfloat16 where the processor has them.
+    for outputs, channels in ((1, 1), (2, 1), (2, 2)):
+        shapes = [(1, channels, *ones), (1, rank, *ones), (outputs, channels, *ones), (1, 1, *ones)]
+        x, offset, weight, mask = (np.zeros(shape, held) for shape in shapes)
+        x_, offset_, weight_, mask_ = (Operand(shape, dtype) for shape in shapes)
         spec = conv_spec(x_, offset_, weight_, mask=mask_)
+        if channels == 2 and not _in_pairs(spec)[0]:
+            continue
         y = forward(spec, x, offset, weight, None, mask)
         forward(spec, x, offset, None, None, mask, packed=pack(spec, weight))
         if (compute := small(spec)) is not None:
             compute(y.ctypes.data, x.ctypes.data, offset.ctypes.data, weight.ctypes.data, 0, mask.ctypes.data)
         backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
-        predictor = np.zeros((rank + 1, 1, *ones), held)
+        predictor = np.zeros((rank + 1, channels, *ones), held)
         forward_layer(spec, x, weight, None, predictor, None, (1.0, None))
