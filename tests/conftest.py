@@ -72,6 +72,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
+def float32_products() -> Iterator[None]:
+    """CPU kernels multiply bfloat16 in float32, also where the processor has an instruction for pairs of it."""
+    from tests.pair_products import pair_products
+
+    with pair_products(False):
+        yield
+
+
+@pytest.fixture
+def products_of_pairs() -> Iterator[None]:
+    """CPU kernels of convolution multiply pairs of bfloat16, also where the processor has no instruction for them."""
+    from tests.pair_products import pair_products
+
+    with pair_products(True):
+        yield
+
+
+@pytest.fixture
 def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """PyTorch is told to be deterministic: where offset groups have few channels, a GPU adds up nothing by atomics then."""
     import torch

@@ -81,6 +81,7 @@ def assert_rounded_alike(found, expected):
     assert (found == expected).float().mean() > 0.99
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["v2", "v1", "pairs"])
 def test_half_precision_is_computed_in_float32(name, dtype):
@@ -95,6 +96,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     assert torch.equal(back(x), expected)
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", [{}, {"padding": ((0, 1), (2, 0))}, {"offset_groups": None}])
 def test_offsets_from_outside(how, dtype):

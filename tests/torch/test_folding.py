@@ -151,6 +151,7 @@ def test_vmap_of_the_registered_operator(counted):
             assert_close(ours[index], expected, "float64")
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_half_precision_is_rounded_once():
     flags = (True, False, False, True, False)
     call, tensors = operands_of(flags)

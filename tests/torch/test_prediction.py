@@ -208,6 +208,7 @@ def test_autocast_and_one_image_take_the_other_way(taken: list[int]) -> None:
     assert len(taken) == 1
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_predicts_in_float32(taken: list[int], dtype: torch.dtype) -> None:
     """As in two steps: the predictor's numbers are never rounded to half precision, and the output once."""

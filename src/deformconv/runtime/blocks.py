@@ -47,7 +47,7 @@ class Images(NamedTuple):
 @device
 def transpose(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start):
     """into[c, r] = source[r, c] + bias[c], or without a bias if it is empty; element (r, c) at `start + r * row + c`."""
-    lanes = VECTOR_BYTES // max(source.itemsize, into.itemsize)
+    lanes = VECTOR_BYTES // max(source.itemsize, bias.itemsize, into.itemsize)
     if bias.size > 0:
         _transpose_and_add(rows, columns, source, start, row, into, into_start, into_row, bias, bias_start)
         return

@@ -3,6 +3,8 @@
 A block of C = A @ B is held in vector registers while the whole depth streams past it: for every step one row of B is loaded as
 a few vectors, one number of A per block row is broadcast, and rows x vectors multiply-adds follow. It is emitted as LLVM IR
 because no loop that Numba compiles is kept in registers reliably.
+
+Where the panels of B are words, a step takes a pair of bfloat16 of each row of A, and a row of pairs of B (`runtime.pairs`).
 """
 
 from __future__ import annotations
@@ -10,8 +12,21 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
+from deformconv.runtime import pairs
 from deformconv.runtime.cache import device
-from deformconv.runtime.simd import INT, VECTOR_BYTES, Lanes, element, emits, for_each, host_features, lanes_of, prefetch
+from deformconv.runtime.simd import (
+    INT,
+    MULTIPLIES_PAIRS,
+    VECTOR_BYTES,
+    Lanes,
+    bytes_of,
+    element,
+    emits,
+    for_each,
+    host_features,
+    lanes_of,
+    prefetch,
+)
 
 __all__ = ["BLOCK", "Block", "FEW_ROWS", "ROWS", "VECTORS", "BlockShape", "Factor", "Panels", "multiply"]
 
@@ -41,7 +56,8 @@ FEW_ROWS = max(1, ROWS // 3)
 class Factor(NamedTuple):
     """The left factor A in flat memory: element (r, i, j) at `start + r * row + i * jump + j * step`.
 
-    Its depth is `runs` runs i of `run` steps j.
+    Its depth is `runs` runs i of `run` steps j. Beside panels of pairs an element is a pair: a word, or two numbers of an array
+    of bfloat16.
     """
 
     array: Any
@@ -57,7 +73,7 @@ class Panels(NamedTuple):
     """The right factor B, its columns in panels of VECTORS vectors, the last one of a single vector if that is enough.
 
     The panel of column s begins at `start + s * column`. Its rows lie `row` apart, or side by side for a `row` of 0. A product
-    takes those from `first` on.
+    takes those from `first` on. Rows of words hold pairs, each of a column and two neighbours along the depth.
     """
 
     array: Any
@@ -73,6 +89,7 @@ class Block:
     def __init__(self, builder: Any, scalar: Any, shape: BlockShape, a: Any, b: Any, b_step: Any) -> None:
         self.builder, self.shape, self.a, self.b, self.b_step = builder, shape, a, b, b_step
         self.do = Lanes(builder, scalar, lanes_of(scalar))
+        self.factors = Lanes(builder, pairs.WORD, self.do.width) if pairs.are_in(b.array) else self.do
 
     @property
     def zeros(self) -> list[Any]:
@@ -89,14 +106,25 @@ class Block:
 
     def _step(self, starts: list[Any], a_step: Any, _: Any, carried: list[Any]) -> list[Any]:
         """One row of B, and one number of each row of A."""
-        do, add, vectors = self.do, self.builder.add, self.shape.vectors
+        do, add, vectors = self.factors, self.builder.add, self.shape.vectors
         a_offset, b_index, *sums = carried
         row_of_b = [do.load(self.b.array, add(b_index, INT(v * do.width))) for v in range(vectors)]
         results = []
         for r, start in enumerate(starts):
-            number = do.spread(self.builder.load(element(self.builder, self.a.array, add(start, a_offset))))
-            results += [do.multiply_add(number, row_of_b[v], sums[r * vectors + v]) for v in range(vectors)]
+            number = do.spread(self._element_of_a(add(start, a_offset)))
+            results += [self._multiply_add(number, row_of_b[v], sums[r * vectors + v]) for v in range(vectors)]
         return [add(a_offset, a_step), add(b_index, self.b_step), *results]
+
+    def _element_of_a(self, index: Any) -> Any:
+        place = self.builder.bitcast(element(self.builder, self.a.array, index), self.factors.scalar.as_pointer())
+        loaded = self.builder.load(place)
+        loaded.align = bytes_of(self.a.array.type.pointee)
+        return loaded
+
+    def _multiply_add(self, a: Any, b: Any, total: Any) -> Any:
+        if self.factors is self.do:
+            return self.do.multiply_add(a, b, total)
+        return pairs.add_products(self.builder, a, b, total, MULTIPLIES_PAIRS)
 
     def write(self, totals: list[Any], c: Any, start: Any, accumulate: Any) -> None:
         """Add the sums to those that C has from `start` on, or overwrite them.

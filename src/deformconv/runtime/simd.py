@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from deformconv.runtime import half
+from deformconv.runtime import half, pairs
 from deformconv.runtime.cache import device
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Lanes",
     "Rows",
     "add_lanes",
+    "bytes_of",
     "call_vector",
     "data_and_type",
     "element",
@@ -37,11 +38,15 @@ __all__ = [
     "host_features",
     "lanes_of",
     "named",
+    "numbers_in",
     "prefetch",
     "read",
     "round_up",
+    "row_writer",
     "transpose_block",
     "write",
+    "write_number",
+    "write_row",
 ]
 
 INT = ir.IntType(64)
@@ -72,6 +77,8 @@ def _vector_bytes(features: frozenset[str]) -> int:
 VECTOR_BYTES = _vector_bytes(host_features())
 # Whether the processor converts float16. For others LLVM would call functions that are not there.
 CONVERTS = not {"f16c", "avx512f", "neon"}.isdisjoint(host_features())
+# Whether it multiplies pairs of bfloat16, and rounds to bfloat16.
+MULTIPLIES_PAIRS = {"avx512f", "avx512bf16"} <= host_features()
 
 
 def data_and_type(context: Any, builder: Any, array_type: Any, array: Any) -> tuple[Any, Any]:
@@ -103,7 +110,7 @@ class Lanes:
             return self.builder.insert_element(self.zero, number, _lane(0)) if self.width > 1 else self._one(number)
         place, stored = element(self.builder, data, index), data.type.pointee
         value = self.builder.load(self.builder.bitcast(place, ir.VectorType(stored, self.lanes).as_pointer()))
-        value.align = _bytes(stored)
+        value.align = bytes_of(stored)
         value = value if stored == self.scalar else half.widened(self.builder, value, CONVERTS)
         rest = range(self.lanes, self.width)
         return value if not rest else self._pick(value, [*range(self.lanes), *(self.lanes for _ in rest)])
@@ -114,13 +121,32 @@ class Lanes:
         return number if number.type == self.scalar else half.widened(self.builder, number, CONVERTS)
 
     def store(self, value: Any, data: Any, index: Any) -> None:
-        place, stored = element(self.builder, data, index), data.type.pointee
-        if self.lanes == 1:
-            value = self.builder.extract_element(value, _lane(0))
-        elif self.lanes < self.width:
-            value = self._pick(value, list(range(self.lanes)))
+        value, stored = self._used(value), data.type.pointee
         value = value if stored == self.scalar else half.narrowed(self.builder, value, stored, CONVERTS)
-        self.builder.store(value, self.builder.bitcast(place, value.type.as_pointer())).align = _bytes(stored)
+        self._put(value, data, index)
+
+    def store_factors(self, value: Any, data: Any, index: Any) -> None:
+        """As `store`, of factors of a product: where they are bfloat16, what is subnormal may become 0."""
+        value, stored = self._used(value), data.type.pointee
+        self._put(value if stored == self.scalar else pairs.narrowed(self.builder, value, MULTIPLIES_PAIRS), data, index)
+
+    def store_in_pairs(self, value: Any, data: Any, index: Any, second: Any) -> None:
+        """Store numbers in words as the first ones of pairs; or, if `second` is 1, as those beside first ones."""
+        value = pairs.narrowed(self.builder, self._used(value), MULTIPLIES_PAIRS)
+        words = pairs.WORD if self.lanes == 1 else ir.VectorType(pairs.WORD, self.lanes)
+        before = self.builder.load(self.builder.bitcast(element(self.builder, data, index), words.as_pointer()))
+        before.align = bytes_of(pairs.WORD)
+        self._put(pairs.joined(self.builder, value, before, second), data, index)
+
+    def _used(self, value: Any) -> Any:
+        """The first lanes of a vector; one of them as a number."""
+        if self.lanes == 1:
+            return self.builder.extract_element(value, _lane(0))
+        return value if self.lanes == self.width else self._pick(value, list(range(self.lanes)))
+
+    def _put(self, value: Any, data: Any, index: Any) -> None:
+        place = self.builder.bitcast(element(self.builder, data, index), value.type.as_pointer())
+        self.builder.store(value, place).align = bytes_of(data.type.pointee)
 
     def _one(self, number: Any) -> Any:
         return self.builder.insert_element(ir.Constant(self.type, ir.Undefined), number, _lane(0))
@@ -139,7 +165,8 @@ class Lanes:
         return self.builder.fadd(self.multiply(a, b), c, flags=("contract",))
 
 
-def _bytes(scalar: Any) -> int:
+def bytes_of(scalar: Any) -> int:
+    """The size of a number."""
     sizes = {ir.HalfType(): 2, ir.FloatType(): 4, ir.DoubleType(): 8}
     return sizes[scalar] if scalar in sizes else scalar.width // 8
 
@@ -181,7 +208,7 @@ def emits(emit: Any) -> Any:
     """Make an intrinsic without a result of the function that emits its code, `emit(builder, scalar, *operands)`.
 
     Of an array `emit` gets the address of its numbers, of a tuple its elements, under their names if they have some, and of
-    anything else the value. `scalar` is the type of the arrays' reals, where some are no half precision.
+    anything else the value. `scalar` is the type of the arrays' reals, and float32 if all of them are half precision.
     """
     return _intrinsic(types.void, emit)
 
@@ -194,7 +221,8 @@ def emits_result(kind: Any) -> Any:
 def _intrinsic(result: Any, emit: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pairs = zip(signature.args, arguments, strict=True)
-        value = emit(builder, _reals(context, signature.args), *(_operand(context, builder, *pair) for pair in pairs))
+        scalar = _reals(context, signature.args) or ir.FloatType()
+        value = emit(builder, scalar, *(_operand(context, builder, *pair) for pair in pairs))
         return context.get_dummy_value() if result is types.void else value
 
     def define(typing: Any, *kinds: Any) -> Any:
@@ -230,7 +258,7 @@ def _reals(context: Any, kinds: Any) -> Any:
 
 def lanes_of(scalar: Any) -> int:
     """How many numbers a vector holds."""
-    return VECTOR_BYTES // _bytes(scalar)
+    return VECTOR_BYTES // bytes_of(scalar)
 
 
 def for_channels(builder: Any, scalar: Any, width: Any, sums: list[Any], body: Any) -> list[Any]:
@@ -313,7 +341,7 @@ def for_positions(builder: Any, scalar: Any, count: Any, step: Any) -> None:
 
 def call_vector(builder: Any, name: str, value: Any) -> Any:
     """Call an LLVM intrinsic, "llvm.floor" say, on a vector."""
-    bits = 8 * _bytes(value.type.element)
+    bits = 8 * bytes_of(value.type.element)
     function = ir.FunctionType(value.type, [value.type])
     full_name = f"{name}.v{value.type.count}f{bits}"
     return builder.call(cgutils.get_or_insert_function(builder.module, function, full_name), [value])
@@ -422,6 +450,48 @@ def transpose_block(builder, scalar, source, start, row, into, into_start, into_
         with copying:
             for value, place in zip(rows, places, strict=True):
                 do.store(value, into, place)
+
+
+def row_writer(builder: Any, rows: Any, row: Any) -> Any:
+    """What stores factors of a product into a row of Rows: (lanes, vector, index in the row).
+
+    In an array of words two rows that follow each other are a row of pairs (`runtime.pairs`), the first of them written first.
+    """
+    if pairs.are_in(rows.array):
+        start = builder.add(rows.start, builder.mul(builder.lshr(row, INT(1)), rows.row))
+        second = builder.and_(row, INT(1))
+        return lambda do, value, index: do.store_in_pairs(value, rows.array, builder.add(start, index), second)
+    start = builder.add(rows.start, builder.mul(row, rows.row))
+    return lambda do, value, index: do.store_factors(value, rows.array, builder.add(start, index))
+
+
+@emits
+def write_row(builder, scalar, source, start, into, row, width):
+    """Write `width` factors of a product, those of `source` from `start` on, into a row of Rows, as `row_writer` does."""
+    store = row_writer(builder, into, row)
+
+    def channels(do, channel, _):
+        store(do, do.load(source, builder.add(start, channel)), channel)
+        return []
+
+    for_channels(builder, scalar, width, [], channels)
+
+
+@emits
+def write_number(builder, scalar, into, row, number):
+    """As `write_row`, of the first number of a row."""
+    do = Lanes(builder, scalar, 1)
+    row_writer(builder, into, row)(do, do.spread(number), INT(0))
+
+
+@intrinsic
+def numbers_in(typing, array):
+    """How many numbers an element of an array is that holds factors of a product: 2 of a pair, else 1."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return INT(2 if array.dtype == types.uint32 else 1)
+
+    return types.int64(array), generate
 
 
 @emits

@@ -31,6 +31,7 @@ from deformconv.runtime.simd import (
     for_positions,
     for_usual_widths,
     lanes_of,
+    row_writer,
 )
 
 __all__ = [
@@ -239,11 +240,11 @@ def _blend(builder, scalar, size, table, count, x, mask, mask_start, masked, col
         def position(t, _):
             starts, factors = _corners(builder, size, table, t, x)
             scale = _scale(builder, scalar, mask, builder.add(mask_start, t), masked)
-            into = builder.add(column.start, builder.mul(t, column.row))
+            store = row_writer(builder, column, t)
 
             def step(do, c, sums):
                 values = [do.load(x.array, builder.add(corner, c)) for corner in starts]
-                do.store(_blended(do, values, factors, scale), column.array, builder.add(into, c))
+                store(do, _blended(do, values, factors, scale), c)
                 return sums
 
             _over_channels(builder, scalar, width, vectors, [], step)
@@ -314,7 +315,8 @@ def blend(size, table, count, x, mask, mask_start, column, width):
     """column[t, c] = mask[t] * sum over corners of weight * x[corner, c] for c < width.
 
     `x` and `column` are Rows, of pixels and of positions; `mask` is flat, and empty for masks of 1. The mask multiplies the sum
-    and not the weights: an infinite mask must not turn a weight of 0 into NaN.
+    and not the weights: an infinite mask must not turn a weight of 0 into NaN. What is blended is a factor of a product: the
+    column may hold bfloat16, or pairs of it from two positions (`simd.row_writer`).
     """
     _blend(size, table, count, x, mask, mask_start, mask.size > 0, column, width)
 
@@ -323,14 +325,14 @@ def _pull_back_one(builder, scalar, size, table, t, x, scale, column, d_column, 
     """Emit one position's pass over its corners' rows; `vectors` as in `_over_channels`."""
     add = builder.add
     starts, factors = _corners(builder, size, table, t, x)
-    into, source = add(column.start, builder.mul(t, column.row)), add(d_column.start, builder.mul(t, d_column.row))
+    keep, source = row_writer(builder, column, t), add(d_column.start, builder.mul(t, d_column.row))
     shift = builder.sub(d_x.start, x.start)
     zero = ir.Constant(ir.VectorType(scalar, lanes_of(scalar)), None)
 
     def step(do, c, dots):
         values = [do.load(x.array, add(corner, c)) for corner in starts]
         d = do.load(d_column.array, add(source, c))
-        do.store(_blended(do, values, factors, scale), column.array, add(into, c))
+        keep(do, _blended(do, values, factors, scale), c)
         if scattering:
             scaled = do.multiply(do.spread(scale), d)
             # In turn, each read after the one before is written: two corners may be the same row.

@@ -336,7 +336,11 @@ def test_an_error_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPatch
 
 
 HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}  # as NumPy holds them
-by_half = pytest.mark.parametrize("half", HALVES)
+
+
+def by_half(test: Callable[..., None]) -> Any:
+    """In both kinds of half precision, with products in float32 on every processor."""
+    return pytest.mark.usefixtures("float32_products")(pytest.mark.parametrize("half", HALVES)(test))
 
 
 def halved(call: Call, half: str, places: bool = False) -> tuple[Call, Call]:
@@ -445,6 +449,8 @@ import json, sys
 import numpy as np
 from tests.ops.conv.suite import in_float64, reference_backward
 from tests.ops.conv.test_cpu import HALVES, TAILS, assert_rounded, error, gradients, halved, make, output, reference
+from tests.ops.conv.test_cpu_pairs import EVEN, test_the_bound
+from tests.pair_products import pair_products
 from deformconv.runtime.matmul import BLOCK
 from deformconv.runtime.simd import VECTOR_BYTES
 errors = []
@@ -456,6 +462,8 @@ for case in TAILS[:1] + TAILS[3:6]:
             errors.append(error(one, two))
 call, whole = halved(make(TAILS[0], "float32"), "float16")  # these processors do not convert it
 assert_rounded(output(call), output(whole), HALVES["float16"])
+with pair_products(True):
+    test_the_bound(EVEN[0])
 print(json.dumps([[*BLOCK, VECTOR_BYTES], errors]))
 """
 

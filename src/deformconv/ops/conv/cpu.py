@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import product
-from math import prod
+from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -47,13 +47,35 @@ def computes_in(dtype: str, library: str) -> str:
 
 def how(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    halves = [f"it reads and writes {spec.dtype}, and computes in float32"] if computes_in(spec.dtype, library) in HALF else []
-    return [*on_cpu.how(_multiplications(spec), library), *halves]
+    return [
+        *on_cpu.how(_multiplications(spec), library),
+        *(_how_half(spec) if computes_in(spec.dtype, library) in HALF else []),
+    ]
+
+
+def _how_half(spec: ConvSpec) -> list[str]:
+    """What there is to say of half precision, as sentences."""
+    computes = {False: "and computes in float32", True: "rounds samples to it, and adds up their products in float32"}
+    forwards, backwards = (f"it reads and writes {spec.dtype}, {computes[pairs]}" for pairs in _in_pairs(spec))
+    return [forwards] if forwards == backwards else [f"forward, {forwards}", f"backward, {backwards}"]
 
 
 def _inner(dtype: str) -> str:
     """The dtype of everything but the caller's arrays."""
     return "float32" if dtype in HALF else dtype
+
+
+def _in_pairs(spec: ConvSpec) -> tuple[bool, bool]:
+    """Whether the products of the forward and the backward pass are of pairs of bfloat16."""
+    if spec.dtype != "bfloat16" or not _plans().PAIRS:
+        return False, False
+    found: tuple[bool, bool] = _plans().in_pairs(_planned(spec))
+    return found
+
+
+def _packed_in(spec: ConvSpec, pairs: bool) -> str:
+    """The dtype of the packed weight, for products that are of pairs or not."""
+    return "uint32" if pairs else _inner(spec.dtype)
 
 
 def _planned(spec: ConvSpec) -> ConvSpec:
@@ -101,22 +123,22 @@ def _layer_kernel() -> Any:
 @lru_cache(maxsize=256)
 def _layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
     predictor = spec.batch * spec.positions * spec.taps * spec.in_channels * channels
-    return _plans().layer_plan(_planned(spec), channels, number, _multiplications(spec) + predictor)
+    return _plans().layer_plan(_planned(spec), channels, number, _multiplications(spec) + predictor, _in_pairs(spec)[0])
 
 
 @lru_cache(maxsize=256)
 def _forward_plan(spec: ConvSpec, number: int) -> Any:
-    return _plans().forward_plan(_planned(spec), number, _multiplications(spec))
+    return _plans().forward_plan(_planned(spec), number, _multiplications(spec), _in_pairs(spec)[0])
 
 
 @lru_cache(maxsize=256)
 def _backward_plans(spec: ConvSpec, number: int) -> list[tuple[int, int, Any]]:
     """A batch in parts: the first image, the end, and the plan of each."""
-    spec = _planned(spec)
+    spec, (_, pairs) = _planned(spec), _in_pairs(spec)
     at_once = _plans().images_at_once(spec, number)
     ends = [(first, min(first + at_once, spec.batch)) for first in range(0, spec.batch, at_once)]
     specs = [replace(spec, batch=end - first) for first, end in ends]
-    plans = [_plans().backward_plan(part, spec.batch, number, _multiplications(part)) for part in specs]
+    plans = [_plans().backward_plan(part, spec.batch, number, _multiplications(part), pairs) for part in specs]
     return [(*pair, plan) for pair, plan in zip(ends, plans, strict=True)]
 
 
@@ -137,13 +159,15 @@ def _packed_layer_plan(spec: ConvSpec, channels: int, number: int) -> Any:
 def pack(spec: ConvSpec, weight: Any) -> np.ndarray:
     """What a forward pass makes of the weight first, for all calls with the same channels, groups and taps."""
     cut = _forward_plan(spec, 1)
-    return _prepack().packed_weight(weight, _inner(spec.dtype), cut.arguments[2], cut.arguments[4], cut.weight_size)
+    panels = arrays.aligned_empty((cut.weight_size,), _packed_in(spec, cut.pairs))
+    return _prepack().pack(weight, panels, _inner(spec.dtype), cut.arguments[2], cut.arguments[4])
 
 
 def pack_predictor(spec: ConvSpec, channels: int, weight: Any) -> np.ndarray:
     """As `pack`, of the weight of a predictor with so many channels."""
-    plan = _layer_plan(spec, channels, 1)
-    return _prepack().packed_weight(weight, _inner(spec.dtype), plan.arguments[5], plan.arguments[6], plan.predictor_size)
+    plan, inner = _layer_plan(spec, channels, 1), _inner(spec.dtype)
+    panels = arrays.aligned_empty((plan.predictor_size,), inner)
+    return _prepack().pack(weight, panels, inner, plan.arguments[5], plan.arguments[6])
 
 
 @lru_cache(maxsize=256)
@@ -188,11 +212,11 @@ def forward(
     offset, mask, *distances = _samples(inner, offset, mask)
     with arena(cut.bytes) as memory:
         x = memory.empty(cut.x_size, inner)
-        panels = memory.empty(cut.weight_size, inner) if packed is None else packed
+        panels = memory.empty(cut.weight_size, _packed_in(spec, cut.pairs)) if packed is None else packed
         given, weight_last = _forward_arrays(spec, (x, panels), input, offset, weight, bias, mask, flat_output)
         order = input_last, weight_last, output_last, *distances
         arguments = cut.arguments, order, given, *cut.share.scratch(memory, inner)
-        run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank))
+        run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank, cut.pairs))
     return output
 
 
@@ -214,6 +238,7 @@ def _forward_arrays(
         packed=packed,
         bias=arrays.bits(_bias(bias, input.dtype)),
         output=arrays.bits(output),
+        samples=arrays.none_of("uint16" if packed.dtype == np.uint32 else _inner(spec.dtype)),
         empty=arrays.none_of(_inner(spec.dtype)),
     )
     return tuple(given), weight_last
@@ -251,8 +276,8 @@ def forward_layer(
     image, offsets = channels * spec.positions, prod(spec.offset_shape[1:])
     with arena(plan.bytes) as memory:
         predicted, x = memory.empty(plan.predicted_size, inner), memory.empty(plan.x_size, inner)
-        sizes = plan.weight_size, plan.predictor_size
-        panels, predictor_panels = packed or (memory.empty(size, inner) for size in sizes)
+        sizes = (plan.weight_size, _packed_in(spec, plan.pairs)), (plan.predictor_size, inner)
+        panels, predictor_panels = packed or (memory.empty(*size) for size in sizes)
         mask = predicted[offsets:] if spec.masked else arrays.none_of(inner)
         given, weight_last = _forward_arrays(spec, (x, panels), input, predicted, weight, bias, mask, flat_output)
         order = input_last, weight_last, input_last, image, image
@@ -261,7 +286,7 @@ def forward_layer(
         squash = np.array((mask_scale, max_offset or 0), inner)
         scratch = plan.share.scratch(memory, inner)
         arguments = plan.arguments, order, (given, predictor), squash, *scratch
-        run(_layer_kernel(), arguments, plan.share, team, (spec.dtype, spec.rank))
+        run(_layer_kernel(), arguments, plan.share, team, (spec.dtype, spec.rank, plan.pairs))
     return output
 
 
@@ -301,8 +326,8 @@ def backward(
     weight, weight_last = arrays.flat_channels(weight)
     offset, mask, image_offset, image_mask = _samples(inner, offset, mask)
     sizes = _backward_sizes(spec, parts, flat)
-    with arena(sum(room(size, inner) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
-        own = {name: memory.empty(size, inner) for name, size in sizes.items()}
+    with arena(sum(room(*size) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
+        own = {name: memory.empty(*size) for name, size in sizes.items()}
         scratch = parts[0][2].share.scratch(memory, inner)
         order = input_last, weight_last, output_last, image_offset, image_mask
         given = _Given(arrays.bits(grad_output), arrays.bits(input), offset, arrays.bits(weight), mask)
@@ -352,6 +377,7 @@ def _backward_part(
     """Go backwards through some images: write their gradients, and add to the sums over the batch, or finish these."""
     (first, end, cut), kernels, none, nothing = part, _kernels(), arrays.none_of(_inner(spec.dtype)), given.input[:0]
     own["d_output"][(end - first) * spec.positions * spec.out_channels :] = 0
+    own["d_output_pairs"][(end - first) * ceil(spec.positions / 2) * spec.out_channels :] = 0
     # Results of these images; each image has the same share of a result's array.
     ours = {name: _images(flat[name], spec, first, end) for name in ("input", "offset", "mask")}
     slots = {name: own[name][: cut.slots * ours[name].size] if cut.slots > 1 else ours[name] for name in ("offset", "mask")}
@@ -361,6 +387,7 @@ def _backward_part(
     arguments = kernels.BackwardArrays(
         grad_output=given.grad_output[first * spec.positions * spec.out_channels :],
         d_output=own["d_output"],
+        d_output_pairs=own["d_output_pairs" if cut.pairs else "d_output"],
         input=given.input[first * spec.pixels * spec.in_channels :],
         x=own["x"],
         offset=given.offset[first * order[3] :],
@@ -377,7 +404,7 @@ def _backward_part(
     )
     wanted = any(flat[name].size for name in GRADIENTS if name != "bias")
     shared = cut.share if wanted else cut.share._replace(items=1)
-    run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, (spec.dtype, spec.rank))
+    run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, (spec.dtype, spec.rank, cut.pairs))
     last = end == spec.batch
     collected = kernels.CollectArrays(
         d_x=none if d_input.size else d_x,
@@ -429,19 +456,24 @@ def _results(
     return results, {name: arrays.bits(array) for name, array in flat.items()}, last
 
 
-def _backward_sizes(spec: ConvSpec, parts: list[tuple[int, int, Any]], flat: dict[str, np.ndarray]) -> dict[str, int]:
-    """How many numbers each array takes that a backward pass needs for itself."""
+def _backward_sizes(
+    spec: ConvSpec, parts: list[tuple[int, int, Any]], flat: dict[str, np.ndarray]
+) -> dict[str, tuple[int, str]]:
+    """How many numbers each array takes that a backward pass needs for itself, and of which dtype."""
     first, end, cut = parts[0]  # of no part there are more images
-    return {
+    sizes = {
         "x": cut.x_size,
         "packed": cut.weight_size,
         "d_output": cut.output_size,
+        "d_output_pairs": cut.output_pairs_size,
         "d_x": max(part.gradient_size for *_, part in parts) if flat["input"].size else 0,
         "replicas": cut.replicas * cut.replica_size if flat["weight"].size else 0,
         # Where a gradient that blocks of channels share is summed, if there are several.
         "offset": cut.slots * _images(flat["offset"], spec, first, end).size if cut.slots > 1 else 0,
         "mask": cut.slots * _images(flat["mask"], spec, first, end).size if cut.slots > 1 else 0,
     }
+    others = {"packed": "uint32", "d_output": "uint16", "d_output_pairs": "uint32"} if cut.pairs else {}
+    return {name: (size, others.get(name, _inner(spec.dtype))) for name, size in sizes.items()}
 
 
 def _collect(spec: ConvSpec, images: int, cut: Any, given: Any, last: int, team: Any) -> None:
@@ -476,16 +508,19 @@ def warmup(
 def _warm(dtype: str, rank: int) -> None:
     """Calls of an operator, in both directions, and of a layer."""
     ones = (1,) * rank
-    shapes = [(1, 1, *ones), (1, rank, *ones), (1, 1, *ones), (1, 1, *ones)]
     held = "uint16" if dtype == "bfloat16" else dtype  # as NumPy holds it
-    x, offset, depthwise, mask = (np.zeros(shape, held) for shape in shapes)
-    for weight in (depthwise, np.zeros((2, 1, *ones), held)):
-        x_, offset_, weight_, mask_ = (Operand(array.shape, dtype) for array in (x, offset, weight, mask))
+    # Depthwise, in float32, and in pairs of bfloat16 where the processor has them.
+    for outputs, channels in ((1, 1), (2, 1), (2, 2)):
+        shapes = [(1, channels, *ones), (1, rank, *ones), (outputs, channels, *ones), (1, 1, *ones)]
+        x, offset, weight, mask = (np.zeros(shape, held) for shape in shapes)
+        x_, offset_, weight_, mask_ = (Operand(shape, dtype) for shape in shapes)
         spec = conv_spec(x_, offset_, weight_, mask=mask_)
+        if channels == 2 and not _in_pairs(spec)[0]:
+            continue
         y = forward(spec, x, offset, weight, None, mask)
         forward(spec, x, offset, None, None, mask, packed=pack(spec, weight))
         if (compute := small(spec)) is not None:
             compute(y.ctypes.data, x.ctypes.data, offset.ctypes.data, weight.ctypes.data, 0, mask.ctypes.data)
         backward(spec, y, x, offset, weight, mask, ("input", "offset", "weight", "mask"))
-        predictor = np.zeros((rank + 1, 1, *ones), held)
+        predictor = np.zeros((rank + 1, channels, *ones), held)
         forward_layer(spec, x, weight, None, predictor, None, (1.0, None))

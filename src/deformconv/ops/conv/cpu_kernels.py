@@ -35,7 +35,7 @@ from deformconv.runtime.blocks import (
 )
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
-from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, round_up, write
+from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, numbers_in, round_up, write, write_row
 from deformconv.runtime.threads import NEXT, STOP
 from deformconv.sampling.corners import blend, blend_products, differentiate, pull_back, table_in
 from deformconv.sampling.windows import place_tap, place_tile
@@ -102,7 +102,9 @@ class ForwardArrays(NamedTuple):
 
     input (N, C, P); `x` room for it in blocks; offset and mask, an image's (offset_groups, K, D, P) and (offset_groups, K, P),
     mask empty for v1; weight (C_out, C / groups, K), `packed` room for it; bias (C_out,) or empty; output (N, C_out, P). Input,
-    weight, bias and output may hold half precision (`runtime.half`): all others are float32 then, `empty` too.
+    weight, bias and output may hold half precision (`runtime.half`): all others are float32 then, `empty` too. But products may
+    be of pairs of bfloat16 (`runtime.pairs`): then `packed` are words, and `samples`, an empty array of the type that samples
+    are multiplied in, is one of bfloat16.
     """
 
     input: Any
@@ -113,6 +115,7 @@ class ForwardArrays(NamedTuple):
     packed: Any
     bias: Any
     output: Any
+    samples: Any
     empty: Any
 
 
@@ -171,7 +174,7 @@ def forward(counter, limit, thread, plan, order, arrays, reals, integers):
     table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
     lanes = VECTOR_BYTES // reals.itemsize
     sums = reals[thread, round_up(table.weights.size, lanes) :]
-    column = sums[round_up(cut.tile * shape.groups * cut.group_row, lanes) :]
+    column = sums[round_up(cut.tile * shape.groups * cut.group_row, lanes) :].view(arrays.samples.dtype)
     samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
     all_together(counter, cut.copies, copy_item, (shape, order, layout, cut, arrays, sums))
     for _ in range(limit):
@@ -226,7 +229,8 @@ def one_tile(samples, cut, arrays, sums, column, tile):
     while start < shape.channels:
         end = block_end(start, shape.channels, cut.chunk_span, cut.chunk)
         for tap in range(shape.taps if shape.depthwise else 0):
-            sample_tap(samples, tile, Chunk(start, end, tap, 1), tap, Rows(sums, start, shape.outputs), arrays.packed)
+            weights = arrays.packed.view(arrays.empty.dtype)
+            sample_tap(samples, tile, Chunk(start, end, tap, 1), tap, Rows(sums, start, shape.outputs), weights)
         for first_tap in range(0, 0 if shape.depthwise else shape.taps, cut.taps_at_once):
             chunk = Chunk(start, end, first_tap, min(cut.taps_at_once, shape.taps - first_tap))
             rows = Rows(column, 0, chunk.taps * (end - start))
@@ -291,7 +295,8 @@ def pixels_of(samples, n, channel):
 def multiply_chunk(shape, group_row, tile, chunk, column, packed, sums):
     """Multiply a chunk's samples by its weights, and add the products to the tile's sums, or write those of the first chunk."""
     width, sum_row = chunk.end - chunk.start, shape.groups * group_row
-    group_channels, depth = shape.group_channels, shape.taps * shape.group_channels
+    numbers, group_channels = numbers_in(packed), shape.group_channels
+    depth = shape.taps * group_channels // numbers
     for group in range(chunk.start // group_channels, (chunk.end - 1) // group_channels + 1):
         c = max(chunk.start, group * group_channels)
         within = c - group * group_channels
@@ -299,8 +304,8 @@ def multiply_chunk(shape, group_row, tile, chunk, column, packed, sums):
         if run == width:  # the taps of the chunk lie side by side, in the column as in the weight
             run, runs = runs * run, 1
         multiply(
-            Factor(column.array, c - chunk.start, column.row, 1, width, run, runs), tile.count,
-            Panels(packed, group * group_row * depth, depth, 0, chunk.first_tap * group_channels + within),
+            Factor(column.array, c - chunk.start, column.row, numbers, width, run // numbers, runs), tile.count,
+            Panels(packed, group * group_row * depth, depth, 0, (chunk.first_tap * group_channels + within) // numbers),
             Rows(sums, group * group_row, sum_row), shape.group_outputs, chunk.first_tap + within > 0,
         )  # fmt: skip
 
@@ -340,7 +345,8 @@ class BackwardOrder(NamedTuple):
 class BackwardArrays(NamedTuple):
     """The arrays of a backward pass, all flat; results that are not wanted are empty, the others overwritten.
 
-    As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more; d_x
+    As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more, and
+    d_output_pairs, the same array or, where products are of pairs of bfloat16, room for it as words of two positions; d_x
     (parts, as x), or where items do whole images, room of each thread (bunch, parts, an item of x), from which it goes into
     d_input (N, C, P); d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for
     each item that shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
@@ -349,6 +355,7 @@ class BackwardArrays(NamedTuple):
 
     grad_output: Any
     d_output: Any
+    d_output_pairs: Any
     input: Any
     x: Any
     offset: Any
@@ -371,7 +378,7 @@ class Task(NamedTuple):
     cut: Any
     arrays: Any
     thread: Any
-    column: Any  # a tap's samples of a block at a tile's positions
+    column: Any  # a tap's samples of a block at a tile's positions, or at pairs of them
     d_column: Any  # and their gradients
     for_samples: Any  # whether a gradient through the samples is wanted
     for_places: Any  # that of offset or mask
@@ -409,7 +416,8 @@ def backward(counter, limit, thread, plan, order, arrays, reals, integers):
     table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
     column = reals[thread, round_up(table.weights.size, VECTOR_BYTES // reals.itemsize) :]
     d_column = Rows(column[cut.tile * cut.column_row :], 0, cut.column_row)
-    zero(column, 0, cut.tile * cut.column_row)  # its rows have numbers beyond the channels, which products read
+    column = column[: cut.tile * cut.column_row].view(arrays.d_output_pairs.dtype)
+    zero(column, 0, column.size)  # its rows have numbers beyond the channels, which products read
     samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
     for_places = arrays.d_offset.size > 0 or arrays.d_mask.size > 0
     for_samples = for_places or arrays.d_x.size > 0
@@ -447,11 +455,7 @@ def copy_for_backward(item, context):
             item - inputs, arrays.input, order.input_last, shape.channels, shape.images, arrays.x, layout, arrays.empty
         )  # fmt: skip
     elif item >= outputs:
-        output_layout = Layout(shape.outputs, shape.outputs, 1, shape.positions, shape.positions)
-        copy_in(
-            item - outputs, arrays.grad_output, order.output_last, shape.outputs, shape.images, arrays.d_output, output_layout,
-            arrays.empty,
-        )  # fmt: skip
+        copy_output(item - outputs, shape, order, arrays)
     elif item >= biases:
         o = item - biases
         total = sum_positions(
@@ -465,6 +469,27 @@ def copy_for_backward(item, context):
             item, arrays.weight, order.weight_last, shape.groups, shape.group_outputs, shape.group_channels, shape.taps,
             arrays.packed, cut.block,
         )  # fmt: skip
+
+
+@device
+def copy_output(item, shape, order, arrays):
+    """Copy a run of an image's positions of the output's gradient with its channels last, and in pairs if these are wanted."""
+    outputs, positions = shape.outputs, shape.positions
+    layout = Layout(outputs, outputs, 1, positions, positions)
+    copy_in(
+        item, arrays.grad_output, order.output_last, outputs, shape.images, arrays.d_output, layout, arrays.empty
+    )  # fmt: skip
+    numbers, runs = numbers_in(arrays.d_output_pairs), (positions + RUN - 1) // RUN
+    n, first = item // runs, item % runs * RUN
+    pairs = Rows(arrays.d_output_pairs, n * position_rows(shape, numbers) * outputs, outputs)
+    for t in range(first, min(first + RUN, positions) if numbers > 1 else first):
+        write_row(arrays.d_output, (n * positions + t) * outputs, pairs, t, outputs)
+
+
+@device
+def position_rows(shape, numbers):
+    """How many rows of so many positions an image of the output has."""
+    return (shape.positions + numbers - 1) // numbers
 
 
 @device
@@ -610,13 +635,14 @@ def project_outputs(task, block, tile, tap):
             )  # fmt: skip
         return
     # A group's last vector may run into the next group's columns, which are written after it.
-    group_channels, group_outputs = shape.group_channels, shape.group_outputs
+    group_channels, group_outputs, numbers = shape.group_channels, shape.group_outputs, numbers_in(arrays.packed)
+    depth = group_outputs // numbers
     for group in range(block.start // group_channels, (block.end - 1) // group_channels + 1):
         c = max(block.start, group * group_channels)
-        weights = (tap * shape.groups + group) * cut.packed + (c - group * group_channels) * group_outputs
+        weights = (tap * shape.groups + group) * cut.packed + (c - group * group_channels) * depth
         multiply(
-            Factor(arrays.d_output, position * outputs + group * group_outputs, outputs, 1, 0, group_outputs, 1), tile.count,
-            Panels(arrays.packed, weights, group_outputs, 0, 0),
+            Factor(arrays.d_output, position * outputs + group * group_outputs, outputs, numbers, 0, depth, 1), tile.count,
+            Panels(arrays.packed, weights, depth, 0, 0),
             Rows(d_column.array, c - block.start, d_column.row), min(block.end - c, group_channels), False,
         )  # fmt: skip
 
@@ -636,12 +662,14 @@ def add_weight(task, block, replica, tile, tap, begun):
                 sums, arrays.d_output[row + block.start : row + block.end], column.array[source : source + sums.size]
             )  # fmt: skip
         return
+    numbers = numbers_in(column.array)
+    row, depth = tile.n * position_rows(shape, numbers) + tile.first // numbers, (tile.count + numbers - 1) // numbers
     group_channels, group_outputs = shape.group_channels, shape.group_outputs
     for group in range(block.start // group_channels, (block.end - 1) // group_channels + 1):
         c = max(block.start, group * group_channels)
         into = (first + group) * cut.sums + c - group * group_channels
         multiply(
-            Factor(arrays.d_output, position * outputs + group * group_outputs, 1, outputs, 0, tile.count, 1), group_outputs,
+            Factor(arrays.d_output_pairs, row * outputs + group * group_outputs, 1, outputs, 0, depth, 1), group_outputs,
             Panels(column.array, c - block.start, 1, column.row, 0),
             Rows(arrays.d_weight, into, cut.row), min(block.end - c, group_channels), begun,
         )  # fmt: skip

@@ -60,7 +60,7 @@ def forward(counter, limit, thread, plan, order, arrays, activation, reals, inte
     places = integers[thread, table.rows.size :]
     sums = reals[thread, round_up(table.weights.size, lanes) :]
     widest = max(shape.groups * cut.group_row, predictor_cut.group_row)
-    column = sums[round_up(cut.tile * widest, lanes) :]
+    column = sums[round_up(cut.tile * widest, lanes) :].view(given.samples.dtype)
     samples = Samples(plan[0], plan[1], shape, order, layout, given.x, given.offset, given.mask, table)
     pixels = Samples(plan[0], plan[1], predictor_shape, order, layout, given.x, given.empty, given.empty, table)
     copies, panels = (shape, order, layout, cut, given, sums), predictor_cut.panels

@@ -1,7 +1,7 @@
 """Copies of the weight into panels for the matrix product, and of results into the caller's arrays.
 
 All arrays are flat. A weight is (C_out, C / groups, K), or with `last` set (C_out, K, C / groups). The caller's arrays may hold
-half precision.
+half precision, and panels words, which are pairs of rows (`runtime.pairs`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,17 @@ from __future__ import annotations
 from deformconv.runtime.blocks import transpose
 from deformconv.runtime.cache import device, in_order
 from deformconv.runtime.matmul import VECTORS
-from deformconv.runtime.simd import VECTOR_BYTES, read, round_up, transpose_block, write
+from deformconv.runtime.simd import (
+    VECTOR_BYTES,
+    Rows,
+    numbers_in,
+    read,
+    round_up,
+    transpose_block,
+    write,
+    write_number,
+    write_row,
+)
 
 __all__ = [
     "pack_backward",
@@ -51,28 +61,30 @@ def pack_forward(item, weight, last, groups, outputs, channels, taps, packed, sq
     panels = (outputs + panel - 1) // panel
     group, first = item // panels, item % panels * panel
     width = lanes if outputs - first <= lanes else panel
-    start = (group * round_up(outputs, lanes) + first) * depth
+    start = (group * round_up(outputs, lanes) + first) * (depth // numbers_in(packed))
     for vector in range(0, width, lanes):
         source = (group * outputs + first + vector) * depth
+        into = Rows(packed, start + vector, width)
         used = min(lanes, outputs - first - vector)
         whole = depth // lanes * lanes if used == lanes else 0
         for step in range(0, whole, lanes):
             transpose_block(weight, source + step, depth, square, 0, lanes, empty, 0, False)
             for i in range(lanes):
-                row = start + _weight_row(step + i, last, channels, taps) * width + vector
-                for lane in range(lanes):
-                    packed[row + lane] = square[i * lanes + lane]
+                write_row(square, i * lanes, into, _weight_row(step + i, last, channels, taps), lanes)
         for step in range(whole, depth):
-            row = start + _weight_row(step, last, channels, taps) * width + vector
             for lane in range(used):
-                packed[row + lane] = read(weight, source + lane * depth + step)
+                square[lane] = read(weight, source + lane * depth + step)
             for lane in range(used, lanes):
-                packed[row + lane] = 0
+                square[lane] = 0
+            write_row(square, 0, into, _weight_row(step, last, channels, taps), lanes)
 
 
 @device
 def _weight_row(step, last, channels, taps):
-    """Which row (tap, channel) a step through an output's weights is; they are (C, K), or (K, C) with channels last."""
+    """Which row (tap, channel) a step through an output's weights is; they are (C, K), or (K, C) with channels last.
+
+    In either order a channel's row comes before that of the next one, as `write_row` wants it.
+    """
     return step if last else step % taps * channels + step // taps
 
 
@@ -80,25 +92,27 @@ def _weight_row(step, last, channels, taps):
 def pack_backward(item, weight, last, groups, outputs, channels, taps, packed, width):
     """Copy an output channel's weights: packed[tap, g, block, panel, o, lane] = weight[g, o, c, tap], in panels of inputs.
 
-    A block has `width` channels of a group, the last one what is left.
+    A block has `width` channels of a group, the last one what is left. Panels of words take the output channels of a pair.
     """
-    lanes = VECTOR_BYTES // packed.itemsize
+    lanes, numbers = VECTOR_BYTES // packed.itemsize, numbers_in(packed)
     panel = VECTORS * lanes
-    size = round_up(channels, lanes) * outputs
-    group, o = item // outputs, item % outputs
+    size = round_up(channels, lanes) * (outputs // numbers)
     tap_step, channel_step = (channels, 1) if last else (1, taps)
     for block in range(0, channels, width):
         end = min(block + width, channels)
         for first in range(block, end, panel):
             row_size = lanes if end - first <= lanes else panel
             used = min(row_size, end - first)
-            source = item * channels * taps + first * channel_step
-            for tap in range(taps):
-                row = (tap * groups + group) * size + first * outputs + o * row_size
-                for lane in range(used):
-                    packed[row + lane] = read(weight, source + lane * channel_step + tap * tap_step)
-                for lane in range(used, row_size):
-                    packed[row + lane] = 0
+            for output in range(item * numbers, (item + 1) * numbers):
+                group, o = output // outputs, output % outputs
+                source = output * channels * taps + first * channel_step
+                for tap in range(taps):
+                    row = (tap * groups + group) * size + first * (outputs // numbers)
+                    for lane in range(used):
+                        number = read(weight, source + lane * channel_step + tap * tap_step)
+                        write_number(Rows(packed, row + lane, row_size), o, number)
+                    for place in range(row + o // numbers * row_size + used, row + (o // numbers + 1) * row_size):
+                        packed[place] = 0
 
 
 @device

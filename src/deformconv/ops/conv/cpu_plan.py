@@ -10,6 +10,9 @@ The words of plan and kernels:
     replica   an independent copy of d_weight, so that threads never add to the same one
     slot      the gradients of offset and mask from one of the blocks that share an offset group
     panel     the weight's columns of a few vectors, side by side for all rows of the product; `lane`: a number of a vector
+
+Products of bfloat16 may be made of pairs of neighbours along the depth (`runtime.pairs`). A weight group's channels are the
+depth of the forward pass, its outputs that of the columns' gradient: both in pairs only if their number is even.
 """
 
 from __future__ import annotations
@@ -25,14 +28,16 @@ from deformconv.ops.conv.spec import ConvSpec
 from deformconv.runtime.blocks import RUN, SUMS, Layout
 from deformconv.runtime.matmul import FEW_ROWS, VECTORS
 from deformconv.runtime.memory import room, up
-from deformconv.runtime.simd import VECTOR_BYTES
+from deformconv.runtime.simd import MULTIPLIES_PAIRS, VECTOR_BYTES
 from deformconv.runtime.work import Share, share
 from deformconv.sampling.corners import table_sizes
 
 __all__ = [
-    "Backward", "Forward", "LayerForward", "backward_plan", "collect_items", "forward_plan", "images_at_once", "layer_plan",
+    "Backward", "Forward", "LayerForward", "backward_plan", "collect_items", "forward_plan", "images_at_once", "in_pairs",
+    "layer_plan",
 ]  # fmt: skip
 
+PAIRS = MULTIPLIES_PAIRS  # whether products of bfloat16 are of pairs: elsewhere float32's are faster
 _BLOCK_BYTES = 256  # a row of a block of channels
 _DEPTH = 288  # samples of a position that are multiplied at once
 _TILE, _SMALL_TILE = 208, 64  # positions
@@ -52,7 +57,8 @@ class Forward(NamedTuple):
 
     arguments: tuple[Any, ...]  # the kernel's `plan`
     x_size: int  # numbers of the input's copy
-    weight_size: int  # of the packed weight
+    weight_size: int  # of the packed weight, or words
+    pairs: bool  # whether products are of pairs of bfloat16
     bytes: int  # of the copies of input and weight, and of scratch memory
     share: Share
 
@@ -62,8 +68,10 @@ class Backward(NamedTuple):
 
     arguments: tuple[Any, ...]  # the kernel's `plan`
     x_size: int  # numbers of the input's copy
-    weight_size: int  # of the packed weight
+    weight_size: int  # of the packed weight, or words
+    pairs: bool  # whether products are of pairs of bfloat16
     output_size: int  # of the copy of the output's gradient, with rows for the product's last block
+    output_pairs_size: int  # words of the copy in pairs of positions, likewise; 0 if there is none
     gradient_size: int  # numbers of the input's gradient in parts, or of the threads' rooms for an item's
     whole: bool  # whether an item does all parts of its images
     slots: int
@@ -77,22 +85,29 @@ class LayerForward(NamedTuple):
 
     arguments: tuple[Any, ...]  # the kernel's `plan`
     x_size: int
-    weight_size: int  # numbers of the packed weight
+    weight_size: int  # numbers of the packed weight, or words
+    pairs: bool  # whether products are of pairs of bfloat16, but for the predictor's
     predictor_size: int  # of the predictor's packed weight
     predicted_size: int  # of the offsets and masks
     bytes: int  # of all these, and of scratch memory
     share: Share
 
 
-def forward_plan(spec: ConvSpec, threads: int, multiplications: int) -> Forward:
+def in_pairs(spec: ConvSpec) -> tuple[bool, bool]:
+    """Whether the products of the forward and the backward pass can be of pairs of bfloat16."""
+    _, _, channels, outputs, depthwise = _groups(spec)
+    return not depthwise and channels % 2 == 0, not depthwise and outputs % 2 == 0
+
+
+def forward_plan(spec: ConvSpec, threads: int, multiplications: int, pairs: bool) -> Forward:
     """The plan for a number of threads, on which no sum depends; `multiplications` are multiply-adds."""
     x_size, common = _common(spec, _layout(spec))
-    product = _product(spec)
+    product = _product(spec, pairs)
     cut, scratch = _cut_forward(spec, threads, product)
-    packed = spec.taps * spec.in_channels * product.group_row
+    packed = spec.taps * spec.in_channels * product.group_row // product.numbers
     shared = share(cut.strands * cut.strand, threads, multiplications, spec.dtype, scratch)
     size = room(x_size, spec.dtype) + room(packed, spec.dtype) + shared.bytes
-    return Forward((*common, _numbers(cut)), x_size, packed, size, shared)
+    return Forward((*common, _numbers(cut)), x_size, packed, pairs, size, shared)
 
 
 def images_at_once(spec: ConvSpec, threads: int) -> int:
@@ -104,27 +119,32 @@ def images_at_once(spec: ConvSpec, threads: int) -> int:
     return ceil(spec.batch / max(1, ceil(spec.batch / most)))
 
 
-def layer_plan(spec: ConvSpec, channels: int, threads: int, multiplications: int) -> LayerForward:
+def layer_plan(spec: ConvSpec, channels: int, threads: int, multiplications: int, pairs: bool) -> LayerForward:
     """The plan of a layer's forward pass; `channels` are those of the predictor."""
     # The predictor reads all channels of a pixel: its blocks stay wide.
     x = _wide_layout(spec)
     x_size, common = _common(spec, x)
     vector = VECTOR_BYTES // np.dtype(spec.dtype).itemsize
-    product, row = _product(spec), up(channels, vector)
+    product, row = _product(spec, pairs), up(channels, vector)
     cut, (integers, reals) = _cut_forward(spec, threads, product, row)
     taps_at_once = min(spec.taps, max(1, _DEPTH // x.width))
     predictor_cut = cut._replace(taps_at_once=taps_at_once, group_row=row, panels=ceil(channels / (VECTORS * vector)))
     predictor = _shape(replace(spec, out_channels=channels, groups=1))._replace(depthwise=False)
-    weight_size, predictor_size = (spec.taps * spec.in_channels * width for width in (product.group_row, row))
+    weight_size = spec.taps * spec.in_channels * product.group_row // product.numbers
+    predictor_size = spec.taps * spec.in_channels * row
     predicted_size = spec.batch * channels * spec.positions
     scratch = integers + taps_at_once * cut.tile, reals
     shared = share(cut.strands * cut.strand, threads, multiplications, spec.dtype, scratch)
     sizes = x_size, weight_size, predictor_size, predicted_size
     return LayerForward(
-        (*common, _numbers(cut), _numbers(predictor), _numbers(predictor_cut)),
-        *sizes,
-        sum(room(size, spec.dtype) for size in sizes) + shared.bytes,
-        shared,
+        arguments=(*common, _numbers(cut), _numbers(predictor), _numbers(predictor_cut)),
+        x_size=x_size,
+        weight_size=weight_size,
+        pairs=pairs,
+        predictor_size=predictor_size,
+        predicted_size=predicted_size,
+        bytes=sum(room(size, spec.dtype) for size in sizes) + shared.bytes,
+        share=shared,
     )
 
 
@@ -197,6 +217,7 @@ class _Product(NamedTuple):
     group_row: int
     groups: int
     panels: int
+    numbers: int  # in an element of the packed weight: 2 of a pair, else 1
 
     @property
     def row(self) -> int:
@@ -204,7 +225,7 @@ class _Product(NamedTuple):
         return self.groups * self.group_row
 
 
-def _product(spec: ConvSpec) -> _Product:
+def _product(spec: ConvSpec, pairs: bool) -> _Product:
     x = _wide_layout(spec)
     vector, taps, group_channels, group_outputs, depthwise = _groups(spec)
     # Pieces of a large group that are about equal; of small ones as many as a block has, and all taps if possible.
@@ -218,6 +239,7 @@ def _product(spec: ConvSpec) -> _Product:
         group_row=1 if depthwise else up(group_outputs, vector),
         groups=spec.groups,
         panels=1 if depthwise else spec.groups * ceil(group_outputs / (VECTORS * vector)),
+        numbers=2 if pairs else 1,
     )
 
 
@@ -232,7 +254,7 @@ def _cut_forward(spec: ConvSpec, threads: int, product: _Product, most_sums: int
     def scratch(tile: int) -> tuple[int, int]:
         integers, reals = table_sizes(spec.rank, tile)
         sums = up(tile * max(product.row, most_sums), vector)
-        column = tile * product.chunk * product.taps_at_once
+        column = ceil(tile * product.chunk * product.taps_at_once / product.numbers)
         return integers, up(reals, vector) + max(sums + column, vector * vector)
 
     tile = _forward_tile(spec, threads)
@@ -274,7 +296,7 @@ def _forward_tile(spec: ConvSpec, threads: int) -> int:
     return _even(spec.positions, ceil(spec.positions / tiles))
 
 
-def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int) -> Backward:
+def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int, pairs: bool) -> Backward:
     """The plan of a backward pass through some images of a batch; its results do not depend on the number of threads."""
     x, blocks, item = _layout(spec), _wide_layout(spec), np.dtype(spec.dtype).itemsize
     x_size, common = _common(spec, x)
@@ -282,7 +304,9 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
     group_share = spec.in_channels // spec.offset_groups
     ends = [(g * group_share, (g + 1) * group_share - 1) for g in range(spec.offset_groups)]
     slots = max(_block(blocks, last) - _block(blocks, first) + 1 for first, last in ends)
+    numbers = 2 if pairs else 1
     tile, parts = _backward_tile(spec, blocks.blocks)
+    tile = up(tile, numbers)
     # A replica has the size of the weight: many of them where that is little, few where it is much.
     affordable = _REPLICA_BYTES // max(1, taps * group_channels * spec.out_channels * item)
     worthwhile = min(ceil(_MOST_ITEMS / blocks.blocks), affordable, batch * spec.positions // _BUNCH)
@@ -304,8 +328,8 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
         row=row,
         sums=rows * row,
         column_row=up(blocks.width, vector) + vector,
-        packed=up(group_channels, vector) * group_outputs,
-        packs=1 if depthwise else spec.out_channels,
+        packed=up(group_channels, vector) * group_outputs // numbers,
+        packs=1 if depthwise else spec.out_channels // numbers,
         batch=batch,
     )
     integers, reals = table_sizes(spec.rank, tile)
@@ -315,8 +339,10 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
     return Backward(
         arguments=(*common, _numbers(cut)),
         x_size=x_size,
-        weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * up(group_channels, vector)),
+        weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * up(group_channels, vector)) // numbers,
+        pairs=pairs,
         output_size=(spec.batch * spec.positions + FEW_ROWS) * spec.out_channels,
+        output_pairs_size=(spec.batch * ceil(spec.positions / 2) + FEW_ROWS) * spec.out_channels if pairs else 0,
         gradient_size=shared.threads * room_of_a_thread if whole else parts * x_size,
         whole=whole,
         slots=slots,

@@ -12,13 +12,12 @@ from deformconv.runtime import arrays
 from deformconv.runtime.cache import kernel
 from deformconv.runtime.simd import VECTOR_BYTES, named
 
-__all__ = ["packed_weight", "without_panels"]
+__all__ = ["pack", "without_panels"]
 
 
-def packed_weight(weight: Any, dtype: str, shape: np.ndarray, cut: np.ndarray, size: int) -> np.ndarray:
-    """A weight's panels, of `size` numbers of a dtype, as a forward pass makes them whose Shape and ForwardCut these are."""
+def pack(weight: Any, packed: np.ndarray, dtype: str, shape: np.ndarray, cut: np.ndarray) -> np.ndarray:
+    """Fill `packed` with a weight's panels, as a forward pass in a dtype makes them whose Shape and ForwardCut these are."""
     flat, last = arrays.flat_channels(weight)
-    packed = arrays.aligned_empty((size,), dtype)
     square = np.empty((VECTOR_BYTES // packed.itemsize) ** 2, dtype)
     _pack(shape, ForwardCut(*cut.tolist()).panels, arrays.bits(flat), last, packed, square, arrays.none_of(dtype))
     return packed

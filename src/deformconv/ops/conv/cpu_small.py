@@ -64,6 +64,7 @@ def forward(function, counter, plan, order, sizes, none, memory, addresses):
         array_at(bias, (size.bias,), none.dtype),
         array_at(output, (size.output,), none.dtype),
         none,
+        none,
     )
     reals = array_at(own + size.reals_at, (1, size.reals), none.dtype)
     integers = array_at(own + size.integers_at, (1, size.integers), np.int32)
