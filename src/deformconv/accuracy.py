@@ -8,7 +8,7 @@ import numpy as np
 
 __all__ = ["TOLERANCE", "error"]
 
-# Half precision is computed in float32, so that its error is one rounding of the result.
+# Half precision is computed in float32, so that its error is one rounding of the result, and of each sample at the most.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
 
 

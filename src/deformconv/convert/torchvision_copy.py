@@ -23,7 +23,7 @@ def to_torchvision(model: nn.Module) -> nn.Module:
     A layer becomes a `PredictingDeformConv2d` of the plain modules `pad`, `offset_conv` and `deform_conv`, the last of which is
     torchvision.ops.DeformConv2d; a layer that needs nothing in front, as it predicts no offsets, becomes that layer itself.
     Names within the model, hooks, training mode and tied parameters are kept; parametrizations of these layers are computed,
-    once, and the result is their parameter. Layers in half precision compute in float32 and round once, as they do here.
+    once, and the result is their parameter. Layers in half precision compute in float32 and round once.
 
     Args:
         model: any module.

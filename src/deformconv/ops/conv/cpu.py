@@ -2,8 +2,9 @@
 
 The input is copied once with its channels last, in blocks, the weight once in panels for the matrix product; offsets, masks and
 the output stay as they are. Half precision is read and written as it is, by the copies: all between is float32, as offsets and
-masks are. How the work is cut depends on shapes alone, and partial sums are added in a fixed order: a result is the same bit
-for bit whatever the number of threads.
+masks are, but the factors of products where the processor multiplies pairs of bfloat16 (`runtime.pairs`). How the work is cut
+depends on shapes alone, and partial sums are added in a fixed order: a result is the same bit for bit whatever the number of
+threads.
 """
 
 from __future__ import annotations
