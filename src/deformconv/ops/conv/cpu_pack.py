@@ -6,7 +6,7 @@ half precision, and panels words, which are pairs of rows (`runtime.pairs`).
 
 from __future__ import annotations
 
-from deformconv.runtime.blocks import transpose
+from deformconv.runtime.blocks import transpose, zero
 from deformconv.runtime.cache import device, in_order
 from deformconv.runtime.matmul import VECTORS
 from deformconv.runtime.simd import (
@@ -95,24 +95,30 @@ def pack_backward(item, weight, last, groups, outputs, channels, taps, packed, w
     A block has `width` channels of a group, the last one what is left. Panels of words take the output channels of a pair.
     """
     lanes, numbers = VECTOR_BYTES // packed.itemsize, numbers_in(packed)
-    panel = VECTORS * lanes
-    size = round_up(channels, lanes) * (outputs // numbers)
+    panel, depth = VECTORS * lanes, outputs // numbers
+    size = round_up(channels, lanes) * depth
+    for output in range(item * numbers, (item + 1) * numbers):
+        group, o = output // outputs, output % outputs
+        for block in range(0, channels, width):
+            end = min(block + width, channels)
+            for first in range(block, end, panel):
+                row = lanes if end - first <= lanes else panel
+                source = output * channels * taps + first * (1 if last else taps)
+                into = Rows(packed, group * size + first * depth, row)
+                _pack_output(weight, source, last, channels, taps, into, o, min(row, end - first), groups * size)
+
+
+@device
+def _pack_output(weight, source, last, channels, taps, into, o, used, tap_size):
+    """Row o of a panel, and of that of each tap, `tap_size` further: the first channels from `source` on, and zeros."""
     tap_step, channel_step = (channels, 1) if last else (1, taps)
-    for block in range(0, channels, width):
-        end = min(block + width, channels)
-        for first in range(block, end, panel):
-            row_size = lanes if end - first <= lanes else panel
-            used = min(row_size, end - first)
-            for output in range(item * numbers, (item + 1) * numbers):
-                group, o = output // outputs, output % outputs
-                source = output * channels * taps + first * channel_step
-                for tap in range(taps):
-                    row = (tap * groups + group) * size + first * (outputs // numbers)
-                    for lane in range(used):
-                        number = read(weight, source + lane * channel_step + tap * tap_step)
-                        write_number(Rows(packed, row + lane, row_size), o, number)
-                    for place in range(row + o // numbers * row_size + used, row + (o // numbers + 1) * row_size):
-                        packed[place] = 0
+    for tap in range(taps):
+        panel = into.start + tap * tap_size
+        for lane in range(used):
+            number = read(weight, source + lane * channel_step + tap * tap_step)
+            write_number(Rows(into.array, panel + lane, into.row), o, number)
+        row = panel + o // numbers_in(into.array) * into.row
+        zero(into.array, row + used, row + into.row)
 
 
 @device
