@@ -50,15 +50,14 @@ def how(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
     return [
         *on_cpu.how(_multiplications(spec), library),
-        *(_how_half(spec) if computes_in(spec.dtype, library) in HALF else []),
+        *([_how_half(spec, backward)] if computes_in(spec.dtype, library) in HALF else []),
     ]
 
 
-def _how_half(spec: ConvSpec) -> list[str]:
-    """What there is to say of half precision, as sentences."""
-    computes = {False: "and computes in float32", True: "rounds samples to it, and adds up their products in float32"}
-    forwards, backwards = (f"it reads and writes {spec.dtype}, {computes[pairs]}" for pairs in _in_pairs(spec))
-    return [forwards] if forwards == backwards else [f"forward, {forwards}", f"backward, {backwards}"]
+def _how_half(spec: ConvSpec, backward: bool) -> str:
+    """What there is to say of half precision, as a sentence."""
+    pairs = "rounds samples to it, and adds up their products in float32"
+    return f"it reads and writes {spec.dtype}, {pairs if _in_pairs(spec)[backward] else 'and computes in float32'}"
 
 
 def _inner(dtype: str) -> str:
