@@ -36,6 +36,7 @@ __all__ = [
     "for_positions",
     "for_usual_widths",
     "host_features",
+    "host_processor",
     "lanes_of",
     "named",
     "numbers_in",
@@ -66,6 +67,11 @@ def host_features() -> frozenset[str]:
     if chosen is None:
         return frozenset(name for name, on in llvm.get_host_cpu_features().items() if on)
     return frozenset(name[1:] for name in chosen.split(",") if name.startswith("+"))
+
+
+def host_processor() -> str:
+    """LLVM's name of the processor that Numba generates code for."""
+    return config.CPU_NAME or str(llvm.get_host_cpu_name())
 
 
 def _vector_bytes(features: frozenset[str]) -> int:

@@ -199,18 +199,17 @@ def test_numbers_that_are_not_finite(case: Case, number: float) -> None:
 def test_it_is_said() -> None:
     pairs = "it reads and writes bfloat16, rounds samples to it, and adds up their products in float32"
     floats = "it reads and writes bfloat16, and computes in float32"
-    for case, said in (
-        (EVEN[0], (pairs, pairs)),
-        (TAILS[0], (floats, floats)),
-        (ONE_WAY[0], (pairs, floats)),
-        (ONE_WAY[1], (floats, pairs)),
+    for case, *said in (
+        (EVEN[0], pairs, pairs),
+        (TAILS[0], floats, floats),
+        (ONE_WAY[0], pairs, floats),
+        (ONE_WAY[1], floats, pairs),
     ):
         call, whole = call_of(case)
-        for backward in (False, True):
-            assert cpu.how(call.spec, "numpy", "cpu", backward)[1:] == [said[backward]], case.name
-            assert len(cpu.how(whole.spec, "numpy", "cpu", backward)) == 1
+        assert [cpu.how(call.spec, "numpy", "cpu", backward)[1] for backward in (False, True)] == said, case.name
+        assert len(cpu.how(whole.spec, "numpy", "cpu", False)) == 1
     half, _ = halved(make(EVEN[0], "float32"), "float16")
-    assert cpu.how(half.spec, "numpy", "cpu", False)[1:] == ["it reads and writes float16, and computes in float32"]
+    assert cpu.how(half.spec, "numpy", "cpu", True)[1:] == ["it reads and writes float16, and computes in float32"]
 
 
 def test_no_pixels_or_images() -> None:

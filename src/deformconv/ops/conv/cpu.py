@@ -48,14 +48,16 @@ def computes_in(dtype: str, library: str) -> str:
 
 def how(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    halves = _how_half(spec, backward) if computes_in(spec.dtype, library) in HALF else []
-    return [*on_cpu.how(_multiplications(spec), library), *halves]
+    return [
+        *on_cpu.how(_multiplications(spec), library),
+        *([_how_half(spec, backward)] if computes_in(spec.dtype, library) in HALF else []),
+    ]
 
 
-def _how_half(spec: ConvSpec, backward: bool) -> list[str]:
-    """What there is to say of half precision, as sentences."""
+def _how_half(spec: ConvSpec, backward: bool) -> str:
+    """What there is to say of half precision, as a sentence."""
     pairs = "rounds samples to it, and adds up their products in float32"
-    return [f"it reads and writes {spec.dtype}, {pairs if _in_pairs(spec)[backward] else 'and computes in float32'}"]
+    return f"it reads and writes {spec.dtype}, {pairs if _in_pairs(spec)[backward] else 'and computes in float32'}"
 
 
 def _inner(dtype: str) -> str:
