@@ -270,8 +270,8 @@ class TestWhatElseRunsThem:
         assert all(line.startswith("ok") for line in lines.values()), lines
 
     @pytest.mark.slow
-    def test_after_warmup_a_usual_call_compiles_nothing(self, tmp_path, monkeypatch):
-        """In a folder of its own, and in this process, whose kernels are as if new."""
+    def test_after_warmup_a_usual_call_compiles_nothing(self, monkeypatch):
+        """What this process has not launched before, and neither warm-up, would be told of."""
         from triton import knobs
 
         compiled = []

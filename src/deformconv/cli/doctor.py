@@ -219,7 +219,6 @@ def _what_pytorch_is_for() -> str:
 
 def _launch(device: str) -> Lines:
     """Our kernels on a GPU, forward and backward, beside the reference."""
-
     with _exact_products():  # TF32, which an environment may ask for, has no error of float32
         for dtype in ("float32", "bfloat16"):
             reasons = dispatch.load(DEFORM_CONV, "gpu").reasons_against(trial.tiny_call()[0], "torch", device, True)

@@ -17,7 +17,7 @@ from deformconv.runtime import half
 __all__ = ["WORD", "add_products", "are_in", "joined", "narrowed"]
 
 WORD = ir.IntType(32)
-_BITS, _FLOAT = ir.IntType(16), ir.FloatType()
+_BITS = ir.IntType(16)
 _LANES = 16  # of the instructions
 
 
@@ -30,10 +30,7 @@ def add_products(builder: Any, a: Any, b: Any, total: Any, native: bool) -> Any:
     """`total` plus both products of the pairs of two vectors; `native` where the processor does that, for 16 lanes."""
     if native:
         # Newer LLVMs declare the pairs as numbers, and read this as well.
-        kind = ir.FunctionType(total.type, [total.type, a.type, b.type])
-        return builder.call(
-            cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), [total, a, b]
-        )
+        return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, [total, a, b])
     for number in (_first, _second):
         product = builder.fmul(number(builder, a, total.type), number(builder, b, total.type), flags=("contract",))
         total = builder.fadd(product, total, flags=("contract",))

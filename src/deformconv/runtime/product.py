@@ -23,9 +23,8 @@ _WIDE = 2**31  # from so many numbers on elements are counted in 64 bits
 _PROGRAMS, _SHARE = 264, 512  # so many programs are enough; the least numbers that one sums up
 
 
-def pays(dtype: str, device: str, shape: tuple[int, int, int, int]) -> bool:
-    """Whether (M, G, K) times (G, K, N), group by group, is to be made here and not by PyTorch; `shape` is M, G, K, N."""
-    _rows, _groups, depth, across = shape
+def pays(dtype: str, device: str, depth: int, across: int) -> bool:
+    """Whether (M, G, depth) times (G, depth, across), group by group, is to be made here and not by PyTorch."""
     enough = across >= _TILE["BN"] and depth >= 2 * _TILE["BK"] and depth % _TILE["BK"] == 0
     return dtype == "float32" and enough and _is_fast(device) and not _allows_tf32()
 

@@ -191,7 +191,7 @@ def test_products_of_ours(groups: int, biased: bool, monkeypatch: pytest.MonkeyP
         made.append(left.shape)
         multiply(left, *others)
 
-    monkeypatch.setattr(product, "pays", lambda dtype, device, shape: dtype == "float32")
+    monkeypatch.setattr(product, "pays", lambda dtype, device, depth, across: dtype == "float32")
     monkeypatch.setattr(product, "multiply", counted)
     case = Case("", (3, 4), (2, 2), padding=1, batch=1, in_channels=64, out_channels=32 * groups, groups=groups, biased=biased)
     call = make(case, "float32")

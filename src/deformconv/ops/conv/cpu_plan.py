@@ -291,10 +291,10 @@ def _forward_tile(spec: ConvSpec, threads: int) -> int:
         """The positions of the thread that has most."""
         return ceil(spec.batch * tiles / threads) * _even(spec.positions, ceil(spec.positions / tiles))
 
-    # A last round of tiles that has work for few threads costs as much as a whole one.
-    others = range(max(1, tiles - tiles // 8), tiles + tiles // 8 + 1)
-    best = min(others, key=longest) if spec.positions else tiles
-    tiles = best if longest(best) < 0.95 * longest(tiles) else tiles
+    # A last round of tiles that has work for few threads costs as much as a whole one: much of a call of few rounds.
+    if spec.positions and spec.batch * tiles < 20 * threads:
+        best = min(range(max(1, tiles - tiles // 8), tiles + tiles // 8 + 1), key=longest)
+        tiles = best if longest(best) < 0.95 * longest(tiles) else tiles
     return _even(spec.positions, ceil(spec.positions / tiles))
 
 

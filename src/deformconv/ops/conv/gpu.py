@@ -51,20 +51,20 @@ def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -
 
 def how(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
     """What there is to say of how a call is computed, as sentences."""
-    ours = "another multiplies, by TF32 and as exactly as float32"
+    multiplies = "PyTorch multiplies"
+    if _multiplies(spec, device, backward):
+        multiplies = "another multiplies, by TF32 and as exactly as float32"
     if not backward:
         if _is_depthwise(spec):
             return ["each channel is a group: one kernel samples and sums"]
         pieces = -(-spec.batch * spec.positions // _rows_of_piece(spec))
-        return [f"a kernel samples, and {ours if _multiplies(spec, device) else 'PyTorch multiplies'}{_in_pieces(pieces)}"]
-    images = min(spec.batch, _images_of_piece(spec))
-    end = _in_pieces(-(-spec.batch // max(1, images))) + on_gpu.words_of_adding(_adds(spec, device))
+        return [f"a kernel samples, and {multiplies}{_in_pieces(pieces)}"]
+    end = _in_pieces(-(-spec.batch // _images_of_piece(spec))) + on_gpu.words_of_adding(_adds(spec, device))
     if _is_depthwise(spec):
-        return [f"a kernel samples, and PyTorch multiplies and sums{end}"]
-    matrix = spec.groups, spec.out_channels // spec.groups, spec.taps * spec.in_channels // spec.groups
-    if product.pays(spec.dtype, device, (images * spec.positions, *matrix)):
-        return [f"a kernel samples, and {ours}, but for the weight's gradient, which PyTorch multiplies{end}"]
-    return [f"a kernel samples, and PyTorch multiplies{end}"]
+        multiplies += " and sums"
+    elif _multiplies(spec, device, backward):
+        multiplies += ", but for the weight's gradient, which PyTorch multiplies"
+    return [f"a kernel samples, and {multiplies}{end}"]
 
 
 def _in_pieces(pieces: int) -> str:
@@ -121,7 +121,7 @@ def _convolve(
     """Write the output's rows, as many at a time as a piece of the columns has."""
     import torch
 
-    groups, most, ours = spec.groups, _rows_of_piece(spec), _multiplies(spec, str(x.device))
+    groups, most, ours = spec.groups, _rows_of_piece(spec), _multiplies(spec, str(x.device), False)
     matrix = weight.reshape(groups, spec.out_channels // groups, -1)
     room = x.new_empty(min(most, len(output)), groups, matrix.shape[2])
     for first in range(0, len(output), most):
@@ -140,11 +140,11 @@ def _convolve(
             )  # fmt: skip
 
 
-def _multiplies(spec: ConvSpec, device: str) -> bool:
-    """Whether products are made by a kernel of ours."""
-    rows = min(spec.batch * spec.positions, _rows_of_piece(spec))
-    outputs, depth = spec.out_channels // spec.groups, spec.taps * spec.in_channels // spec.groups
-    return product.pays(spec.dtype, device, (rows, spec.groups, depth, outputs))
+def _multiplies(spec: ConvSpec, device: str, backward: bool) -> bool:
+    """Whether products are made by a kernel of ours: the output's, or backward the columns' gradient's."""
+    outputs, columns = spec.out_channels // spec.groups, spec.taps * spec.in_channels // spec.groups
+    depth, across = (outputs, columns) if backward else (columns, outputs)
+    return product.pays(spec.dtype, device, depth, across)
 
 
 def _adds(spec: ConvSpec, device: str) -> bool:
@@ -244,7 +244,7 @@ def _backward_of(spec: ConvSpec, part: on_taps.Part, weight: Tensor, weight_want
             torch.mul(grad.reshape(rows, 1, -1), weight.reshape(spec.in_channels, spec.taps).t(), out=d_columns)
         else:
             matrix = weight.reshape(groups, spec.out_channels // groups, -1)
-            if product.pays(spec.dtype, str(grad.device), (rows, *matrix.shape)):
+            if _multiplies(spec, str(grad.device), True):
                 product.multiply(grad, matrix.transpose(1, 2).contiguous(), None, d_columns)
             else:
                 torch.bmm(grad.transpose(0, 1), matrix, out=d_columns.transpose(0, 1))
