@@ -329,10 +329,12 @@ def backward(
     with arena(sum(room(*size) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
         own = {name: memory.empty(*size) for name, size in sizes.items()}
         scratch = parts[0][2].share.scratch(memory, inner)
+        in_place = _is_factor(spec, output_last)
+        distances = _factor_distances(spec, parts[0][2].pairs, in_place)
         order = input_last, weight_last, output_last, image_offset, image_mask
-        given = _Given(arrays.bits(grad_output), arrays.bits(input), offset, arrays.bits(weight), mask)
+        given = _Given(arrays.bits(grad_output), arrays.bits(input), offset, arrays.bits(weight), mask, in_place)
         for part in parts:
-            _backward_part(spec, part, given, (*order, part[0], d_input_last), own, flat, scratch, team)
+            _backward_part(spec, part, given, (*order, part[0], d_input_last, *distances), own, flat, scratch, team)
     return Gradients(**results)
 
 
@@ -362,6 +364,24 @@ class _Given(NamedTuple):
     offset: np.ndarray
     weight: np.ndarray
     mask: np.ndarray
+    in_place: bool  # whether the weight's gradient is multiplied from grad_output itself
+
+
+def _is_factor(spec: ConvSpec, last: bool) -> bool:
+    """Whether the weight's gradient can be multiplied from the output's gradient as the caller has it.
+
+    An output's positions are a row of it then, whose numbers follow each other. In a copy with its channels last they are as far
+    apart as there are outputs, and where that is a power of two they share a few sets of the cache.
+    """
+    return not last and spec.dtype not in HALF and spec.out_channels // spec.groups % _kernels().FEW_ROWS == 0
+
+
+def _factor_distances(spec: ConvSpec, pairs: bool, in_place: bool) -> tuple[int, int, int]:
+    """How far apart images, positions and outputs are in what the weight's gradient is multiplied from."""
+    outputs, positions = spec.out_channels, spec.positions
+    if in_place:
+        return outputs * positions, 1, positions
+    return outputs * (ceil(positions / 2) if pairs else positions), outputs, 1
 
 
 def _backward_part(
@@ -384,10 +404,11 @@ def _backward_part(
     if cut.slots > 1:  # an offset group may have fewer blocks than another
         slots["offset"][...] = slots["mask"][...] = 0
     d_input, d_x = ours["input"] if cut.whole else nothing, own["d_x"][: cut.gradient_size]
+    grad_output = given.grad_output[first * spec.positions * spec.out_channels :]
     arguments = kernels.BackwardArrays(
-        grad_output=given.grad_output[first * spec.positions * spec.out_channels :],
+        grad_output=grad_output,
         d_output=own["d_output"],
-        d_output_pairs=own["d_output_pairs" if cut.pairs else "d_output"],
+        d_output_factor=grad_output if given.in_place else own["d_output_pairs" if cut.pairs else "d_output"],
         input=given.input[first * spec.pixels * spec.in_channels :],
         x=own["x"],
         offset=given.offset[first * order[3] :],
@@ -417,7 +438,7 @@ def _backward_part(
         d_mask=ours["mask"] if cut.slots > 1 else none,
         empty=none,
     )
-    _collect(spec, end - first, cut, collected, order[-1], team)
+    _collect(spec, end - first, cut, collected, order[6], team)
 
 
 def _images(result: np.ndarray, spec: ConvSpec, first: int, end: int) -> np.ndarray:

@@ -331,7 +331,10 @@ class BackwardCut(NamedTuple):
 
 
 class BackwardOrder(NamedTuple):
-    """As Order; where the images lie in the batch, if the kernel gets some of them at a time; the input's gradient."""
+    """As Order; where the images lie in the batch, if the kernel gets some of them at a time; the input's gradient.
+
+    And the output's gradient as a factor of the weight's: how many elements apart images, positions and outputs are.
+    """
 
     input_last: Any
     weight_last: Any
@@ -340,13 +343,17 @@ class BackwardOrder(NamedTuple):
     image_mask: Any
     first_image: Any
     gradient_last: Any
+    factor_image: Any
+    factor_position: Any
+    factor_output: Any
 
 
 class BackwardArrays(NamedTuple):
     """The arrays of a backward pass, all flat; results that are not wanted are empty, the others overwritten.
 
-    As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more, and
-    d_output_pairs, the same array or, where products are of pairs of bfloat16, room for it as words of two positions; d_x
+    As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more;
+    d_output_factor, what the weight's gradient is multiplied from: one of both, or, where products are of pairs of bfloat16,
+    room for it as words of two positions, with its channels last; d_x
     (parts, as x), or where items do whole images, room of each thread (bunch, parts, an item of x), from which it goes into
     d_input (N, C, P); d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for
     each item that shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
@@ -355,7 +362,7 @@ class BackwardArrays(NamedTuple):
 
     grad_output: Any
     d_output: Any
-    d_output_pairs: Any
+    d_output_factor: Any
     input: Any
     x: Any
     offset: Any
@@ -416,7 +423,7 @@ def backward(counter, limit, thread, plan, order, arrays, reals, integers):
     table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
     column = reals[thread, round_up(table.weights.size, VECTOR_BYTES // reals.itemsize) :]
     d_column = Rows(column[cut.tile * cut.column_row :], 0, cut.column_row)
-    column = column[: cut.tile * cut.column_row].view(arrays.d_output_pairs.dtype)
+    column = column[: cut.tile * cut.column_row].view(arrays.d_output_factor.dtype)
     zero(column, 0, column.size)  # its rows have numbers beyond the channels, which products read
     samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
     for_places = arrays.d_offset.size > 0 or arrays.d_mask.size > 0
@@ -479,9 +486,9 @@ def copy_output(item, shape, order, arrays):
     copy_in(
         item, arrays.grad_output, order.output_last, outputs, shape.images, arrays.d_output, layout, arrays.empty
     )  # fmt: skip
-    numbers, runs = numbers_in(arrays.d_output_pairs), (positions + RUN - 1) // RUN
+    numbers, runs = numbers_in(arrays.d_output_factor), (positions + RUN - 1) // RUN
     n, first = item // runs, item % runs * RUN
-    pairs = Rows(arrays.d_output_pairs, n * position_rows(shape, numbers) * outputs, outputs)
+    pairs = Rows(arrays.d_output_factor, n * position_rows(shape, numbers) * outputs, outputs)
     for t in range(first, min(first + RUN, positions) if numbers > 1 else first):
         write_row(arrays.d_output, (n * positions + t) * outputs, pairs, t, outputs)
 
@@ -662,14 +669,17 @@ def add_weight(task, block, replica, tile, tap, begun):
                 sums, arrays.d_output[row + block.start : row + block.end], column.array[source : source + sums.size]
             )  # fmt: skip
         return
-    numbers = numbers_in(column.array)
-    row, depth = tile.n * position_rows(shape, numbers) + tile.first // numbers, (tile.count + numbers - 1) // numbers
+    numbers, order = numbers_in(column.array), task.samples.order
+    start, depth = tile.n * order.factor_image + tile.first // numbers * order.factor_position, (tile.count + numbers - 1) // numbers
     group_channels, group_outputs = shape.group_channels, shape.group_outputs
     for group in range(block.start // group_channels, (block.end - 1) // group_channels + 1):
         c = max(block.start, group * group_channels)
         into = (first + group) * cut.sums + c - group * group_channels
         multiply(
-            Factor(arrays.d_output_pairs, row * outputs + group * group_outputs, 1, outputs, 0, depth, 1), group_outputs,
+            Factor(
+                arrays.d_output_factor, start + group * group_outputs * order.factor_output, order.factor_output,
+                order.factor_position, 0, depth, 1,
+            ), group_outputs,
             Panels(column.array, c - block.start, 1, column.row, 0),
             Rows(arrays.d_weight, into, cut.row), min(block.end - c, group_channels), begun,
         )  # fmt: skip
