@@ -171,10 +171,11 @@ def copy_run_out(rows, count, width, images, n, channel, first, empty):
 @device
 def add_sets(rows, start, size, sets, distance):
     """Add the other sets' numbers to those of the first set; they lie `distance` apart."""
+    total = rows[start : start + size]
     for number in range(1, sets):
-        more = number * distance
-        for index in range(start, start + size):
-            rows[index] += rows[index + more]
+        more = rows[start + number * distance : start + number * distance + size]
+        for index in range(total.size):
+            total[index] += more[index]
 
 
 @device
@@ -196,5 +197,6 @@ def zero(array, start, end):
     Also where a product takes numbers along that nobody has written and nobody will read. As floating-point numbers what lay
     there before may be subnormal, as small integers are: a processor takes a hundred times as long to multiply them.
     """
-    for place in range(start, end):
-        array[place] = 0
+    part = array[start:end]  # Numba would ask of each place in the array itself whether it counts from the end
+    for place in range(part.size):
+        part[place] = 0
