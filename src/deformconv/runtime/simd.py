@@ -81,6 +81,8 @@ def _vector_bytes(features: frozenset[str]) -> int:
 
 
 VECTOR_BYTES = _vector_bytes(host_features())
+# Vectors that are worked on at once, at the most: those of 256 bytes, but never more than half of 16 registers.
+_CHUNK = min(8, 256 // VECTOR_BYTES)
 # Whether the processor converts float16. For others LLVM would call functions that are not there.
 CONVERTS = not {"f16c", "avx512f", "neon"}.isdisjoint(host_features())
 # Whether it multiplies pairs of bfloat16, and rounds to bfloat16.
@@ -302,7 +304,7 @@ def _channel_loop(
 def for_chunks(builder: Any, scalar: Any, width: Any, body: Any) -> None:
     """Emit `body(lanes, vectors, channel)` over `width` channels: a few vectors at a time, one, then ever shorter ones."""
     whole, channel = lanes_of(scalar), INT(0)
-    sizes = [(whole, 4), (whole, 2), (whole, 1)]
+    sizes = [(whole, vectors) for vectors in (8, 4, 2, 1) if vectors <= _CHUNK]
     lanes = whole // 2
     while lanes:
         sizes.append((lanes, 1))
