@@ -55,7 +55,7 @@ def absent(monkeypatch):
         (["--direction", "sideways"], "there is no direction 'sideways'; there are forward, forward+backward"),
         (
             ["loudness"],
-            "there is no report 'loudness'; there are speed, net, rois, attention, aggregate, offsets, small, scaling, "
+            "there is no report 'loudness'; there are speed, net, rois, attention, aggregate, offsets, half, small, scaling, "
             "memory, startup, jax, keras, all",
         ),
         (["--threads", "0"], "--threads"),

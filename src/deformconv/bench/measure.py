@@ -22,6 +22,7 @@ from deformconv.accuracy import error
 from deformconv.bench.aggregate import AGGREGATE_PEERS
 from deformconv.bench.attention import ATTENTION_PEERS
 from deformconv.bench.cases import Case
+from deformconv.bench.half import HALF_PEERS
 from deformconv.bench.jax_peers import JAX_PEERS
 from deformconv.bench.keras_peers import KERAS_PEERS
 from deformconv.bench.nets import NET_PEERS
@@ -99,7 +100,7 @@ def processes(libraries: Sequence[str], threads: int) -> Iterator[list[Process]]
 def peer_of(name: str) -> type[Peer]:
     """The library of that name, its layers in nets, or another operator of its."""
     found: dict[str, type[Peer]] = {
-        **PEERS, **NET_PEERS, **ROI_PEERS, **ATTENTION_PEERS, **AGGREGATE_PEERS, **JAX_PEERS, **KERAS_PEERS,
+        **PEERS, **NET_PEERS, **ROI_PEERS, **ATTENTION_PEERS, **AGGREGATE_PEERS, **HALF_PEERS, **JAX_PEERS, **KERAS_PEERS,
     }  # fmt: skip
     return Truth if name == Truth.name else found[name]
 

@@ -153,11 +153,15 @@ class TorchPeer(Peer):
 
     def results(self, direction: str) -> Arrays:
         with self.context(direction):
-            found: Arrays = {"output": self.call_of(direction)().detach().numpy()}
+            found: Arrays = {"output": self.array(self.call_of(direction)())}
         if direction == "forward+backward":
             gradients = {name: None if tensor is None else tensor.grad for name, tensor in self.tensors.items()}
-            found |= {name: tensor.numpy() for name, tensor in gradients.items() if tensor is not None}
+            found |= {name: self.array(tensor) for name, tensor in gradients.items() if tensor is not None}
         return _unembedded(self.asked, found) if self.embeds(self.asked) else found
+
+    def array(self, tensor: Any) -> Any:
+        """A result as NumPy has it."""
+        return tensor.detach().numpy()
 
 
 class OperatorPeer(TorchPeer):

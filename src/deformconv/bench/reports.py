@@ -22,6 +22,7 @@ from deformconv.bench import attention as attentions
 from deformconv.bench import jax_rows, startup
 from deformconv.bench.cases import Case, case_of, make, named
 from deformconv.bench.figures import OURS, Row, digits, layer, markdown, ratio
+from deformconv.bench.half import HALF_CASES, HALF_PEERS
 from deformconv.bench.measure import Entry, Failure, Pace, Progress, compare, peer_of, processes
 from deformconv.bench.nets import NET_PEERS, NETS, DeformconvNet, Net, TruthNet, net_of
 from deformconv.bench.peers import DIRECTIONS, PEERS, RECORDED, Peer, Truth, missing
@@ -304,6 +305,39 @@ def _name(row: Row) -> str:
     return case_of(row["layer"]).name
 
 
+# Half precision
+
+HALF = ("deformconv-float32", "deformconv-bfloat16", "deformconv-float16", "dense-float32", "dense-bfloat16")
+
+
+def half(plan: Plan, progress: Progress) -> Rows:
+    """Some of the cases in half precision and in float32, beside a plain convolution."""
+    asked = {case.name for case in plan.cases}
+    cases = [case for case in HALF_CASES if case.name in asked]
+    libraries = [name for name in HALF if name.partition("-")[0] in plan.libraries]
+    rows = []
+    progress.begin(len(cases) * len(plan.directions))
+    with processes(["truth-half", *libraries], plan.threads) as (truth, *others):
+        for case, direction in product(cases, plan.directions):
+            progress.step(f"half precision, {case.name}, {direction}")
+            entries = {process.library: Entry(process, case) for process in others}
+            rows.append(_row(case, direction, compare(entries, direction, truth, plan.pace)))
+    return rows
+
+
+def write_half(rows: Sequence[Row]) -> str:
+    ratios = {
+        "bfloat16 / float32": ("deformconv-bfloat16", "deformconv-float32"),
+        "float16 / float32": ("deformconv-float16", "deformconv-float32"),
+        "bfloat16 / plain bfloat16": ("deformconv-bfloat16", "dense-bfloat16"),
+    }
+    lines = []
+    for row in rows:
+        values = [_over(*(_value(row, name) for name in pair)) for pair in ratios.values()]
+        lines.append([_name(row), row["direction"], *(_cell(row, name) for name in HALF), *values])
+    return markdown(["case", "direction", *(HALF_PEERS[name].title for name in HALF), *ratios], lines, 2)
+
+
 # Small calls
 
 
@@ -490,6 +524,7 @@ REPORTS = {
         for other in OTHERS
     },
     "offsets": Report("Offsets of three kinds", offsets, write_offsets),
+    "half": Report("Half precision, milliseconds", half, write_half),
     "small": Report("Small calls, all five tensors", small, write_small),
     "scaling": Report("Scaling", scaling, write_scaling),
     "memory": Report("Memory", memory, write_memory),

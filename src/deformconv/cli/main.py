@@ -331,6 +331,7 @@ def bench(**options: Any) -> int:
       aggregate what DCNv3 and DCNv4 add up, beside torchvision's
                 deformable convolution and PyTorch's grid_sample
       offsets   with offsets of three kinds
+      half      in bfloat16 and float16, beside float32
       small     what a call costs when there is little to compute
       scaling   time against work, and with 1 and 2 threads
       memory    the peak of forward and backward

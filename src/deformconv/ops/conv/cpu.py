@@ -370,8 +370,8 @@ class _Given(NamedTuple):
 def _is_factor(spec: ConvSpec, last: bool) -> bool:
     """Whether the weight's gradient can be multiplied from the output's gradient as the caller has it.
 
-    An output's positions are a row of it then, whose numbers follow each other. In a copy with its channels last they are as far
-    apart as there are outputs, and where that is a power of two they share a few sets of the cache.
+    An output's positions are a row of it then, whose numbers follow each other. In a copy with its channels last they are as
+    far apart as there are outputs, and where that is a power of two they share a few sets of the cache.
     """
     return not last and spec.dtype not in HALF and spec.out_channels // spec.groups % _kernels().FEW_ROWS == 0
 

@@ -670,7 +670,8 @@ def add_weight(task, block, replica, tile, tap, begun):
             )  # fmt: skip
         return
     numbers, order = numbers_in(column.array), task.samples.order
-    start, depth = tile.n * order.factor_image + tile.first // numbers * order.factor_position, (tile.count + numbers - 1) // numbers
+    start = tile.n * order.factor_image + tile.first // numbers * order.factor_position
+    depth = (tile.count + numbers - 1) // numbers
     group_channels, group_outputs = shape.group_channels, shape.group_outputs
     for group in range(block.start // group_channels, (block.end - 1) // group_channels + 1):
         c = max(block.start, group * group_channels)
