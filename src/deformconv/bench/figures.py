@@ -10,8 +10,8 @@ from deformconv.bench.cases import Case, case_of
 from deformconv.bench.peers import PEERS
 
 __all__ = [
-    "GOALS", "INFERENCE", "OURS", "Goal", "Mean", "digits", "goals", "layer", "markdown", "milliseconds", "notes", "ratio",
-    "speed_table", "summary", "time",
+    "GOALS", "INFERENCE", "OURS", "Goal", "Mean", "digits", "goals", "layer", "markdown", "mean_of", "milliseconds", "notes",
+    "ratio", "speed_table", "summary", "time",
 ]  # fmt: skip
 
 Row = Mapping[str, Any]
@@ -64,17 +64,19 @@ class Mean(NamedTuple):
 
 def goals(rows: Iterable[Row]) -> list[Mean]:
     """The mean of each goal that has a case."""
-    found, rows = [], list(rows)
-    for goal in GOALS:
-        ratios = []
-        for row in rows:
-            case = case_of(row["layer"])
-            value = ratio(row, goal.over, goal.under)
-            if row["direction"] == goal.direction and goal.counts(case) and value is not None:
-                ratios.append((value, case.name))
-        if ratios:
-            found.append(Mean(goal, geometric_mean(v for v, _ in ratios), min(ratios), max(ratios), len(ratios)))
-    return found
+    rows = list(rows)
+    return [found for goal in GOALS if (found := mean_of(goal, rows)) is not None]
+
+
+def mean_of(goal: Goal, rows: Iterable[Row]) -> Mean | None:
+    """A goal's mean; None if it has no case."""
+    ratios = []
+    for row in rows:
+        case = case_of(row["layer"])
+        value = ratio(row, goal.over, goal.under)
+        if row["direction"] == goal.direction and goal.counts(case) and value is not None:
+            ratios.append((value, case.name))
+    return Mean(goal, geometric_mean(v for v, _ in ratios), min(ratios), max(ratios), len(ratios)) if ratios else None
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deformconv.bench import chart, document, figures
+from deformconv.bench import aims, chart, document, figures
 from deformconv.bench.cases import case_of
 from deformconv.bench.peers import DIRECTIONS, PEERS
 from deformconv.bench.reports import REPORTS, net_means
@@ -20,6 +20,8 @@ __all__ = ["RESULTS", "everything", "replaced", "section"]
 
 RESULTS, TABLES, CHART = "benchmarks/results.json", "benchmarks/README.md", "benchmarks/speed.png"
 BEGIN, END = "<!-- benchmark:begin -->\n", "<!-- benchmark:end -->\n"
+
+AIMS_BESIDES = "Sixteen threads were to be 12 times as fast as one: [what was measured](../docs/performance.md#many-cores)."
 
 Document = Mapping[str, Any]
 
@@ -160,6 +162,7 @@ def everything(found: Document) -> str:
     for direction in DIRECTIONS:
         parts += [f"## Speed, {direction}, in milliseconds", figures.speed_table(rows, direction)]
     parts += ["\n".join(f"- {_escaped(note)}" for note in figures.notes(rows)), "## Geometric means", figures.summary(rows)]
+    parts += ["## What is aimed at", aims.table(found), AIMS_BESIDES]
     parts += ["## Spread: quartiles of the blocks' medians, over the median", _spreads(rows)]
     for name, report in REPORTS.items():
         if name in found:
