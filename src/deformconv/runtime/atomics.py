@@ -7,9 +7,9 @@ from numba import types
 
 from deformconv.runtime.cache import device
 from deformconv.runtime.simd import INT, element, emits, emits_result
-from deformconv.runtime.threads import BEGUN, ENDED, YIELD
+from deformconv.runtime.threads import BEGUN, ENDED, STOP, YIELD
 
-__all__ = ["all_together", "fetch_add", "wait_for"]
+__all__ = ["all_together", "fetch_add", "wait_for", "wait_for_turn"]
 
 _LOOKS = 4096  # at a counter, some microseconds, before who waits for it lends its processor to others
 
@@ -26,7 +26,17 @@ def wait_for(builder, _, counters, which, number):
 
     It does not sleep. But after some microseconds it offers its processor, after each look, to threads that have none.
     """
-    place, lend = element(builder, counters, which), builder.load(element(builder, counters, INT(YIELD)))
+    _wait(builder, counters, element(builder, counters, which), number, None)
+
+
+@emits
+def wait_for_turn(builder, _, counters, turns, which, number):
+    """As `wait_for`, of another array's number; it also ends once the call has failed, when nobody may bring it there."""
+    _wait(builder, counters, element(builder, turns, which), number, element(builder, counters, INT(STOP)))
+
+
+def _wait(builder, counters, place, number, stop):
+    lend = builder.load(element(builder, counters, INT(YIELD)))
     begin = builder.block
     blocks = [builder.append_basic_block(f"wait.{name}") for name in ("look", "again", "long", "lend", "done")]
     look, again, long, lending, done = blocks
@@ -36,8 +46,12 @@ def wait_for(builder, _, counters, which, number):
     looks.add_incoming(INT(0), begin)
     builder.cbranch(builder.icmp_signed("<", builder.load_atomic(place, "acquire", 8), number), again, done)
     builder.position_at_end(again)
+    if stop is not None:
+        unstopped = builder.append_basic_block("wait.unstopped")
+        builder.cbranch(builder.icmp_signed("==", builder.load_atomic(stop, "acquire", 8), INT(0)), unstopped, done)
+        builder.position_at_end(unstopped)
     more = builder.add(looks, INT(1))
-    looks.add_incoming(more, again)
+    looks.add_incoming(more, builder.block)
     builder.cbranch(builder.icmp_signed("<", more, INT(_LOOKS)), look, long)
     builder.position_at_end(long)
     looks.add_incoming(more, long)

@@ -13,7 +13,7 @@ from deformconv.runtime.cache import device
 from deformconv.runtime.simd import INT, VECTOR_BYTES, Rows, emits, for_channels, for_each, read, transpose_block, write
 
 __all__ = [
-    "RUN", "SUMS", "Images", "Layout", "add_sets", "block_end", "block_of", "copy_in", "copy_out", "copy_rows",
+    "RUN", "SUMS", "Images", "Layout", "add_rows", "block_end", "block_of", "copy_in", "copy_out", "copy_rows",
     "copy_run_out", "sum_slots", "transpose", "zero",
 ]  # fmt: skip
 
@@ -141,8 +141,8 @@ def copy_in(item, array, last, channels, images, rows, layout, empty):
 
 
 @device
-def copy_out(item, rows, layout, sets, array, last, channels, images, empty):
-    """Copy a run of an image's positions out of blocks: the sum of `sets` sets of blocks, which follow each other in `rows`."""
+def copy_out(item, rows, layout, array, last, channels, images, empty):
+    """Copy a run of an image's positions out of blocks."""
     width, positions = layout.width, layout.pixels
     runs = (positions + RUN - 1) // RUN
     n, first = item // runs, item % runs * RUN
@@ -151,7 +151,6 @@ def copy_out(item, rows, layout, sets, array, last, channels, images, empty):
     while start < channels:
         end = block_end(start, channels, layout.span, width)
         source = ((block * images + n) * layout.pitch + first) * width
-        add_sets(rows, source, count * width, sets, rows.size // sets)
         result = Images(array, last, channels, positions)
         copy_run_out(Rows(rows, source, width), count, end - start, result, n, start, first, empty)
         start, block = end, block + 1
@@ -169,13 +168,11 @@ def copy_run_out(rows, count, width, images, n, channel, first, empty):
 
 
 @device
-def add_sets(rows, start, size, sets, distance):
-    """Add the other sets' numbers to those of the first set; they lie `distance` apart."""
-    total = rows[start : start + size]
-    for number in range(1, sets):
-        more = rows[start + number * distance : start + number * distance + size]
-        for index in range(total.size):
-            total[index] += more[index]
+def add_rows(rows, into, source, size):
+    """Add `size` numbers from `source` on to those from `into` on."""
+    total, more = rows[into : into + size], rows[source : source + size]
+    for index in range(total.size):
+        total[index] += more[index]
 
 
 @device

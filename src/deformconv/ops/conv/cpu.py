@@ -403,7 +403,7 @@ def _backward_part(
     slots = {name: own[name][: cut.slots * ours[name].size] if cut.slots > 1 else ours[name] for name in ("offset", "mask")}
     if cut.slots > 1:  # an offset group may have fewer blocks than another
         slots["offset"][...] = slots["mask"][...] = 0
-    d_input, d_x = ours["input"] if cut.whole else nothing, own["d_x"][: cut.gradient_size]
+    own["turns"][...] = 0
     grad_output = given.grad_output[first * spec.positions * spec.out_channels :]
     arguments = kernels.BackwardArrays(
         grad_output=grad_output,
@@ -415,8 +415,9 @@ def _backward_part(
         mask=given.mask[first * order[4] :],
         weight=given.weight,
         packed=own["packed"],
-        d_x=d_x,
-        d_input=d_input,
+        d_x=own["d_x"][: cut.gradient_size],
+        turns=own["turns"],
+        d_input=ours["input"],
         d_offset=slots["offset"],
         d_mask=slots["mask"],
         d_weight=own["replicas"],
@@ -428,17 +429,14 @@ def _backward_part(
     run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, (spec.dtype, spec.rank, cut.pairs))
     last = end == spec.batch
     collected = kernels.CollectArrays(
-        d_x=none if d_input.size else d_x,
-        d_input=nothing if d_input.size else ours["input"],
         replicas=own["replicas"] if last else none,
         d_weight=flat["weight"] if last else nothing,
         offset_slots=slots["offset"] if cut.slots > 1 else none,
         d_offset=ours["offset"] if cut.slots > 1 else none,
         mask_slots=slots["mask"] if cut.slots > 1 else none,
         d_mask=ours["mask"] if cut.slots > 1 else none,
-        empty=none,
     )
-    _collect(spec, end - first, cut, collected, order[6], team)
+    _collect(spec, cut, collected, team)
 
 
 def _images(result: np.ndarray, spec: ConvSpec, first: int, end: int) -> np.ndarray:
@@ -488,26 +486,25 @@ def _backward_sizes(
         "d_output": cut.output_size,
         "d_output_pairs": cut.output_pairs_size,
         "d_x": max(part.gradient_size for *_, part in parts) if flat["input"].size else 0,
+        "turns": cut.turns if flat["input"].size else 0,
         "replicas": cut.replicas * cut.replica_size if flat["weight"].size else 0,
         # Where a gradient that blocks of channels share is summed, if there are several.
         "offset": cut.slots * _images(flat["offset"], spec, first, end).size if cut.slots > 1 else 0,
         "mask": cut.slots * _images(flat["mask"], spec, first, end).size if cut.slots > 1 else 0,
     }
-    others = {"packed": "uint32", "d_output": "uint16", "d_output_pairs": "uint32"} if cut.pairs else {}
-    return {name: (size, others.get(name, _inner(spec.dtype))) for name, size in sizes.items()}
+    dtypes = dict.fromkeys(sizes, _inner(spec.dtype)) | {"turns": "int64"}
+    if cut.pairs:
+        dtypes |= {"packed": "uint32", "d_output": "uint16", "d_output_pairs": "uint32"}
+    return {name: (size, dtypes[name]) for name, size in sizes.items()}
 
 
-def _collect(spec: ConvSpec, images: int, cut: Any, given: Any, last: int, team: Any) -> None:
-    """Bring what a backward pass has left in its own arrays into the flat results.
-
-    `last` says whether the channels of the input's gradient come last in memory.
-    """
-    sizes = given.d_input.size, given.d_weight.size, given.d_offset.size, given.d_mask.size
-    items = _plans().collect_items(spec, images, *sizes)
+def _collect(spec: ConvSpec, cut: Any, given: Any, team: Any) -> None:
+    """Bring what a backward pass has left in its own arrays into the flat results."""
+    items = _plans().collect_items(spec, given.d_weight.size, given.d_offset.size, given.d_mask.size)
     if not items:
         return
-    moved = given.d_x.size + given.replicas.size + given.offset_slots.size + given.mask_slots.size
-    arguments = cut.arguments[2:], last, tuple(given)
+    moved = given.replicas.size + given.offset_slots.size + given.mask_slots.size
+    arguments = (cut.arguments[2], cut.arguments[4]), tuple(given)
     shared = share(items, team.threads, moved * COPY, _inner(spec.dtype))
     run(_kernels().collect, arguments, shared, team, (spec.dtype, spec.rank))
 

@@ -18,17 +18,16 @@ from deformconv.ops.conv.cpu_pack import (
     unpack_weight,
     write_output,
 )
-from deformconv.runtime.atomics import all_together, fetch_add
+from deformconv.runtime.atomics import all_together, fetch_add, wait_for_turn
 from deformconv.runtime.blocks import (
     RUN,
     SUMS,
     Images,
     Layout,
-    add_sets,
+    add_rows,
     block_end,
     block_of,
     copy_in,
-    copy_out,
     copy_run_out,
     sum_slots,
     zero,
@@ -317,7 +316,7 @@ class BackwardCut(NamedTuple):
     blocks: Any
     taps_at_once: Any
     tile: Any
-    parts: Any  # of an image
+    parts: Any  # of an image, each with a gradient of the input that is added to those before
     part_size: Any  # positions
     replicas: Any
     whole: Any  # whether an item does all parts of its images
@@ -353,11 +352,11 @@ class BackwardArrays(NamedTuple):
 
     As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more;
     d_output_factor, what the weight's gradient is multiplied from: one of both, or, where products are of pairs of bfloat16,
-    room for it as words of two positions, with its channels last; d_x
-    (parts, as x), or where items do whole images, room of each thread (bunch, parts, an item of x), from which it goes into
-    d_input (N, C, P); d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for
-    each item that shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,).
-    Beside half precision grad_output, d_input and d_bias hold it, too.
+    room for it as words of two positions, with its channels last; d_x, room for the input's gradient (`gradient_of`), from
+    which it goes into d_input (N, C, P), and turns (blocks, N), how many parts of an image's gradient have been added up, zeros
+    at first; d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for each item
+    that shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,). Beside half
+    precision grad_output, d_input and d_bias hold it, too.
     """
 
     grad_output: Any
@@ -370,6 +369,7 @@ class BackwardArrays(NamedTuple):
     weight: Any
     packed: Any
     d_x: Any
+    turns: Any
     d_input: Any
     d_offset: Any
     d_mask: Any
@@ -387,6 +387,7 @@ class Task(NamedTuple):
     thread: Any
     column: Any  # a tap's samples of a block at a tile's positions, or at pairs of them
     d_column: Any  # and their gradients
+    covered: Any  # which runs of pixels the thread's gradients of the input hold, two numbers for each image of a bunch
     for_samples: Any  # whether a gradient through the samples is wanted
     for_places: Any  # that of offset or mask
 
@@ -403,7 +404,7 @@ class Place(NamedTuple):
     """Where an item is: a part of an image, and the replica of d_weight that its sums go to."""
 
     n: Any
-    room: Any  # of those that a thread has for the input's gradient, if items do whole images
+    room: Any  # the image's of those that a thread has for the input's gradient
     part: Any
     replica: Any
     begun: Any  # whether the replica holds sums of another image
@@ -421,6 +422,7 @@ def backward(counter, limit, thread, plan, order, arrays, reals, integers):
     shape, layout, cut = named(Shape, plan[2]), named(Layout, plan[3]), named(BackwardCut, plan[4])
     order, arrays = BackwardOrder(*order), BackwardArrays(*arrays)
     table = table_in(plan[0], cut.tile, integers[thread], reals[thread])
+    covered = integers[thread, table.rows.size :]
     column = reals[thread, round_up(table.weights.size, VECTOR_BYTES // reals.itemsize) :]
     d_column = Rows(column[cut.tile * cut.column_row :], 0, cut.column_row)
     column = column[: cut.tile * cut.column_row].view(arrays.d_output_factor.dtype)
@@ -428,7 +430,7 @@ def backward(counter, limit, thread, plan, order, arrays, reals, integers):
     samples = Samples(plan[0], plan[1], shape, order, layout, arrays.x, arrays.offset, arrays.mask, table)
     for_places = arrays.d_offset.size > 0 or arrays.d_mask.size > 0
     for_samples = for_places or arrays.d_x.size > 0
-    task = Task(samples, cut, arrays, thread, Rows(column, 0, cut.column_row), d_column, for_samples, for_places)
+    task = Task(samples, cut, arrays, thread, Rows(column, 0, cut.column_row), d_column, covered, for_samples, for_places)
     copies = backward_copies(shape, order, layout, cut, arrays)[3]
     all_together(counter, copies, copy_for_backward, (shape, order, layout, cut, arrays))
     classes = cut.replicas // cut.parts if cut.whole else cut.replicas
@@ -502,7 +504,7 @@ def position_rows(shape, numbers):
 @device
 def one_block(counter, task, number, item):
     """Do a block's work in some images: every `replicas / parts`-th of the batch, in all parts or in one."""
-    shape, layout, cut, arrays = task.samples.shape, task.samples.layout, task.cut, task.arrays
+    shape, layout, cut = task.samples.shape, task.samples.layout, task.cut
     blocks_a_span = (layout.span + cut.block - 1) // cut.block
     start = number // blocks_a_span * layout.span + number % blocks_a_span * cut.block
     block = Block(number, start, block_end(start, shape.channels, layout.span, cut.block))
@@ -512,58 +514,127 @@ def one_block(counter, task, number, item):
     images = shape.images
     for n in range((first - before) % step, images, step * cut.bunch):
         last = min(n + step * cut.bunch, images)
-        for image in range(n, last, step):
-            for part in range(first_part, first_part + parts):
-                clear_gradient(task, block, Place(image, (image - n) // step, part, 0, False))
-        # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
-        for first_tap in range(0, shape.taps, cut.taps_at_once):
-            last_tap = min(first_tap + cut.taps_at_once, shape.taps)
+        for part in range(first_part, first_part + parts):
             for image in range(n, last, step):
-                for part in range(first_part, first_part + parts):
+                begin_gradient(task, block, Place(image, (image - n) // step, part, 0, False))
+            # Some taps, so that their weights and sums stay in the cache; then all tiles, and for each of them those taps.
+            for first_tap in range(0, shape.taps, cut.taps_at_once):
+                last_tap = min(first_tap + cut.taps_at_once, shape.taps)
+                for image in range(n, last, step):
                     place = Place(image, (image - n) // step, part, first * cut.parts + part, before + image >= step)
                     one_part(counter, task, block, place, first_tap, last_tap)
-        if counter[STOP]:
-            return
-        if arrays.d_input.size > 0:
             for image in range(n, last, step):
-                write_gradient(task, block, image, (image - n) // step)
+                if counter[STOP]:
+                    return
+                end_gradient(counter, task, block, Place(image, (image - n) // step, part, 0, False))
 
 
 @device
 def gradient_of(task, block, place):
-    """Where a part's gradient of the input begins in d_x for an item's channels, and how far apart its blocks are."""
+    """Where a part's gradient of the input begins in d_x for an item's channels, and how far apart its blocks are.
+
+    That of the first part is what the others are added to. If an item does all of an image's parts, each thread has room for
+    it and for one more part, of each image of a bunch; else it lies as x does, before the threads' rooms for the other parts.
+    """
     shape, layout, cut = task.samples.shape, task.samples.layout, task.cut
     size = layout.pitch * layout.width
+    room = (cut.block + layout.width - 1) // layout.width * size
     if cut.whole:
-        image = task.thread * cut.bunch + place.room
-        return (image * cut.parts + place.part) * ((cut.block + layout.width - 1) // layout.width) * size, size
-    first_block = place.part * layout.blocks + block_of(layout, block.start)[0]
-    return (first_block * shape.images + place.n) * size, shape.images * size
+        rooms = task.thread * min(cut.parts, 2) + min(place.part, 1)
+        return (rooms * cut.bunch + place.room) * room, size
+    if place.part > 0:
+        return layout.blocks * shape.images * size + (task.thread * cut.bunch + place.room) * room, size
+    return (block_of(layout, block.start)[0] * shape.images + place.n) * size, shape.images * size
 
 
 @device
-def clear_gradient(task, block, place):
-    """Make zeros of a part's gradient of the input in an item's channels, if it is wanted."""
+def zero_runs(task, block, place, first, last):
+    """Make zeros of the runs of pixels from `first` to `last` of a part's gradient of the input."""
     layout = task.samples.layout
     start, step = gradient_of(task, block, place)
-    for _ in range(block.start, block.end if task.arrays.d_x.size > 0 else block.start, layout.width):
-        zero(task.arrays.d_x, start, start + layout.pitch * layout.width)
+    for _ in range(block.start, block.end if first < last else block.start, layout.width):
+        zero(task.arrays.d_x, start + first * RUN * layout.width, start + min(last * RUN, layout.pixels) * layout.width)
         start += step
 
 
 @device
-def write_gradient(task, block, n, room):
-    """Bring an image's gradient of the input from the thread's room into the result: the sum of its parts."""
-    shape, layout, cut, arrays = task.samples.shape, task.samples.layout, task.cut, task.arrays
-    start, step = gradient_of(task, block, Place(n, room, 0, 0, False))
-    distance = gradient_of(task, block, Place(n, room, 1, 0, False))[0] - start
+def begin_gradient(task, block, place):
+    """Begin a part's gradient of the input, if it is wanted: it covers no pixel but the one that stands for all outside."""
+    layout = task.samples.layout
+    start, step = gradient_of(task, block, place)
+    task.covered[2 * place.room] = task.covered[2 * place.room + 1] = 0
+    for _ in range(block.start, block.end if task.arrays.d_x.size > 0 else block.start, layout.width):
+        zero(task.arrays.d_x, start + layout.pixels * layout.width, start + layout.pitch * layout.width)
+        start += step
+
+
+@device
+def cover(task, block, place, count):
+    """Make zeros of what a table's samples are the first to be added to in a part's gradient of the input."""
+    layout, table = task.samples.layout, task.samples.table
+    low, high = rows_between(task.samples.size, table, count, layout.pixels)
+    first, last = low // RUN, high // RUN + 1
+    begin, end = task.covered[2 * place.room], task.covered[2 * place.room + 1]
+    if low > high or (begin <= first and last <= end):
+        return
+    if begin == end:
+        begin, end = first, first
+    zero_runs(task, block, place, first, begin)
+    zero_runs(task, block, place, end, last)
+    task.covered[2 * place.room], task.covered[2 * place.room + 1] = min(first, begin), max(last, end)
+
+
+@device
+def rows_between(size, table, count, pixels):
+    """The first and the last pixel that a table's samples read; the first is the greater one if they read none."""
+    low, high = table.rows.dtype.type(pixels), table.rows.dtype.type(-1)
+    for corner in range(1 << len(size)):
+        rows = table.rows[corner * table.tile : corner * table.tile + count]
+        for t in range(rows.size):
+            low = min(low, rows[t])
+            high = max(high, rows[t] if rows[t] < pixels else high)
+    return low, high
+
+
+@device
+def end_gradient(counter, task, block, place):
+    """Add a part's gradient of the input to those of the parts before, in their order, and write the sum after the last."""
+    layout, cut, arrays = task.samples.layout, task.cut, task.arrays
+    if arrays.d_x.size == 0:
+        return
+    turn = block.number * task.samples.shape.images + place.n
+    first, last = task.covered[2 * place.room], task.covered[2 * place.room + 1]
+    if place.part == 0:
+        zero_runs(task, block, place, 0, first)
+        zero_runs(task, block, place, last, (layout.pixels + RUN - 1) // RUN)
+    else:
+        if not cut.whole:
+            wait_for_turn(counter, arrays.turns, turn, place.part)
+            if counter[STOP]:
+                return
+        source, source_step = gradient_of(task, block, place)
+        into, into_step = gradient_of(task, block, Place(place.n, place.room, 0, 0, False))
+        start, end = first * RUN * layout.width, min(last * RUN, layout.pixels) * layout.width
+        for _ in range(block.start, block.end, layout.width):
+            add_rows(arrays.d_x, into + start, source + start, end - start)
+            source, into = source + source_step, into + into_step
+    if place.part == cut.parts - 1:
+        write_gradient(task, block, place)
+    if not cut.whole:
+        fetch_add(arrays.turns, turn)
+
+
+@device
+def write_gradient(task, block, place):
+    """Bring an image's gradient of the input into the result."""
+    shape, layout, arrays = task.samples.shape, task.samples.layout, task.arrays
+    start, step = gradient_of(task, block, Place(place.n, place.room, 0, 0, False))
     images = Images(arrays.d_input, task.samples.order.gradient_last, shape.channels, layout.pixels)
     for c in range(block.start, block.end, layout.width):
         width = block_end(c, block.end, layout.span, layout.width) - c
         for first in range(0, layout.pixels, RUN):
-            count, source = min(RUN, layout.pixels - first), start + first * layout.width
-            add_sets(arrays.d_x, source, count * layout.width, cut.parts, distance)
-            copy_run_out(Rows(arrays.d_x, source, layout.width), count, width, images, n, c, first, arrays.empty)
+            rows = Rows(arrays.d_x, start + first * layout.width, layout.width)
+            copy_run_out(rows, min(RUN, layout.pixels - first), width, images, place.n, c, first, arrays.empty)
         start += step
 
 
@@ -608,6 +679,8 @@ def sample_group(task, block, place, tile, tap, group, channel, width):
     column, d_column = Rows(task.column.array, at, task.column.row), Rows(task.d_column.array, at, task.d_column.row)
     pixels = pixels_of(samples, tile.n, channel)
     if task.for_samples:
+        if arrays.d_x.size > 0:
+            cover(task, block, place, tile.count)
         start, step = gradient_of(task, block, place)
         start += (block_of(layout, channel)[0] - block_of(layout, block.start)[0]) * step + block_of(layout, channel)[1]
         d_x = Rows(arrays.d_x, start, layout.width)
@@ -689,31 +762,26 @@ def add_weight(task, block, replica, tile, tap, begun):
 class CollectArrays(NamedTuple):
     """What `backward` has left, and the caller's arrays for it, all flat and empty where there is nothing to do.
 
-    `d_input` and `d_weight` may hold half precision.
+    `d_weight` may hold half precision.
     """
 
-    d_x: Any
-    d_input: Any
     replicas: Any
     d_weight: Any
     offset_slots: Any
     d_offset: Any
     mask_slots: Any
     d_mask: Any
-    empty: Any
 
 
 @kernel
-def collect(counter, limit, thread, numbers, input_last, arrays):
+def collect(counter, limit, thread, numbers, arrays):
     """Bring what `backward` has left into the caller's arrays.
 
-    An item is an output channel of d_weight, a run of d_input's positions, or a run of d_offset's or d_mask's sums. `numbers`
-    are (Shape, Layout, BackwardCut), as int64 arrays, and `arrays` CollectArrays as a tuple.
+    An item is an output channel of d_weight, or a run of d_offset's or d_mask's sums. `numbers` are (Shape, BackwardCut), as
+    int64 arrays, and `arrays` CollectArrays as a tuple.
     """
-    shape, layout, cut = named(Shape, numbers[0]), named(Layout, numbers[1]), named(BackwardCut, numbers[2])
-    a = CollectArrays(*arrays)
-    inputs = shape.outputs if a.d_weight.size else 0
-    offsets = inputs + (shape.images * ((layout.pixels + RUN - 1) // RUN) if a.d_input.size else 0)
+    shape, cut, a = named(Shape, numbers[0]), named(BackwardCut, numbers[1]), CollectArrays(*arrays)
+    offsets = shape.outputs if a.d_weight.size else 0
     masks = offsets + (a.d_offset.size + SUMS - 1) // SUMS
     end = masks + (a.d_mask.size + SUMS - 1) // SUMS
     for _ in range(limit):
@@ -724,8 +792,6 @@ def collect(counter, limit, thread, numbers, input_last, arrays):
             sum_slots(item - masks, a.mask_slots, a.d_mask)
         elif item >= offsets:
             sum_slots(item - offsets, a.offset_slots, a.d_offset)
-        elif item >= inputs:
-            copy_out(item - inputs, a.d_x, layout, cut.parts, a.d_input, input_last, shape.channels, shape.images, a.empty)
         else:
             unpack_weight(
                 item, a.replicas, cut.replicas, cut.sums // cut.row, cut.row, shape.groups, shape.group_outputs,

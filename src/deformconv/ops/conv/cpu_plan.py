@@ -6,7 +6,8 @@ The words of plan and kernels:
     chunk     channels, of one weight group or of several whole ones, that are sampled and multiplied at once
     block     channels that lie side by side in the copy of the input (`runtime.blocks`); `span`: those cut into blocks together
     strand    a run of tiles of the forward pass: threads take a tile of each strand in turn, so one gets mostly neighbours
-    part      a run of an image's tiles that has a gradient of the input of its own in the backward pass
+    part      a run of an image's tiles that has a gradient of the input of its own in the backward pass; it holds what the
+              part's samples read, and is added to those of the parts before
     replica   an independent copy of d_weight, so that threads never add to the same one
     slot      the gradients of offset and mask from one of the blocks that share an offset group
     panel     the weight's columns of a few vectors, side by side for all rows of the product; `lane`: a number of a vector
@@ -46,11 +47,12 @@ _TILE, _SMALL_TILE = 208, 64  # positions
 _TILES = 4  # tiles for a thread
 _TILE_BYTES = 1 << 20  # a tile's buffers stay in the second-level cache, and within what a thread may take
 _TAPS_BYTES = 1 << 19  # so do the weights and sums of the taps that the backward pass takes at once
-_ITEMS = 4  # work for this many threads in the backward pass, if it takes replicas to make it
-_MOST_ITEMS = 32  # work for as many, where it costs no more than _REPLICA_BYTES
+_ITEMS = 16  # work for this many threads in the backward pass, if it takes parts of images and their replicas to make it
+_PART = 768  # positions that are worth a part: it clears and adds the rows around its own as well
+_PART_BYTES = 5 << 20  # of the replicas that an image's parts take
+_MOST_ITEMS = 32  # work for as many, where a batch has images enough and it costs no more than _REPLICA_BYTES
 _REPLICA_BYTES = 8 << 20
-_MOST_PARTS = 2  # of an image: each is another gradient of the input to clear and to add
-_BUNCH = 1024  # positions, of several images if need be, that are worth a part, a replica or a look at the weight
+_BUNCH = 1024  # positions, of several images if need be, that are worth a replica or a look at the weight
 _BATCH_BYTES = 24 << 20  # of copies of input and output's gradient, in which a backward pass goes through a batch
 
 
@@ -74,8 +76,8 @@ class Backward(NamedTuple):
     pairs: bool  # whether products are of pairs of bfloat16
     output_size: int  # of the copy of the output's gradient, with rows for the product's last block
     output_pairs_size: int  # words of the copy in pairs of positions, likewise; 0 if there is none
-    gradient_size: int  # numbers of the input's gradient in parts, or of the threads' rooms for an item's
-    whole: bool  # whether an item does all parts of its images
+    gradient_size: int  # numbers of the room for the input's gradient
+    turns: int  # numbers that say how far parts have been added up; 0 if an item does all parts of its images
     slots: int
     replicas: int
     replica_size: int  # numbers of a replica
@@ -150,11 +152,10 @@ def layer_plan(spec: ConvSpec, channels: int, threads: int, multiplications: int
     )
 
 
-def collect_items(spec: ConvSpec, images: int, d_input: int, d_weight: int, d_offset: int, d_mask: int) -> int:
-    """The items of `collect` for results of these sizes, of some images."""
+def collect_items(spec: ConvSpec, d_weight: int, d_offset: int, d_mask: int) -> int:
+    """The items of `collect` for results of these sizes."""
     weights = spec.out_channels if d_weight else 0
-    runs = images * ceil(spec.pixels / RUN) if d_input else 0
-    return weights + runs + ceil(d_offset / SUMS) + ceil(d_mask / SUMS)
+    return weights + ceil(d_offset / SUMS) + ceil(d_mask / SUMS)
 
 
 def _common(spec: ConvSpec, x: Layout) -> tuple[int, tuple[Any, ...]]:
@@ -310,11 +311,11 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
     tile, parts = _backward_tile(spec, blocks.blocks)
     tile = up(tile, numbers)
     # A replica has the size of the weight: many of them where that is little, few where it is much.
-    affordable = _REPLICA_BYTES // max(1, taps * group_channels * spec.out_channels * item)
-    worthwhile = min(ceil(_MOST_ITEMS / blocks.blocks), affordable, batch * spec.positions // _BUNCH)
-    replicas = max(ceil(_ITEMS / blocks.blocks), worthwhile)
+    affordable = _REPLICA_BYTES // max(1, _weight_bytes(spec))
+    worthwhile = min(ceil(_MOST_ITEMS / blocks.blocks), batch * spec.positions // _BUNCH)
+    replicas = min(max(ceil(_ITEMS / blocks.blocks), worthwhile), affordable)
     classes = max(1, min(batch, replicas // parts))  # of images
-    whole = blocks.blocks * min(classes, spec.batch) >= 2 * threads
+    whole = parts == 1 or blocks.blocks * min(classes, spec.batch) >= 2 * threads
     bunch = min(ceil(_BUNCH / max(1, spec.positions)), ceil(batch / classes))
     rows, row = (1, 1) if depthwise else (up(group_outputs, FEW_ROWS), up(group_channels, vector))
     cut = BackwardCut(
@@ -335,9 +336,9 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
         batch=batch,
     )
     integers, reals = table_sizes(spec.rank, tile)
-    scratch = integers, up(reals, vector) + 2 * tile * cut.column_row
+    scratch = integers + 2 * bunch, up(reals, vector) + 2 * tile * cut.column_row
     shared = share(blocks.blocks * classes * (1 if whole else parts), threads, 2 * multiplications, spec.dtype, scratch)
-    room_of_a_thread = bunch * parts * ceil(blocks.width / x.width) * x.pitch * x.width
+    rooms = shared.threads * bunch * (2 if whole and parts > 1 else 1)  # each for an item of an image
     return Backward(
         arguments=(*common, _numbers(cut)),
         x_size=x_size,
@@ -345,8 +346,8 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
         pairs=pairs,
         output_size=(spec.batch * spec.positions + FEW_ROWS) * spec.out_channels,
         output_pairs_size=(spec.batch * ceil(spec.positions / 2) + FEW_ROWS) * spec.out_channels if pairs else 0,
-        gradient_size=shared.threads * room_of_a_thread if whole else parts * x_size,
-        whole=whole,
+        gradient_size=rooms * ceil(blocks.width / x.width) * x.pitch * x.width + (0 if whole else x_size),
+        turns=0 if whole else blocks.blocks * spec.batch,
         slots=slots,
         replicas=classes * parts,
         replica_size=taps * spec.groups * cut.sums,
@@ -356,11 +357,16 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
 
 def _backward_tile(spec: ConvSpec, blocks: int) -> tuple[int, int]:
     """Positions of a tile, and the parts of an image: by an image's shape alone, since sums depend on them."""
-    tile = _even(spec.positions, _TILE)
-    most = _MOST_PARTS if blocks == 1 or spec.positions > _BUNCH else 1
-    parts = max(1, min(ceil(_ITEMS / max(1, blocks)), most, spec.positions // (4 * FEW_ROWS)))
-    tile = min(tile, up(ceil(spec.positions / parts), FEW_ROWS))
+    affordable = max(1 if blocks > 1 else 2, _PART_BYTES // max(1, _weight_bytes(spec)))
+    # Two already where each is half as large as is worth it.
+    most = max(spec.positions // _PART, 2 if spec.positions >= _PART else 1)
+    parts = max(1, min(ceil(_ITEMS / max(1, blocks)), affordable, most))
+    tile = min(_even(spec.positions, _TILE), up(ceil(spec.positions / parts), FEW_ROWS))
     return tile, max(1, ceil(spec.positions / max(tile, up(ceil(spec.positions / parts), tile))))
+
+
+def _weight_bytes(spec: ConvSpec) -> int:
+    return spec.taps * (spec.in_channels // spec.groups) * spec.out_channels * np.dtype(spec.dtype).itemsize
 
 
 def _groups(spec: ConvSpec) -> tuple[int, int, int, int, bool]:

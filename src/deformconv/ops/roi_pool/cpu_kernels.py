@@ -553,4 +553,4 @@ def collect(counter, limit, thread, numbers, arrays):
         elif item >= offsets:
             sum_slots(item - offsets, a.offset_slots, a.d_offset)
         else:
-            copy_out(item, a.d_x, layout, 1, a.d_input, False, channels, shape.images, a.empty)
+            copy_out(item, a.d_x, layout, a.d_input, False, channels, shape.images, a.empty)
