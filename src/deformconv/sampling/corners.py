@@ -11,9 +11,11 @@ carries the rank into every function by its type.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
 from numba.cpython.unsafe.tuple import tuple_setitem
 
@@ -25,6 +27,7 @@ from deformconv.runtime.simd import (
     call_vector,
     element,
     emits,
+    emits_result,
     for_channels,
     for_chunks,
     for_each,
@@ -36,13 +39,14 @@ from deformconv.runtime.simd import (
 
 __all__ = [
     "INT32_REACH", "Samples", "Table", "add_samples", "blend", "blend_samples", "differentiate", "place_at", "place_samples",
-    "pull_back", "pull_back_samples", "slope", "table_in", "table_sizes",
+    "pull_back", "pull_back_samples", "rows_between", "slope", "table_in", "table_sizes",
 ]  # fmt: skip
 
 # `sampling.rule.REACH` for positions that are int32. An axis with its padding and window has less than 2**29 pixels (the
 # backend sees to that), so an offset of this size leads outside from everywhere, and no sum of an origin, a tap and a floor
 # overflows.
 INT32_REACH = 2.0**30
+_ROW = ir.IntType(32)  # the number of a pixel in an image
 
 
 class Table(NamedTuple):
@@ -102,6 +106,40 @@ def place_samples(builder, scalar, size, shifts, inside, count, offset, table):
             do.store(weight, table.weights, index)
 
     for_positions(builder, scalar, count, step)
+
+
+@emits_result(types.int64)
+def _rows_between(builder, scalar, size, table, count, pixels):
+    """The first row that samples read times 2**32, plus the number of the row after the last one that is a pixel's."""
+    pixels, low, high = builder.trunc(pixels, _ROW), builder.trunc(pixels, _ROW), _ROW(-1)
+
+    def lesser(sign, a, b):
+        return builder.select(builder.icmp_signed(sign, a, b), a, b)
+
+    def step(do, t, bounds):
+        low, high = bounds
+        for corner in range(1 << len(size)):
+            row = do.load(table.rows, builder.add(builder.mul(INT(corner), table.tile), t))
+            inside = builder.icmp_signed("<", row, do.spread(pixels))
+            low, high = lesser("<", row, low), lesser(">", builder.select(inside, row, do.constant(-1)), high)
+        return [low, high]
+
+    t = INT(0)
+    for lanes in (lanes_of(scalar), 1):
+        do = Lanes(builder, _ROW, lanes)
+        t, lows, highs = for_each(builder, t, count, lanes, [do.spread(low), do.spread(high)], partial(step, do))
+        for lane in range(lanes):
+            low = lesser("<", builder.extract_element(lows, _ROW(lane)), low)
+            high = lesser(">", builder.extract_element(highs, _ROW(lane)), high)
+    after = builder.zext(builder.add(high, _ROW(1)), INT)
+    return builder.or_(builder.shl(builder.zext(low, INT), INT(32)), after)
+
+
+@device
+def rows_between(size, table, count, pixels):
+    """The first row of pixels that a table's samples read, and the one after the last; `pixels` and 0 if they read none."""
+    found = _rows_between(size, table, count, pixels)
+    return found >> 32, found & 0xFFFFFFFF
 
 
 @device

@@ -36,7 +36,7 @@ from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
 from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, numbers_in, round_up, write, write_row
 from deformconv.runtime.threads import NEXT, STOP
-from deformconv.sampling.corners import blend, blend_products, differentiate, pull_back, table_in
+from deformconv.sampling.corners import blend, blend_products, differentiate, pull_back, rows_between, table_in
 from deformconv.sampling.windows import place_tap, place_tile
 
 __all__ = [
@@ -573,27 +573,15 @@ def cover(task, block, place, count):
     """Make zeros of what a table's samples are the first to be added to in a part's gradient of the input."""
     layout, table = task.samples.layout, task.samples.table
     low, high = rows_between(task.samples.size, table, count, layout.pixels)
-    first, last = low // RUN, high // RUN + 1
+    first, last = low // RUN, (high + RUN - 1) // RUN
     begin, end = task.covered[2 * place.room], task.covered[2 * place.room + 1]
-    if low > high or (begin <= first and last <= end):
+    if low >= high or (begin <= first and last <= end):
         return
     if begin == end:
         begin, end = first, first
     zero_runs(task, block, place, first, begin)
     zero_runs(task, block, place, end, last)
     task.covered[2 * place.room], task.covered[2 * place.room + 1] = min(first, begin), max(last, end)
-
-
-@device
-def rows_between(size, table, count, pixels):
-    """The first and the last pixel that a table's samples read; the first is the greater one if they read none."""
-    low, high = table.rows.dtype.type(pixels), table.rows.dtype.type(-1)
-    for corner in range(1 << len(size)):
-        rows = table.rows[corner * table.tile : corner * table.tile + count]
-        for t in range(rows.size):
-            low = min(low, rows[t])
-            high = max(high, rows[t] if rows[t] < pixels else high)
-    return low, high
 
 
 @device
