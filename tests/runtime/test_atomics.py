@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deformconv.runtime import cache, threads
-from deformconv.runtime.atomics import all_together, fetch_add, wait_for
+from deformconv.runtime.atomics import all_together, fetch_add, wait_for, wait_for_turn
 from deformconv.runtime.threads import BEGUN, ENDED, LEFT, NEXT, STOP, YIELD
 
 compiled = numba.njit(**cache.OPTIONS)
@@ -59,6 +59,25 @@ def test_who_waits_sees_what_was_written_before_the_counter_rose() -> None:
     take(counters, ENDED, one)
     waiting.join(timeout=60)
     assert not waiting.is_alive() and seen[0] == 7
+
+
+@compiled
+def wait_for_one(counters, turns, number):
+    wait_for_turn(counters, turns, 1, number)
+
+
+@pytest.mark.parametrize("ends", ["its turn", "a failure"])
+def test_who_waits_for_a_turn_waits_no_longer_once_the_call_has_failed(ends: str) -> None:
+    counters, turns, one = threads.counters(), np.zeros(3, np.int64), np.empty(1, np.int64)
+    wait_for_one(counters, turns, 0)  # there already: returns at once, and is compiled
+    take(turns, 0, one)
+    waiting = threading.Thread(target=wait_for_one, args=(counters, turns, 1), daemon=True)
+    waiting.start()
+    waiting.join(timeout=0.1)  # long enough to be wrong in
+    assert waiting.is_alive()
+    take(*((turns, 1, one) if ends == "its turn" else (counters, STOP, one)))
+    waiting.join(timeout=60)
+    assert not waiting.is_alive()
 
 
 @cache.device

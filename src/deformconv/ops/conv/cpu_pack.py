@@ -172,8 +172,11 @@ def unpack_weight(item, sums, replicas, rows, row, groups, outputs, channels, ta
     for tap in range(taps):
         source = ((tap * groups + group) * rows + o) * row
         into = item * channels * taps + tap
-        for c in range(channels):
-            total = sums[source + c]
-            for replica in range(1, replicas):
-                total += sums[source + c + replica * (sums.size // replicas)]
-            write(d_weight, into + c * taps, total)
+        total = sums[source : source + channels]
+        for replica in range(1, replicas):
+            start = source + replica * (sums.size // replicas)
+            more = sums[start : start + channels]
+            for c in range(total.size):
+                total[c] += more[c]
+        for c in range(total.size):
+            write(d_weight, into + c * taps, total[c])

@@ -47,7 +47,8 @@ _TILE, _SMALL_TILE = 208, 64  # positions
 _TILES = 4  # tiles for a thread
 _TILE_BYTES = 1 << 20  # a tile's buffers stay in the second-level cache, and within what a thread may take
 _TAPS_BYTES = 1 << 19  # so do the weights and sums of the taps that the backward pass takes at once
-_ITEMS = 16  # work for this many threads in the backward pass, if it takes parts of images and their replicas to make it
+# Work for this many threads in the backward pass, if it takes parts of images and their replicas to make it.
+_ITEMS, _DEPTHWISE_ITEMS = 16, 4
 _PART = 768  # positions that are worth a part: it clears and adds the rows around its own as well
 _PART_BYTES = 5 << 20  # of the replicas that an image's parts take
 _MOST_ITEMS = 32  # work for as many, where a batch has images enough and it costs no more than _REPLICA_BYTES
@@ -360,7 +361,9 @@ def _backward_tile(spec: ConvSpec, blocks: int) -> tuple[int, int]:
     affordable = max(1 if blocks > 1 else 2, _PART_BYTES // max(1, _weight_bytes(spec)))
     # Two already where each is half as large as is worth it.
     most = max(spec.positions // _PART, 2 if spec.positions >= _PART else 1)
-    parts = max(1, min(ceil(_ITEMS / max(1, blocks)), affordable, most))
+    # A depthwise convolution computes little beside clearing and adding.
+    wanted = ceil((_DEPTHWISE_ITEMS if _groups(spec)[-1] else _ITEMS) / max(1, blocks))
+    parts = max(1, min(wanted, affordable, most))
     tile = min(_even(spec.positions, _TILE), up(ceil(spec.positions / parts), FEW_ROWS))
     return tile, max(1, ceil(spec.positions / max(tile, up(ceil(spec.positions / parts), tile))))
 
