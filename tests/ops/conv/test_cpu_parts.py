@@ -92,15 +92,21 @@ def test_half_precision_and_channels_last_are_added_up_in_float32(half: str, las
     assert_close(found[0].input, in_float64(whole, reference_backward).input, call.spec.dtype)
 
 
-KINDS = {"none": 0.0, "far": 1e4, "all over the image": 40.0}
+KINDS = {
+    "none": lambda uniform: 0 * uniform,
+    "far": lambda uniform: 1e4 * np.sign(uniform),
+    "all over the image": lambda uniform: 40 * uniform,
+    "down": lambda uniform: 8.5 + uniform / 4,
+    "up": lambda uniform: uniform / 4 - 8.5,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threads", [1, 16])
 def test_parts_that_read_nothing_and_parts_that_read_everything(kind: str, threads: int, small_parts: None) -> None:
-    call = make(PARTED[-2], "float32")
-    direction = np.sign(call.offset) if kind == "far" else np.random.default_rng(1).uniform(-1, 1, call.offset.shape)
-    call = call.but(offset=(KINDS[kind] * direction).astype(np.float32))
+    call = make(PARTED[-2].but(size=(26, 12)), "float32")
+    uniform = np.random.default_rng(1).uniform(-1, 1, call.offset.shape)
+    call = call.but(offset=KINDS[kind](uniform).astype(np.float32))
     deformconv.set_num_threads(threads)
     for _ in range(2):
         poison()
