@@ -143,9 +143,9 @@ def test_parts_depend_on_an_image_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "items"), [("c64-56", 8), ("c128-28", 8), ("c256-56", 8), ("resnet-c3-v2", 16), ("resnet-c4-v2", 8), ("edvr", 16)]
+    ("name", "items"), [("c64-56", 8), ("c128-28", 8), ("c256-56", 8), ("resnet-c3-v2", 8), ("resnet-c4-v2", 8), ("edvr", 8)]
 )
-def test_sixteen_threads_have_work(name: str, items: int) -> None:
+def test_eight_threads_have_work(name: str, items: int) -> None:
     assert [plan.share.items for _, _, plan in cpu._backward_plans(spec_of(named(name)), 16)] == [items]
 
 

@@ -427,16 +427,19 @@ def _backward_part(
     wanted = any(flat[name].size for name in GRADIENTS if name != "bias")
     shared = cut.share if wanted else cut.share._replace(items=1)
     run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, (spec.dtype, spec.rank, cut.pairs))
-    last = end == spec.batch
+    last, apart = end == spec.batch, cut.turns > 0
     collected = kernels.CollectArrays(
+        d_x=own["d_x"] if apart else none,
+        d_input=ours["input"] if apart else nothing,
         replicas=own["replicas"] if last else none,
         d_weight=flat["weight"] if last else nothing,
         offset_slots=slots["offset"] if cut.slots > 1 else none,
         d_offset=ours["offset"] if cut.slots > 1 else none,
         mask_slots=slots["mask"] if cut.slots > 1 else none,
         d_mask=ours["mask"] if cut.slots > 1 else none,
+        empty=none,
     )
-    _collect(spec, cut, collected, team)
+    _collect(spec, end - first, cut, collected, order[6], team)
 
 
 def _images(result: np.ndarray, spec: ConvSpec, first: int, end: int) -> np.ndarray:
@@ -498,13 +501,17 @@ def _backward_sizes(
     return {name: (size, dtypes[name]) for name, size in sizes.items()}
 
 
-def _collect(spec: ConvSpec, cut: Any, given: Any, team: Any) -> None:
-    """Bring what a backward pass has left in its own arrays into the flat results."""
-    items = _plans().collect_items(spec, given.d_weight.size, given.d_offset.size, given.d_mask.size)
+def _collect(spec: ConvSpec, images: int, cut: Any, given: Any, last: int, team: Any) -> None:
+    """Bring what a backward pass has left in its own arrays into the flat results.
+
+    `last` says whether the channels of the input's gradient come last in memory.
+    """
+    sizes = given.d_input.size, given.d_weight.size, given.d_offset.size, given.d_mask.size
+    items = _plans().collect_items(spec, images, *sizes)
     if not items:
         return
-    moved = given.replicas.size + given.offset_slots.size + given.mask_slots.size
-    arguments = (cut.arguments[2], cut.arguments[4]), tuple(given)
+    moved = given.d_input.size + given.replicas.size + given.offset_slots.size + given.mask_slots.size
+    arguments = cut.arguments[2:], last, tuple(given)
     shared = share(items, team.threads, moved * COPY, _inner(spec.dtype))
     run(_kernels().collect, arguments, shared, team, (spec.dtype, spec.rank))
 

@@ -28,6 +28,7 @@ from deformconv.runtime.blocks import (
     block_end,
     block_of,
     copy_in,
+    copy_out,
     copy_run_out,
     sum_slots,
     zero,
@@ -353,10 +354,10 @@ class BackwardArrays(NamedTuple):
     As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more;
     d_output_factor, what the weight's gradient is multiplied from: one of both, or, where products are of pairs of bfloat16,
     room for it as words of two positions, with its channels last; d_x, room for the input's gradient (`gradient_of`), from
-    which it goes into d_input (N, C, P), and turns (blocks, N), how many parts of an image's gradient have been added up, zeros
-    at first; d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N, offset_groups, K, P), with a slot for each item
-    that shares an offset group; d_weight (replicas, K, groups, rows of outputs, `row` channels); d_bias (C_out,). Beside half
-    precision grad_output, d_input and d_bias hold it, too.
+    which it goes into d_input (N, C, P) here, if items do whole images, or in `collect`; turns (blocks, N), how many parts of an
+    image's gradient have been added up, zeros at first; d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N,
+    offset_groups, K, P), with a slot for each item that shares an offset group; d_weight (replicas, K, groups, rows of outputs,
+    `row` channels); d_bias (C_out,). Beside half precision grad_output, d_input and d_bias hold it, too.
     """
 
     grad_output: Any
@@ -586,7 +587,7 @@ def cover(task, block, place, count):
 
 @device
 def end_gradient(counter, task, block, place):
-    """Add a part's gradient of the input to those of the parts before, in their order, and write the sum after the last."""
+    """Add a part's gradient of the input to those of the parts before, in their order."""
     layout, cut, arrays = task.samples.layout, task.cut, task.arrays
     if arrays.d_x.size == 0:
         return
@@ -606,10 +607,10 @@ def end_gradient(counter, task, block, place):
         for _ in range(block.start, block.end, layout.width):
             add_rows(arrays.d_x, into + start, source + start, end - start)
             source, into = source + source_step, into + into_step
-    if place.part == cut.parts - 1:
-        write_gradient(task, block, place)
     if not cut.whole:
         fetch_add(arrays.turns, turn)
+    elif place.part == cut.parts - 1:
+        write_gradient(task, block, place)
 
 
 @device
@@ -750,26 +751,31 @@ def add_weight(task, block, replica, tile, tap, begun):
 class CollectArrays(NamedTuple):
     """What `backward` has left, and the caller's arrays for it, all flat and empty where there is nothing to do.
 
-    `d_weight` may hold half precision.
+    `d_input` and `d_weight` may hold half precision.
     """
 
+    d_x: Any
+    d_input: Any
     replicas: Any
     d_weight: Any
     offset_slots: Any
     d_offset: Any
     mask_slots: Any
     d_mask: Any
+    empty: Any
 
 
 @kernel
-def collect(counter, limit, thread, numbers, arrays):
+def collect(counter, limit, thread, numbers, input_last, arrays):
     """Bring what `backward` has left into the caller's arrays.
 
-    An item is an output channel of d_weight, or a run of d_offset's or d_mask's sums. `numbers` are (Shape, BackwardCut), as
-    int64 arrays, and `arrays` CollectArrays as a tuple.
+    An item is an output channel of d_weight, a run of d_input's positions, or a run of d_offset's or d_mask's sums. `numbers`
+    are (Shape, Layout, BackwardCut), as int64 arrays, and `arrays` CollectArrays as a tuple.
     """
-    shape, cut, a = named(Shape, numbers[0]), named(BackwardCut, numbers[1]), CollectArrays(*arrays)
-    offsets = shape.outputs if a.d_weight.size else 0
+    shape, layout, cut = named(Shape, numbers[0]), named(Layout, numbers[1]), named(BackwardCut, numbers[2])
+    a = CollectArrays(*arrays)
+    inputs = shape.outputs if a.d_weight.size else 0
+    offsets = inputs + (shape.images * ((layout.pixels + RUN - 1) // RUN) if a.d_input.size else 0)
     masks = offsets + (a.d_offset.size + SUMS - 1) // SUMS
     end = masks + (a.d_mask.size + SUMS - 1) // SUMS
     for _ in range(limit):
@@ -780,6 +786,8 @@ def collect(counter, limit, thread, numbers, arrays):
             sum_slots(item - masks, a.mask_slots, a.d_mask)
         elif item >= offsets:
             sum_slots(item - offsets, a.offset_slots, a.d_offset)
+        elif item >= inputs:
+            copy_out(item - inputs, a.d_x, layout, a.d_input, input_last, shape.channels, shape.images, a.empty)
         else:
             unpack_weight(
                 item, a.replicas, cut.replicas, cut.sums // cut.row, cut.row, shape.groups, shape.group_outputs,

@@ -47,11 +47,10 @@ _TILE, _SMALL_TILE = 208, 64  # positions
 _TILES = 4  # tiles for a thread
 _TILE_BYTES = 1 << 20  # a tile's buffers stay in the second-level cache, and within what a thread may take
 _TAPS_BYTES = 1 << 19  # so do the weights and sums of the taps that the backward pass takes at once
-# Work for this many threads in the backward pass, if it takes parts of images and their replicas to make it.
-_ITEMS, _DEPTHWISE_ITEMS = 16, 4
+_ITEMS, _DEPTHWISE_ITEMS = 8, 4  # work for this many threads in an image's backward pass, if it takes parts to make it
 _PART = 768  # positions that are worth a part: it clears and adds the rows around its own as well
 _PART_BYTES = 5 << 20  # of the replicas that an image's parts take
-_MOST_ITEMS = 32  # work for as many, where a batch has images enough and it costs no more than _REPLICA_BYTES
+_MOST_ITEMS = 32  # and in that of a batch with images enough, where it costs no more than _REPLICA_BYTES
 _REPLICA_BYTES = 8 << 20
 _BUNCH = 1024  # positions, of several images if need be, that are worth a replica or a look at the weight
 _BATCH_BYTES = 24 << 20  # of copies of input and output's gradient, in which a backward pass goes through a batch
@@ -153,10 +152,11 @@ def layer_plan(spec: ConvSpec, channels: int, threads: int, multiplications: int
     )
 
 
-def collect_items(spec: ConvSpec, d_weight: int, d_offset: int, d_mask: int) -> int:
-    """The items of `collect` for results of these sizes."""
+def collect_items(spec: ConvSpec, images: int, d_input: int, d_weight: int, d_offset: int, d_mask: int) -> int:
+    """The items of `collect` for results of these sizes, of some images."""
     weights = spec.out_channels if d_weight else 0
-    return weights + ceil(d_offset / SUMS) + ceil(d_mask / SUMS)
+    runs = images * ceil(spec.pixels / RUN) if d_input else 0
+    return weights + runs + ceil(d_offset / SUMS) + ceil(d_mask / SUMS)
 
 
 def _common(spec: ConvSpec, x: Layout) -> tuple[int, tuple[Any, ...]]:
@@ -314,7 +314,7 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
     # A replica has the size of the weight: many of them where that is little, few where it is much.
     affordable = _REPLICA_BYTES // max(1, _weight_bytes(spec))
     worthwhile = min(ceil(_MOST_ITEMS / blocks.blocks), batch * spec.positions // _BUNCH)
-    replicas = min(max(ceil(_ITEMS / blocks.blocks), worthwhile), affordable)
+    replicas = min(max(ceil(2 * _ITEMS / blocks.blocks), worthwhile), affordable)
     classes = max(1, min(batch, replicas // parts))  # of images
     whole = parts == 1 or blocks.blocks * min(classes, spec.batch) >= 2 * threads
     bunch = min(ceil(_BUNCH / max(1, spec.positions)), ceil(batch / classes))
