@@ -354,8 +354,8 @@ class BackwardArrays(NamedTuple):
     As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more;
     d_output_factor, what the weight's gradient is multiplied from: one of both, or, where products are of pairs of bfloat16,
     room for it as words of two positions, with its channels last; d_x, room for the input's gradient (`gradient_of`), from
-    which it goes into d_input (N, C, P) here, if items do whole images, or in `collect`; turns (blocks, N), how many parts of an
-    image's gradient have been added up, zeros at first; d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N,
+    which it goes into d_input (N, C, P) here, if items do whole images, or in `collect`; turns (blocks, N), how many parts of
+    an image's gradient have been added up, zeros at first; d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N,
     offset_groups, K, P), with a slot for each item that shares an offset group; d_weight (replicas, K, groups, rows of outputs,
     `row` channels); d_bias (C_out,). Beside half precision grad_output, d_input and d_bias hold it, too.
     """
