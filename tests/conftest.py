@@ -74,18 +74,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def float32_products() -> Iterator[None]:
     """CPU kernels multiply bfloat16 in float32, also where the processor has an instruction for pairs of it."""
-    from tests.pair_products import pair_products
+    from tests.pair_products import products_in
 
-    with pair_products(False):
+    with products_in(None):
         yield
 
 
 @pytest.fixture
 def products_of_pairs() -> Iterator[None]:
     """CPU kernels of convolution multiply pairs of bfloat16, also where the processor has no instruction for them."""
-    from tests.pair_products import pair_products
+    from tests.pair_products import products_in
 
-    with pair_products(True):
+    with products_in("uint32"):
+        yield
+
+
+@pytest.fixture
+def products_of_tiles() -> Iterator[None]:
+    """CPU kernels of convolution multiply pairs of bfloat16 by tiles, emulated where the processor has none."""
+    from tests.pair_products import products_in
+
+    with products_in("int32"):
         yield
 
 

@@ -9,15 +9,15 @@ from deformconv.ops.conv import cpu
 
 
 @contextmanager
-def pair_products(wanted: bool) -> Iterator[None]:
-    """Within the block CPU kernels of convolution multiply bfloat16 in pairs, or do not."""
+def products_in(words: str | None) -> Iterator[None]:
+    """Within the block CPU kernels of convolution multiply bfloat16 in words of this dtype, or for None in float32."""
     plans = cpu._plans()
-    before, plans.PAIRS = plans.PAIRS, wanted
+    before, plans.words = plans.words, lambda: words
     try:
         _forget_plans()
         yield
     finally:
-        plans.PAIRS = before
+        plans.words = before
         _forget_plans()
 
 

@@ -4,7 +4,8 @@ A block of C = A @ B is held in vector registers while the whole depth streams p
 a few vectors, one number of A per block row is broadcast, and rows x vectors multiply-adds follow. It is emitted as LLVM IR
 because no loop that Numba compiles is kept in registers reliably.
 
-Where the panels of B are words, a step takes a pair of bfloat16 of each row of A, and a row of pairs of B (`runtime.pairs`).
+Where the panels of B are words, a step takes a pair of bfloat16 of each row of A, and a row of pairs of B (`runtime.pairs`), or
+a register holds a tile of either (`runtime.tiles`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from deformconv.runtime.simd import (
     MULTIPLIES_PAIRS,
     VECTOR_BYTES,
     Lanes,
+    are_for_tiles,
     bytes_of,
     element,
     emits,
@@ -27,6 +29,7 @@ from deformconv.runtime.simd import (
     lanes_of,
     prefetch,
 )
+from deformconv.runtime.tiles import multiply_tiles
 
 __all__ = ["BLOCK", "Block", "FEW_ROWS", "ROWS", "VECTORS", "BlockShape", "Factor", "Panels", "multiply"]
 
@@ -177,6 +180,9 @@ def multiply(a, rows, b, c, columns, accumulate):
     `rows` is rounded up to FEW_ROWS and `columns` to a vector, for which there is room.
     """
     panels = b.array
+    if are_for_tiles(panels):
+        multiply_tiles(a, rows, b, c, columns, accumulate)
+        return
     lanes = VECTOR_BYTES // panels.itemsize
     whole = rows // ROWS * ROWS
     for column in range(0, columns, VECTORS * lanes):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
@@ -85,6 +86,8 @@ VECTOR_BYTES = _vector_bytes(host_features())
 _CHUNK = min(8, 256 // VECTOR_BYTES)
 # Whether the processor converts float16. For others LLVM would call functions that are not there.
 CONVERTS = not {"f16c", "avx512f", "neon"}.isdisjoint(host_features())
+# The dtype of words of pairs that are multiplied by tiles; others are uint32.
+FOR_TILES = types.int32
 # Whether it multiplies pairs of bfloat16, and rounds to bfloat16.
 MULTIPLIES_PAIRS = {"avx512f", "avx512bf16"} <= host_features()
 
@@ -226,8 +229,15 @@ def emits_result(kind: Any) -> Any:
     return functools.partial(_intrinsic, kind)
 
 
-def _intrinsic(result: Any, emit: Any) -> Any:
+def emits_for_tiles(emit: Any) -> Any:
+    """As `emits`; it emits nothing where no operand is an array of words for tiles."""
+    return _intrinsic(types.void, emit, FOR_TILES)
+
+
+def _intrinsic(result: Any, emit: Any, only_with: Any = None) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if only_with is not None and only_with not in _dtypes(signature.args):
+            return context.get_dummy_value()
         pairs = zip(signature.args, arguments, strict=True)
         scalar = _reals(context, signature.args) or ir.FloatType()
         value = emit(builder, scalar, *(_operand(context, builder, *pair) for pair in pairs))
@@ -241,6 +251,15 @@ def _intrinsic(result: Any, emit: Any) -> Any:
     own = inspect.signature(emit)
     define.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])  # type: ignore[attr-defined]
     return intrinsic(define)
+
+
+def _dtypes(kinds: Any) -> Iterator[Any]:
+    """The dtypes of all arrays, those in tuples too."""
+    for kind in kinds:
+        if isinstance(kind, types.Array):
+            yield kind.dtype
+        elif isinstance(kind, types.BaseTuple):
+            yield from _dtypes(kind.types)
 
 
 def _operand(context: Any, builder: Any, kind: Any, value: Any) -> Any:
@@ -497,9 +516,19 @@ def numbers_in(typing, array):
     """How many numbers an element of an array is that holds factors of a product: 2 of a pair, else 1."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return INT(2 if array.dtype == types.uint32 else 1)
+        return INT(2 if array.dtype in (types.uint32, FOR_TILES) else 1)
 
     return types.int64(array), generate
+
+
+@intrinsic
+def are_for_tiles(typing, array):
+    """Whether an array's words are pairs that are multiplied by tiles (`runtime.tiles`)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.IntType(1)(array.dtype == FOR_TILES)
+
+    return types.boolean(array), generate
 
 
 @emits

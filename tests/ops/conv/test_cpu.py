@@ -450,7 +450,7 @@ import numpy as np
 from tests.ops.conv.suite import in_float64, reference_backward
 from tests.ops.conv.test_cpu import HALVES, TAILS, assert_rounded, error, gradients, halved, make, output, reference
 from tests.ops.conv.test_cpu_pairs import EVEN, test_the_bound
-from tests.pair_products import pair_products
+from tests.pair_products import products_in
 from deformconv.runtime.matmul import BLOCK
 from deformconv.runtime.simd import VECTOR_BYTES
 errors = []
@@ -462,7 +462,7 @@ for case in TAILS[:1] + TAILS[3:6]:
             errors.append(error(one, two))
 call, whole = halved(make(TAILS[0], "float32"), "float16")  # these processors do not convert it
 assert_rounded(output(call), output(whole), HALVES["float16"])
-with pair_products(True):
+with products_in("uint32"):
     test_the_bound(EVEN[0])
 print(json.dumps([[*BLOCK, VECTOR_BYTES], errors]))
 """

@@ -34,6 +34,7 @@ __all__ = [
 
 TAKES: Literal["numpy"] = "numpy"
 DETERMINISTIC = True
+_WORDS = (np.dtype(np.uint32), np.dtype(np.int32))  # of pairs
 
 
 def reasons_against(spec: ConvSpec, library: str, device: str, backward: bool) -> list[str]:
@@ -67,7 +68,7 @@ def _inner(dtype: str) -> str:
 
 def _in_pairs(spec: ConvSpec) -> tuple[bool, bool]:
     """Whether the products of the forward and the backward pass are of pairs of bfloat16."""
-    if spec.dtype != "bfloat16" or not _plans().PAIRS:
+    if spec.dtype != "bfloat16" or _plans().words() is None:
         return False, False
     found: tuple[bool, bool] = _plans().in_pairs(_planned(spec))
     return found
@@ -75,7 +76,12 @@ def _in_pairs(spec: ConvSpec) -> tuple[bool, bool]:
 
 def _packed_in(spec: ConvSpec, pairs: bool) -> str:
     """The dtype of the packed weight, for products that are of pairs or not."""
-    return "uint32" if pairs else _inner(spec.dtype)
+    return _plans().words() if pairs else _inner(spec.dtype)
+
+
+def _kind(spec: ConvSpec, pairs: bool) -> tuple[Any, ...]:
+    """What the types of a kernel's arguments follow from."""
+    return spec.dtype, spec.rank, _packed_in(spec, pairs)
 
 
 def _planned(spec: ConvSpec) -> ConvSpec:
@@ -216,7 +222,7 @@ def forward(
         given, weight_last = _forward_arrays(spec, (x, panels), input, offset, weight, bias, mask, flat_output)
         order = input_last, weight_last, output_last, *distances
         arguments = cut.arguments, order, given, *cut.share.scratch(memory, inner)
-        run(kernels.forward, arguments, cut.share, team, (spec.dtype, spec.rank, cut.pairs))
+        run(kernels.forward, arguments, cut.share, team, _kind(spec, cut.pairs))
     return output
 
 
@@ -238,7 +244,7 @@ def _forward_arrays(
         packed=packed,
         bias=arrays.bits(_bias(bias, input.dtype)),
         output=arrays.bits(output),
-        samples=arrays.none_of("uint16" if packed.dtype == np.uint32 else _inner(spec.dtype)),
+        samples=arrays.none_of("uint16" if packed.dtype in _WORDS else _inner(spec.dtype)),
         empty=arrays.none_of(_inner(spec.dtype)),
     )
     return tuple(given), weight_last
@@ -286,7 +292,7 @@ def forward_layer(
         squash = np.array((mask_scale, max_offset or 0), inner)
         scratch = plan.share.scratch(memory, inner)
         arguments = plan.arguments, order, (given, predictor), squash, *scratch
-        run(_layer_kernel(), arguments, plan.share, team, (spec.dtype, spec.rank, plan.pairs))
+        run(_layer_kernel(), arguments, plan.share, team, _kind(spec, plan.pairs))
     return output
 
 
@@ -329,10 +335,10 @@ def backward(
     with arena(sum(room(*size) for size in sizes.values()) + parts[0][2].share.bytes) as memory:
         own = {name: memory.empty(*size) for name, size in sizes.items()}
         scratch = parts[0][2].share.scratch(memory, inner)
-        in_place = _is_factor(spec, output_last)
-        distances = _factor_distances(spec, parts[0][2].pairs, in_place)
+        grad_output = arrays.bits(grad_output)
+        factor, distances = _factor(spec, parts[0][2].pairs, grad_output, output_last)
         order = input_last, weight_last, output_last, image_offset, image_mask
-        given = _Given(arrays.bits(grad_output), arrays.bits(input), offset, arrays.bits(weight), mask, in_place)
+        given = _Given(grad_output, arrays.bits(input), offset, arrays.bits(weight), mask, factor)
         for part in parts:
             _backward_part(spec, part, given, (*order, part[0], d_input_last, *distances), own, flat, scratch, team)
     return Gradients(**results)
@@ -364,24 +370,25 @@ class _Given(NamedTuple):
     offset: np.ndarray
     weight: np.ndarray
     mask: np.ndarray
-    in_place: bool  # whether the weight's gradient is multiplied from grad_output itself
+    factor: np.ndarray | None  # of the weight's gradient: grad_output, if it is multiplied from that itself
 
 
-def _is_factor(spec: ConvSpec, last: bool) -> bool:
-    """Whether the weight's gradient can be multiplied from the output's gradient as the caller has it.
+def _factor(spec: ConvSpec, pairs: bool, grad_output: np.ndarray, last: bool) -> tuple[np.ndarray | None, tuple[int, ...]]:
+    """The output's gradient as the caller has it, if the weight's can be multiplied from it, and the numbers of BackwardOrder.
 
     An output's positions are a row of it then, whose numbers follow each other. In a copy with its channels last they are as
     far apart as there are outputs, and where that is a power of two they share a few sets of the cache.
     """
-    return not last and spec.dtype not in HALF and spec.out_channels // spec.groups % _kernels().FEW_ROWS == 0
-
-
-def _factor_distances(spec: ConvSpec, pairs: bool, in_place: bool) -> tuple[int, int, int]:
-    """How far apart images, positions and outputs are in what the weight's gradient is multiplied from."""
     outputs, positions = spec.out_channels, spec.positions
-    if in_place:
-        return outputs * positions, 1, positions
-    return outputs * (ceil(positions / 2) if pairs else positions), outputs, 1
+    # The product reads rows beyond those of the last group.
+    whole = not last and outputs // spec.groups % _kernels().FEW_ROWS == 0
+    if pairs:
+        own = whole and positions % 2 == 0 and grad_output.ctypes.data % 4 == 0
+        count = ceil(positions / 2)
+        return grad_output.view(_packed_in(spec, pairs)) if own else None, (outputs * count, 1, count, not own)
+    if whole and spec.dtype not in HALF:
+        return grad_output, (outputs * positions, 1, positions, False)
+    return None, (outputs * positions, outputs, 1, False)
 
 
 def _backward_part(
@@ -397,7 +404,7 @@ def _backward_part(
     """Go backwards through some images: write their gradients, and add to the sums over the batch, or finish these."""
     (first, end, cut), kernels, none, nothing = part, _kernels(), arrays.none_of(_inner(spec.dtype)), given.input[:0]
     own["d_output"][(end - first) * spec.positions * spec.out_channels :] = 0
-    own["d_output_pairs"][(end - first) * ceil(spec.positions / 2) * spec.out_channels :] = 0
+    own["d_output_pairs"][(end - first) * spec.out_channels * ceil(spec.positions / 2) :] = 0
     # Results of these images; each image has the same share of a result's array.
     ours = {name: _images(flat[name], spec, first, end) for name in ("input", "offset", "mask")}
     slots = {name: own[name][: cut.slots * ours[name].size] if cut.slots > 1 else ours[name] for name in ("offset", "mask")}
@@ -405,10 +412,11 @@ def _backward_part(
         slots["offset"][...] = slots["mask"][...] = 0
     own["turns"][...] = 0
     grad_output = given.grad_output[first * spec.positions * spec.out_channels :]
+    copied = own["d_output_pairs" if cut.pairs else "d_output"]
     arguments = kernels.BackwardArrays(
         grad_output=grad_output,
         d_output=own["d_output"],
-        d_output_factor=grad_output if given.in_place else own["d_output_pairs" if cut.pairs else "d_output"],
+        d_output_factor=copied if given.factor is None else _images(given.factor, spec, first, end),
         input=given.input[first * spec.pixels * spec.in_channels :],
         x=own["x"],
         offset=given.offset[first * order[3] :],
@@ -426,7 +434,7 @@ def _backward_part(
     )
     wanted = any(flat[name].size for name in GRADIENTS if name != "bias")
     shared = cut.share if wanted else cut.share._replace(items=1)
-    run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, (spec.dtype, spec.rank, cut.pairs))
+    run(kernels.backward, (cut.arguments, order, tuple(arguments), *scratch), shared, team, _kind(spec, cut.pairs))
     last, apart = end == spec.batch, cut.turns > 0
     collected = kernels.CollectArrays(
         d_x=own["d_x"] if apart else none,
@@ -497,7 +505,7 @@ def _backward_sizes(
     }
     dtypes = dict.fromkeys(sizes, _inner(spec.dtype)) | {"turns": "int64"}
     if cut.pairs:
-        dtypes |= {"packed": "uint32", "d_output": "uint16", "d_output_pairs": "uint32"}
+        dtypes |= dict.fromkeys(("packed", "d_output_pairs"), _packed_in(spec, True)) | {"d_output": "uint16"}
     return {name: (size, dtypes[name]) for name, size in sizes.items()}
 
 

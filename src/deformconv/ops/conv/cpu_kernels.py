@@ -14,6 +14,7 @@ from deformconv.ops.conv.cpu_pack import (
     pack_backward,
     pack_depthwise,
     pack_forward,
+    pair_positions,
     sum_positions,
     unpack_weight,
     write_output,
@@ -35,7 +36,7 @@ from deformconv.runtime.blocks import (
 )
 from deformconv.runtime.cache import device, kernel
 from deformconv.runtime.matmul import FEW_ROWS, Factor, Panels, multiply
-from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, numbers_in, round_up, write, write_row
+from deformconv.runtime.simd import VECTOR_BYTES, Rows, named, numbers_in, round_up, write
 from deformconv.runtime.threads import NEXT, STOP
 from deformconv.sampling.corners import blend, blend_products, differentiate, pull_back, rows_between, table_in
 from deformconv.sampling.windows import place_tap, place_tile
@@ -346,6 +347,7 @@ class BackwardOrder(NamedTuple):
     factor_image: Any
     factor_position: Any
     factor_output: Any
+    factor_apart: Any  # whether it is a copy for this product alone
 
 
 class BackwardArrays(NamedTuple):
@@ -353,7 +355,7 @@ class BackwardArrays(NamedTuple):
 
     As ForwardArrays, and grad_output (N, C_out, P); d_output, room for it with its channels last and a few rows more;
     d_output_factor, what the weight's gradient is multiplied from: one of both, or, where products are of pairs of bfloat16,
-    room for it as words of two positions, with its channels last; d_x, room for the input's gradient (`gradient_of`), from
+    words of two positions, grad_output's own or (N, C_out, pairs); d_x, room for the input's gradient (`gradient_of`), from
     which it goes into d_input (N, C, P) here, if items do whole images, or in `collect`; turns (blocks, N), how many parts of
     an image's gradient have been added up, zeros at first; d_offset (slots, N, offset_groups, K, D, P) and d_mask (slots, N,
     offset_groups, K, P), with a slot for each item that shares an offset group; d_weight (replicas, K, groups, rows of outputs,
@@ -483,23 +485,14 @@ def copy_for_backward(item, context):
 
 @device
 def copy_output(item, shape, order, arrays):
-    """Copy a run of an image's positions of the output's gradient with its channels last, and in pairs if these are wanted."""
+    """Copy a run of an image's positions of the output's gradient with its channels last, and in pairs if these are copied."""
     outputs, positions = shape.outputs, shape.positions
     layout = Layout(outputs, outputs, 1, positions, positions)
     copy_in(
         item, arrays.grad_output, order.output_last, outputs, shape.images, arrays.d_output, layout, arrays.empty
     )  # fmt: skip
-    numbers, runs = numbers_in(arrays.d_output_factor), (positions + RUN - 1) // RUN
-    n, first = item // runs, item % runs * RUN
-    pairs = Rows(arrays.d_output_factor, n * position_rows(shape, numbers) * outputs, outputs)
-    for t in range(first, min(first + RUN, positions) if numbers > 1 else first):
-        write_row(arrays.d_output, (n * positions + t) * outputs, pairs, t, outputs)
-
-
-@device
-def position_rows(shape, numbers):
-    """How many rows of so many positions an image of the output has."""
-    return (shape.positions + numbers - 1) // numbers
+    if numbers_in(arrays.d_output_factor) > 1 and order.factor_apart:
+        pair_positions(item, arrays.grad_output, order.output_last, outputs, positions, arrays.d_output_factor)
 
 
 @device

@@ -6,7 +6,9 @@ half precision, and panels words, which are pairs of rows (`runtime.pairs`).
 
 from __future__ import annotations
 
-from deformconv.runtime.blocks import transpose, zero
+import numpy as np
+
+from deformconv.runtime.blocks import RUN, transpose, zero
 from deformconv.runtime.cache import device, in_order
 from deformconv.runtime.matmul import VECTORS
 from deformconv.runtime.simd import (
@@ -119,6 +121,27 @@ def _pack_output(weight, source, last, channels, taps, into, o, used, tap_size):
             write_number(Rows(into.array, panel + lane, into.row), o, number)
         row = panel + o // numbers_in(into.array) * into.row
         zero(into.array, row + used, row + into.row)
+
+
+@device
+def pair_positions(item, array, last, outputs, positions, words):
+    """Copy a run of an image's positions in bfloat16 into words (N, C_out, pairs) of neighbours; a last one is beside a 0."""
+    runs, pairs = (positions + RUN - 1) // RUN, (positions + 1) // 2
+    n, first = item // runs, item % runs * RUN
+    end = min(first + RUN, positions)
+    image, output, position = n * outputs * positions, 1 if last else positions, outputs if last else 1
+    for o in range(outputs):
+        source, into = image + o * output, (n * outputs + o) * pairs
+        for t in range(first, end - 1, 2):
+            words[into + t // 2] = pair_of(array[source + t * position], array[source + (t + 1) * position])
+        if end % 2 == 1:
+            words[into + end // 2] = pair_of(array[source + (end - 1) * position], 0)
+
+
+@device
+def pair_of(low, high):
+    """A word of two numbers of 16 bits."""
+    return np.uint32(low) | np.uint32(high) << np.uint32(16)
 
 
 @device

@@ -19,6 +19,7 @@ depth of the forward pass, its outputs that of the columns' gradient: both in pa
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -30,17 +31,15 @@ from deformconv.runtime.blocks import RUN, SUMS, Layout
 from deformconv.runtime.matmul import FEW_ROWS, VECTORS
 from deformconv.runtime.memory import room, up
 from deformconv.runtime.simd import MULTIPLIES_PAIRS, VECTOR_BYTES, host_processor
+from deformconv.runtime.tiles import are_permitted
 from deformconv.runtime.work import Share, share
 from deformconv.sampling.corners import table_sizes
 
 __all__ = [
     "Backward", "Forward", "LayerForward", "backward_plan", "collect_items", "forward_plan", "images_at_once", "in_pairs",
-    "layer_plan",
+    "layer_plan", "words",
 ]  # fmt: skip
 
-# Whether products of bfloat16 are of pairs, which AMD's processors multiply twice as fast as float32. On Intel's (a Xeon of
-# family 6, model 207) a call in pairs took 1.4 times as long as in float32.
-PAIRS = MULTIPLIES_PAIRS and host_processor().startswith("znver")
 _BLOCK_BYTES = 256  # a row of a block of channels
 _DEPTH = 288  # samples of a position that are multiplied at once
 _TILE, _SMALL_TILE = 208, 64  # positions
@@ -95,6 +94,19 @@ class LayerForward(NamedTuple):
     predicted_size: int  # of the offsets and masks
     bytes: int  # of all these, and of scratch memory
     share: Share
+
+
+@cache
+def words() -> str | None:
+    """The dtype of words of pairs of bfloat16, which says what multiplies them; None where its products are of float32.
+
+    That is tiles, where the processor has them and the system grants them (`runtime.tiles`), or vectors on AMD's processors,
+    which multiply pairs twice as fast as float32. On Intel's (a Xeon of family 6, model 207) a call in pairs by vectors took
+    1.4 times as long as in float32.
+    """
+    if are_permitted():
+        return "int32"
+    return "uint32" if MULTIPLIES_PAIRS and host_processor().startswith("znver") else None
 
 
 def in_pairs(spec: ConvSpec) -> tuple[bool, bool]:
@@ -346,7 +358,7 @@ def backward_plan(spec: ConvSpec, batch: int, threads: int, multiplications: int
         weight_size=taps * (spec.in_channels if depthwise else spec.out_channels * up(group_channels, vector)) // numbers,
         pairs=pairs,
         output_size=(spec.batch * spec.positions + FEW_ROWS) * spec.out_channels,
-        output_pairs_size=(spec.batch * ceil(spec.positions / 2) + FEW_ROWS) * spec.out_channels if pairs else 0,
+        output_pairs_size=(spec.batch * spec.out_channels + FEW_ROWS) * ceil(spec.positions / 2) if pairs else 0,
         gradient_size=rooms * ceil(blocks.width / x.width) * x.pitch * x.width + (0 if whole else x_size),
         turns=0 if whole else blocks.blocks * spec.batch,
         slots=slots,
