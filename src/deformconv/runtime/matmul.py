@@ -5,7 +5,7 @@ a few vectors, one number of A per block row is broadcast, and rows x vectors mu
 because no loop that Numba compiles is kept in registers reliably.
 
 Where the panels of B are words, a step takes a pair of bfloat16 of each row of A, and a row of pairs of B (`runtime.pairs`), or
-a register holds a tile of either (`runtime.tiles`).
+a register holds a tile of either (`runtime.amx`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from deformconv.runtime import pairs
+from deformconv.runtime.amx import multiply_tiles
 from deformconv.runtime.cache import device
 from deformconv.runtime.simd import (
     INT,
@@ -29,7 +30,6 @@ from deformconv.runtime.simd import (
     lanes_of,
     prefetch,
 )
-from deformconv.runtime.tiles import multiply_tiles
 
 __all__ = ["BLOCK", "Block", "FEW_ROWS", "ROWS", "VECTORS", "BlockShape", "Factor", "Panels", "multiply"]
 

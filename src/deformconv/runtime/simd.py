@@ -523,7 +523,7 @@ def numbers_in(typing, array):
 
 @intrinsic
 def are_for_tiles(typing, array):
-    """Whether an array's words are pairs that are multiplied by tiles (`runtime.tiles`)."""
+    """Whether an array's words are pairs that are multiplied by tiles (`runtime.amx`)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return ir.IntType(1)(array.dtype == FOR_TILES)

@@ -27,11 +27,11 @@ import numpy as np
 
 from deformconv.ops.conv.cpu_kernels import BackwardCut, ForwardCut, Shape
 from deformconv.ops.conv.spec import ConvSpec
+from deformconv.runtime.amx import are_permitted
 from deformconv.runtime.blocks import RUN, SUMS, Layout
 from deformconv.runtime.matmul import FEW_ROWS, VECTORS
 from deformconv.runtime.memory import room, up
 from deformconv.runtime.simd import MULTIPLIES_PAIRS, VECTOR_BYTES, host_processor
-from deformconv.runtime.tiles import are_permitted
 from deformconv.runtime.work import Share, share
 from deformconv.sampling.corners import table_sizes
 
@@ -100,7 +100,7 @@ class LayerForward(NamedTuple):
 def words() -> str | None:
     """The dtype of words of pairs of bfloat16, which says what multiplies them; None where its products are of float32.
 
-    That is tiles, where the processor has them and the system grants them (`runtime.tiles`), or vectors on AMD's processors,
+    That is tiles, where the processor has them and the system grants them (`runtime.amx`), or vectors on AMD's processors,
     which multiply pairs twice as fast as float32. On Intel's (a Xeon of family 6, model 207) a call in pairs by vectors took
     1.4 times as long as in float32.
     """

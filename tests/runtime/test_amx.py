@@ -16,10 +16,10 @@ from tests.runtime.test_matmul import Result, column_counts, matrix, product
 from tests.runtime.test_pairs import BITS, LANES, check, in_panels_of_pairs, rounded
 
 import deformconv
-from deformconv.runtime import arrays, tiles
+from deformconv.runtime import amx, arrays
 from deformconv.runtime.matmul import VECTORS, Factor, Panels
 
-ROWS = tiles.ROWS
+ROWS = amx.ROWS
 
 
 def for_tiles(b: np.ndarray) -> np.ndarray:
@@ -101,10 +101,10 @@ def test_the_system_is_asked_where_there_are_tiles(
         asked.append(numbers)
         return answer
 
-    monkeypatch.setattr(tiles, "HAS_TILES", has)
-    monkeypatch.setattr(tiles.sys, "platform", platform)
+    monkeypatch.setattr(amx, "HAS_TILES", has)
+    monkeypatch.setattr(amx.sys, "platform", platform)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(syscall=syscall))
-    assert tiles.are_permitted() == (has and platform == "linux" and answer == 0)
+    assert amx.are_permitted() == (has and platform == "linux" and answer == 0)
     assert asked == ([(158, 0x1023, 18)] if has and platform == "linux" else [])
 
 
@@ -113,7 +113,7 @@ import re
 from numba import types
 from deformconv.runtime.matmul import Factor, Panels
 from deformconv.runtime.simd import Rows
-from deformconv.runtime.tiles import HAS_TILES
+from deformconv.runtime.amx import HAS_TILES
 from tests.runtime.test_matmul import product
 assert HAS_TILES
 numbers = types.int64
