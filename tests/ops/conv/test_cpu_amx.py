@@ -13,12 +13,10 @@ from deformconv.ops.conv import cpu, cpu_plan
 __all__ = ["threads_afterwards"]
 
 WORDS = cpu_plan.words.__wrapped__  # without what it remembers, and before the fixture replaces it
-pytestmark = pytest.mark.usefixtures("products_of_tiles")
+pytestmark = [pytest.mark.usefixtures("products_of_tiles"), pytest.mark.slow]  # kernels of their own to be compiled
 
 # More than a tile's 16 rows, 32 numbers of the depth and 16 columns, and no multiples of these.
-SOME = [
-    case for case in pairs.EVEN if case.name in ("primes, doubled", "deep groups", "large kernel", "several parts and blocks")
-]
+SOME = [case for case in pairs.EVEN if case.name in ("primes, doubled", "deep groups", "several parts and blocks")]
 by_some = pairs.by(SOME)
 
 
