@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tests.runtime.test_matmul import Result, column_counts, matrix, product
-from tests.runtime.test_pairs import BITS, LANES, check, in_panels_of_pairs, rounded
+from tests.runtime.test_pairs import BITS, LANES, check, in_panels_of_pairs, on_sapphire_rapids, rounded
 
-import deformconv
 from deformconv.runtime import amx, arrays
 from deformconv.runtime.matmul import VECTORS, Factor, Panels
 
@@ -131,18 +127,8 @@ for name in ("ldtilecfg", "tdpbf16ps", "tileloadd", "tilestored", "tilezero", "t
 @pytest.mark.slow
 def test_processors_that_have_them_use_their_instructions(tmp_path: Path) -> None:
     """Compiled for one of these here, and not run."""
-    vectors = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd,+avx512bf16,+avx2,+fma,+f16c"
-    environment = os.environ | {
-        "NUMBA_CPU_NAME": "sapphirerapids",
-        "NUMBA_CPU_FEATURES": f"{vectors},+amx-tile,+amx-bf16",
-        "DEFORMCONV_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(deformconv.__file__).parents[1])]),
-    }
-    if sys.platform != "linux" or os.uname().machine != "x86_64":
-        pytest.skip("these are x86-64 processors")
-    ran = subprocess.run([sys.executable, "-c", ASSEMBLY], env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    configured, products, *others = map(int, ran.stdout.split())
+    printed = on_sapphire_rapids(ASSEMBLY, tmp_path, "+amx-tile", "+amx-bf16")
+    configured, products, *others = map(int, printed.split())
     # For panels of two tiles and of one, each for 16 rows and for fewer: products of whole depths and of what is left.
     assert configured == 4 and products >= 2 * 2 * (2 + 1)
     assert all(count >= 1 for count in others)

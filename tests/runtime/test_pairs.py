@@ -146,20 +146,27 @@ for function in (product, write_rows):
 """
 
 
+def on_sapphire_rapids(program: str, folder: Path, *features: str) -> str:
+    """What a program prints whose kernels are compiled for such a processor, with some features, and kept in a folder."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        pytest.skip("these are x86-64 processors")
+    vectors = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd,+avx512bf16,+avx2,+fma,+f16c"
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": "sapphirerapids",
+        "NUMBA_CPU_FEATURES": ",".join([vectors, *features]),
+        "DEFORMCONV_CACHE_DIR": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(deformconv.__file__).parents[1])]),
+    }
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
 @pytest.mark.slow
 def test_processors_that_have_them_use_their_instructions(tmp_path: Path) -> None:
     """Compiled for one of these here, and not run."""
-    environment = os.environ | {
-        "NUMBA_CPU_NAME": "sapphirerapids",
-        "NUMBA_CPU_FEATURES": "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd,+avx512bf16,+avx2,+fma,+f16c",
-        "DEFORMCONV_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(deformconv.__file__).parents[1])]),
-    }
-    if sys.platform != "linux" or os.uname().machine != "x86_64":
-        pytest.skip("these are x86-64 processors")
-    ran = subprocess.run([sys.executable, "-c", ASSEMBLY], env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    products, *writes = ([int(number) for number in line.split()] for line in ran.stdout.splitlines())
+    printed = on_sapphire_rapids(ASSEMBLY, tmp_path)
+    products, *writes = ([int(number) for number in line.split()] for line in printed.splitlines())
     # Blocks of 12 and of 4 rows, of two vectors and of one: each sum of each block once, at least.
     assert products[0] >= (12 + 4) * (2 + 1)
     assert len(writes) == 2 and all(count >= 1 for _, count in writes)

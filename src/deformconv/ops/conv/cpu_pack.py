@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deformconv.runtime.blocks import RUN, transpose, zero
+from deformconv.runtime.blocks import RUN, add_rows, transpose, zero
 from deformconv.runtime.cache import device, in_order
 from deformconv.runtime.matmul import VECTORS
 from deformconv.runtime.simd import (
@@ -195,11 +195,7 @@ def unpack_weight(item, sums, replicas, rows, row, groups, outputs, channels, ta
     for tap in range(taps):
         source = ((tap * groups + group) * rows + o) * row
         into = item * channels * taps + tap
-        total = sums[source : source + channels]
         for replica in range(1, replicas):
-            start = source + replica * (sums.size // replicas)
-            more = sums[start : start + channels]
-            for c in range(total.size):
-                total[c] += more[c]
-        for c in range(total.size):
-            write(d_weight, into + c * taps, total[c])
+            add_rows(sums, source, source + replica * (sums.size // replicas), channels)
+        for c in range(channels):
+            write(d_weight, into + c * taps, sums[source + c])
