@@ -85,6 +85,13 @@ def test_long_calls_are_not_repeated_without_need():
     assert len(slow.log) == 1 + 4
 
 
+def test_a_block_of_one_call_begins_with_another():
+    call = Fake("deformconv", RIGHT, 0.4)
+    found = compared(call, pace=Pace(9, 0.5))
+    assert found["deformconv"]["blocks"] == found["deformconv"]["calls"] == 4
+    assert len(call.log) == 1 + 3 + 4 * 2
+
+
 def test_medians_and_quartiles_are_of_blocks():
     class Drifting(Fake):
         def ask(self, do: str, **request: Any) -> Any:

@@ -34,6 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 MOST_CALLS = 1000  # in a block
+LONG_CALL = 1.0  # seconds, beside which it counts little that another process had the caches
 
 
 class Failure(RuntimeError):
@@ -191,6 +192,7 @@ def results_of(process: Any, case: Any, direction: str) -> dict[str, Any]:
 def _alternate(processes: Mapping[str, Any], direction: str, pace: Pace) -> dict[str, dict[str, Any]]:
     """The times of alternating blocks of calls."""
     calls: dict[str, int] = {}
+    lasts: dict[str, float] = {}
     found: dict[str, list[list[float]]] = {}
     failed: dict[str, dict[str, Any]] = {}
     for label, process in processes.items():
@@ -200,14 +202,14 @@ def _alternate(processes: Mapping[str, Any], direction: str, pace: Pace) -> dict
             if once < pace.seconds:
                 once = median(process.ask("time", direction=direction, calls=3))
             calls[label] = max(1, min(MOST_CALLS, round(pace.seconds / once)))
-            found[label] = []
+            lasts[label], found[label] = once, []
     for block in range(pace.blocks):
         for label, count in calls.items():
             # Calls longer than a block vary little, and take long: fewer will do.
             if label in failed or (count == 1 and block >= max(3, pace.blocks // 2)):
                 continue
             with _failures(failed, label):
-                if count > 1:  # the caches and the clock belonged to another process
+                if lasts[label] < LONG_CALL:  # the caches and the clock belonged to another process
                     processes[label].ask("time", direction=direction, calls=max(1, count // 10))
                 found[label].append(processes[label].ask("time", direction=direction, calls=count))
     return {label: failed.get(label) or _summary(found[label]) for label in processes}
