@@ -38,7 +38,7 @@ TITLES = {
     "portable": "PyTorch's operations",
 }
 OURS = "#009E73"
-MEANS = 0.25  # how much further down than a case
+MEANS = 0.65  # how much further down than a case
 INK, GREY, PALE = "#222222", "#666666", "#dddddd"
 
 
@@ -77,7 +77,7 @@ def draw(figure: Figure | SubFigure, rows: Sequence[Row], caption: str) -> None:
             layer(case), (0, y), (-3.5, -7.5), xycoords=axes[0].get_yaxis_transform(), textcoords="offset points", ha="right",
             va="center", fontsize=8, color=GREY, annotation_clip=False,
         )  # fmt: skip
-    axes[0].set_ylim(height + 1.0, -0.7)
+    axes[0].set_ylim(height + 1.35, -0.7)
     names = [name for name in ("deformconv", *LOOKS) if name in handles]
     figure.legend(
         [handles[name] for name in names], [TITLES[name] for name in names],
@@ -138,20 +138,21 @@ def _panel(axes: Axes, rows: Sequence[Row | None], direction: str, handles: dict
 
 
 def _means(axes: Axes, y: float, rows: Sequence[Row], width: float) -> None:
-    """Geometric means with their numbers, below the points and above them by turns where they are close."""
+    """Geometric means with their numbers below the points, or above them, in one line or two, beside a close one."""
     ratios: dict[str, list[float]] = {}
     for name, value in relative(rows):
         ratios.setdefault(name, []).append(value)
     means = sorted((geometric_mean(values), name) for name, values in ratios.items())
-    below, before = True, 0.0
+    last: dict[int, float] = {}  # the number before, by how many points lines lie above the mean's
     for mean, name in means:
-        below = not below or not before or log(mean / before) > 0.07 * width
-        before = mean
+        lines = [line for line in (-8, 8, 18) if line not in last or log(mean / last[line]) > 0.075 * width]
+        line = lines[0] if lines else min(last, key=last.__getitem__)
+        last[line] = mean
         colour, marker = LOOKS[name]
         _point(axes, mean, y, colour, marker)
         axes.annotate(
-            digits(mean), (mean, y), (0, -8 if below else 8), textcoords="offset points", ha="center",
-            va="top" if below else "bottom", fontsize=8.5, color=colour, fontweight="bold",
+            digits(mean), (mean, y), (0, line), textcoords="offset points", ha="center",
+            va="top" if line < 0 else "bottom", fontsize=8.5, color=colour, fontweight="bold",
             bbox={"color": "white", "pad": 0.6, "alpha": 0.8},
         )  # fmt: skip
 
