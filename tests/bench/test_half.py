@@ -64,3 +64,11 @@ def test_ratios_are_of_the_same_library_and_of_the_plain_convolution():
     text = REPORTS["half"].write([made_up.row(TINY, **times)])
     line = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
     assert line == ["tiny", "forward", "8.00", "4.00", "6.00", "5.00", "16.0", "0.500", "0.750", "0.250"]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_plain_convolution_without_a_kernel_is_explained(slow):
+    times = {"deformconv-bfloat16": 2.0, "dense-float32": 1.0, "dense-bfloat16": 90.0 if slow else 1.5}
+    text = reports.write_half([made_up.row(HALF_CASES[0], **times)])
+    assert (reports.SLOW_NOTE in text) == slow
+    assert "c64-56" in text

@@ -307,11 +307,22 @@ def _name(row: Row) -> str:
 
 # Half precision
 
+SLOW = 3  # times as long as in float32: PyTorch has no kernel that is made for it
+SLOW_NOTE = (
+    "PyTorch's plain convolution takes many times as long in bfloat16 as in float32 on this processor, for which it has no "
+    "kernel in bfloat16: the last column says nothing of deformconv."
+)
 HALF = ("deformconv-float32", "deformconv-bfloat16", "deformconv-float16", "dense-float32", "dense-bfloat16")
 
 
 def half(plan: Plan, progress: Progress) -> Rows:
-    """Some of the cases in half precision and in float32, beside a plain convolution."""
+    """Some of the cases in half precision and in float32, beside a plain convolution.
+
+    A row says whether this machine multiplies pairs of bfloat16.
+    """
+    from deformconv.ops.conv.cpu_plan import words  # which loads Numba
+
+    pairs = words() is not None
     asked = {case.name for case in plan.cases}
     cases = [case for case in HALF_CASES if case.name in asked]
     libraries = [name for name in HALF if name.partition("-")[0] in plan.libraries]
@@ -321,7 +332,7 @@ def half(plan: Plan, progress: Progress) -> Rows:
         for case, direction in product(cases, plan.directions):
             progress.step(f"half precision, {case.name}, {direction}")
             entries = {process.library: Entry(process, case) for process in others}
-            rows.append(_row(case, direction, compare(entries, direction, truth, plan.pace)))
+            rows.append(_row(case, direction, compare(entries, direction, truth, plan.pace)) | {"pairs": pairs})
     return rows
 
 
@@ -335,7 +346,10 @@ def write_half(rows: Sequence[Row]) -> str:
     for row in rows:
         values = [_over(*(_value(row, name) for name in pair)) for pair in ratios.values()]
         lines.append([_name(row), row["direction"], *(_cell(row, name) for name in HALF), *values])
-    return markdown(["case", "direction", *(HALF_PEERS[name].title for name in HALF), *ratios], lines, 2)
+    table = markdown(["case", "direction", *(HALF_PEERS[name].title for name in HALF), *ratios], lines, 2)
+    pairs = [(_value(row, "dense-bfloat16"), _value(row, "dense-float32")) for row in rows]
+    slow = any(brain > SLOW * single for brain, single in pairs if brain is not None and single is not None)
+    return f"{table}\n\n{SLOW_NOTE}" if slow else table
 
 
 # Small calls

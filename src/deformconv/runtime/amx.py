@@ -164,7 +164,10 @@ class _Emulated:
 
 @emits_for_tiles
 def multiply_tiles(builder, _, a, rows, b, c, columns, accumulate):
-    """`matmul.multiply` for panels of pairs. It reads and writes no row beyond the last; columns are rounded up to a vector."""
+    """`matmul.multiply` for panels of pairs. Unlike that it reads and writes no row beyond the last.
+
+    Columns are rounded up to a vector.
+    """
     lanes = VECTOR_BYTES // 4
     product = _Product(builder, a, b, c, accumulate)
     whole = builder.mul(builder.sdiv(rows, INT(ROWS)), INT(ROWS))

@@ -48,9 +48,11 @@ class Runtime:
         return self.file.name
 
     def get_num_threads(self) -> int:
+        """How many threads its next team has, for the calling thread."""
         return int(self._functions.omp_get_max_threads())
 
     def set_num_threads(self, n: int) -> None:
+        """Set that number."""
         self._functions.omp_set_num_threads(n)
 
     @property
@@ -141,6 +143,7 @@ class Team(NamedTuple):
 
     @property
     def kind(self) -> str:
+        """Whose threads they are: \"own\" or \"openmp\"."""
         return "own" if self.runtime is None else "openmp"
 
     def __str__(self) -> str:

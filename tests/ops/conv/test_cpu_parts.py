@@ -142,11 +142,19 @@ def test_parts_depend_on_an_image_alone() -> None:
         assert len(parts) == 1, case.name
 
 
-@pytest.mark.parametrize(
-    ("name", "items"), [("c64-56", 8), ("c128-28", 8), ("c256-56", 8), ("resnet-c3-v2", 8), ("resnet-c4-v2", 8), ("edvr", 8)]
-)
-def test_eight_threads_have_work(name: str, items: int) -> None:
-    assert [plan.share.items for _, _, plan in cpu._backward_plans(spec_of(named(name)), 16)] == [items]
+# An image has parts for eight threads, a depthwise convolution's for four; fewer if they would have less than 768 positions
+# (the first two) or the weight is large (two images of 256 channels have no more than one).
+ITEMS = [
+    ("c64-56", 1, 4), ("c128-28", 1, 4), ("c256-56", 1, 8), ("depthwise", 1, 4),
+    ("c64-56", 2, 8), ("c128-28", 2, 8), ("c256-56", 2, 8), ("depthwise", 2, 8),
+    ("resnet-c3-v2", 1, 8), ("resnet-c3-v2", 2, 16), ("resnet-c4-v2", 1, 8), ("resnet-c4-v2", 2, 8), ("edvr", 1, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "images", "items"), ITEMS)
+def test_threads_have_work(name: str, images: int, items: int) -> None:
+    spec = spec_of(named(name)._replace(batch=images))
+    assert sum(plan.share.items for _, _, plan in cpu._backward_plans(spec, 16)) == items
 
 
 @cache.kernel
