@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import struct
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from tests.bench import made_up
 
 from deformconv.bench import chart, document, readme
 from deformconv.bench.cases import CASES, named
+from deformconv.bench.figures import digits
+from deformconv.bench.peers import DIRECTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,6 +143,17 @@ class TestChart:
             made_up.row(named("dbnet"), torchvision=3.0),
         ]
         assert chart.relative(rows) == [("onnxruntime", 1.5), ("dense", 0.5)]
+
+    def test_numbers_of_close_means_do_not_overlap(self):
+        times = {"deformconv": 1.0, "onnxruntime": 1.43, "ncnn": 1.58, "openvino": 2.14, "torchvision": 100.0, "dense": 0.25}
+        figure = self.figure([made_up.row(case, direction, **times) for case in CASES for direction in DIRECTIONS])
+        figure.set_size_inches(13, 10)
+        figure.canvas.draw()
+        numbers = {digits(time) for name, time in times.items() if name != "deformconv"}
+        for axes in figure.axes:
+            boxes = [text.get_window_extent() for text in axes.texts if text.get_text() in numbers]
+            assert len(boxes) == len(numbers)
+            assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
     def test_every_case_and_library_is_named(self):
         figure = self.figure(made_up.rows())

@@ -12,6 +12,7 @@ from deformconv.bench.half import HALF_CASES, HALF_PEERS, HalfCase, half_case_of
 from deformconv.bench.measure import Pace, differences
 from deformconv.bench.peers import DIRECTIONS
 from deformconv.bench.reports import HALF, REPORTS, Plan
+from deformconv.ops.conv.cpu_plan import words
 
 torch = pytest.importorskip("torch")
 
@@ -55,6 +56,7 @@ def test_measured(in_process, monkeypatch):
     assert len(progress.steps) == progress.expected == 2
     assert [list(row["results"]) for row in rows] == [list(HALF)] * 2
     assert all(result["milliseconds"] > 0 for row in rows for result in row["results"].values())
+    assert [row["pairs"] for row in rows] == [words() is not None] * 2
     without = REPORTS["half"].measure(plan._replace(libraries=["deformconv"], directions=DIRECTIONS[:1]), progress)
     assert [list(row["results"]) for row in without] == [list(HALF[:3])]
 

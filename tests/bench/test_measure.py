@@ -92,6 +92,12 @@ def test_a_block_of_one_call_begins_with_another():
     assert len(call.log) == 1 + 3 + 4 * 2
 
 
+def test_a_block_of_several_long_calls_begins_with_another():
+    call = Fake("deformconv", RIGHT, 2.0)
+    assert compared(call, pace=Pace(3, 6.0))["deformconv"]["calls"] == 3 * 3
+    assert len(call.log) == 1 + 3 + 3 * (1 + 3)
+
+
 def test_medians_and_quartiles_are_of_blocks():
     class Drifting(Fake):
         def ask(self, do: str, **request: Any) -> Any:

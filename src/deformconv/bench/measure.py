@@ -209,7 +209,7 @@ def _alternate(processes: Mapping[str, Any], direction: str, pace: Pace) -> dict
             if label in failed or (count == 1 and block >= max(3, pace.blocks // 2)):
                 continue
             with _failures(failed, label):
-                if lasts[label] < LONG_CALL:  # the caches and the clock belonged to another process
+                if count > 1 or lasts[label] < LONG_CALL:  # the caches and the clock belonged to another process
                     processes[label].ask("time", direction=direction, calls=max(1, count // 10))
                 found[label].append(processes[label].ask("time", direction=direction, calls=count))
     return {label: failed.get(label) or _summary(found[label]) for label in processes}

@@ -25,7 +25,7 @@ AIMS_BESIDES = """\
 A dash is what this machine has nothing for, or what the processor does not do. Aims that other means measure:
 
 - 16 threads 12 times as fast as one (c256-100, forward): [11.0 on a Xeon](../docs/performance.md#many-cores).
-- A depthwise layer forward in at most 0.67 of the time before: [0.60](../docs/performance.md#what-made-a-difference).
+- A depthwise layer forward in at most 0.67 of the time before: [0.59](../docs/performance.md#what-made-a-difference).
 - An image's results, and its gradients, the same bits in every batch: [tested](../tests/ops/conv/test_cpu.py).
 
 [Why some are not reached, and what was tried](../docs/performance.md#what-is-left)."""

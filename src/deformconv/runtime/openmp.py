@@ -143,7 +143,7 @@ class Team(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Whose threads they are: \"own\" or \"openmp\"."""
+        """Whose threads they are: "own" or "openmp"."""
         return "own" if self.runtime is None else "openmp"
 
     def __str__(self) -> str:
